@@ -1,0 +1,1 @@
+"""One file per run: `get_config(stage)` returns its dataclass."""

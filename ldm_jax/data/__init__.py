@@ -1,0 +1,1 @@
+"""Records, transforms and batches: data without TensorFlow."""

@@ -1,0 +1,1 @@
+"""Networks of latent diffusion as stateless Flax Linen modules."""

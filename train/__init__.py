@@ -1,0 +1,1 @@
+"""One visible training loop per recipe."""
