@@ -1,8 +1,8 @@
 """Every choice that defines a run, as frozen dataclasses that a file in `configs/` fills in.
 
-Class names end in `Config`. A field is *identity* (model, data, objective, optimizer, batch, seed: changing
-it makes another run) unless it was made with `execution(...)` (mesh, total steps, intervals, workers, remat,
-attention: may change on resume); the mark covers everything below the field.
+Class names end in `Config`. A field is *identity* (model, data, objective, optimizer, batch, seed:
+changing it makes another run) unless it was made with `execution(...)` (mesh, total steps,
+intervals, workers, remat, attention: may change on resume); the mark covers all below the field.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class FolderConfig:
     class_from_folder: bool = False
     """The name of the image's folder is its class (sorted names give ids)."""
     captions: Literal["none", "sidecar", "metadata"] = "none"
-    """`sidecar`: IMAGE.txt beside IMAGE.png; `metadata`: metadata.jsonl with `file_name` and `text`."""
+    """`sidecar`: NAME.txt beside NAME.png; `metadata`: metadata.jsonl (`file_name`, `text`)."""
     segmentation_suffix: str | None = None
     """`_seg`: the class map of cat.jpg is cat_seg.png; maps are not counted as images."""
     mask_suffix: str | None = None
@@ -90,7 +90,7 @@ class DataConfig:
     channels: Literal[1, 3] = 3
     """1 reads images as grey."""
     crop: Literal["center", "random", "none"] = "center"
-    """`center`: the largest centred square; `random`: a random square (see crop_range); `none`: as it is."""
+    """The largest centred square; a random square (see crop_range); or the image as it is."""
     crop_range: tuple[float, float] = (0.5, 1.0)
     """Side of a random crop as a share of the short side (the reference's ImageNet: 0.5 to 1)."""
     resize: Literal["area", "bicubic"] = "bicubic"
@@ -126,7 +126,7 @@ class AutoencoderKLConfig:
     """Width of each level over `channels`; each level but the last halves the side."""
     num_res_blocks: int = 2
     attention_downsample: tuple[int, ...] = ()
-    """Levels with attention, by downsampling factor (the reference's resolution / attn_resolution)."""
+    """Levels with attention, by downsampling factor (resolution / attn_resolution)."""
     mid_attention: bool = True
     """Attention in the middle block; False is the reference's `attn_type: none`."""
     z_channels: int = 4
@@ -143,7 +143,7 @@ class AutoencoderKLConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Time-conditional UNet of the reference (`openaimodel.py`); defaults are Stable Diffusion v1."""
+    """Time-conditional UNet (`openaimodel.py`); defaults are Stable Diffusion v1."""
 
     in_channels: int = 4
     """Latent channels plus those of concat conditioning."""
@@ -197,6 +197,8 @@ class InpaintCondConfig:
     """Channel order after x: LDM puts the masked image first, Stable Diffusion the mask."""
     mask_range: tuple[float, float] = (-1.0, 1.0)
     """Values of (keep, hole) in the mask channel: (-1, 1) in LDM, (0, 1) in Stable Diffusion."""
+    fill: float = -1.0
+    """Value of the hole in the masked image: black (-1) in LDM, grey (0) in Stable Diffusion."""
     dropout: float = 0.0
 
 
@@ -211,7 +213,7 @@ class SuperResCondConfig:
 
 @dataclass(frozen=True)
 class SemanticCondConfig:
-    """Concat of a segmentation map, one-hot, halved bilinearly and mapped to few channels (SpatialRescaler)."""
+    """Concat of a segmentation map: one-hot, halved, mapped to few channels (SpatialRescaler)."""
 
     num_classes: int = 182
     out_channels: int | None = 3
@@ -229,7 +231,7 @@ CondConfig = ClassCondConfig | InpaintCondConfig | SuperResCondConfig | Semantic
 
 @dataclass(frozen=True)
 class FirstStageLossConfig:
-    """Objective of the first stage: reconstruction over a learned variance, plus KL (`contperceptual.py`)."""
+    """Objective of the first stage: reconstruction and KL (`contperceptual.py`)."""
 
     pixel: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-6
@@ -249,7 +251,7 @@ class DiffusionConfig:
     """First beta; None for the cosine schedule."""
     beta_end: float | None = 0.012
     zero_terminal_snr: bool = False
-    """Shift the schedule so that the last level is pure noise (Lin et al. 2023); needs prediction v or x0."""
+    """Shift the schedule so that the last level is pure noise (Lin et al. 2023); not with eps."""
     prediction: Literal["eps", "x0", "v"] = "eps"
     loss: Literal["l1", "l2"] = "l2"
     elbo_weight: float = 0.0
@@ -265,7 +267,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warmed-up learning rate. Defaults are torch's AdamW, which the reference uses."""
+    """AdamW with a warmed-up learning rate. Defaults are those of torch, as in the reference."""
 
     learning_rate: float = 1e-4
     """Peak rate, as it is: nothing multiplies it by batch or devices."""
@@ -287,7 +289,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """Moving average of the parameters: decay min(decay, (1 + n) / (10 + n)) at update n (`ema.py`)."""
+    """Moving average of the parameters: min(decay, (1 + n) / (10 + n)) at update n (`ema.py`)."""
 
     decay: float = 0.9999
     warmup: bool = True
@@ -374,7 +376,7 @@ class FirstStageConfig:
     path: str = ""
     """Run directory of `ldm-train CONFIG:first_stage` (its newest snapshot, EMA if it has one)."""
     scale: float | None = None
-    """Factor from latent to diffusion space; None: 1 / std of encoded training images, computed once."""
+    """Factor from latent to diffusion space; None: 1 / std of encoded training images."""
     scale_images: int = 1024
     """Images that 1 / std is computed over."""
 
@@ -420,6 +422,18 @@ class LatentDiffusionTrainConfig:
     """Bit-exact resume on GPU too, at a cost in speed."""
 
 
+@dataclass(frozen=True)
+class LatentDiffusionConfig:
+    """What a latent diffusion model is: all that sampling and export need beside the weights."""
+
+    first_stage: AutoencoderKLConfig = field(default_factory=AutoencoderKLConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    cond: CondConfig = None
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    size: int = 256
+    """Side of a training image in pixels: the default side of a sample."""
+
+
 TrainConfig = AutoencoderTrainConfig | LatentDiffusionTrainConfig
 
 
@@ -451,16 +465,15 @@ def from_dict(values: Any, where: str = "config") -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known - {"class"})
     if unknown:
-        raise ValueError(
-            f"{where}: {cls.__name__} has no field {unknown[0]!r} (it has {', '.join(sorted(known))})"
-        )
+        fields = ", ".join(sorted(known))
+        raise ValueError(f"{where}: {cls.__name__} has no field {unknown[0]!r} (it has {fields})")
     return cls(
         **{k: _typed(v, hints[k], f"{where}.{k}") for k, v in values.items() if k != "class"}
     )
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type that `hint` asks for; JSON has lists for tuples and no difference of 1 and 1.0."""
+    """`value` as `hint` asks for; JSON has lists for tuples and may write 1.0 as 1."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
