@@ -254,6 +254,8 @@ class DiffusionConfig:
     """Shift the schedule so that the last level is pure noise (Lin et al. 2023); not with eps."""
     prediction: Literal["eps", "x0", "v"] = "eps"
     loss: Literal["l1", "l2"] = "l2"
+    simple_weight: float = 1.0
+    """Weight of the simple loss (`l_simple_weight`)."""
     elbo_weight: float = 0.0
     """Weight of the variational bound beside the simple loss (`original_elbo_weight`)."""
     learn_logvar: bool = False

@@ -1,0 +1,53 @@
+"""Guidance as functions from model to model; all act on the raw prediction, whatever its type."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def classifier_free(
+    model: Callable,
+    cond: Any,
+    null: Any,
+    scale: jax.Array | float,
+    rescale: jax.Array | float = 0.0,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`guided(x, t_b)` from `model(x, t_b, cond)`: away from `null` (Ho and Salimans 2022, eq. 6).
+
+    cond and null: pytrees of the same structure whose leaves are [B, ...]; one call on the batch
+    [null, cond].
+    scale: scalar or [B]; 1 is the plain conditional model, 0 the unconditional one.
+    rescale: phi of `rescaled`, scalar or [B]; the Python number 0 leaves it out of the program.
+    """
+    both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
+
+    def guided(x, t_b):
+        out = model(jnp.concatenate([x, x]), jnp.concatenate([t_b, t_b]), both)
+        out_null, out_cond = jnp.split(out.astype(x.dtype), 2)
+        out = out_null + _like_rows(scale, x.ndim) * (out_cond - out_null)
+        if isinstance(rescale, int | float) and rescale == 0:
+            return out
+        return rescaled(out, out_cond, rescale)
+
+    return guided
+
+
+def rescaled(guided: jax.Array, conditional: jax.Array, phi: jax.Array | float) -> jax.Array:
+    """`guided` [B, ...] with its standard deviation moved, by part phi, to that of `conditional`.
+
+    Lin et al. 2023, eq. 15-16.
+    """
+    axes = tuple(range(1, guided.ndim))
+    # An untrained network returns zeros: no division by a standard deviation of 0.
+    std = jnp.maximum(jnp.std(guided, axis=axes, keepdims=True), 1e-12)
+    matched = guided * (jnp.std(conditional, axis=axes, keepdims=True) / std)
+    phi = _like_rows(phi, guided.ndim)
+    return phi * matched + (1 - phi) * guided
+
+
+def _like_rows(value: jax.Array | float, ndim: int) -> jax.Array:
+    """A scalar as it is, [B] as [B, 1, ...] with `ndim` axes."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (ndim - 1)) if value.ndim else value

@@ -1,0 +1,28 @@
+"""DDIM (Song et al. 2021)."""
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.diffusion import rowwise_normal
+from ldm_jax.solvers.loop import Solver
+
+
+def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> Solver:
+    """Eq. 12; eta = 0 is deterministic, 1 is ancestral DDPM sampling on the same levels.
+
+    temperature scales the fresh noise, as in the reference. Both may be traced.
+    """
+
+    def step(denoise, carry, x, level, keys):
+        x0, eps = denoise(x, level)
+        fresh = eta * level.sigma_next / level.sigma * jnp.sqrt(level.beta)  # eq. 16
+        kept = _sqrt(level.sigma_next**2 - fresh**2)
+        noise = temperature * rowwise_normal(keys, x.shape[1:])
+        return carry, level.alpha_next * x0 + kept * eps + fresh * noise, x0
+
+    return Solver(init=lambda x: (), step=step)
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """sqrt, 0 below 0 (rounding, eta above 1), with a finite derivative where it is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
