@@ -1,0 +1,91 @@
+"""What every command shares: one-line errors, distinct exit codes, the compilation cache."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+CLEAR = (ValueError, OSError, FloatingPointError)  # carry a message made for people
+INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr, from the first process only."""
+    if jax.process_index() == 0:
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+
+
+def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Exit code of `command(argv)`; an error is one line on stderr, with --debug a traceback."""
+    argv = list(argv)
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    try:
+        return command(argv) or 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted\n")
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        kind = "" if isinstance(error, CLEAR) else f"{type(error).__name__}: "
+        sys.stderr.write(f"{program}: error: {kind}{text}\n")
+        if not kind:
+            return 1
+        sys.stderr.write(f"{program}: run again with --debug to see where\n")
+        return 1
+
+
+def enable_compilation_cache(argv: Sequence[str]) -> list[str]:
+    """Keeps compiled programs on disk between runs; `--no-compilation-cache` turns it off.
+
+    Returns argv without the flag. The folder is JAX_COMPILATION_CACHE_DIR, or ldm_jax under the
+    user's cache folder.
+    """
+    rest = [a for a in argv if a != "--no-compilation-cache"]
+    if len(rest) == len(argv):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ldm_jax" / "xla"
+        path = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
+        jax.config.update("jax_compilation_cache_dir", path)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+    return rest
+
+
+def join_processes(argv: Sequence[str]) -> list[str]:
+    """`--distributed [ADDRESS,PROCESSES,INDEX]` starts jax.distributed; returns argv without it.
+
+    Without a value the cluster is found out: Cloud TPU, SLURM, Open MPI, Kubernetes.
+    """
+    rest = list(argv)
+    if "--distributed" not in rest:
+        return rest
+    at = rest.index("--distributed")
+    value = rest[at + 1] if at + 1 < len(rest) and not rest[at + 1].startswith("-") else None
+    del rest[at : at + (1 if value is None else 2)]
+    if value is None:
+        jax.distributed.initialize()
+        return rest
+    parts = value.split(",")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts[1:]):
+        raise ValueError(f"--distributed {value!r} is not ADDRESS:PORT,PROCESSES,INDEX")
+    jax.distributed.initialize(parts[0], int(parts[1]), int(parts[2]))
+    return rest
+
+
+def split_first(
+    argv: Sequence[str], program: str, name: str, choices: str
+) -> tuple[str, list[str]]:
+    """The first positional argument and the rest; without one, usage on stderr and exit code 2."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], list(argv[1:])
+    parser = argparse.ArgumentParser(program, usage=f"{program} {name} [options]")
+    parser.epilog = choices
+    if argv and argv[0] in ("-h", "--help"):
+        sys.stdout.write(f"{parser.format_help()}")
+        raise SystemExit(0)
+    parser.error(f"the first argument is {name}: {choices}")

@@ -1,0 +1,49 @@
+"""Image <-> scaled latent; the only place that knows the latent scale.
+
+Diffusion runs on `scale * z`; first stages take and give unscaled z. `scale` is 1 / std of the
+latents of training images (`ddpm.py`, `scale_by_std`; section 4.3.2 of the paper and D.1).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def rowwise_normal(keys: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Unit normal [B, *shape]; row i depends on keys[i] alone, not on the batch it is drawn in."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def encode(
+    first_stage: Any, params: dict, image: jax.Array, scale: Any, keys: jax.Array | None = None
+) -> jax.Array:
+    """image [B, H, W, c] in [-1, 1] -> scaled latent [B, h, w, z].
+
+    With `keys` [B] a sample of the posterior (what trains), without them its mode (conditioning).
+    """
+    mean, logvar = first_stage.apply({"params": params}, image, method="encode")
+    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+    if keys is None:
+        return scale * mean
+    return scale * (mean + jnp.exp(0.5 * logvar) * rowwise_normal(keys, mean.shape[1:]))
+
+
+def decode(first_stage: Any, params: dict, latent: jax.Array, scale: Any) -> jax.Array:
+    """Scaled latent [B, h, w, z] -> image [B, H, W, c], not clipped."""
+    image = first_stage.apply({"params": params}, latent / scale, method="decode")
+    return image.astype(jnp.float32)
+
+
+def std_from_moments(means: Sequence[float], mean_squares: Sequence[float]) -> float:
+    """Standard deviation over equally large batches, in float64, from each one's two moments.
+
+    The reference uses one device's first batch; this is over all that were given.
+    """
+    variance = float(np.mean(mean_squares, dtype=np.float64))
+    variance -= float(np.mean(means, dtype=np.float64)) ** 2
+    if not np.isfinite(variance) or variance <= 0:
+        raise ValueError(f"the latents' variance is {variance}: train the first stage longer")
+    return variance**0.5

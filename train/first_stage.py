@@ -1,0 +1,94 @@
+"""The frozen first stage of a run: loaded once, kept in the run, its latent scale measured."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import cli, data, latents, load, rundir, schema, sharding
+from ldm_jax.models import attention, autoencoder
+
+SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the scale is measured on
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A first stage that does not train; `params` are arguments of the step."""
+
+    module: Any
+    params: dict
+    scale: float
+    config: schema.AutoencoderKLConfig
+
+
+def model_section(
+    config: schema.LatentDiffusionTrainConfig, frozen: Frozen
+) -> schema.LatentDiffusionConfig:
+    """What a snapshot says of the model."""
+    return schema.LatentDiffusionConfig(
+        first_stage=frozen.config,
+        unet=config.unet,
+        cond=config.cond,
+        diffusion=config.diffusion,
+        size=config.data.size,
+    )
+
+
+def prepare(
+    config: schema.LatentDiffusionTrainConfig, run: epath.Path, mesh: Mesh, stream: Any
+) -> Frozen:
+    """The first stage from the run's `frozen/`, or at the first start from config.first_stage."""
+    kept = rundir.read_frozen(run, "first_stage")
+    if kept is None:
+        if not config.first_stage.path:
+            raise ValueError(
+                "no first stage: give --first-stage.path RUN, made by CONFIG:first_stage"
+            )
+        params, model = load.load_first_stage(config.first_stage.path)
+        rundir.write_frozen(run, "first_stage", params, model)
+    else:
+        params, model = kept
+    module = autoencoder.from_config(
+        model,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention.choose(mesh.devices.flat[0].platform, mesh, config.attention),
+    )
+    shardings = sharding.by_rules({"first_stage": params}, sharding.RULES, mesh)
+    placed = sharding.place({"first_stage": params}, shardings)["first_stage"]
+    known = rundir.read_latents(run)
+    if known is None:
+        known = scale_of(config, module, placed, mesh, stream)
+        rundir.write_latents(run, known)
+        cli.say(f"latent scale {known['scale']:.5f} ({known['how']})")
+    return Frozen(module, placed, known["scale"], model)
+
+
+def scale_of(
+    config: schema.LatentDiffusionTrainConfig, module: Any, params: dict, mesh: Mesh, stream: Any
+) -> dict:
+    """{"scale", "how"}: the given scale, or 1 / std over sampled latents of training images."""
+    given = config.first_stage.scale
+    if given is not None:
+        return {"scale": given, "how": "first_stage.scale of the config"}
+    batches = max(1, round(config.first_stage.scale_images / config.batch_size))
+    key = jax.random.fold_in(jax.random.key(config.seed), SCALE)
+
+    @jax.jit
+    def moments(params: dict, image: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = latents.encode(module, params, image, 1.0, keys)
+        return jnp.mean(z), jnp.mean(jnp.square(z))
+
+    means, squares = [], []
+    for i in range(batches):
+        image = data.global_batch(stream, i, sharding.batch_sharding(mesh))["image"]
+        keys = jax.random.split(jax.random.fold_in(key, i), config.batch_size)
+        mean, square = jax.device_get(moments(params, image, keys))
+        means.append(np.float64(mean))
+        squares.append(np.float64(square))
+    std = latents.std_from_moments(means, squares)
+    count = batches * config.batch_size
+    return {"scale": 1.0 / std, "how": f"1 / std of sampled latents of {count} training images"}

@@ -1,0 +1,299 @@
+"""Trains a latent diffusion model on a frozen first stage (`ddpm.py`; section 3.2 of the paper)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import (
+    bundle,
+    checkpoint,
+    cli,
+    conditioning,
+    data,
+    diffusion,
+    latents,
+    rundir,
+    schema,
+    sharding,
+    train_state,
+)
+from ldm_jax.models import attention, unet
+from ldm_jax.train import first_stage, preview, stop
+from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
+from ldm_jax.train_state import TrainState
+
+DRAWS = ("encode", "t", "noise", "offset", "drop_cond", "dropout")  # one key per row for each
+INIT, TRAIN, EVALUATE, SAMPLE = range(4)  # folded into the root key: one stream per purpose
+
+
+def modules(config: schema.LatentDiffusionTrainConfig, mesh: Mesh | None = None) -> tuple[Any, Any]:
+    """(UNet, cond_stage or None) as the recipe runs them on the mesh's devices."""
+    platform = mesh.devices.flat[0].platform if mesh is not None else "cpu"
+    net = unet.from_config(
+        config.unet,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention.choose(platform, mesh, config.attention),
+        remat=config.remat,
+    )
+    return net, conditioning.build(config.cond, jnp.dtype(config.dtype))
+
+
+def init_params(config: schema.LatentDiffusionTrainConfig, key: jax.Array) -> dict:
+    """Fresh {"unet", "cond_stage", "logvar"}, with only the parts that train."""
+    net, cond_stage = modules(config)
+    unet_key, cond_key = jax.random.split(key)
+    side = 2 ** (len(config.unet.channel_mult) - 1)
+    x = jnp.zeros((1, side, side, config.unet.in_channels))
+    context = config.unet.context_dim and jnp.zeros((1, 1, config.unet.context_dim))
+    label = None
+    if config.unet.num_classes is not None:
+        label = jnp.zeros((1,), jnp.int32)
+    elif config.unet.vector_dim is not None:
+        label = jnp.zeros((1, config.unet.vector_dim))
+    params = {"unet": net.init(unet_key, x, jnp.zeros((1,)), context, label)["params"]}
+    if cond_stage is not None:
+        params["cond_stage"] = conditioning.init(config.cond, cond_stage, cond_key)
+    if config.diffusion.learn_logvar:
+        params["logvar"] = jnp.full((config.diffusion.timesteps,), config.diffusion.logvar_init)
+    return params
+
+
+def init_state(
+    config: schema.LatentDiffusionTrainConfig, key: jax.Array, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """(state, its shardings): born sharded, nothing is ever held whole on one device."""
+    tx, _ = train_state.make_optimizer(config.optimizer)
+    init = lambda key: train_state.create(init_params(config, key), tx, config.ema)  # noqa: E731
+    shardings = sharding.by_rules(jax.eval_shape(init, key), sharding.RULES, mesh)
+    return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def make_loss(
+    config: schema.LatentDiffusionTrainConfig, frozen: first_stage.Frozen, mesh: Mesh
+) -> Callable:
+    """loss(frozen_params, params, rows, train) -> (mean loss, metrics) of one microbatch.
+
+    `rows` is {"batch": {...}, "keys": {draw: [B] keys}}: every draw depends on its row's key.
+    """
+    net, cond_stage = modules(config, mesh)
+    schedule = diffusion.from_config(config.diffusion)
+
+    def loss(frozen_params: dict, params: dict, rows: dict, train: bool) -> tuple:
+        batch, keys = rows["batch"], rows["keys"]
+        encode = functools.partial(
+            latents.encode, frozen.module, frozen_params["first_stage"], scale=frozen.scale
+        )
+        x0 = jax.lax.stop_gradient(encode(batch["image"], keys=keys["encode"]))
+        t = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(schedule.betas)))(keys["t"])
+        noise = latents.rowwise_normal(keys["noise"], x0.shape[1:])
+        if config.diffusion.offset_noise:
+            offset = latents.rowwise_normal(keys["offset"], (1, 1, x0.shape[-1]))
+            noise = diffusion.offset_noise(noise, offset, config.diffusion.offset_noise)
+        dropped = False
+        if train and config.cond is not None and config.cond.dropout:
+            dropped = jax.vmap(jax.random.uniform)(keys["drop_cond"]) < config.cond.dropout
+        cond = conditioning.from_batch(
+            config.cond, cond_stage, params.get("cond_stage", {}), batch, encode, dropped
+        )
+        x_t = diffusion.q_sample(schedule, x0, t, noise)
+        if cond.concat is not None:
+            x_t = jnp.concatenate([x_t, cond.concat], axis=-1)
+        out = net.apply(
+            {"params": params["unet"]},
+            x_t,
+            t,
+            cond.context,
+            cond.label,
+            train=train,
+            rngs={"dropout": keys["dropout"][0]},
+        ).astype(jnp.float32)
+        per_row, metrics = diffusion.training_loss(
+            schedule, config.diffusion, out, x0, noise, t, params.get("logvar")
+        )
+        return jnp.mean(per_row), {"loss": jnp.mean(per_row), **metrics}
+
+    return loss
+
+
+def make_train_step(
+    config: schema.LatentDiffusionTrainConfig, frozen: first_stage.Frozen, mesh: Mesh
+) -> Callable:
+    """step(state, batch, key) -> (state, metrics), jitted; donates the state it is given.
+
+    `key` is the run's root key: with `state.step` and the row it determines every draw.
+    """
+    tx, learning_rate = train_state.make_optimizer(config.optimizer)
+    loss = make_loss(config, frozen, mesh)
+
+    def step(frozen_params: dict, state: TrainState, batch: dict, key: jax.Array) -> tuple:
+        keys = train_state.step_keys(jax.random.fold_in(key, TRAIN), state.step, DRAWS)
+        rows = {
+            "batch": batch,
+            "keys": {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()},
+        }
+        grads, metrics = train_state.gradients(
+            lambda params, rows: loss(frozen_params, params, rows, True),
+            state.params,
+            rows,
+            config.accumulate,
+        )
+        norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = state.replace(
+            step=state.step + 1,
+            params=params,
+            ema_params=train_state.update_ema(config.ema, state.ema_params, params, state.step),
+            opt_state=opt_state,
+        )
+        new = train_state.keep_if_finite(metrics["loss"], norm, new, state)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": learning_rate(state.step),
+            "bad_steps": new.bad_steps,
+        }
+        return new, metrics
+
+    _, shardings = abstract_state(config, mesh)
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
+    return functools.partial(jitted, {"first_stage": frozen.params})
+
+
+def abstract_state(
+    config: schema.LatentDiffusionTrainConfig, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the state, without computing anything."""
+    tx, _ = train_state.make_optimizer(config.optimizer)
+    shapes = jax.eval_shape(
+        lambda key: train_state.create(init_params(config, key), tx, config.ema),
+        jax.random.key(0),
+    )
+    return shapes, sharding.by_rules(shapes, sharding.RULES, mesh)
+
+
+def make_eval_step(
+    config: schema.LatentDiffusionTrainConfig, frozen: first_stage.Frozen, mesh: Mesh
+) -> Callable:
+    """evaluate(params, batch, key) -> held-out loss: a key gives the same t and noise each time."""
+    loss = make_loss(config, frozen, mesh)
+
+    def evaluate(frozen_params: dict, params: dict, batch: dict, key: jax.Array) -> jax.Array:
+        keys = train_state.step_keys(key, 0, DRAWS)
+        keys = {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()}
+        return loss(frozen_params, params, {"batch": batch, "keys": keys}, False)[0]
+
+    jitted = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
+    return functools.partial(jitted, {"first_stage": frozen.params})
+
+
+def check(
+    config: schema.LatentDiffusionTrainConfig, frozen: first_stage.Frozen, stream: Any
+) -> None:
+    """ValueError if config, first stage and data do not fit each other."""
+    bundle.check(first_stage.model_section(config, frozen), config.data.channels)
+    if frozen.config.in_channels != config.data.channels:
+        raise ValueError(
+            f"data.channels is {config.data.channels}, but the first stage takes"
+            f" {frozen.config.in_channels}"
+        )
+    needs = {schema.ClassCondConfig: "label", schema.SemanticCondConfig: "segmentation",
+             schema.InpaintCondConfig: "mask"}.get(type(config.cond))  # fmt: skip
+    if needs and needs not in stream.spec:
+        raise ValueError(
+            f"cond is {type(config.cond).__name__}, but the data have no {needs}:"
+            f" they have {', '.join(stream.spec)}"
+        )
+    if isinstance(config.cond, schema.ClassCondConfig):
+        found = stream.source.num_classes
+        if found is not None and found > config.cond.num_classes:
+            raise ValueError(
+                f"the data have {found} classes, but cond.num_classes is {config.cond.num_classes}"
+            )
+
+
+def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> int:
+    """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
+    run, changes = rundir.open_run(workdir, config)
+    for change in changes:
+        cli.say(f"changed on resume: {change}")
+    mesh = sharding.make_mesh(config.mesh)
+    root = jax.random.key(config.seed)
+    stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
+    held_out = data.stream(
+        config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
+    )
+    batch_sharding = sharding.batch_sharding(mesh)
+    frozen = first_stage.prepare(config, run, mesh, stream)
+    check(config, frozen, stream)
+
+    manager = checkpoint.manager(run, config.max_to_keep)
+    shapes, shardings = abstract_state(config, mesh)
+    saved = checkpoint.latest_step(manager)
+    if saved is None:
+        state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
+    else:
+        state = checkpoint.restore(manager, sharding.with_shardings(shapes, shardings))
+        rundir.drop_metrics_after(run, int(state.step))
+    first = int(state.step)
+    counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in state.params.items())
+    cli.say(f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}")
+    if first >= config.steps:
+        cli.say(f"{run}: already at step {first} of {config.steps}; raise --steps to go on")
+        return 0
+
+    train_step = make_train_step(config, frozen, mesh)
+    eval_step = make_eval_step(config, frozen, mesh)
+    eval_key = jax.random.fold_in(root, EVALUATE)
+    draw = preview.make(config, frozen, mesh, held_out, jax.random.fold_in(root, SAMPLE))
+    train_step = compile_step(
+        train_step, state, data.global_batch(stream, first, batch_sharding), root
+    )
+    every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
+    due = lambda interval, step: interval and step % interval == 0  # noqa: E731
+    section = first_stage.model_section(config, frozen)
+
+    def averaged(state: TrainState) -> dict:
+        return {**state.params, **state.ema_params}
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        sums = {"eval/loss": 0.0, "eval/loss_ema": 0.0}
+        for i in range(config.eval_batches):
+            batch = data.global_batch(held_out, i, batch_sharding)
+            key = jax.random.fold_in(eval_key, i)
+            sums["eval/loss"] += float(eval_step(state.params, batch, key))
+            sums["eval/loss_ema"] += float(eval_step(averaged(state), batch, key))
+        return {name: value / config.eval_batches for name, value in sums.items()}
+
+    code = 0
+    with stop.on_signal() as stopping, data.prefetch(stream, first, batch_sharding) as batches:
+        for i, batch in batches:
+            state, metrics = train_step(state, batch, root)
+            step, last = i + 1, i + 1 == config.steps
+            monitor.step(step, metrics, stream.bad_records, log=bool(due(every.log, step)) or last)
+            stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
+            if due(every.evaluate, step) or (last and every.evaluate):
+                monitor.write(step, evaluate(state), aloud=True)
+            if due(every.sample, step) or (last and every.sample):
+                draw(averaged(state), rundir.sample_path(run, step))
+                monitor.pause()
+            interrupted = stopping(step)
+            if due(every.save, step) or last or interrupted:
+                checkpoint.save(manager, state, rundir.meta(config, mesh))
+                saved = step
+                monitor.flush()
+            if due(every.snapshot, step) or last:
+                checkpoint.save_snapshot(run, step, averaged(state), schema.to_dict(section))
+            if last or interrupted:
+                break
+        if not last:
+            monitor.say(f"stopped at step {step}; run the same command again to go on")
+            code = cli.INTERRUPTED
+    monitor.close()
+    manager.close()
+    return code

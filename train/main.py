@@ -1,0 +1,108 @@
+"""`ldm-train CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import tyro
+
+from ldm_jax import cli, configs, schema
+
+
+def load_config(name: str) -> schema.TrainConfig:
+    """The config of NAME[:STAGE]: a file in `configs/`, or a path to one with get_config(stage)."""
+    file, _, stage = name.partition(":")
+    module = _from_path(Path(file)) if file.endswith(".py") else _by_name(file)
+    return module.get_config(stage) if stage else module.get_config()
+
+
+def _by_name(name: str) -> ModuleType:
+    known = available()
+    if name not in known:
+        raise ValueError(
+            f"config {name!r} is not one of {', '.join(known)}, nor a path to a .py file"
+        )
+    return importlib.import_module(f"ldm_jax.configs.{name}")
+
+
+def _from_path(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config(stage)")
+    return module
+
+
+def available() -> list[str]:
+    """Names of the configs that come with the package."""
+    folder = Path(configs.__file__).parent
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+
+
+def parse(config: Any, argv: Sequence[str], program: str) -> tuple[str, Any]:
+    """(workdir, config with the overrides of argv); tyro refuses what it does not know."""
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            (
+                "workdir",
+                Annotated[
+                    str, tyro.conf.arg(help="Run directory, made or resumed; may be gs://...")
+                ],
+            ),
+            (
+                "config",
+                Annotated[type(config), tyro.conf.arg(name="")],
+                dataclasses.field(default=config),
+            ),
+        ],
+    )
+    options = (
+        "Also: --debug (tracebacks), --no-compilation-cache (compile everything anew),"
+        " --distributed [ADDRESS:PORT,PROCESSES,INDEX] (one process of several; without a value"
+        " the cluster is found out)."
+    )
+    parsed = tyro.cli(
+        command,
+        args=list(argv),
+        prog=program,
+        description=options,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed.workdir, parsed.config
+
+
+def train(argv: Sequence[str]) -> int:
+    """Runs the recipe that the config's class asks for."""
+    argv = cli.enable_compilation_cache(argv)
+    name, rest = cli.split_first(
+        argv, "ldm-train", "CONFIG[:STAGE]", f"one of {', '.join(available())}, or a .py file"
+    )
+    rest = cli.join_processes(rest)
+    workdir, config = parse(load_config(name), rest, f"ldm-train {name}")
+    if config.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if isinstance(config, schema.AutoencoderTrainConfig):
+        from ldm_jax.train import autoencoder as recipe
+    else:
+        from ldm_jax.train import ldm as recipe
+    return recipe.train(config, workdir)
+
+
+def main() -> None:
+    """Entry point of `ldm-train`."""
+    sys.exit(cli.run("ldm-train", train, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

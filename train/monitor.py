@@ -1,0 +1,131 @@
+"""What a person sees of a run: the progress bar, metrics on disk, facts of the compiled step."""
+
+import collections
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from ldm_jax import cli, rundir
+
+
+def count_parameters(params: Any) -> int:
+    """Number of scalars in a tree of arrays."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def compile_step(step: Any, *args: Any) -> Callable:
+    """Compiles `step` (a partial of a jitted function) ahead of the loop; says what it costs."""
+    cli.say("compiling the training step ...")
+    start = time.perf_counter()
+    compiled = step.func.lower(*step.args, *args).compile()
+    seconds = time.perf_counter() - start
+    costs = compiled.cost_analysis() or {}
+    flops = costs.get("flops", float("nan")) * jax.device_count()
+    memory = compiled.memory_analysis()
+    parts = [f"compiled in {seconds:.1f} s", f"{flops / 1e9:.2f} GFLOP per step (loops once)"]
+    if memory is not None:
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        parts.append(f"{held / 2**20:.0f} MiB per device")
+    cli.say(", ".join(parts))
+    return lambda *rest: compiled(*step.args, *rest)
+
+
+class Monitor:
+    """Progress bar, JSONL parts and TensorBoard of one run; only process 0 writes.
+
+    Metrics are fetched one step late, so the device is never waited for.
+    """
+
+    def __init__(self, workdir: epath.Path, first_step: int, steps: int, batch_size: int) -> None:
+        self.workdir, self.batch_size = workdir, batch_size
+        self.main = jax.process_index() == 0
+        self.pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self.lines: list[dict] = []
+        self.last_time, self.last_step = time.perf_counter(), first_step
+        self.board = None
+        self.bad_steps = 0
+        """Steps in a row without a finite loss, as of the last metrics fetched."""
+        self.fetched_step = first_step
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm.tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            disable=not self.main,
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 120,
+            mininterval=0.5 if terminal else 15.0,
+            smoothing=0.1,
+        )
+
+    def step(self, step: int, metrics: dict, bad_records: int, log: bool) -> None:
+        """After step number `step` (1 is the first): `metrics` are still on the device."""
+        self.bar.update(1)
+        if log:
+            self.pending.append((step, {**metrics, "bad_records": bad_records}))
+        while len(self.pending) > 1:
+            self._fetch()
+
+    def flush(self) -> None:
+        """Waits for what is pending and writes the lines so far as one numbered part."""
+        while self.pending:
+            self._fetch()
+        if self.lines and self.main:
+            rundir.write_metrics(self.workdir, self.lines)
+        self.lines = []
+
+    def close(self) -> None:
+        """Flushes and ends the bar."""
+        self.flush()
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, step: int, values: dict[str, float], *, aloud: bool = False) -> None:
+        """A line of metrics at `step`, to JSONL and TensorBoard, and `aloud` to the terminal."""
+        if aloud:
+            self.say(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
+            self.pause()
+        self.lines.append({"step": step, **values})
+        if self.main:
+            if self.board is None:
+                from tensorboardX import SummaryWriter
+
+                self.board = SummaryWriter(str(self.workdir / "tensorboard"))
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self.main:
+            self.bar.clear()
+            cli.say(message)
+            self.bar.refresh()
+
+    def pause(self) -> None:
+        """Time until now does not count as time per step (after an evaluation or a compilation)."""
+        self.last_time = time.perf_counter()
+        self.last_step = self.bar.n
+
+    def _fetch(self) -> None:
+        step, metrics = self.pending.popleft()
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.bad_steps, self.fetched_step = int(values["bad_steps"]), step
+        now = time.perf_counter()
+        if step > self.last_step:
+            rate = (step - self.last_step) / (now - self.last_time)
+            values["steps_per_s"] = rate
+            values["images_per_s_per_device"] = rate * self.batch_size / jax.device_count()
+            self.last_time, self.last_step = now, step
+            self.bar.set_postfix_str(
+                f"loss {values['loss']:.4f}, "
+                f"{values['images_per_s_per_device']:.1f} images/s/device",
+                refresh=False,
+            )
+        self.write(step, values)

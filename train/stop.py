@@ -1,0 +1,64 @@
+"""Stopping: on SIGTERM or Ctrl-C with a checkpoint, or because the loss is no longer finite."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ldm_jax.train.monitor import Monitor
+
+
+@contextlib.contextmanager
+def on_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields stopping(step) -> bool, to be asked once per step by every process.
+
+    With several processes, SIGTERM to one of them reaches all: JAX's preemption notifier agrees on
+    a step a little ahead, and each process gets True at that step. SIGINT is passed on as SIGTERM.
+    """
+    caught: list[int] = []
+    several = jax.process_count() > 1
+
+    def pass_on(number: int, frame: object) -> None:
+        del number, frame
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def remember(number: int, frame: object) -> None:
+        del frame
+        caught.append(number)
+
+    # jax.distributed.initialize has installed its own SIGTERM handler, which must stay
+    handlers = (
+        {signal.SIGINT: pass_on}
+        if several
+        else {
+            signal.SIGINT: remember,
+            signal.SIGTERM: remember,
+        }
+    )
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        if several:
+            yield multihost_utils.reached_preemption_sync_point
+        else:
+            yield lambda step: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refuse_bad(monitor: Monitor, limit: int, run: epath.Path, saved: int | None) -> None:
+    """FloatingPointError if more than `limit` steps in a row had no finite loss."""
+    if monitor.bad_steps <= limit:
+        return
+    step = monitor.fetched_step
+    monitor.close()
+    good = f"the last good checkpoint is step {saved} in {run}" if saved else "none is saved yet"
+    raise FloatingPointError(
+        f"loss or gradient not finite at step {step} and for {monitor.bad_steps} steps in a row"
+        f" (batches {step - monitor.bad_steps} to {step - 1}; limit --max-bad-steps {limit});"
+        f" {good}: look at those batches, or lower --optimizer.learning-rate"
+    )
