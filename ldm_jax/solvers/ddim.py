@@ -14,11 +14,12 @@ def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> 
     """
 
     def step(denoise, carry, x, level, keys):
-        x0, eps = denoise(x, level)
+        denoised = denoise(x, level)
         fresh = eta * level.sigma_next / level.sigma * jnp.sqrt(level.beta)  # eq. 16
         kept = _sqrt(level.sigma_next**2 - fresh**2)
         noise = temperature * rowwise_normal(keys, x.shape[1:])
-        return carry, level.alpha_next * x0 + kept * eps + fresh * noise, x0
+        x = level.alpha_next * denoised.x0 + kept * denoised.eps + fresh * noise
+        return carry, x, denoised
 
     return Solver(init=lambda x: (), step=step)
 

@@ -26,7 +26,7 @@ def ddpm(
         raise ValueError(f"variance {variance!r} is not one of {', '.join(VARIANCES)}")
 
     def step(denoise, carry, x, level, keys):
-        x0, _ = denoise(x, level)
+        denoised = denoise(x, level)
         of_x0 = level.alpha_next * level.beta / level.sigma**2
         of_x = level.alpha / level.alpha_next * (level.sigma_next / level.sigma) ** 2
         if variance == "fixed_small":
@@ -34,6 +34,6 @@ def ddpm(
         else:
             std = jnp.where(level.sigma_next > 0, jnp.sqrt(level.beta), 0.0)
         noise = temperature * rowwise_normal(keys, x.shape[1:])
-        return carry, of_x0 * x0 + of_x * x + std * noise, x0
+        return carry, of_x0 * denoised.x0 + of_x * x + std * noise, denoised
 
     return Solver(init=lambda x: (), step=step)

@@ -16,8 +16,8 @@ class Solver(NamedTuple):
 
     init: Callable[[jax.Array], Any]
     """x_T -> carry."""
-    step: Callable[..., tuple[Any, jax.Array, jax.Array]]
-    """(denoise, carry, x, level, keys [B]) -> (carry, next x, x0 predicted at this level)."""
+    step: Callable[..., tuple[Any, jax.Array, Denoised]]
+    """(denoise, carry, x, level, keys [B]) -> (carry, x at the next level, denoised at this)."""
 
 
 def sample(
@@ -28,58 +28,39 @@ def sample(
     keys: jax.Array,
     *,
     start: jax.Array | int = 0,
-) -> jax.Array:
+    trace: Callable[[jax.Array, Denoised], Any] | None = None,
+) -> Any:
     """x_0 [B, h, w, c] from x_T, unit normal float32 of the same shape.
 
     keys: typed keys [B]; the noise of a row depends on its own key and the level alone (with JAX's
-    default generator, threefry). start: first level that runs, x_T being at that level's noise; a
-    Python int cuts the table, a traced one skips through `lax.cond`, so that changing it does not
-    recompile.
+    default generator, threefry).
+    start: first level that runs, with x_T at that level's noise. A Python int cuts the table; a
+    traced one skips through `lax.cond`, so that another value does not recompile.
+    trace: trace(x, denoised) of every level; the result is then (x_0, traces stacked to [S, ...]).
+    Levels that a traced `start` skips have x = x0 = x_T and eps = 0.
+    ValueError for a Python `start` outside 0..S.
     """
-    return _scan(solver, denoise, levels, x_T, keys, start, keep=False)[0]
-
-
-def trajectory(
-    solver: Solver,
-    denoise: Callable[[jax.Array, Any], Denoised],
-    levels: Levels,
-    x_T: jax.Array,
-    keys: jax.Array,
-    *,
-    start: jax.Array | int = 0,
-) -> tuple[jax.Array, jax.Array]:
-    """`sample`, and beside x_0 the x0 predicted at each level that ran, [S, B, h, w, c].
-
-    With a traced `start` the rows of skipped levels hold x_T.
-    """
-    return _scan(solver, denoise, levels, x_T, keys, start, keep=True)
-
-
-def _scan(solver, denoise, levels, x_T, keys, start, keep):
+    fixed = isinstance(start, int | np.integer)
     count = len(levels.t)
-    first = 0
-    if isinstance(start, int | np.integer):
-        if not 0 <= start <= count:
-            raise ValueError(f"start={start} is not in 0..{count}, the number of levels")
-        levels = Levels(*(column[start:] for column in levels))
-        first = start
+    if fixed and not 0 <= start <= count:
+        raise ValueError(f"start={start} is not in 0..{count}, the number of levels")
+    first = start if fixed else 0
+    rows = (jnp.arange(first, count), Levels(*(column[first:] for column in levels)))
 
-    def run(i, level, carry, x):
+    def run(carry, x, i, level):
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         return solver.step(denoise, carry, x, level, step_keys)
 
-    def skip(i, level, carry, x):
+    def skip(carry, x, i, level):
         del i, level
-        return carry, x, x
+        return carry, x, Denoised(x, jnp.zeros_like(x))
 
-    def body(state, indexed_level):
-        i, level = indexed_level
-        if isinstance(start, int | np.integer):
-            carry, x, x0 = run(i, level, *state)
+    def body(state, row):
+        if fixed:
+            carry, x, denoised = run(*state, *row)
         else:
-            carry, x, x0 = jax.lax.cond(i >= start, run, skip, i, level, *state)
-        return (carry, x), x0 if keep else None
+            carry, x, denoised = jax.lax.cond(row[0] >= start, run, skip, *state, *row)
+        return (carry, x), None if trace is None else trace(state[1], denoised)
 
-    indices = jnp.arange(first, count)
-    (_, x), x0s = jax.lax.scan(body, (solver.init(x_T), x_T), (indices, levels))
-    return x, x0s
+    (_, x), traces = jax.lax.scan(body, (solver.init(x_T), x_T), rows)
+    return x if trace is None else (x, traces)
