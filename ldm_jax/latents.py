@@ -11,10 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def rowwise_normal(keys: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Unit normal [B, *shape]; row i depends on keys[i] alone, not on the batch it is drawn in."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+from ldm_jax import diffusion
 
 
 def encode(
@@ -28,7 +25,7 @@ def encode(
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     if keys is None:
         return scale * mean
-    return scale * (mean + jnp.exp(0.5 * logvar) * rowwise_normal(keys, mean.shape[1:]))
+    return scale * (mean + jnp.exp(0.5 * logvar) * diffusion.rowwise_normal(keys, mean.shape[1:]))
 
 
 def decode(first_stage: Any, params: dict, latent: jax.Array, scale: Any) -> jax.Array:

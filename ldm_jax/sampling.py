@@ -11,11 +11,9 @@ from ldm_jax.bundle import LatentDiffusion, bind
 from ldm_jax.conditioning import Cond
 
 
-def image_keys(seed: int, count: int, first: int = 0) -> jax.Array:
-    """[count] keys: image i of a seed has the key fold_in(seed, i), whatever the batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(first, first + count)
-    )
+def keys_of(seed: int, indices: Any) -> jax.Array:
+    """Keys [N] of images: number i of a seed has fold_in(key(seed), i), whatever its batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
 def make_sampler(
@@ -40,10 +38,9 @@ def make_sampler(
 
     Returns images [B, H, W, c] in about [-1, 1], not clipped; with `decode=False` the unscaled
     latents that the first stage decodes. With `trace(x, denoised)` a pair: that, and what `trace`
-    returned at every level, stacked.
+    returned at every level, stacked: see `solvers.sample`.
     """
-    if solver not in solvers.SOLVERS:
-        raise ValueError(f"solver {solver!r} is not one of {', '.join(sorted(solvers.SOLVERS))}")
+    solvers.make(solver)  # refuses an unknown name now, not at the first call
     levels = solvers.levels(bundle.schedule, steps, spacing)
 
     def sample(
@@ -57,7 +54,7 @@ def make_sampler(
         start: Any = 0,
     ) -> Any:
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        x_T = latents.rowwise_normal(x_keys, shape) if x_T is None else x_T
+        x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
         net = bind(bundle.unet, params["unet"])
         if guided:
             model = guidance.classifier_free(net, cond, null, guidance_scale)
@@ -66,13 +63,13 @@ def make_sampler(
         denoise = diffusion.denoiser(model, bundle.prediction)
         rule = solvers.make(solver, eta)
         out = solvers.sample(rule, denoise, levels, x_T, step_keys, start=start, trace=trace)
-        latent, seen = out if trace is not None else (out, None)
+        latent, traced = out if trace is not None else (out, None)
         if decode:
             image = latents.decode(
                 bundle.first_stage, params["first_stage"], latent, bundle.latent_scale
             )
         else:
             image = latent / bundle.latent_scale
-        return image if trace is None else (image, seen)
+        return image if trace is None else (image, traced)
 
     return sample

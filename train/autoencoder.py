@@ -15,8 +15,8 @@ from ldm_jax import (
     checkpoint,
     cli,
     data,
+    diffusion,
     images,
-    latents,
     losses,
     rundir,
     schema,
@@ -90,7 +90,7 @@ def make_loss(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
         mean, logvar = (a.astype(jnp.float32) for a in apply(image, method="encode"))
         z = mean
         if train:
-            noise = latents.rowwise_normal(keys["encode"], mean.shape[1:])
+            noise = diffusion.rowwise_normal(keys["encode"], mean.shape[1:])
             z = mean + jnp.exp(0.5 * logvar) * noise
         reconstruction = apply(z, method="decode").astype(jnp.float32)
         error_logvar = params.get("logvar", jnp.asarray(config.loss.logvar_init))

@@ -91,10 +91,10 @@ def make_loss(
         )
         x0 = jax.lax.stop_gradient(encode(batch["image"], keys=keys["encode"]))
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(schedule.betas)))(keys["t"])
-        noise = latents.rowwise_normal(keys["noise"], x0.shape[1:])
+        noise = diffusion.rowwise_normal(keys["noise"], x0.shape[1:])
         if config.diffusion.offset_noise:
-            offset = latents.rowwise_normal(keys["offset"], (1, 1, x0.shape[-1]))
-            noise = diffusion.offset_noise(noise, offset, config.diffusion.offset_noise)
+            offset = diffusion.rowwise_normal(keys["offset"], x0.shape[-1:])
+            noise = diffusion.add_offset(noise, offset, config.diffusion.offset_noise)
         dropped = False
         if train and config.cond is not None and config.cond.dropout:
             dropped = jax.vmap(jax.random.uniform)(keys["drop_cond"]) < config.cond.dropout

@@ -1,0 +1,52 @@
+"""Class to image: `ldm-sample class2img --model RUN --out DIR --labels 3 7`."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax import conditioning, images, schema
+from ldm_jax.sample import common
+
+NAME = "class2img"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common.Options):
+    """Samples of a class-conditional model."""
+
+    labels: tuple[int, ...] = ()
+    """Class ids; default: every class of the model (the first 10 if it has more)."""
+
+
+def main(options: Options) -> int:
+    """Writes num_images images of every label."""
+    model, mesh = common.open_model(options)
+    cond = model.config.cond
+    if not isinstance(cond, schema.ClassCondConfig):
+        kind = type(cond).__name__ if cond else "no condition"
+        raise ValueError(f"{options.model}: is trained with {kind}, not with classes")
+    labels = options.labels or tuple(range(min(10, cond.num_classes)))
+    for label in labels:
+        if not 0 <= label < cond.num_classes:
+            raise ValueError(
+                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
+            )
+    out = common.open_out(options)
+    every = np.repeat(np.asarray(labels, np.int32), options.num_images)
+    guided = options.guidance_scale != 1
+
+    def condition(params, indices):
+        batch = {"label": jnp.asarray(every)[indices]}
+        arguments = (cond, model.cond_stage, params["cond_stage"], batch)
+        null = conditioning.null_like(*arguments) if guided else None
+        return conditioning.from_batch(*arguments), null
+
+    parts = list(common.generate(model, mesh, options, len(every), condition, guided))
+    pictures = images.to_uint8(np.concatenate([image for _, image, _ in parts]))
+    z = np.concatenate([z for _, _, z in parts])
+    names = [f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)]
+    details = [{"index": i, "label": int(label)} for i, label in enumerate(every)]
+    rows = [str(label) for label in labels]
+    common.save(out, options, NAME, pictures, names, details, z, rows)
+    return 0

@@ -1,0 +1,30 @@
+"""`ldm-sample TASK --model PATH --out DIR [...]`."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from ldm_jax import cli
+from ldm_jax.sample import class2img
+
+TASKS = {"class2img": class2img}
+
+
+def sample(argv: Sequence[str]) -> int:
+    """Runs the task that the first argument names."""
+    argv = cli.enable_compilation_cache(argv)
+    name, rest = cli.split_first(argv, "ldm-sample", "TASK", f"one of {', '.join(TASKS)}")
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-sample {name}"))
+
+
+def main() -> None:
+    """Entry point of `ldm-sample`."""
+    sys.exit(cli.run("ldm-sample", sample, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
