@@ -1,0 +1,204 @@
+"""Training state as arrays alone, and what a step does to it: gradients, AdamW, moving average."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ldm_jax import schema
+
+PARTS = ("unet", "cond_stage", "logvar", "autoencoder")  # names that a config may average
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A latent diffusion model in training; model, optimizer and schedule are closed over."""
+
+    step: jax.Array
+    """int32: steps made, the only cursor of data, keys and schedules."""
+    params: dict
+    """{"unet", "cond_stage", "logvar"}: only the parts that train, float32."""
+    ema_params: dict
+    """The same keys, for the parts named in the config."""
+    opt_state: Any
+    bad_steps: jax.Array
+    """int32: steps in a row that changed nothing because loss or gradient was not finite."""
+
+
+@flax.struct.dataclass
+class GanState:
+    """A first stage in training, with its discriminator; without one `disc_*` are empty dicts."""
+
+    step: jax.Array
+    params: dict
+    ema_params: dict
+    opt_state: Any
+    disc_params: dict
+    disc_opt_state: Any
+    bad_steps: jax.Array
+
+
+def create(params: dict, tx: optax.GradientTransformation, ema: schema.EMAConfig) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, init_ema(ema, params), tx.init(params), jnp.copy(zero))
+
+
+def create_gan(params: dict, tx: optax.GradientTransformation, ema: schema.EMAConfig) -> GanState:
+    """The state of a first stage before the first step, without a discriminator."""
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = tx.init(params)
+    return GanState(zero, params, init_ema(ema, params), opt_state, {}, {}, jnp.copy(zero))
+
+
+# --- keys ---------------------------------------------------------------------------------------
+
+
+def step_keys(key: jax.Array, step: jax.Array | int, names: Sequence[str]) -> dict[str, jax.Array]:
+    """{name: key of this step}. A key depends on its own name, not on the others asked for."""
+    key = jax.random.fold_in(key, step)
+    return {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names}
+
+
+def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
+    """[B] keys: that of row r is a function of `key` and r alone, on every mesh."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def gradients(
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]], params: Any, rows: Any, accumulate: int
+) -> tuple[Any, dict]:
+    """(gradient, metrics with "loss") of `loss_fn(params, rows) -> (mean loss, metrics)`.
+
+    `rows` is any tree of [B, ...] arrays (typed keys too). Microbatch a holds rows a::accumulate,
+    so that a batch split over devices in blocks is cut inside every block and no row changes its
+    device. Gradient and metrics are means over the microbatches, which are equally large.
+    ValueError if B is not a multiple of `accumulate`.
+    """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one(rows: Any) -> tuple[Any, dict]:
+        (loss, metrics), grads = grad_fn(params, rows)
+        return grads, {**metrics, "loss": loss}
+
+    if accumulate == 1:
+        return one(rows)
+    for leaf in jax.tree.leaves(rows):
+        if accumulate < 1 or leaf.shape[0] % accumulate:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows cannot be cut into {accumulate} microbatches:"
+                " change batch_size or accumulate"
+            )
+    cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), rows)
+
+    def microbatch(a: jax.Array | int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, a, 1, keepdims=False), cut)
+
+    def add(total: Any, a: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(microbatch(a))), None
+
+    shapes = jax.eval_shape(lambda: one(microbatch(0)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulate))
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def keep_if_finite(loss: jax.Array, grad_norm: jax.Array, new: Any, old: Any) -> Any:
+    """`new` if loss and gradient norm are finite; else `old`, one step on and counted as bad.
+
+    The step counts either way: the next one reads the next batch. Both scalars are global, so
+    every device decides alike.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    return kept.replace(
+        step=old.step + 1, bad_steps=jnp.where(finite, jnp.zeros_like(old.step), old.bad_steps + 1)
+    )
+
+
+# --- optimizer ----------------------------------------------------------------------------------
+
+
+def make_optimizer(
+    config: schema.OptimizerConfig,
+) -> tuple[optax.GradientTransformation, Callable[[Any], jax.Array]]:
+    """(AdamW as in torch, its learning rate as a function of the updates made before).
+
+    The transformation clips (if asked), scales by the learning rate, and decays every parameter.
+    ValueError if the decay of the learning rate has no end.
+    """
+    learning_rate = _learning_rate(config)
+    adamw = optax.adamw(
+        learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+    )
+    if config.clip_norm is None:
+        return adamw, learning_rate
+    if config.clip_norm <= 0:
+        raise ValueError(f"optimizer.clip_norm {config.clip_norm} is not positive; None: no limit")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
+
+
+def _learning_rate(config: schema.OptimizerConfig) -> Callable[[Any], jax.Array]:
+    """Rate of update n = 0, 1, ...: linear to the peak, reached at n = warmup_steps - 1."""
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if config.schedule == "constant":
+        if decay is not None:
+            raise ValueError(
+                f"optimizer.decay_steps {decay} has no effect with schedule 'constant': choose"
+                " 'cosine' or 'linear', or leave it None"
+            )
+    elif decay is None or decay <= warmup:
+        raise ValueError(
+            f"optimizer.schedule {config.schedule!r} needs decay_steps above warmup_steps"
+            f" {warmup}, not {decay}: set it to the step at which the decay ends"
+        )
+
+    def learning_rate(n: Any) -> jax.Array:
+        rate = jnp.asarray(config.learning_rate, jnp.float32)
+        if warmup:
+            rate = rate * jnp.minimum(1.0, (n + 1) / warmup)
+        if config.schedule == "constant":
+            return rate
+        done = jnp.clip((n - warmup) / (decay - warmup), 0.0, 1.0)
+        left = 0.5 * (1 + jnp.cos(jnp.pi * done)) if config.schedule == "cosine" else 1 - done
+        return rate * (config.final_fraction + (1 - config.final_fraction) * left)
+
+    return learning_rate
+
+
+# --- moving average -----------------------------------------------------------------------------
+
+
+def init_ema(config: schema.EMAConfig, params: dict) -> dict:
+    """Copies of the parts that are averaged: those named in the config that this model trains.
+
+    ValueError if the config names a part that no model has.
+    """
+    for part in config.parts:
+        if part not in PARTS:
+            raise ValueError(f"ema.parts: {part!r} is not one of {', '.join(PARTS)}")
+    # copies: the step donates its state, and one buffer cannot be given away twice
+    return {part: jax.tree.map(jnp.copy, params[part]) for part in config.parts if part in params}
+
+
+def ema_decay(config: schema.EMAConfig, n: jax.Array | int) -> jax.Array:
+    """Decay of update n = 1, 2, ... (`ema.py` of the reference: 2/11 at the first)."""
+    n = jnp.asarray(n, jnp.float32)
+    decay = jnp.asarray(config.decay, jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n)) if config.warmup else decay
+
+
+def update_ema(
+    config: schema.EMAConfig, ema_params: dict, params: dict, step: jax.Array | int
+) -> dict:
+    """The average after the update made at `step` = 0, 1, ...; `params` may hold more parts."""
+    rate = 1 - ema_decay(config, step + 1)
+    current = {part: params[part] for part in ema_params}
+    return jax.tree.map(lambda e, p: e + rate * (p - e), ema_params, current)
