@@ -1,0 +1,269 @@
+"""Checkpoints that resume a run and snapshots that sample, written by Orbax: whole or not at all.
+
+    RUN/checkpoints/STEP/{params, ema_params, opt_state, ..., meta}    each part restorable alone
+    RUN/snapshots/STEP/{params, meta}                                  weights to sample with
+
+Every process of a run calls these functions together.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ldm_jax import sharding
+
+FORMAT = 1  # of checkpoints, snapshots and frozen parts; a reader refuses a newer one
+SCALARS = ("step", "bad_steps")  # fields of a state that are kept in its meta
+
+
+def manager(run: epath.PathLike, max_to_keep: int | None = None) -> ocp.CheckpointManager:
+    """Writer of RUN/checkpoints, in the background; `close()` waits for what is under way."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        create=True,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    return ocp.CheckpointManager(epath.Path(run).absolute() / "checkpoints", options=options)
+
+
+def saved_steps(source: epath.PathLike | ocp.CheckpointManager) -> list[int]:
+    """Steps of a run (or its manager) with a complete checkpoint, oldest first."""
+    return _steps(_folder(source))
+
+
+def latest_step(source: epath.PathLike | ocp.CheckpointManager) -> int | None:
+    """Step of the newest checkpoint, or None."""
+    return max(saved_steps(source), default=None)
+
+
+def save(manager: ocp.CheckpointManager, state: Any, meta: Mapping[str, Any]) -> bool:
+    """Saves a state dataclass with `meta` (JSON values); False if its step is saved already.
+
+    Returns when the arrays are copied off the device, so the state may be donated. ValueError if
+    a number is not finite, naming its part: nothing is written then.
+    """
+    step = int(state.step)
+    if step in saved_steps(manager):
+        return False
+    parts = _parts(state)
+    refuse_non_finite(parts, f"checkpoint of step {step} in {manager.directory}")
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
+    scalars = {name: int(getattr(state, name)) for name in SCALARS}
+    header = {**_header(), **meta, **scalars, "parts": sorted(parts)}
+    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
+    return manager.save(step, args=args, force=True)
+
+
+def restore(
+    source: epath.PathLike | ocp.CheckpointManager, abstract: Any, step: int | None = None
+) -> Any:
+    """The state of `step` (default: the newest), every array as `abstract` has it sharded.
+
+    `abstract` is a state of arrays or of ShapeDtypeStructs with shardings; the mesh may differ
+    from that of the run that saved. FileNotFoundError if there is no such checkpoint, ValueError if
+    it is damaged, incomplete, from a newer version, or of another model: both name its folder.
+    """
+    folder = _step_folder(_folder(source), step)
+    meta = read_meta(folder)
+    wanted = _parts(abstract)
+    if sorted(wanted) != meta["parts"]:
+        raise ValueError(
+            f"{folder}: holds {', '.join(meta['parts'])}, but this configuration has"
+            f" {', '.join(sorted(wanted))}: resume with the config that the run was started with"
+        )
+    restored = {name: read_tree(folder, name, tree) for name, tree in wanted.items()}
+    for name in SCALARS:
+        like = getattr(abstract, name)
+        value = np.asarray(meta[name], like.dtype)
+        restored[name] = jax.make_array_from_callback((), like.sharding, lambda i, v=value: v[i])
+    return dataclasses.replace(abstract, **restored)
+
+
+def restore_parts(
+    source: epath.PathLike | ocp.CheckpointManager, step: int | None, parts: Sequence[str]
+) -> dict[str, Any]:
+    """{part: tree of host arrays}; a part that the state held empty comes back as {}."""
+    folder = _step_folder(_folder(source), step)
+    held = read_meta(folder)["parts"]
+    return {name: read_tree(folder, name) if name in held else {} for name in parts}
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+def save_snapshot(
+    run: epath.PathLike, step: int, params: dict, model: Mapping[str, Any]
+) -> epath.Path:
+    """Writes weights and the model section of the config (as JSON values) to RUN/snapshots/STEP.
+
+    A snapshot that is there already stays: a run that resumes makes the same one again. ValueError
+    if a weight is not finite.
+    """
+    folder = epath.Path(run).absolute() / "snapshots" / str(step)
+    if not _is_complete(folder):
+        write_folder(folder, params, {"step": step, "model": model})
+    return folder
+
+
+def snapshot_steps(run: epath.PathLike) -> list[int]:
+    """Steps of a run with a snapshot, oldest first."""
+    return _steps(epath.Path(run).absolute() / "snapshots")
+
+
+def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, dict]:
+    """(parameters as host arrays, meta with "step" and "model") of `step` (default: the newest)."""
+    folder = _step_folder(epath.Path(run).absolute() / "snapshots", step)
+    meta = read_meta(folder)
+    return read_tree(folder, "params"), meta
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> None:
+    """Writes {params, meta} to a new folder, which appears when it is complete."""
+    refuse_non_finite({"params": params}, str(folder))
+    args = ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave({**_header(), **meta})
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(folder, args=args)
+
+
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+    """The meta of a checkpoint, snapshot or frozen part. ValueError if damaged or newer."""
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(folder / "meta")
+        version = int(meta["format"])
+    except Exception as error:  # Orbax has no common class for what a damaged file raises
+        raise _damaged(folder, error) from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{folder}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
+        )
+    return meta
+
+
+def read_tree(folder: epath.Path, part: str, abstract: Any = None) -> Any:
+    """One part of a folder, like `abstract` in structure and sharding; without it host arrays.
+
+    ValueError if it is damaged, or has other paths, shapes or dtypes than `abstract`.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        saved = handler.metadata(folder / part).tree
+    except Exception as error:  # as above
+        raise _damaged(folder, error) from error
+    if abstract is None:
+        args = ocp.args.PyTreeRestore(
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        )
+    else:
+        _check_fit(folder / part, saved, abstract)
+        like = jax.tree.map(
+            lambda x: ocp.ArrayRestoreArgs(
+                sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+            ),
+            abstract,
+        )
+        args = ocp.args.PyTreeRestore(abstract, restore_args=like)
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            return reader.restore(folder / part, args=args)
+    except Exception as error:  # as above
+        raise _damaged(folder, error) from error
+
+
+def refuse_non_finite(parts: Mapping[str, Any], what: str) -> None:
+    """ValueError naming the first parts and paths that hold a NaN or an infinity."""
+    bad = [name for name, tree in parts.items() if not _all_finite(tree)]
+    if not bad:
+        return
+    flat, _ = jax.tree_util.tree_flatten_with_path({name: parts[name] for name in bad})
+    paths = [sharding.path_name(path) for path, leaf in flat if not _all_finite(leaf)]
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    raise ValueError(
+        f"{what} not written: {', '.join(bad)} not finite, in {', '.join(paths[:3])}{more};"
+        " go on from the last one, with a lower learning rate or a clipped gradient"
+    )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all()
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """The trees of a state that hold any array: Orbax refuses empty ones."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {n: tree for n, tree in fields.items() if n not in SCALARS and jax.tree.leaves(tree)}
+
+
+def _header() -> dict[str, Any]:
+    names = ("ldm-jax", "jax", "flax", "optax", "orbax-checkpoint")
+    return {"format": FORMAT, "versions": {name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # ldm-jax, when run from a bare checkout
+        return "not installed"
+
+
+def _folder(source: epath.PathLike | ocp.CheckpointManager) -> epath.Path:
+    if isinstance(source, ocp.CheckpointManager):
+        source.wait_until_finished()
+        return epath.Path(source.directory)
+    return epath.Path(source).absolute() / "checkpoints"
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    if not folder.exists():
+        return []
+    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and _is_complete(f))
+
+
+def _is_complete(folder: epath.Path) -> bool:
+    """Whether Orbax finished the folder: its final name on disk, a marker on object stores."""
+    return folder.exists() and ocp.utils.is_checkpoint_finalized(folder)
+
+
+def _step_folder(folder: epath.Path, step: int | None) -> epath.Path:
+    steps = _steps(folder)
+    if not steps or (step is not None and step not in steps):
+        asked = "any step" if step is None else f"step {step}"
+        raise FileNotFoundError(f"{folder}: nothing saved of {asked}; it has {steps or 'nothing'}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def _check_fit(folder: epath.Path, saved: Any, abstract: Any) -> None:
+    def described(tree: Any) -> dict[str, str]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {sharding.path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in flat}
+
+    old, new = described(saved), described(abstract)
+    odd = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+    if odd:
+        lines = [f"{n}: saved {old.get(n, 'not')}, expected {new.get(n, 'not')}" for n in odd[:3]]
+        raise ValueError(
+            f"{folder}: is of another model, {len(odd)} arrays differ ({'; '.join(lines)}): use"
+            " the config that the run was started with, or another workdir"
+        )
+
+
+def _damaged(folder: epath.Path, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(
+        f"{folder}: cannot be read ({reason}); remove that folder to go on from an older one"
+    )
