@@ -1,0 +1,147 @@
+"""Attention as one function, chosen for the target devices and passed to the modules.
+
+Every attention here is `f(q_bqnd, k_bknd, v_bknd, precision=None) -> out_bqnd`, which is
+softmax(q k^T / sqrt(d)) v without masks, softmax in float32.
+Axes: b batch, q and k query and key positions, n heads, d width of a head, c chunks.
+"""
+
+import functools
+from collections.abc import Callable
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax.lax import PrecisionLike
+from jax.sharding import Mesh, PartitionSpec
+
+AttentionFunction = Callable[..., jax.Array]
+
+NAMES = ("auto", "xla", "chunked", "cudnn")
+CHUNK_LOGITS = 2**21
+"""Logits of one head that `chunked` keeps at a time: 8 MiB."""
+CPU_LOGITS = 2**22
+"""Logits of all heads from which on "auto" takes `chunked` on a CPU."""
+
+
+def xla(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
+    """The plain formula, all logits at once."""
+    logits_bnqk = jnp.einsum(
+        "bqnd,bknd->bnqk", q_bqnd, k_bknd, precision=precision, preferred_element_type=jnp.float32
+    )
+    weights_bnqk = jax.nn.softmax(logits_bnqk * q_bqnd.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum(
+        "bnqk,bknd->bqnd", weights_bnqk.astype(v_bknd.dtype), v_bknd, precision=precision
+    )
+
+
+def chunked(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
+    """One head and one chunk of queries at a time, recomputed in the backward pass.
+
+    Logits stay in a CPU's cache, and memory grows linearly with the number of tokens.
+    """
+    batch, queries, _, width = q_bqnd.shape
+    most = max(1, CHUNK_LOGITS // k_bknd.shape[1])
+    chunk = -(-queries // -(-queries // most))  # equal chunks, so that little is padding
+    q_bqnd = jnp.pad(q_bqnd, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
+    q_xcqd = einops.rearrange(q_bqnd, "b (c q) n d -> (b n) c q d", q=chunk)
+    k_xkd = einops.rearrange(k_bknd, "b k n d -> (b n) k d")
+    v_xkd = einops.rearrange(v_bknd, "b k n d -> (b n) k d")
+
+    @jax.checkpoint
+    def attend(q_qd, k_kd, v_kd):
+        logits_qk = jnp.einsum(
+            "qd,kd->qk", q_qd, k_kd, precision=precision, preferred_element_type=jnp.float32
+        )
+        logits_qk *= width**-0.5
+        peak_q1 = jax.lax.stop_gradient(jnp.max(logits_qk, axis=-1, keepdims=True))
+        weights_qk = jnp.exp(logits_qk - peak_q1)
+        total_q1 = jnp.sum(weights_qk, axis=-1, keepdims=True)
+        sum_qd = jnp.einsum(
+            "qk,kd->qd",
+            weights_qk.astype(v_kd.dtype),
+            v_kd,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return (sum_qd / total_q1).astype(v_kd.dtype)
+
+    def head(qkv):
+        q_cqd, k_kd, v_kd = qkv
+        return jax.lax.map(lambda q_qd: attend(q_qd, k_kd, v_kd), q_cqd)
+
+    out_xcqd = jax.lax.map(head, (q_xcqd, k_xkd, v_xkd))
+    return einops.rearrange(out_xcqd, "(b n) c q d -> b (c q) n d", b=batch)[:, :queries]
+
+
+def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
+    """cuDNN's fused attention where it applies, else `xla`.
+
+    It applies to bfloat16 and float16 and head widths 8 to 128 in steps of 8. Odd lengths are
+    padded by one row, which is masked.
+    """
+    width = q_bqnd.shape[-1]
+    if q_bqnd.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
+        return xla(q_bqnd, k_bknd, v_bknd, precision)
+    batch, queries, keys = q_bqnd.shape[0], q_bqnd.shape[1], k_bknd.shape[1]
+    lengths = {}
+    if queries % 2 or keys % 2:
+        lengths = {
+            "query_seq_lengths": jnp.full((batch,), queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full((batch,), keys, jnp.int32),
+        }
+    q_bqnd, k_bknd, v_bknd = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_bqnd, k_bknd, v_bknd)
+    )
+    out_bqnd = jax.nn.dot_product_attention(
+        q_bqnd, k_bknd, v_bknd, implementation="cudnn", **lengths
+    )
+    return out_bqnd[:, :queries]
+
+
+def cpu(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
+    """`chunked` for long sequences, `xla` for short ones."""
+    batch, queries, heads, _ = q_bqnd.shape
+    long = batch * heads * queries * k_bknd.shape[1] >= CPU_LOGITS
+    return (chunked if long else xla)(q_bqnd, k_bknd, v_bknd, precision)
+
+
+@functools.lru_cache
+def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> AttentionFunction:
+    """The attention to give to modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
+
+    `platform` is that of the target devices, which is not where a program is traced when it is
+    compiled ahead of time. "auto" is `cpu` there, `cudnn` on CUDA GPUs, and `xla` elsewhere (TPUs
+    have no kernel of their own here yet). What XLA cannot partition is split over the batch and the
+    heads with the axes `data`, `fsdp` and `tensor` of `mesh`. Equal arguments give the same
+    function, so modules that hold it compare equal.
+
+    Raises ValueError for an unknown name, and for "cudnn" on anything but a GPU.
+    """
+    if name not in NAMES:
+        raise ValueError(f"attention {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    if name == "cudnn" and platform not in ("gpu", "cuda"):
+        raise ValueError(f"attention 'cudnn' does not run on {platform!r}; use 'auto' there")
+    automatic = {"cpu": cpu, "gpu": cudnn, "cuda": cudnn}.get(platform, xla)
+    function = {"auto": automatic, "xla": xla, "chunked": chunked, "cudnn": cudnn}[name]
+    if function is xla or mesh is None or mesh.size == 1:
+        return function
+    return functools.partial(_split, function, mesh)
+
+
+def _split(function, mesh, q_bqnd, k_bknd, v_bknd, precision=None):
+    """`function` on each device's rows and heads; an axis that does not divide them is left out."""
+    rows, _, heads, _ = q_bqnd.shape
+    row_axes: tuple[str, ...] = ()
+    for axis in ("data", "fsdp"):
+        if axis in mesh.shape and rows % mesh.shape[axis] == 0:
+            row_axes, rows = (*row_axes, axis), rows // mesh.shape[axis]
+    head_axis = "tensor" if "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(row_axes or None, None, head_axis, None)
+    split = jax.shard_map(
+        functools.partial(function, precision=precision),
+        mesh=mesh,
+        in_specs=(spec, spec, spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+    return split(q_bqnd, k_bknd, v_bknd)

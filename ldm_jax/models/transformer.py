@@ -1,0 +1,153 @@
+"""Attention blocks of the UNet: plain self-attention, and transformers that read the context.
+
+Axes: b batch, q image positions, l context tokens, c channels, n heads, d width of a head.
+"""
+
+import einops
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from ldm_jax.models.attention import AttentionFunction, xla
+from ldm_jax.models.blocks import conv, dense, group_norm
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions (`openaimodel.AttentionBlock`); starts as identity."""
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+    attention: AttentionFunction = xla
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x, context_blc=None):
+        del context_blc  # taken so that both kinds of block are called alike
+        height, width, channels = x.shape[1:]
+        low = {"dtype": self.dtype, "precision": self.precision}
+        h = group_norm(channels, 1e-5, name="group_norm", dtype=self.dtype)(x)
+        h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
+        qkv = (dense(channels, channels, name=f"to_{part}", **low)(h_bqc) for part in "qkv")
+        split = (einops.rearrange(a, "b q (n d) -> b q n d", n=self.num_heads) for a in qkv)
+        out_bqnd = self.attention(*split, precision=self.precision)
+        out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)")
+        out_bqc = dense(channels, channels, zero=True, name="to_out_0", **low)(out_bqc)
+        return x + einops.rearrange(out_bqc, "b (h w) c -> b h w c", h=height, w=width)
+
+
+class Attention(nn.Module):
+    """Attention to `context_blc`, or to the image without one (`attention.CrossAttention`)."""
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+    attention: AttentionFunction = xla
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x_bqc, context_blc=None):
+        channels = x_bqc.shape[-1]
+        source = x_bqc if context_blc is None else context_blc
+        low = {"dtype": self.dtype, "precision": self.precision}
+
+        def project(a, part):
+            a = dense(a.shape[-1], channels, use_bias=False, name=f"to_{part}", **low)(a)
+            return einops.rearrange(a, "b l (n d) -> b l n d", n=self.num_heads)
+
+        q_bqnd, k_blnd, v_blnd = project(x_bqc, "q"), project(source, "k"), project(source, "v")
+        out_bqnd = self.attention(q_bqnd, k_blnd, v_blnd, precision=self.precision)
+        out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)")
+        return dense(channels, channels, name="to_out_0", **low)(out_bqc)
+
+
+class GEGLU(nn.Module):
+    """Linear layer to twice the width; the second half, through an exact GELU, gates the first."""
+
+    channels: int
+    dtype: DTypeLike = jnp.float32
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x):
+        proj = dense(
+            x.shape[-1],
+            2 * self.channels,
+            name="proj",
+            dtype=self.dtype,
+            precision=self.precision,
+        )
+        value, gate = jnp.split(proj(x), 2, axis=-1)
+        return value * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back (`attention.FeedForward`)."""
+
+    dtype: DTypeLike = jnp.float32
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        low = {"dtype": self.dtype, "precision": self.precision}
+        x = GEGLU(4 * channels, name="net_0", **low)(x)
+        return dense(4 * channels, channels, name="net_2", **low)(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each after a LayerNorm.
+
+    (`attention.BasicTransformerBlock`)
+    """
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+    attention: AttentionFunction = xla
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x_bqc, context_blc=None):
+        low = {"dtype": self.dtype, "precision": self.precision}
+        heads = {"num_heads": self.num_heads, "attention": self.attention}
+
+        def norm(name):
+            return nn.LayerNorm(1e-5, use_fast_variance=False, dtype=self.dtype, name=name)
+
+        x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc))
+        x_bqc += Attention(name="attn2", **heads, **low)(norm("norm2")(x_bqc), context_blc)
+        x_bqc += FeedForward(name="ff", **low)(norm("norm3")(x_bqc))
+        return x_bqc
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the positions (`attention.SpatialTransformer`); starts as identity."""
+
+    num_heads: int
+    depth: int = 1
+    linear_projection: bool = False
+    """proj_in and proj_out are dense instead of 1x1 convolutions: their shape differs."""
+    dtype: DTypeLike = jnp.float32
+    attention: AttentionFunction = xla
+    remat: bool = False
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x, context_blc=None):
+        height, width, channels = x.shape[1:]
+        low = {"dtype": self.dtype, "precision": self.precision}
+        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+
+        def project(name, zero=False):
+            if self.linear_projection:
+                return dense(channels, channels, zero=zero, name=name, **low)
+            return conv(channels, channels, 1, zero=zero, name=name, **low)
+
+        h = project("proj_in")(group_norm(channels, 1e-6, name="norm", dtype=self.dtype)(x))
+        h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
+        for i in range(self.depth):
+            name = f"transformer_blocks_{i}"
+            h_bqc = block(self.num_heads, attention=self.attention, name=name, **low)(
+                h_bqc, context_blc
+            )
+        h = einops.rearrange(h_bqc, "b (h w) c -> b h w c", h=height, w=width)
+        return x + project("proj_out", zero=True)(h)

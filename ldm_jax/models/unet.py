@@ -1,0 +1,291 @@
+"""Time-conditional UNet with every option of the published models (`openaimodel.UNetModel`).
+
+The parameter tree is that of diffusers' Flax UNet; where that lacks a part, torch diffusers' names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from ldm_jax import schema
+from ldm_jax.models.attention import AttentionFunction, xla
+from ldm_jax.models.blocks import (
+    Downsample,
+    ResBlock,
+    Upsample,
+    conv,
+    dense,
+    group_norm,
+    timestep_embedding,
+)
+from ldm_jax.models.transformer import AttentionBlock, SpatialTransformer
+
+Make = Callable[..., nn.Module]  # a block with all but channels, resample and name filled in
+
+
+class UNet(nn.Module):
+    """Noised latents and their times to the raw prediction; see `__call__`.
+
+    Fields up to `dropout` are those of `schema.UNetConfig`. Parameters are float32, computation is
+    in `dtype`; `remat` recomputes the blocks in the backward pass; `attention` comes from
+    `attention.choose`.
+    """
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_downsample: tuple[int, ...]
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    spatial_transformer: bool = False
+    transformer_depth: int = 1
+    context_dim: int | None = None
+    linear_projection: bool = False
+    scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    num_classes: int | None = None
+    vector_dim: int | None = None
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    attention: AttentionFunction = xla
+    remat: bool = False
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x, t_b, context_blc=None, label=None, train=False):
+        """The raw prediction, float32 [B, H, W, out_channels].
+
+        x: [B, H, W, in_channels], noised latents and concatenated conditioning.
+        t_b: [B], int or float32 in [0, timesteps).
+        context_blc: [B, L, context_dim] tokens, exactly when transformers have a context_dim.
+        label: int [B] for a model with num_classes, float [B, vector_dim] for one with vector_dim.
+        train: dropout is on, and draws from the rng "dropout".
+        Raises ValueError when an input and the model do not fit.
+        """
+        self._check(x, context_blc, label)
+        low = {"dtype": self.dtype, "precision": self.precision}
+        emb = self._embed(t_b, label)
+        resnet = self._resnet()
+        x = conv(self.in_channels, self.model_channels, name="conv_in", **low)(x)
+
+        skips = [x]
+        last = len(self.channel_mult) - 1
+        for level, mult in enumerate(self.channel_mult):
+            channels = self.model_channels * mult
+            down = DownBlock(
+                channels=channels,
+                num_layers=self.num_res_blocks,
+                resnet=resnet,
+                attend=self._attend(level),
+                downsample=self._change("down", channels) if level < last else None,
+                name=f"down_blocks_{level}",
+            )
+            x, more = down(x, emb, context_blc, train)
+            skips += more
+
+        x = MidBlock(resnet, self._attend(None), name="mid_block")(x, emb, context_blc, train)
+
+        for i, level in enumerate(reversed(range(last + 1))):
+            channels = self.model_channels * self.channel_mult[level]
+            up = UpBlock(
+                channels=channels,
+                num_layers=self.num_res_blocks + 1,
+                resnet=resnet,
+                attend=self._attend(level),
+                upsample=self._change("up", channels) if level > 0 else None,
+                name=f"up_blocks_{i}",
+            )
+            x, skips = up(x, skips, emb, context_blc, train)
+
+        h = nn.silu(group_norm(x.shape[-1], 1e-5, name="conv_norm_out", dtype=self.dtype)(x))
+        out = conv(x.shape[-1], self.out_channels, zero=True, name="conv_out", **low)(h)
+        return out.astype(jnp.float32)
+
+    def _embed(self, t_b, label):
+        """Time, and label if there is one, as [B, 4 * model_channels]."""
+        low = {"dtype": self.dtype, "precision": self.precision}
+        width = 4 * self.model_channels
+        emb = TwoDense(width, name="time_embedding", **low)(
+            timestep_embedding(t_b, self.model_channels)
+        )
+        if self.num_classes is not None:
+            init = nn.initializers.normal(1.0)
+            embed = nn.Embed(
+                self.num_classes,
+                width,
+                embedding_init=init,
+                dtype=self.dtype,
+                name="class_embedding",
+            )
+            emb += embed(label)
+        elif self.vector_dim is not None:
+            emb += TwoDense(width, name="class_embedding", **low)(label)
+        return emb
+
+    def _resnet(self) -> Make:
+        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
+        return functools.partial(
+            block,
+            scale_shift_norm=self.scale_shift_norm,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            precision=self.precision,
+        )
+
+    def _change(self, resample: str, channels: int) -> Make:
+        """What halves ("down") or doubles ("up") the resolution; called like a resnet."""
+        if self.resblock_updown:
+            return functools.partial(self._resnet(), channels=channels, resample=resample)
+        low = {"dtype": self.dtype, "precision": self.precision}
+        if resample == "down":
+            return functools.partial(Downsample, padding=(1, 1), **low)
+        return functools.partial(Upsample, **low)
+
+    def _attend(self, level: int | None) -> Make | None:
+        """The attention block of a level; of the middle block for None."""
+        if level is not None and 2**level not in self.attention_downsample:
+            return None
+        channels = self.model_channels * self.channel_mult[-1 if level is None else level]
+        common = {
+            "num_heads": self.num_heads or channels // self.num_head_channels,
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "precision": self.precision,
+        }
+        if not self.spatial_transformer:
+            block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+            return functools.partial(block, **common)
+        return functools.partial(
+            SpatialTransformer,
+            depth=self.transformer_depth,
+            linear_projection=self.linear_projection,
+            remat=self.remat,
+            **common,
+        )
+
+    def _check(self, x, context_blc, label):
+        """ValueError when inputs do not fit the model."""
+        if (self.num_heads is None) == (self.num_head_channels is None):
+            raise ValueError(
+                f"num_heads={self.num_heads} and num_head_channels={self.num_head_channels}:"
+                " give one of them"
+            )
+        if self.num_classes is not None and self.vector_dim is not None:
+            raise ValueError(
+                f"num_classes={self.num_classes} and vector_dim={self.vector_dim}:"
+                " give one of them at most"
+            )
+        size = 2 ** (len(self.channel_mult) - 1)
+        if x.shape[-1] != self.in_channels or x.shape[1] % size or x.shape[2] % size:
+            raise ValueError(
+                f"x of shape {x.shape}: the UNet takes [batch, height, width, {self.in_channels}]"
+                f" with sides that are multiples of {size}"
+            )
+        context_dim = self.context_dim if self.spatial_transformer else None
+        given = None if context_blc is None else context_blc.shape[-1]
+        if context_dim != given:
+            raise ValueError(f"context of width {given}: the UNet takes width {context_dim}")
+        labelled = self.num_classes is not None or self.vector_dim is not None
+        if labelled != (label is not None):
+            raise ValueError(
+                f"the UNet {'needs a' if labelled else 'takes no'} label"
+                f" (num_classes={self.num_classes}, vector_dim={self.vector_dim})"
+            )
+
+
+class TwoDense(nn.Module):
+    """Two dense layers with a SiLU between: what makes an embedding of the time or of a vector."""
+
+    channels: int
+    dtype: DTypeLike = jnp.float32
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x):
+        low = {"dtype": self.dtype, "precision": self.precision}
+        x = nn.silu(dense(x.shape[-1], self.channels, name="linear_1", **low)(x))
+        return dense(self.channels, self.channels, name="linear_2", **low)(x)
+
+
+class DownBlock(nn.Module):
+    """One level going down; returns its output and every activation that the way up will read."""
+
+    channels: int
+    num_layers: int
+    resnet: Make
+    attend: Make | None
+    downsample: Make | None
+
+    @nn.compact
+    def __call__(self, x, emb, context_blc, train):
+        skips = []
+        for i in range(self.num_layers):
+            x = self.resnet(self.channels, name=f"resnets_{i}")(x, emb, train)
+            if self.attend is not None:
+                x = self.attend(name=f"attentions_{i}")(x, context_blc)
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(name="downsamplers_0")(x, emb, train)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """ResBlock, attention, ResBlock at the lowest resolution."""
+
+    resnet: Make
+    attend: Make
+
+    @nn.compact
+    def __call__(self, x, emb, context_blc, train):
+        channels = x.shape[-1]
+        x = self.resnet(channels, name="resnets_0")(x, emb, train)
+        x = self.attend(name="attentions_0")(x, context_blc)
+        return self.resnet(channels, name="resnets_1")(x, emb, train)
+
+
+class UpBlock(nn.Module):
+    """One level going up, each layer with the last of `skips`; returns its output and the rest."""
+
+    channels: int
+    num_layers: int
+    resnet: Make
+    attend: Make | None
+    upsample: Make | None
+
+    @nn.compact
+    def __call__(self, x, skips, emb, context_blc, train):
+        for i in range(self.num_layers):
+            *skips, skip = skips
+            x = jnp.concatenate([x, skip], axis=-1)
+            x = self.resnet(self.channels, name=f"resnets_{i}")(x, emb, train)
+            if self.attend is not None:
+                x = self.attend(name=f"attentions_{i}")(x, context_blc)
+        if self.upsample is not None:
+            x = self.upsample(name="upsamplers_0")(x, emb, train)
+        return x, skips
+
+
+def from_config(
+    config: schema.UNetConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    attention: AttentionFunction = xla,
+    remat: bool = False,
+    precision: PrecisionLike = None,
+) -> UNet:
+    """The UNet that `config` describes, computing as the other arguments say (see `UNet`)."""
+    return UNet(
+        **dataclasses.asdict(config),
+        dtype=dtype,
+        attention=attention,
+        remat=remat,
+        precision=precision,
+    )
