@@ -1,0 +1,180 @@
+"""Images in a folder, with classes, captions, segmentation maps or masks in files beside them."""
+
+import json
+import os
+import posixpath
+from pathlib import Path
+from typing import Any
+
+from ldm_jax import schema
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class FolderSource:
+    """Every image below a folder, sorted by path; files beside them are looked for once, here.
+
+    FileNotFoundError and ValueError name the folder or file and the remedy.
+    """
+
+    def __init__(self, config: schema.FolderConfig, split: str):
+        root, files = config.path, find_files(config.path)
+        images = _images(root, files, config)
+        classes = None
+        if config.class_from_folder:  # of all images of `path`: both splits use the same ids
+            classes = sorted({_class_name(root, image) for image in images})
+        if config.eval_path is None:
+            images = _part(images, config, split)
+        elif split == "eval":
+            root, files = config.eval_path, find_files(config.eval_path)
+            images = _images(root, files, config)
+
+        self._root = Path(root)
+        self._images = images
+        self._labels = None if classes is None else _labels(root, images, classes)
+        self._captions = _metadata(root, images, files) if config.captions == "metadata" else None
+        suffixes = {
+            "caption": ".txt" if config.captions == "sidecar" else None,
+            "segmentation": _png(config.segmentation_suffix),
+            "mask": _png(config.mask_suffix),
+        }
+        self._beside = {
+            name: _beside(root, images, files, name, suffix)
+            for name, suffix in suffixes.items()
+            if suffix is not None
+        }
+        self.num_classes = None if classes is None else len(classes)
+        self.features = frozenset(self[0])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record: dict[str, Any] = {"image": (self._root / self._images[index]).read_bytes()}
+        if self._labels is not None:
+            record["label"] = self._labels[index]
+        if self._captions is not None:
+            record["caption"] = self._captions[index]
+        for name, paths in self._beside.items():
+            path = self._root / paths[index]
+            record[name] = _text(path).strip() if name == "caption" else path.read_bytes()
+        return record
+
+    def describe(self, index: int) -> str:
+        """The path of the image."""
+        return str(self._root / self._images[index])
+
+
+def find_files(root: str) -> set[str]:
+    """Every file below `root` that is not hidden, as paths relative to it with forward slashes."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"data folder {root!r} is not a folder here: set source.path")
+    files, seen = set(), set()
+
+    def stop(error: OSError) -> None:
+        raise OSError(
+            f"cannot read data folder {error.filename}: {error.strerror}; check its permissions"
+        ) from error
+
+    for folder, subfolders, names in os.walk(root, onerror=stop, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back up
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative = os.path.relpath(folder, root).replace(os.sep, "/")
+        files |= {posixpath.normpath(f"{relative}/{n}") for n in names if not n.startswith(".")}
+    return files
+
+
+def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str]:
+    """The images among `files`, sorted: what is neither a segmentation map nor a mask."""
+    maps = tuple(s for s in (_png(config.segmentation_suffix), _png(config.mask_suffix)) if s)
+    images = sorted(
+        f for f in files if posixpath.splitext(f)[1].lower() in SUFFIXES and not f.endswith(maps)
+    )
+    if not images:
+        raise FileNotFoundError(f"no image in {root} (looked for {' '.join(sorted(SUFFIXES))})")
+    return images
+
+
+def _part(images: list[str], config: schema.FolderConfig, split: str) -> list[str]:
+    if config.eval_every < 2:
+        raise ValueError(f"eval_every {config.eval_every} leaves no image to train: use 2 or more")
+    held_out = split == "eval"
+    part = [image for i, image in enumerate(images) if (i % config.eval_every == 0) == held_out]
+    if not part:
+        raise ValueError(
+            f"{config.path} has {len(images)} image, which is held out: add images or set eval_path"
+        )
+    return part
+
+
+def _class_name(root: str, image: str) -> str:
+    folder = posixpath.dirname(image)
+    if not folder:
+        raise ValueError(
+            f"{os.path.join(root, image)} is in no class folder: move it into one, or turn "
+            "class_from_folder off"
+        )
+    return posixpath.basename(folder)
+
+
+def _labels(root: str, images: list[str], classes: list[str]) -> list[int]:
+    ids = {name: i for i, name in enumerate(classes)}
+    for image in images:
+        if _class_name(root, image) not in ids:
+            name = _class_name(root, image)
+            raise ValueError(f"{os.path.join(root, image)}: no training image has class {name!r}")
+    return [ids[_class_name(root, image)] for image in images]
+
+
+def _png(suffix: str | None) -> str | None:
+    return None if suffix is None else f"{suffix}.png"
+
+
+def _beside(root: str, images: list[str], files: set[str], name: str, suffix: str) -> list[str]:
+    """IMAGE + suffix of each image."""
+    paths = [posixpath.splitext(image)[0] + suffix for image in images]
+    missing = [path for path in paths if path not in files]
+    if missing:
+        raise FileNotFoundError(
+            f"{os.path.join(root, missing[0])} is missing ({len(missing)} of {len(images)} images "
+            f"have no {name}): add it, or turn the {name} off in the data config"
+        )
+    return paths
+
+
+def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
+    """Captions from every metadata.jsonl below `root`; `file_name` is relative to its folder."""
+    tables = sorted(f for f in files if posixpath.basename(f) == "metadata.jsonl")
+    if not tables:
+        raise FileNotFoundError(f"no metadata.jsonl in {root}: add one, or set captions to none")
+    captions = {}
+    for table in tables:
+        path = os.path.join(root, table)
+        for number, line in enumerate(_text(Path(path)).splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                file_name, text = entry["file_name"], entry["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number}: each line is an object with file_name and text ({error!r})"
+                ) from error
+            captions[posixpath.normpath(posixpath.join(posixpath.dirname(table), file_name))] = text
+    for image in images:
+        if image not in captions:
+            raise ValueError(
+                f"{os.path.join(root, image)} is in no metadata.jsonl: add a line for it"
+            )
+    return [captions[image] for image in images]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

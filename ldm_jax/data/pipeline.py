@@ -1,0 +1,151 @@
+"""From rows to global batches: row r of batch i is row i * B + r of the stream, on every mesh.
+
+The step is the only cursor, so a run resumes by asking for its next step. Each process decodes the
+rows that its own devices hold, and no others.
+"""
+
+import sys
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from ldm_jax.data.rows import Made, Row, Stream
+
+Batch = dict[str, jax.Array]
+
+
+def global_batch(stream: Stream, step: int, sharding: jax.sharding.Sharding) -> Batch:
+    """Batch `step`: every array [B, ...], its axis 0 laid over the devices by `sharding`.
+
+    Decodes here and now, in this thread; `prefetch` reads ahead. ValueError when the devices do
+    not divide the batch, and as from `Stream`.
+    """
+    local = local_rows(stream.batch_size, sharding)
+    rows = [stream[step * stream.batch_size + row] for row in local]
+    return _assemble(stream, rows, local, sharding)
+
+
+def prefetch(stream: Stream, first_step: int, sharding: jax.sharding.Sharding) -> "Batches":
+    """Iterator of (step, batch) from `first_step` on, read ahead; batches as from `global_batch`.
+
+    With `workers`, a script that calls this needs the usual `if __name__ == "__main__":`.
+    """
+    return Batches(stream, first_step, sharding)
+
+
+class Batches:
+    """Decodes `read_ahead` batches ahead in threads or worker processes. Close it, or use `with`.
+
+    An error met in reading ahead is raised where its row would have been returned, and closes it.
+    """
+
+    def __init__(self, stream: Stream, first_step: int, sharding: jax.sharding.Sharding):
+        self._stream, self._step, self._sharding = stream, first_step, sharding
+        self._local = local_rows(stream.batch_size, sharding)
+        config, local = stream.config, len(self._local)
+        rows = _LocalRows(stream.made, stream.batch_size, first_step, self._local)
+        buffer = -(
+            -config.read_ahead * local // max(1, config.workers)
+        )  # of each process, rounded up
+        ahead = rows.to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=config.threads, prefetch_buffer_size=buffer if config.threads else 0
+            )
+        )
+        if config.workers:
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain reads absl flags; a program without any has none
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=buffer)
+            ahead = ahead.mp_prefetch(options)
+        self._ahead = iter(ahead)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
+        if self._ahead is None:
+            raise ValueError("these batches were closed: call data.prefetch again")
+        try:
+            rows = [self._stream.accept(next(self._ahead)) for _ in self._local]
+        except BaseException:  # half a batch is lost: going on would shift every later one
+            self.close()
+            raise
+        step, self._step = self._step, self._step + 1
+        return step, _assemble(self._stream, rows, self._local, self._sharding)
+
+    def close(self) -> None:
+        """Stops the threads or workers."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None  # freed here: at interpreter exit Grain's clean-up would fail
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+class _LocalRows(grain.MapDataset):
+    """The rows that this process decodes, batch after batch from `first_step` on."""
+
+    def __init__(self, made: grain.MapDataset, batch_size: int, first_step: int, local: list[int]):
+        super().__init__(made)
+        self._batch_size, self._first_step, self._local = batch_size, first_step, local
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int | slice) -> Made:
+        if isinstance(index, slice):
+            return self.slice(index)
+        steps, i = divmod(index, len(self._local))
+        row = (self._first_step + steps) * self._batch_size + self._local[i]
+        return self.parents[0][row]
+
+
+def local_rows(batch_size: int, sharding: jax.sharding.Sharding) -> list[int]:
+    """Rows of a global batch that the devices of this process hold, each once, ascending.
+
+    Asked of the sharding, not of the process index: where replicas span processes, a slice by
+    process would feed them different data.
+    """
+    shards = _shards_of_axis_0(sharding)
+    if batch_size % shards:
+        raise ValueError(
+            f"batch {batch_size} is not a multiple of {shards} devices that split it: use "
+            f"{max(1, batch_size // shards) * shards}, or another mesh"
+        )
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (index,) in indices for row in range(*index.indices(batch_size))})
+
+
+def _shards_of_axis_0(sharding: jax.sharding.Sharding) -> int:
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding.num_devices
+    names = sharding.spec[0] if sharding.spec else None
+    names = (names,) if isinstance(names, str) else names or ()
+    return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
+
+
+def _assemble(
+    stream: Stream, rows: list[Row], local: list[int], sharding: jax.sharding.Sharding
+) -> Batch:
+    """This process's rows as global arrays."""
+    place = {row: i for i, row in enumerate(local)}
+
+    def array(name: str) -> jax.Array:
+        values = np.stack([row[name] for row in rows])
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(stream.batch_size)
+            return values[place[start] : place[start] + stop - start]  # a shard's rows are adjacent
+
+        return jax.make_array_from_callback((stream.batch_size, *values.shape[1:]), sharding, shard)
+
+    return {name: array(name) for name in stream.spec}

@@ -1,0 +1,181 @@
+"""The endless stream of training rows: row i is a function of (seed, i) alone.
+
+Epochs reshuffle, every row has its own random generator, and a record that cannot be decoded is
+replaced by the next one that can: nothing depends on what was read before, where, or how far ahead.
+"""
+
+import dataclasses
+import logging
+import threading
+from typing import Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from ldm_jax import schema
+from ldm_jax.data import transforms
+from ldm_jax.data.sources import Source, open_source
+
+LOG = logging.getLogger(__name__)
+
+Row = dict[str, np.ndarray]
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+class Made(NamedTuple):
+    """A row, and the records that could not be decoded on the way to it, as (index, reason)."""
+
+    row: Row
+    bad: tuple[tuple[int, str], ...]
+
+
+class Stream:
+    """Rows by index, without end. Made by `stream`; stays in the main process.
+
+    batch_size   rows in a global batch
+    source       the records
+    spec         {name: (shape, dtype)} of the arrays of a row
+    made         Grain dataset of `Made`, for reading ahead; hand what it gives to `accept`
+    """
+
+    def __init__(
+        self, source: Source, config: schema.DataConfig, batch_size: int, seed: int, train: bool
+    ):
+        self.source, self.config, self.batch_size = source, config, batch_size
+        self.spec = _spec(source, config)
+        # Two seeds, hashed: Grain shuffles epoch e with seed + e, so runs with neighbouring seeds
+        # would otherwise share their orders.
+        shuffle_seed, row_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+        records = grain.MapDataset.range(len(source))
+        if train and config.shuffle:
+            records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
+        self.made = records.repeat().random_map(_MakeRow(source, config, train), seed=row_seed)
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def num_records(self) -> int:
+        """Records in an epoch."""
+        return len(self.source)
+
+    @property
+    def bad_records(self) -> int:
+        """Records that could not be decoded, of those this process has met; each counts once."""
+        return len(self._bad)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` >= 0, decoded now.
+
+        RuntimeError after more than `max_bad_records` undecodable records; ValueError for an image
+        that is too small, a map of another size, a label out of range. All name the record.
+        """
+        return self.accept(self.made[index])
+
+    def accept(self, made: Made) -> Row:
+        """The row; undecodable records met on the way to it are reported and counted, once each.
+
+        Here rather than where they are met, so that threads and worker processes count alike.
+        """
+        for index, reason in made.bad:
+            with self._lock:
+                known = index in self._bad
+                self._bad.add(index)
+            if not known:
+                name = self.source.describe(index)
+                LOG.warning("%s cannot be decoded; the next one replaces it (%s)", name, reason)
+                _check_limit(len(self._bad), name, self.config)
+        return made.row
+
+
+def stream(
+    config: schema.DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    split: Literal["train", "eval"] = "train",
+) -> Stream:
+    """The rows of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
+
+    Errors as from `sources.open_source`; ValueError also for a value out of range.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("data.size", config.size, 1),
+        ("data.threads", config.threads, 0),
+        ("data.workers", config.workers, 0),
+        ("data.read_ahead", config.read_ahead, 1),
+        ("data.max_bad_records", config.max_bad_records, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}")
+    low, high = config.crop_range
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_range is {low} {high}, but 0 < low <= high <= 1 is needed")
+    return Stream(open_source(config, split), config, batch_size, seed, train=split == "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeRow:
+    """Record -> row; pickled into worker processes."""
+
+    source: Source
+    config: schema.DataConfig
+    train: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Made:
+        index, record, images, bad = self._decode(index)
+        try:
+            row = transforms.to_row(images, self.config, rng if self.train else None)
+            if self.source.num_classes is not None:
+                row["label"] = _label(record["label"], self.source.num_classes)
+        except ValueError as error:
+            raise ValueError(f"{self.source.describe(index)}: {error}") from error
+        return Made(row, bad)
+
+    def _decode(self, index: int) -> tuple[int, dict, transforms.Images, tuple]:
+        """Record `index`, or the next one in the source's order that can be decoded."""
+        bad: list[tuple[int, str]] = []
+        while True:
+            record = self.source[index]
+            try:
+                images = transforms.decode(record, self.config.channels)
+                return index, record, images, tuple(bad)
+            except transforms.UndecodableError as error:
+                name = self.source.describe(index)
+                bad.append((index, str(error)))
+                _check_limit(len(bad), name, self.config)
+                if len(bad) == len(self.source):
+                    raise RuntimeError(
+                        f"not one record can be decoded; the last: {name}"
+                    ) from error
+                index = (index + 1) % len(self.source)
+            except ValueError as error:
+                raise ValueError(f"{self.source.describe(index)}: {error}") from error
+
+
+def _label(label: int, num_classes: int) -> np.ndarray:
+    if not 0 <= label < num_classes:
+        raise ValueError(
+            f"label {label} is not in 0..{num_classes - 1}: does the split have labels?"
+        )
+    return np.int32(label)
+
+
+def _spec(source: Source, config: schema.DataConfig) -> Spec:
+    side = (config.size, config.size)
+    spec = {
+        "image": ((*side, config.channels), np.dtype(np.float32)),
+        "label": ((), np.dtype(np.int32)),
+        "segmentation": (side, np.dtype(np.int32)),
+        "mask": ((*side, 1), np.dtype(np.float32)),
+    }
+    return {name: value for name, value in spec.items() if name in source.features}
+
+
+def _check_limit(count: int, name: str, config: schema.DataConfig) -> None:
+    if count > config.max_bad_records:
+        raise RuntimeError(
+            f"{count} records cannot be decoded, the last: {name}; repair or remove them, or raise "
+            f"data.max_bad_records ({config.max_bad_records})"
+        )

@@ -1,0 +1,63 @@
+"""Where records come from: `open_source` turns a config into indexed records.
+
+A record is a dict of
+  image         encoded bytes, or uint8 [h, w, 3 or 1]
+  label         int, the class id                                       (optional, as all below)
+  caption       str
+  segmentation  encoded bytes or integers [h, w]: the class of each pixel
+  mask          encoded bytes (white = hole) or 0/1 [h, w] (1 = hole)
+"""
+
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ldm_jax import schema
+from ldm_jax.data import transforms
+from ldm_jax.data.folder import FolderSource
+from ldm_jax.data.synthetic import SyntheticSource
+
+
+class Source(Protocol):
+    """Records by index. Picklable (for worker processes): it holds paths, not files or pixels."""
+
+    features: frozenset[str]
+    """Keys of every record."""
+    num_classes: int | None
+    """Labels are below this; None without labels."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def describe(self, index: int) -> str:
+        """Path or name of a record, for messages."""
+
+
+def open_source(config: schema.DataConfig, split: Literal["train", "eval"]) -> Source:
+    """Records that train, or that are held out.
+
+    ValueError and OSError name the folder, file or dataset that is wrong, and the remedy.
+    """
+    match config.source:
+        case schema.TFDSConfig() as source:
+            from ldm_jax.data.tfds import TFDSSource  # here: TFDS takes half a second to import
+
+            return TFDSSource(source, source.split if split == "train" else source.eval_split)
+        case schema.FolderConfig() as source:
+            return FolderSource(source, split)
+        case schema.SyntheticConfig() as source:
+            return SyntheticSource(source, split)
+
+
+def arrays(source: Source, channels: Literal[1, 3] = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Images (uint8 [N, h, w, channels]) and labels (int32 [N]) of a small labelled source.
+
+    All its images must have one size.
+    """
+    records = [source[i] for i in range(len(source))]
+    images = [transforms.decode_image(record["image"], channels) for record in records]
+    pixels = np.stack(
+        [np.asarray(image).reshape(image.height, image.width, channels) for image in images]
+    )
+    return pixels, np.array([record["label"] for record in records], np.int32)
