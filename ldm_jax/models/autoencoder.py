@@ -249,3 +249,9 @@ def from_config(
         remat=remat,
         precision=precision,
     )
+
+
+def example_inputs(autoencoder: AutoencoderKL) -> tuple:
+    """The smallest image that `autoencoder` takes, all zeros: what `init` needs."""
+    size = 2 ** (len(autoencoder.channel_mult) - 1)
+    return (jnp.zeros((1, size, size, autoencoder.in_channels)),)

@@ -154,7 +154,7 @@ class UNet(nn.Module):
             return None
         channels = self.model_channels * self.channel_mult[-1 if level is None else level]
         common = {
-            "num_heads": self.num_heads or channels // self.num_head_channels,
+            "num_heads": self.heads(channels),
             "dtype": self.dtype,
             "attention": self.attention,
             "precision": self.precision,
@@ -169,6 +169,12 @@ class UNet(nn.Module):
             remat=self.remat,
             **common,
         )
+
+    def heads(self, channels: int) -> int:
+        """Attention heads of a level with so many channels."""
+        if self.num_heads is not None:
+            return self.num_heads
+        return channels // self.num_head_channels
 
     def _check(self, x, context_blc, label):
         """ValueError when inputs do not fit the model."""
@@ -289,3 +295,16 @@ def from_config(
         remat=remat,
         precision=precision,
     )
+
+
+def example_inputs(unet: UNet) -> tuple:
+    """The smallest (x, t_b, context_blc, label) that `unet` takes, all zeros: what `init` needs."""
+    size = 2 ** (len(unet.channel_mult) - 1)
+    context = label = None
+    if unet.spatial_transformer and unet.context_dim is not None:
+        context = jnp.zeros((1, 1, unet.context_dim))
+    if unet.num_classes is not None:
+        label = jnp.zeros(1, jnp.int32)
+    elif unet.vector_dim is not None:
+        label = jnp.zeros((1, unet.vector_dim))
+    return jnp.zeros((1, size, size, unet.in_channels)), jnp.zeros(1), context, label
