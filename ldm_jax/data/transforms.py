@@ -11,10 +11,6 @@ from PIL import Image, ImageOps
 
 from ldm_jax import schema
 
-# The reference's ImageNet resizes with cv2.INTER_AREA. BOX equals it where the factor is an
-# integer; elsewhere it counts a pixel on the edge of a cell fully or not at all.
-FILTERS = {"area": Image.Resampling.BOX, "bicubic": Image.Resampling.BICUBIC}
-
 # Every plugin now: `open` loads them when it first meets their format, and a thread that meets one
 # while another loads it is told that no such format exists.
 Image.init()
@@ -52,7 +48,8 @@ def decode_image(data: bytes | np.ndarray, channels: Literal[1, 3]) -> Image.Ima
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def decode_ids(data: bytes | np.ndarray) -> Image.Image:
@@ -74,7 +71,9 @@ def _open(data: bytes | np.ndarray) -> Image.Image:
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if data.shape[2:] == (1,) else data)
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))  # loads every pixel
+        image = Image.open(io.BytesIO(data))
+        ImageOps.exif_transpose(image, in_place=True)  # decodes every pixel
+        return image
     except MemoryError:
         raise
     # PIL's decoders raise whatever they stumble on: OSError, SyntaxError, struct.error, zlib.error,
@@ -92,7 +91,7 @@ def crop_box(
     """
     short = min(width, height)
     random = config.crop == "random" and rng is not None
-    smallest = int(config.crop_range[0] * short) if config.crop == "random" else short
+    smallest = int(config.crop_range[0] * short) if random else short
     if smallest < config.size and not config.allow_upscale:
         raise ValueError(
             f"the image is {width}x{height} and its smallest crop has {smallest} pixels a side, "
@@ -110,14 +109,47 @@ def crop_box(
 
 def crop_and_resize(images: Images, box: Box, config: schema.DataConfig) -> Images:
     """Every image cut to `box` and resized to `size`; maps and masks take the nearest pixel."""
-    square = (config.size, config.size)
+    cut = {name: im if box == (0, 0, *im.size) else im.crop(box) for name, im in images.items()}
+    return {
+        name: (RESIZE[config.resize] if name == "image" else resize_nearest)(image, config.size)
+        for name, image in cut.items()
+    }
 
-    def resize(name: str, image: Image.Image) -> Image.Image:
-        image = image if box == (0, 0, *image.size) else image.crop(box)
-        nearest = Image.Resampling.NEAREST
-        return image.resize(square, FILTERS[config.resize] if name == "image" else nearest)
 
-    return {name: resize(name, image) for name, image in images.items()}
+def resize_nearest(image: Image.Image, size: int) -> Image.Image:
+    """The nearest pixel: no value that was not there."""
+    return image.resize((size, size), Image.Resampling.NEAREST)
+
+
+def resize_bicubic(image: Image.Image, size: int) -> Image.Image:
+    """PIL's antialiased bicubic, as the reference's LSUN."""
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def resize_area(image: Image.Image, size: int) -> Image.Image:
+    """The mean over each cell of a size x size grid: cv2.INTER_AREA, as the reference's ImageNet.
+
+    PIL's BOX differs from it unless the factor is an integer: it takes a pixel on the edge of a
+    cell fully or not at all, where this takes the part that lies inside.
+    """
+    if image.size == (size, size):
+        return image
+    means = _cell_means(_cell_means(np.asarray(image), size, axis=0), size, axis=1)
+    return Image.fromarray(np.rint(means).astype(np.uint8))
+
+
+def _cell_means(values: np.ndarray, cells: int, axis: int) -> np.ndarray:
+    """Means over `cells` equal parts of an axis: differences of the integral at their edges."""
+    n = values.shape[axis]
+    edges = np.arange(cells + 1) * (n / cells)
+    pixel = np.minimum(edges.astype(int), n - 1)  # that an edge cuts, after `part` of it
+    part = np.expand_dims((edges - pixel).astype(np.float32), list(range(1, values.ndim - axis)))
+    sums = np.cumsum(values, axis, dtype=np.float32)  # up to and with each pixel
+    integral = sums.take(pixel, axis) - (1 - part) * values.take(pixel, axis)
+    return np.diff(integral, axis=axis) * np.float32(cells / n)
+
+
+RESIZE = {"area": resize_area, "bicubic": resize_bicubic}
 
 
 def flip(images: Images) -> Images:
@@ -129,12 +161,13 @@ def to_arrays(images: Images) -> dict[str, np.ndarray]:
     """image float32 [s, s, c] in [-1, 1], segmentation int32 [s, s], mask float32 [s, s, 1]."""
     arrays = {}
     for name, image in images.items():
-        pixels = np.asarray(image)
         if name == "segmentation":
-            arrays[name] = pixels.astype(np.int32)
+            arrays[name] = np.array(image, np.int32)
             continue
-        pixels = pixels.reshape(*pixels.shape[:2], -1).astype(np.float32)
-        arrays[name] = pixels / 127.5 - 1 if name == "image" else pixels / 255
+        pixels = np.array(image, np.float32).reshape(image.height, image.width, -1)
+        pixels /= 127.5 if name == "image" else 255
+        pixels -= 1 if name == "image" else 0
+        arrays[name] = pixels
     return arrays
 
 
