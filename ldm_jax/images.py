@@ -46,7 +46,9 @@ def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None
     buffer = io.BytesIO()
     squeezed = image[..., 0] if image.shape[-1] == 1 else image
     Image.fromarray(squeezed).save(buffer, "PNG", pnginfo=text)
-    epath.Path(path).write_bytes(buffer.getvalue())
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
 
 
 def read_settings(path: Any) -> dict:
