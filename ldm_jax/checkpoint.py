@@ -8,6 +8,7 @@ Every process of a run calls these functions together.
 
 import dataclasses
 import importlib.metadata
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,10 +55,10 @@ def save(manager: ocp.CheckpointManager, state: Any, meta: Mapping[str, Any]) ->
     if step in saved_steps(manager):
         return False
     parts = _parts(state)
-    refuse_non_finite(parts, f"checkpoint of step {step} in {manager.directory}")
+    checksums = _checksums(parts, f"{manager.directory}/{step}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
     scalars = {name: int(getattr(state, name)) for name in SCALARS}
-    header = {**_header(), **meta, **scalars, "parts": sorted(parts)}
+    header = {**_header(), **meta, **scalars, "checksums": checksums}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
     return manager.save(step, args=args, force=True)
 
@@ -74,12 +75,14 @@ def restore(
     folder = _step_folder(_folder(source), step)
     meta = read_meta(folder)
     wanted = _parts(abstract)
-    if sorted(wanted) != meta["parts"]:
+    if str(meta["step"]) != folder.name:
+        raise _damaged(folder, ValueError(f"its meta is that of step {meta['step']}"))
+    if sorted(wanted) != sorted(meta["checksums"]):
         raise ValueError(
-            f"{folder}: holds {', '.join(meta['parts'])}, but this configuration has"
+            f"{folder}: holds {', '.join(sorted(meta['checksums']))}, but this configuration has"
             f" {', '.join(sorted(wanted))}: resume with the config that the run was started with"
         )
-    restored = {name: read_tree(folder, name, tree) for name, tree in wanted.items()}
+    restored = {name: read_tree(folder, name, meta, tree) for name, tree in wanted.items()}
     for name in SCALARS:
         like = getattr(abstract, name)
         value = np.asarray(meta[name], like.dtype)
@@ -92,8 +95,9 @@ def restore_parts(
 ) -> dict[str, Any]:
     """{part: tree of host arrays}; a part that the state held empty comes back as {}."""
     folder = _step_folder(_folder(source), step)
-    held = read_meta(folder)["parts"]
-    return {name: read_tree(folder, name) if name in held else {} for name in parts}
+    meta = read_meta(folder)
+    held = meta["checksums"]
+    return {name: read_tree(folder, name, meta) if name in held else {} for name in parts}
 
 
 # --- snapshots ----------------------------------------------------------------------------------
@@ -108,7 +112,7 @@ def save_snapshot(
     if a weight is not finite.
     """
     folder = epath.Path(run).absolute() / "snapshots" / str(step)
-    if not _is_complete(folder):
+    if not is_complete(folder):
         write_folder(folder, params, {"step": step, "model": model})
     return folder
 
@@ -122,18 +126,19 @@ def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, d
     """(parameters as host arrays, meta with "step" and "model") of `step` (default: the newest)."""
     folder = _step_folder(epath.Path(run).absolute() / "snapshots", step)
     meta = read_meta(folder)
-    return read_tree(folder, "params"), meta
+    return read_tree(folder, "params", meta), meta
 
 
 # --- folders ------------------------------------------------------------------------------------
 
 
 def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> None:
-    """Writes {params, meta} to a new folder, which appears when it is complete."""
-    refuse_non_finite({"params": params}, str(folder))
-    args = ocp.args.Composite(
-        params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave({**_header(), **meta})
-    )
+    """Writes {params, meta} to a new folder, which appears when it is complete.
+
+    ValueError if a number is not finite.
+    """
+    header = {**_header(), **meta, "checksums": _checksums({"params": params}, str(folder))}
+    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(header))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(folder, args=args)
 
@@ -143,7 +148,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore(folder / "meta")
-        version = int(meta["format"])
+        version, _ = int(meta["format"]), dict(meta["checksums"])
     except Exception as error:  # Orbax has no common class for what a damaged file raises
         raise _damaged(folder, error) from error
     if version > FORMAT:
@@ -153,10 +158,11 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     return meta
 
 
-def read_tree(folder: epath.Path, part: str, abstract: Any = None) -> Any:
+def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any], abstract: Any = None) -> Any:
     """One part of a folder, like `abstract` in structure and sharding; without it host arrays.
 
-    ValueError if it is damaged, or has other paths, shapes or dtypes than `abstract`.
+    `meta` is that of the folder. ValueError if the part is damaged, or has other paths, shapes or
+    dtypes than `abstract`.
     """
     handler = ocp.PyTreeCheckpointHandler()
     try:
@@ -178,29 +184,66 @@ def read_tree(folder: epath.Path, part: str, abstract: Any = None) -> Any:
         args = ocp.args.PyTreeRestore(abstract, restore_args=like)
     try:
         with ocp.Checkpointer(handler) as reader:
-            return reader.restore(folder / part, args=args)
+            tree = reader.restore(folder / part, args=args)
     except Exception as error:  # as above
         raise _damaged(folder, error) from error
+    if _checksum(tree) != meta["checksums"][part]:
+        raise _damaged(folder, ValueError(f"the checksum of {part} differs"))
+    return tree
 
 
-def refuse_non_finite(parts: Mapping[str, Any], what: str) -> None:
-    """ValueError naming the first parts and paths that hold a NaN or an infinity."""
-    bad = [name for name, tree in parts.items() if not _all_finite(tree)]
-    if not bad:
-        return
-    flat, _ = jax.tree_util.tree_flatten_with_path({name: parts[name] for name in bad})
-    paths = [sharding.path_name(path) for path, leaf in flat if not _all_finite(leaf)]
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    raise ValueError(
-        f"{what} not written: {', '.join(bad)} not finite, in {', '.join(paths[:3])}{more};"
-        " go on from the last one, with a lower learning rate or a clipped gradient"
-    )
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _checksums(parts: Mapping[str, Any], what: str) -> dict[str, int]:
+    """{part: checksum}. ValueError names the parts and paths that hold a NaN or an infinity."""
+    sums: dict[str, int] = {}
+    bad: list[str] = []
+    for part, tree in parts.items():
+        facts = _facts(tree)
+        sums[part] = _total(facts)
+        bad += [f"{part}/{name}" for name, (count, _) in facts.items() if count]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"{what}: not written, because not finite: {', '.join(bad[:3])}{more}; go on from the"
+            " last one, with a lower learning rate or a clipped gradient"
+        )
+    return sums
+
+
+def _checksum(tree: Any) -> int:
+    """The same number for a tree on any mesh or on the host; another one if any one bit differs.
+
+    Orbax's files carry no checksum of array data: a flipped bit would go unnoticed.
+    """
+    return _total(_facts(tree))
+
+
+def _total(facts: Mapping[str, tuple[int, int]]) -> int:
+    return sum((zlib.crc32(n.encode()) | 1) * bits for n, (_, bits) in facts.items()) % 2**32
+
+
+def _facts(tree: Any) -> dict[str, tuple[int, int]]:
+    """{path: (how many values are not finite, sum of the values' bits modulo 2**32)}."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    # leaf by leaf: one program over all leaves of a large model compiles for half a minute
+    found = [_host_facts(x) if isinstance(x, np.ndarray) else _device_facts(x) for _, x in flat]
+    found = jax.device_get(found)
+    return {sharding.path_name(p): (int(f[0]), int(f[1])) for (p, _), f in zip(flat, found)}
 
 
 @jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(finite).all()
+def _device_facts(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
+    return jnp.stack([bad, jnp.sum(bits, dtype=jnp.uint32)])
+
+
+def _host_facts(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
+    bad = np.sum(~np.isfinite(x), dtype=np.uint32)
+    return np.stack([bad, np.sum(bits, dtype=np.uint32)])
 
 
 def _parts(state: Any) -> dict[str, Any]:
@@ -231,10 +274,10 @@ def _folder(source: epath.PathLike | ocp.CheckpointManager) -> epath.Path:
 def _steps(folder: epath.Path) -> list[int]:
     if not folder.exists():
         return []
-    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and _is_complete(f))
+    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and is_complete(f))
 
 
-def _is_complete(folder: epath.Path) -> bool:
+def is_complete(folder: epath.Path) -> bool:
     """Whether Orbax finished the folder: its final name on disk, a marker on object stores."""
     return folder.exists() and ocp.utils.is_checkpoint_finalized(folder)
 

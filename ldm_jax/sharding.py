@@ -121,7 +121,7 @@ def by_rules(tree: Any, rules: Sequence[tuple], mesh: Mesh) -> Any:
         raise ValueError(
             f"sharding rules do not cover {len(refused)} arrays on mesh {dict(mesh.shape)}: "
             + "; ".join(refused[:10])
-            + more
+            + f"{more}. Choose mesh sizes that divide these dimensions, or add a rule"
         )
     return shardings
 

@@ -1,0 +1,208 @@
+"""Mesh sizes, and rules that reach every parameter of every model."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ldm_jax import schema, sharding, train_state
+from ldm_jax.models import autoencoder, unet
+
+MESH = AbstractMesh((2, 8, 2), sharding.AXES)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def unet_shapes(config):
+    side = 2 ** (len(config.channel_mult) - 1)
+    label = None
+    if config.num_classes:
+        label = jax.ShapeDtypeStruct((1,), jnp.int32)
+    elif config.vector_dim:
+        label = shape(1, config.vector_dim)
+    context = shape(1, 1, config.context_dim) if config.context_dim else None
+    x = shape(1, side, side, config.in_channels)
+    init = unet.from_config(config).init
+    return jax.eval_shape(init, jax.random.key(0), x, shape(1), context, label)["params"]
+
+
+def autoencoder_shapes(config):
+    init = autoencoder.from_config(config).init
+    return jax.eval_shape(init, jax.random.key(0), shape(1, 32, 32, 3))["params"]
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (schema.MeshConfig(), (4, 1, 1)),
+        (schema.MeshConfig(data=1, fsdp=-1), (1, 4, 1)),
+        (schema.MeshConfig(data=2, fsdp=1, tensor=2), (2, 1, 2)),
+    ],
+)
+def test_make_mesh_uses_every_device(config, sizes):
+    mesh = sharding.make_mesh(config)
+    assert mesh.devices.shape == sizes
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_make_mesh_on_some_devices():
+    chosen = jax.devices()[1:3]
+    mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=2), devices=chosen)
+    assert set(mesh.devices.flat) == set(chosen)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (schema.MeshConfig(data=-1, fsdp=-1), "data=-1, fsdp=-1, tensor=1: .*one of them may be"),
+        (schema.MeshConfig(data=0), "data=0"),
+        (schema.MeshConfig(data=-1, fsdp=-2), "fsdp=-2"),
+        (schema.MeshConfig(data=2), "does not fit 4 devices"),
+        (schema.MeshConfig(fsdp=3), "data=-1, fsdp=3, tensor=1 does not fit 4 devices"),
+    ],
+)
+def test_make_mesh_refuses(config, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(config)
+
+
+def test_batch_is_split_over_data_and_fsdp_only():
+    mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=2, tensor=2))
+    batch = jax.device_put(jnp.arange(8), sharding.batch_sharding(mesh))
+    rows = {s.device: tuple(np.asarray(s.data)) for s in batch.addressable_shards}
+    low, high = (0, 1, 2, 3), (4, 5, 6, 7)
+    assert [rows[d] for d in mesh.devices.flat] == [low, low, high, high]
+
+
+def test_check_batch():
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    sharding.check_batch(8, mesh, accumulate=2)
+    with pytest.raises(ValueError, match=r"batch_size 12 .* 4 devices .* 2 microbatches"):
+        sharding.check_batch(12, mesh, accumulate=2)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        sharding.check_batch(0, mesh)
+
+
+def test_moments_and_average_follow_their_parameter():
+    params = {
+        "unet": {
+            "conv_in": {"kernel": shape(3, 3, 4, 32), "bias": shape(32)},
+            "mid_block": {"attentions_0": {"to_q": {"kernel": shape(32, 64)}}},
+            "conv_norm_out": {"scale": shape(32), "bias": shape(32)},
+        },
+        "cond_stage": {"embedding": {"embedding": shape(11, 16)}},
+        "logvar": shape(1000),
+    }
+    tx, _ = train_state.make_optimizer(schema.OptimizerConfig(clip_norm=1.0, warmup_steps=3))
+    state = jax.eval_shape(lambda p: train_state.create(p, tx, schema.EMAConfig()), params)
+    found = sharding.by_rules(state, sharding.RULES, MESH)
+    expected = {
+        "unet": {
+            "conv_in": {"kernel": P(None, None, None, "fsdp"), "bias": P()},
+            "mid_block": {"attentions_0": {"to_q": {"kernel": P("fsdp", "tensor")}}},
+            "conv_norm_out": {"scale": P(), "bias": P()},
+        },
+        "cond_stage": {"embedding": {"embedding": P(None, "fsdp")}},
+        "logvar": P(),
+    }
+    specs = jax.tree.map(lambda s: s.spec, found)
+    assert specs.params == expected
+    assert specs.ema_params == {part: expected[part] for part in ("unet", "cond_stage")}
+    mu, nu = (optax.tree.get(specs.opt_state, name) for name in ("mu", "nu"))
+    assert mu == nu == expected
+    assert specs.step == specs.bad_steps == P()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"linear_projection": True, "vector_dim": 64},
+        {
+            "spatial_transformer": False,
+            "context_dim": None,
+            "scale_shift_norm": True,
+            "resblock_updown": True,
+            "num_classes": 16,
+        },
+    ],
+)
+def test_every_parameter_of_a_full_unet_has_a_rule_and_is_split(options):
+    params = unet_shapes(schema.UNetConfig(**options))
+    shardings = sharding.by_rules(
+        {"unet": params}, sharding.RULES, AbstractMesh((1, 64, 1), sharding.AXES)
+    )
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(shardings)))
+    whole = sum(math.prod(x.shape) for x, _ in leaves)
+    held = sum(math.prod(s.shard_shape(x.shape)) for x, s in leaves)
+    # 1/64 = 1.56 %: norms, biases and the smallest kernels are the rest
+    assert held / whole < 0.018
+
+
+@pytest.mark.parametrize("levels", [(), (4, 2)])
+def test_every_parameter_of_an_autoencoder_has_a_rule(levels):
+    params = autoencoder_shapes(schema.AutoencoderKLConfig(attention_downsample=levels))
+    shardings = sharding.by_rules({"first_stage": params}, sharding.RULES, MESH)
+    attention = shardings["first_stage"]["encoder"]["mid_block"]["attentions_0"]
+    assert attention["query"]["kernel"].spec == P("fsdp", "tensor")
+    assert attention["proj_attn"]["kernel"].spec == P("tensor", "fsdp")
+    assert attention["proj_attn"]["bias"].spec == P()
+
+
+def test_output_convolution_falls_back_to_its_input_channels():
+    shardings = sharding.by_rules(
+        {"conv_out": {"kernel": shape(3, 3, 320, 4)}}, sharding.RULES, MESH
+    )
+    assert shardings["conv_out"]["kernel"].spec == P(None, None, "fsdp", None)
+
+
+def test_first_rule_wins_and_patterns_match_whole_names():
+    rules = ((r"b/kernel", P("fsdp")), (r"kernel", P("data")), (r"scale", P()))
+    tree = {"ab": {"kernel": shape(8)}, "b": {"kernel": shape(8)}}
+    specs = jax.tree.map(lambda s: s.spec, sharding.by_rules(tree, rules, MESH))
+    assert specs == {"ab": {"kernel": P("data")}, "b": {"kernel": P("fsdp")}}
+    for name in ("logscale", "scales"):
+        with pytest.raises(ValueError, match=f"{name} .*no rule matches"):
+            sharding.by_rules({name: shape(8)}, rules, MESH)
+
+
+def test_every_unmatched_path_is_listed():
+    tree = {"unet": {"new": {"table": shape(3)}, "other": {"weight": shape(2)}}}
+    with pytest.raises(ValueError, match=r"unet/new/table \(3,\).*unet/other/weight \(2,\)"):
+        sharding.by_rules(tree, sharding.RULES, MESH)
+
+
+def test_a_rule_whose_specs_do_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"w \(12, 4\): none of .*fsdp.* fits"):
+        sharding.by_rules({"w": shape(12, 4)}, ((r"w", P("fsdp", None)),), MESH)
+
+
+def test_a_large_copy_must_be_meant():
+    large = {"w": shape(513, 513)}  # 8 divides neither side
+    with pytest.raises(ValueError, match=r"w .*above 1 MiB"):
+        sharding.by_rules(large, ((r"w", P("fsdp", None), P()),), MESH)
+    meant = sharding.by_rules(large, ((r"w", P()),), MESH)
+    assert meant["w"].spec == P()
+    alone = AbstractMesh((4, 1, 1), sharding.AXES)
+    assert sharding.by_rules(large, ((r"w", P("fsdp", None), P()),), alone)["w"].spec is not None
+
+
+def test_place_and_with_shardings():
+    mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=4))
+    host = {"k": np.arange(32, dtype=np.float32).reshape(4, 8), "n": np.float32(3)}
+    shardings = {"k": NamedSharding(mesh, P(None, "fsdp")), "n": sharding.replicated(mesh)}
+    placed = sharding.place(host, shardings)
+    np.testing.assert_array_equal(placed["k"], host["k"])
+    assert placed["n"] == 3
+    assert placed["k"].sharding == shardings["k"]
+    assert placed["k"].addressable_shards[1].data.shape == (4, 2)
+    described = sharding.with_shardings(host, shardings)
+    assert described["k"] == jax.ShapeDtypeStruct((4, 8), np.float32, sharding=shardings["k"])
