@@ -1,0 +1,235 @@
+"""The stream of rows: determinism, epochs, augmentation, undecodable records."""
+
+import dataclasses
+import logging
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_jax import data, schema
+from ldm_jax.data import rows
+
+SYNTHETIC = schema.SyntheticConfig(num_images=13, size=16)
+CONFIG = schema.DataConfig(
+    source=SYNTHETIC, size=8, crop="random", crop_range=(0.5, 0.9), flip=True
+)
+PLAIN = schema.DataConfig(source=SYNTHETIC, size=16)
+
+
+def open_stream(config=CONFIG, batch_size=4, seed=5, split="train"):
+    return data.stream(config, batch_size=batch_size, seed=seed, split=split)
+
+
+def records_of(stream, indices):
+    """The record of each row, by its (uncropped) image."""
+    known = {stream.source[i]["image"].tobytes(): i for i in range(len(stream.source))}
+    images = [np.round((stream[i]["image"] + 1) * 127.5).astype(np.uint8) for i in indices]
+    return [known[image.tobytes()] for image in images]
+
+
+def assert_equal_rows(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_rows_are_as_specified():
+    stream = open_stream()
+    assert (stream.batch_size, stream.num_records, stream.bad_records) == (4, 13, 0)
+    row = stream[3]
+    assert {name: (value.shape, value.dtype) for name, value in row.items()} == stream.spec
+    assert stream.spec == {
+        "image": ((8, 8, 3), np.float32),
+        "label": ((), np.int32),
+        "segmentation": ((8, 8), np.int32),
+        "mask": ((8, 8, 1), np.float32),
+    }
+
+
+def test_row_is_a_function_of_seed_and_index():
+    one, other = open_stream(), open_stream(batch_size=7)
+    forwards = [one[i] for i in range(40)]
+    for i in reversed(range(40)):
+        assert_equal_rows(other[i], forwards[i])
+    seeded = open_stream(seed=6)
+    assert any(not np.array_equal(seeded[i]["image"], forwards[i]["image"]) for i in range(3))
+
+
+def test_every_epoch_has_every_record_once_in_a_new_order():
+    stream = open_stream(PLAIN)
+    epochs = [records_of(stream, range(13 * e, 13 * (e + 1))) for e in range(6)]
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_neighbouring_seeds_share_no_epoch():
+    orders = [
+        tuple(records_of(open_stream(PLAIN, seed=seed), range(13 * e, 13 * (e + 1))))
+        for seed in range(4)
+        for e in range(4)
+    ]
+    assert len(set(orders)) == 16
+
+
+def test_without_shuffling_records_come_in_order():
+    stream = open_stream(dataclasses.replace(PLAIN, shuffle=False))
+    assert records_of(stream, range(26)) == [*range(13), *range(13)]
+
+
+def test_a_record_is_augmented_anew_in_every_epoch():
+    stream = open_stream(dataclasses.replace(CONFIG, shuffle=False))
+    assert not np.array_equal(stream[2]["image"], stream[2 + 13]["image"])
+
+
+def test_eval_is_in_order_and_not_augmented():
+    stream = open_stream(split="eval")
+    assert stream.num_records == 3
+    other = open_stream(split="eval", seed=6)
+    for i in range(6):
+        assert_equal_rows(stream[i], other[i % 3])
+        square = Image.fromarray(stream.source[i % 3]["image"]).resize((8, 8), Image.BICUBIC)
+        np.testing.assert_allclose(stream[i]["image"], np.asarray(square) / 127.5 - 1, atol=1e-6)
+
+
+def test_label_and_maps_belong_to_the_image():
+    stream = open_stream()
+    for i in range(30):
+        row = stream[i]
+        assert set(np.unique(row["segmentation"])) <= {0, row["label"] + 1}
+        shape = row["segmentation"] > 0
+        bright = row["image"][shape].mean() - row["image"][~shape].mean() if shape.any() else 1
+        assert bright > 0.2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"config": dataclasses.replace(CONFIG, read_ahead=0)}, "data.read_ahead is 0"),
+        ({"config": dataclasses.replace(CONFIG, workers=-2)}, "data.workers is -2"),
+        ({"config": dataclasses.replace(CONFIG, crop_range=(0.0, 1.0))}, "crop_range is 0.0 1.0"),
+        ({"config": dataclasses.replace(CONFIG, crop_range=(0.9, 0.5))}, "crop_range is 0.9 0.5"),
+    ],
+)
+def test_values_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_stream(**fields)
+
+
+# --- undecodable records ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Ten images of one grey each; numbers 3, 4 and 9 are cut short."""
+    for i in range(10):
+        path = tmp_path / f"{i}.png"
+        Image.new("L", (16, 16), 10 * i).save(path)
+        if i in (3, 4, 9):
+            path.write_bytes(path.read_bytes()[:40])
+    return tmp_path
+
+
+def folder(path, **fields):
+    source = schema.FolderConfig(path=str(path), eval_path=str(path))
+    return schema.DataConfig(source=source, size=16, channels=1, **fields)
+
+
+def greys(stream, count):
+    return [round(float(stream[i]["image"][0, 0, 0] + 1) * 12.75) for i in range(count)]
+
+
+def test_undecodable_record_is_replaced_by_the_next(damaged):
+    stream = open_stream(folder(damaged, shuffle=False))
+    assert greys(stream, 20) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0] * 2
+
+
+def test_replacement_depends_on_the_index_alone(damaged):
+    shuffled, whole = open_stream(folder(damaged)), open_stream(folder(damaged))
+    expected = greys(whole, 30)
+    for i in reversed(range(30)):
+        assert round(float(shuffled[i]["image"][0, 0, 0] + 1) * 12.75) == expected[i]
+    assert set(expected) == {0, 1, 2, 5, 6, 7, 8}
+
+
+def test_each_is_reported_and_counted_once(damaged, caplog):
+    stream = open_stream(folder(damaged))
+    assert stream.bad_records == 0
+    with caplog.at_level(logging.WARNING):
+        greys(stream, 60)
+    assert stream.bad_records == 3
+    assert len(caplog.messages) == 3
+    for name in ("3.png", "4.png", "9.png"):
+        (message,) = (m for m in caplog.messages if str(damaged / name) in m)
+        assert "cannot be decoded; the next one replaces it" in message
+
+
+def test_limit(damaged):
+    stream = open_stream(folder(damaged, shuffle=False, max_bad_records=2))
+    greys(stream, 9)
+    with pytest.raises(
+        RuntimeError, match=r"3 records cannot be decoded, the last: .*9.png; repair .* \(2\)"
+    ):
+        stream[9]
+    with pytest.raises(RuntimeError, match=r"1 records cannot be decoded, the last: .*3.png"):
+        greys(open_stream(folder(damaged, shuffle=False, max_bad_records=0)), 10)
+
+
+def test_nothing_can_be_decoded(damaged):
+    for path in damaged.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"not one record can be decoded; the last: .*6.png"):
+        open_stream(folder(damaged, shuffle=False))[7]
+
+
+def test_broken_map_counts_as_a_broken_record(damaged):
+    for i in range(10):
+        Image.new("L", (16, 16), i).save(damaged / f"{i}_seg.png")
+    (damaged / "1_seg.png").write_bytes(b"")
+    config = folder(damaged, shuffle=False)
+    source = dataclasses.replace(config.source, segmentation_suffix="_seg")
+    stream = open_stream(dataclasses.replace(config, source=source))
+    assert greys(stream, 3) == [0, 2, 2]
+    assert stream[1]["segmentation"][0, 0] == 2
+
+
+def test_a_file_that_vanished_is_an_error_not_a_bad_record(damaged):
+    stream = open_stream(folder(damaged, shuffle=False))
+    (damaged / "6.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"6.png"):
+        stream[6]
+
+
+def test_errors_in_the_data_name_the_file(tmp_path):
+    Image.new("RGB", (30, 12)).save(tmp_path / "small.png")
+    config = dataclasses.replace(folder(tmp_path), size=16)
+    with pytest.raises(ValueError, match=r"small.png: the image is 30x12 and its smallest crop"):
+        open_stream(config)[0]
+    Image.new("RGB", (30, 12)).save(tmp_path / "small_seg.png")
+    source = dataclasses.replace(config.source, segmentation_suffix="_seg")
+    with pytest.raises(ValueError, match=r"small.png: a segmentation map has one channel"):
+        open_stream(dataclasses.replace(config, source=source))[0]
+
+
+def test_label_out_of_range():
+    source = open_stream(PLAIN).source
+    source.num_classes = 3
+
+    class Mislabelled:
+        features = source.features
+        num_classes = 3
+        describe = source.describe
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            return {**source[index], "label": index}
+
+    stream = rows.Stream(Mislabelled(), dataclasses.replace(PLAIN, shuffle=False), 4, 0, True)
+    stream[2]
+    with pytest.raises(ValueError, match=r"train record 3: label 3 is not in 0..2: does the split"):
+        stream[3]
