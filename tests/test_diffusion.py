@@ -207,7 +207,7 @@ def test_denoiser_calls_the_model_with_a_batch_of_timesteps():
     level = SimpleNamespace(t=jnp.int32(3), alpha=jnp.float32(0.6), sigma=jnp.float32(0.8))
     denoised = diffusion.denoiser(model, "eps")(jnp.ones((2, 1, 1, 1)), level)
     assert seen == [((2,), jnp.int32)]
-    assert denoised.x0.dtype == jnp.float32
+    assert denoised.x0.dtype == denoised.eps.dtype == jnp.float32
     np.testing.assert_allclose(denoised.x0, (1 - 0.8 * 3) / 0.6, rtol=1e-6)
     with pytest.raises(ValueError, match="'epsilon' is not one of eps, x0, v"):
         diffusion.denoiser(model, "epsilon")
