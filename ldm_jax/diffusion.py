@@ -169,12 +169,12 @@ def _previous(schedule: Schedule) -> np.ndarray:
     return np.append(1.0, schedule.alphas_cumprod[:-1])
 
 
-def offset_noise(noise: jax.Array, offset: jax.Array, strength: float) -> jax.Array:
-    """Noise [B, h, w, c] plus a unit normal [B, 1, 1, c], constant over an image and channel.
+def add_offset(noise: jax.Array, offset_bc: jax.Array, strength: float) -> jax.Array:
+    """Noise [B, h, w, c] plus `strength` times a unit normal that is constant over h and w.
 
     N. Guttenberg, "Diffusion with offset noise", 2023.
     """
-    return noise + strength * offset
+    return noise + strength * offset_bc[:, None, None, :]
 
 
 def rowwise_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -154,9 +154,10 @@ def test_posterior_of_the_last_step_is_the_image():
 
 
 def test_offset_noise_is_constant_over_an_image_and_channel():
-    noise, offset = normal(0, 2, 3, 3, 4), normal(1, 2, 1, 1, 4)
-    out = diffusion.offset_noise(noise, offset, 0.1)
-    np.testing.assert_allclose(out - noise, np.broadcast_to(0.1 * offset, out.shape), atol=1e-6)
+    noise, offset = normal(0, 2, 3, 3, 4), normal(1, 2, 4)
+    added = diffusion.add_offset(noise, offset, 0.1) - noise
+    for h, w in ((0, 0), (1, 2)):
+        np.testing.assert_allclose(added[:, h, w], 0.1 * offset, atol=1e-6)
 
 
 def test_noise_of_a_row_ignores_the_batch():
