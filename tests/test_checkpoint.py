@@ -1,6 +1,7 @@
 """What is saved comes back bit for bit, or an error says what is wrong with it."""
 
 import functools
+import gc
 import json
 import shutil
 
@@ -221,6 +222,8 @@ def files_of(folder):
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
 
+# Orbax leaves the reads of the other arrays pending when one fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_damage_to_any_file_is_found_or_harmless(one_run, run, damage):
     abstract, expected = abstract_on(MeshConfig()), trained(3)
@@ -247,6 +250,7 @@ def test_damage_to_any_file_is_found_or_harmless(one_run, run, damage):
         assert f"{part}/manifest.ocdbt" in refused
         assert any(name.startswith(f"{part}/d/") for name in refused)
     tree_equal(checkpoint.restore(run, abstract), expected)
+    gc.collect()
 
 
 def test_one_flipped_bit_of_a_weight_is_found(tmp_path):
