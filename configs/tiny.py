@@ -1,0 +1,83 @@
+"""The smallest models that use every part: what tests run, seconds on a CPU. Not for pictures.
+
+ldm-train tiny:first_stage --workdir runs/tiny_first_stage
+ldm-train tiny:class --workdir runs/tiny --first-stage.path runs/tiny_first_stage
+"""
+
+import dataclasses
+
+from ldm_jax import schema
+
+DATA = schema.DataConfig(
+    source=schema.SyntheticConfig(num_images=64, size=16, num_classes=4), size=16, threads=2
+)
+EVERY = schema.IntervalConfig(log=1, save=4, snapshot=0, evaluate=0, sample=0)
+LATENT = 4  # channels
+
+CONDITIONS: dict[str, schema.CondConfig] = {
+    "unconditional": None,
+    "class": schema.ClassCondConfig(num_classes=4, embed_dim=32),
+    "label": schema.ClassCondConfig(num_classes=4, via="label"),
+    "inpaint": schema.InpaintCondConfig(),
+    "superres": schema.SuperResCondConfig(factor=2),
+    "semantic": schema.SemanticCondConfig(num_classes=5, out_channels=3, stages=1),
+}
+CONCAT = {"inpaint": LATENT + 1, "superres": 3, "semantic": 3}  # channels beside the latent
+
+
+def get_config(stage: str = "class") -> schema.TrainConfig:
+    """`first_stage`, or an LDM by its condition: `unconditional`, `class`, `label`, ..."""
+    if stage == "first_stage":
+        return first_stage()
+    if stage not in CONDITIONS:
+        raise ValueError(
+            f"tiny has no stage {stage!r}; it has first_stage, {', '.join(CONDITIONS)}"
+        )
+    return ldm(stage)
+
+
+def first_stage() -> schema.AutoencoderTrainConfig:
+    """KL autoencoder, f2: 16x16 pixels to 8x8x4."""
+    return schema.AutoencoderTrainConfig(
+        data=DATA,
+        model=schema.AutoencoderKLConfig(
+            channels=32, channel_mult=(1, 1), num_res_blocks=1, embed_dim=LATENT, z_channels=LATENT
+        ),
+        optimizer=schema.OptimizerConfig(learning_rate=1e-3, b1=0.5, b2=0.9),
+        batch_size=8,
+        steps=8,
+        intervals=EVERY,
+        eval_batches=2,
+        num_samples=4,
+    )
+
+
+def ldm(condition: str) -> schema.LatentDiffusionTrainConfig:
+    """One residual block per level, attention at the lower one."""
+    cond = CONDITIONS[condition]
+    by_context = isinstance(cond, schema.ClassCondConfig) and cond.via == "context"
+    by_label = isinstance(cond, schema.ClassCondConfig) and cond.via == "label"
+    return schema.LatentDiffusionTrainConfig(
+        data=dataclasses.replace(DATA, flip=True),
+        unet=schema.UNetConfig(
+            in_channels=LATENT + CONCAT.get(condition, 0),
+            out_channels=LATENT,
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_downsample=(2,),
+            num_heads=2,
+            spatial_transformer=by_context,
+            context_dim=cond.embed_dim if by_context else None,
+            num_classes=cond.num_classes + 1 if by_label else None,
+        ),
+        cond=cond,
+        optimizer=schema.OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        ema=schema.EMAConfig(decay=0.9),
+        batch_size=8,
+        steps=8,
+        intervals=EVERY,
+        eval_batches=2,
+        num_samples=4,
+        sample_steps=4,
+    )
