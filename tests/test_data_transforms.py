@@ -58,8 +58,8 @@ class TestDecodeImage:
         assert rgb[0].tolist() == [[255, 255, 255], [40, 50, 60]]
 
     def test_16_bit_grey_keeps_its_brightness(self):
-        image = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
-        assert np.asarray(transforms.decode_image(encoded(image), 1)).tolist() == [[0, 100, 255]]
+        image = Image.fromarray(np.array([[0, 257 * 200, 65535]], np.uint16))
+        assert np.asarray(transforms.decode_image(encoded(image), 1)).tolist() == [[0, 200, 255]]
 
     def test_cmyk_becomes_rgb(self):
         data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg")
