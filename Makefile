@@ -1,0 +1,41 @@
+# Every target makes the environment it needs. Another interpreter gets an environment of its own:
+#
+#     make test PYTHON=python3.12 VENV=.venv-3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := runs/demo
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help demo test test-all lint
+
+help:
+	@echo 'make demo      train both stages on handwritten digits, sample, measure: $(DEMO)/'
+	@echo 'make test      the tests, without the slow ones'
+	@echo 'make test-all  every test'
+	@echo 'make lint      ruff: rules and format'
+	@echo 'PYTHON=python3.12 selects the interpreter, VENV=.venv-3.12 where its packages go'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is older than 3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/ldm-train digits:first_stage --workdir $(DEMO)/first_stage
+	$(BIN)/ldm-train digits --workdir $(DEMO)/ldm --first-stage.path $(DEMO)/first_stage
+	$(BIN)/ldm-sample class2img --model $(DEMO)/ldm --out $(DEMO)/samples --num-images 36 --batch-size 60 --npz --overwrite
+	$(BIN)/python benchmarks/demo_report.py $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
