@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from ldm_jax import bundle, cli, images, load, sampling, schema, sharding
+from ldm_jax import bundle, cli, images, loading, sampling, schema, sharding
 from ldm_jax.conditioning import Cond
 
 
@@ -65,7 +65,7 @@ def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any]:
         raise ValueError(
             f"--batch-size {options.batch_size} is not a multiple of {mesh.devices.size} devices"
         )
-    model = load.load(
+    model = loading.load(
         options.model, step=options.step, ema=options.ema, mesh=mesh, dtype=options.dtype
     )
     timesteps = len(model.schedule.betas)

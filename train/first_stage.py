@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import cli, data, latents, load, rundir, schema, sharding
+from ldm_jax import cli, data, latents, loading, rundir, schema, sharding
 from ldm_jax.models import attention, autoencoder
 
 SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the scale is measured on
@@ -48,7 +48,7 @@ def prepare(
             raise ValueError(
                 "no first stage: give --first-stage.path RUN, made by CONFIG:first_stage"
             )
-        params, model = load.load_first_stage(config.first_stage.path)
+        params, model = loading.load_first_stage(config.first_stage.path)
         rundir.write_frozen(run, "first_stage", params, model)
     else:
         params, model = kept
