@@ -32,7 +32,7 @@ def manager(run: epath.PathLike, max_to_keep: int | None = None) -> ocp.Checkpoi
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
     )
-    return ocp.CheckpointManager(epath.Path(run).absolute() / "checkpoints", options=options)
+    return ocp.CheckpointManager(absolute(run) / "checkpoints", options=options)
 
 
 def saved_steps(source: epath.PathLike | ocp.CheckpointManager) -> list[int]:
@@ -111,7 +111,7 @@ def save_snapshot(
     A snapshot that is there already stays: a run that resumes makes the same one again. ValueError
     if a weight is not finite.
     """
-    folder = epath.Path(run).absolute() / "snapshots" / str(step)
+    folder = absolute(run) / "snapshots" / str(step)
     if not is_complete(folder):
         write_folder(folder, params, {"step": step, "model": model})
     return folder
@@ -119,17 +119,23 @@ def save_snapshot(
 
 def snapshot_steps(run: epath.PathLike) -> list[int]:
     """Steps of a run with a snapshot, oldest first."""
-    return _steps(epath.Path(run).absolute() / "snapshots")
+    return _steps(absolute(run) / "snapshots")
 
 
 def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, dict]:
     """(parameters as host arrays, meta with "step" and "model") of `step` (default: the newest)."""
-    folder = _step_folder(epath.Path(run).absolute() / "snapshots", step)
+    folder = _step_folder(absolute(run) / "snapshots", step)
     meta = read_meta(folder)
     return read_tree(folder, "params", meta), meta
 
 
 # --- folders ------------------------------------------------------------------------------------
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path with `~` expanded and made absolute, as Orbax asks for; gs:// stays what it is."""
+    path = epath.Path(path).expanduser()
+    return path if path.is_absolute() else path.absolute()  # absolute() would break gs://
 
 
 def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> None:
@@ -268,7 +274,7 @@ def _folder(source: epath.PathLike | ocp.CheckpointManager) -> epath.Path:
     if isinstance(source, ocp.CheckpointManager):
         source.wait_until_finished()
         return epath.Path(source.directory)
-    return epath.Path(source).absolute() / "checkpoints"
+    return absolute(source) / "checkpoints"
 
 
 def _steps(folder: epath.Path) -> list[int]:

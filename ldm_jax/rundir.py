@@ -37,7 +37,7 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
     ValueError if the directory holds something else, or a run whose identity fields differ; OSError
     if it cannot be written. config.json always holds the config of the latest start.
     """
-    run = epath.Path(workdir).expanduser().absolute()
+    run = checkpoint.absolute(workdir)
     changed: list[str] = []
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: is a file; --workdir takes a directory")
@@ -149,7 +149,7 @@ def params_hash(params: dict) -> str:
 
 
 def _frozen(run: epath.PathLike, name: str) -> epath.Path:
-    return epath.Path(run).absolute() / "frozen" / name
+    return checkpoint.absolute(run) / "frozen" / name
 
 
 # --- metrics ------------------------------------------------------------------------------------
@@ -188,8 +188,7 @@ def _parts(run: epath.PathLike) -> list[tuple[epath.Path, list[dict[str, Any]]]]
     folder = epath.Path(run) / "metrics"
     if not folder.exists():
         return []
-    paths = [p for p in folder.iterdir() if p.suffix == ".jsonl" and p.stem.isdigit()]
-    paths = sorted(paths, key=lambda p: int(p.stem))  # names grow longer at step 1 000 000
+    paths = sorted(p for p in folder.iterdir() if p.suffix == ".jsonl" and p.stem.isdigit())
     return [(p, [_record(p, line) for line in p.read_text().splitlines()]) for p in paths]
 
 

@@ -177,15 +177,16 @@ def test_oldest_are_removed_and_a_step_is_saved_once(tmp_path):
 
 
 def test_an_interrupted_save_is_no_checkpoint(run):
-    unfinished = run / "checkpoints" / "9.orbax-checkpoint-tmp"
-    shutil.copytree(run / "checkpoints" / "3", unfinished)
+    unfinished = [run / "checkpoints" / f"{step}.orbax-checkpoint-tmp" for step in (8, 9)]
+    for folder in unfinished:
+        shutil.copytree(run / "checkpoints" / "3", folder)
     assert checkpoint.latest_step(run) == 3
     manager = checkpoint.manager(run)
     state = trained(3).replace(step=jnp.asarray(9, jnp.int32))
     assert checkpoint.save(manager, state, {})
     manager.close()
     assert checkpoint.saved_steps(run) == [3, 9]
-    assert not unfinished.exists()
+    assert not any(folder.exists() for folder in unfinished)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -314,6 +315,16 @@ def test_another_dtype_is_refused(run):
 
     with pytest.raises(ValueError, match=r"saved float32\[.*\], expected bfloat16"):
         checkpoint.restore(run, abstract_on(MeshConfig(), half))
+
+
+def test_paths_may_be_relative_or_in_a_bucket(tmp_path, monkeypatch):
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("run", "~/run", tmp_path / "run"):
+        assert checkpoint.absolute(name) == tmp_path / "run"
+    saved("run", trained(1))
+    assert checkpoint.latest_step("run") == checkpoint.latest_step(tmp_path / "run") == 1
 
 
 # --- snapshots ----------------------------------------------------------------------------------
