@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import logging
 import shutil
 
 import jax
@@ -223,7 +224,10 @@ def files_of(folder):
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
 
-# Orbax leaves the reads of the other arrays pending when one fails
+# when one read fails Orbax abandons the others, and asyncio tells of each at some later time
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_damage_to_any_file_is_found_or_harmless(one_run, run, damage):
