@@ -205,7 +205,7 @@ def _read(
     fixed: dict[str, Any],
     ignored: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The required and optional values; ValueError for a missing key and for one not listed here."""
+    """The required and optional values; ValueError for a missing key or one not listed here."""
     missing = [key for key in required if key not in config]
     unknown = sorted(set(config) - {*required, *optional, *fixed, *ignored})
     changed = [f"{k}={config[k]!r}" for k, v in fixed.items() if k in config and config[k] != v]

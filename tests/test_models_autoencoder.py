@@ -1,0 +1,210 @@
+"""The autoencoder computes what the reference computes, has its names and sizes."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from reference import case, draw, filled, max_difference, quick_jit
+
+from ldm_jax import schema
+from ldm_jax.convert import compvis
+from ldm_jax.models import attention, autoencoder
+
+KEY = jax.random.key(0)
+
+TINY = schema.AutoencoderKLConfig(
+    channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_downsample=(2,), embed_dim=3
+)
+
+
+@functools.cache
+def model_and_params(config):
+    model = autoencoder.from_config(config, precision="highest")
+    shapes = jax.eval_shape(model.init, KEY, *autoencoder.example_inputs(model))
+    return model, filled(shapes["params"])
+
+
+@functools.cache
+def method(model, name):
+    return quick_jit(lambda params, x: model.apply({"params": params}, x, method=name))
+
+
+def encode(model, params, x):
+    return method(model, "encode")(params, x)
+
+
+def decode(model, params, z):
+    return method(model, "decode")(params, z)
+
+
+@pytest.mark.parametrize("name", ["kl_f4", "kl_f8_attn"])
+def test_equals_the_reference(name):
+    about, state_dict, arrays = case(f"ae_{name}")
+    config = {"ddconfig": about["ddconfig"], "embed_dim": about["embed_dim"]}
+    model, params = compvis.load_first_stage(config, state_dict)
+    model = model.clone(precision="highest")
+    mean, logvar = encode(model, params, arrays["x"])
+    image = decode(model, params, arrays["mean"])
+    assert mean.dtype == logvar.dtype == image.dtype == jnp.float32
+    np.testing.assert_allclose(mean, arrays["mean"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logvar, arrays["logvar"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(image, arrays["reconstruction"], rtol=0, atol=2e-5)
+
+
+def test_names_and_size_of_kl_f8():
+    model = autoencoder.from_config(schema.AutoencoderKLConfig())
+    shapes = jax.eval_shape(model.init, KEY, *autoencoder.example_inputs(model))["params"]
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    assert round(sum(x.size for x in flat.values()) / 1e6, 2) == 83.65
+    assert len(flat) == 248
+    # names of diffusers' FlaxAutoencoderKL
+    for name, shape in {
+        "encoder/conv_in/kernel": (3, 3, 3, 128),
+        "encoder/down_blocks_1/resnets_0/conv_shortcut/kernel": (1, 1, 128, 256),
+        "encoder/down_blocks_2/downsamplers_0/conv/kernel": (3, 3, 512, 512),
+        "encoder/mid_block/attentions_0/query/kernel": (512, 512),
+        "encoder/mid_block/attentions_0/proj_attn/bias": (512,),
+        "encoder/mid_block/attentions_0/group_norm/scale": (512,),
+        "encoder/conv_out/kernel": (3, 3, 512, 8),
+        "quant_conv/kernel": (1, 1, 8, 8),
+        "post_quant_conv/kernel": (1, 1, 4, 4),
+        "decoder/up_blocks_0/resnets_2/conv1/kernel": (3, 3, 512, 512),
+        "decoder/up_blocks_2/resnets_0/conv_shortcut/kernel": (1, 1, 512, 256),
+        "decoder/up_blocks_2/upsamplers_0/conv/kernel": (3, 3, 256, 256),
+        "decoder/conv_norm_out/scale": (128,),
+    }.items():
+        assert flat[name].shape == shape, name
+    assert not any("up_blocks_3/upsamplers" in name for name in flat)
+    assert {x.dtype for x in flat.values()} == {np.dtype("float32")}
+
+
+def test_attention_where_the_config_says():
+    _, params = model_and_params(TINY)
+    with_attention = {
+        name.split("/attentions_")[0]
+        for name in traverse_util.flatten_dict(params, sep="/")
+        if "/attentions_" in name
+    }
+    assert with_attention == {
+        "encoder/down_blocks_1",
+        "encoder/mid_block",
+        "decoder/mid_block",
+        "decoder/up_blocks_0",
+    }
+    config = dataclasses.replace(TINY, mid_attention=False, attention_downsample=())
+    _, params = model_and_params(config)
+    assert not any("attention" in name for name in traverse_util.flatten_dict(params, sep="/"))
+
+
+@pytest.mark.parametrize(("bias", "limit"), [(1000.0, 20.0), (-1000.0, -30.0)])
+def test_log_variance_is_clamped_and_the_mean_is_not(bias, limit):
+    model, params = model_and_params(TINY)
+    moved = params | {"quant_conv": params["quant_conv"] | {"bias": np.full(6, bias, np.float32)}}
+    mean, logvar = encode(model, moved, draw(1, 8, 8, 3))
+    np.testing.assert_array_equal(logvar, np.full((1, 4, 4, 3), limit))
+    assert np.abs(mean).min() > 900
+
+
+def test_decode_does_not_clip():
+    model, params = model_and_params(TINY)
+    assert np.abs(decode(model, params, 10 * draw(1, 4, 4, 3))).max() > 1.5
+
+
+def test_remat_keeps_names_and_gradients():
+    model, params = model_and_params(TINY)
+    x = draw(2, 8, 8, 3)
+
+    def gradient(model):
+        return jax.grad(lambda p: jnp.mean((model.apply({"params": p}, x) - x) ** 2))
+
+    again = model.clone(remat=True)
+    want, got = quick_jit(gradient(model))(params), quick_jit(gradient(again))(params)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    assert max_difference(got, want) < 1e-5 * largest
+    assert "remat" not in str(jax.make_jaxpr(gradient(model))(params))
+    # encoder: 2 + 2 resnets, 1 + 1 attentions; decoder: 4 + 2 and 2 + 1
+    assert str(jax.make_jaxpr(gradient(again))(params)).count("remat") >= 15
+
+
+def test_bfloat16_and_chunked_attention_stay_close(monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK_LOGITS", 64)
+    model, params = model_and_params(TINY)
+    x = draw(1, 8, 8, 3)
+    mean, _ = encode(model, params, x)
+    chunked, _ = encode(model.clone(attention=attention.chunked), params, x)
+    np.testing.assert_allclose(chunked, mean, atol=1e-5)
+    low, logvar = encode(model.clone(dtype=jnp.bfloat16), params, x)
+    assert low.dtype == logvar.dtype == jnp.float32
+    assert 1e-4 < np.abs(low - mean).max() / np.abs(mean).max() < 0.05
+
+
+def test_dropout_acts_in_training_only():
+    model, params = model_and_params(dataclasses.replace(TINY, dropout=0.5))
+    x = draw(1, 8, 8, 3)
+
+    def mean(train, key):
+        rngs = {"dropout": jax.random.key(key)}
+        return model.apply({"params": params}, x, train, method="encode", rngs=rngs)[0]
+
+    still, moving = (quick_jit(functools.partial(mean, train)) for train in (False, True))
+    np.testing.assert_array_equal(still(0), still(1))
+    assert np.abs(moving(0) - moving(1)).max() > 0.01
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 4), (1, 9, 8, 3), (1, 8, 7, 3)])
+def test_refuses_images_that_do_not_fit(shape):
+    model, params = model_and_params(TINY)
+    with pytest.raises(ValueError, match=r"images of shape .* takes \[batch, height, width, 3\]"):
+        encode(model, params, draw(*shape))
+
+
+def test_from_config_passes_every_field():
+    model = autoencoder.from_config(TINY, dtype=jnp.bfloat16, remat=True)
+    for field in dataclasses.fields(TINY):
+        assert getattr(model, field.name) == getattr(TINY, field.name)
+    assert (model.dtype, model.remat) == (jnp.bfloat16, True)
+
+
+@pytest.mark.torch
+def test_equals_torch_diffusers():
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+    ).eval()
+    config = dataclasses.replace(TINY, attention_downsample=(), embed_dim=4)
+    model, shapes = model_and_params(config)
+    tensors = {name: x.numpy() for name, x in theirs.state_dict().items()}
+    new_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    flat = {}
+    for path in traverse_util.flatten_dict(shapes, sep="/"):
+        *parents, leaf = path.split("/")
+        dotted = ".".join(new_names.get(part, part) for part in parents)
+        dotted = re.sub(r"_(\d+)(?=\.)", r".\1", dotted)
+        x = tensors.pop(f"{dotted}.{'bias' if leaf == 'bias' else 'weight'}")
+        if leaf == "kernel":
+            x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+        flat[path] = x
+    assert not tensors
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    x, z = draw(2, 16, 16, 3), draw(2, 8, 8, 4)
+    mean, logvar = encode(model, params, x)
+    with torch.no_grad():
+        posterior = theirs.encode(torch.tensor(x).permute(0, 3, 1, 2)).latent_dist
+        image = theirs.decode(torch.tensor(z).permute(0, 3, 1, 2)).sample
+    for got, want in (
+        (mean, posterior.mean),
+        (logvar, posterior.logvar),
+        (decode(model, params, z), image),
+    ):
+        np.testing.assert_allclose(got, want.permute(0, 2, 3, 1).numpy(), rtol=0, atol=2e-5)
