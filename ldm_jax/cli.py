@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-CLEAR = (ValueError, OSError, FloatingPointError)  # carry a message made for people
+CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
 
 
@@ -33,11 +33,10 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         if debug:
             raise
         text = " ".join(str(error).split()) or "no message"
-        kind = "" if isinstance(error, CLEAR) else f"{type(error).__name__}: "
-        sys.stderr.write(f"{program}: error: {kind}{text}\n")
-        if not kind:
-            return 1
-        sys.stderr.write(f"{program}: run again with --debug to see where\n")
+        # RuntimeError itself is ours; its subclasses are not
+        clear = isinstance(error, CLEAR) or type(error) is RuntimeError
+        kind, hint = ("", "") if clear else (f"{type(error).__name__}: ", " (--debug shows where)")
+        sys.stderr.write(f"{program}: error: {kind}{text}{hint}\n")
         return 1
 
 
@@ -84,8 +83,8 @@ def split_first(
     if argv and not argv[0].startswith("-"):
         return argv[0], list(argv[1:])
     parser = argparse.ArgumentParser(program, usage=f"{program} {name} [options]")
-    parser.epilog = choices
+    parser.epilog = f"{name} is {choices}. With it, --help lists every option."
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write(f"{parser.format_help()}")
+        sys.stdout.write(parser.format_help())
         raise SystemExit(0)
-    parser.error(f"the first argument is {name}: {choices}")
+    parser.error(f"the first argument is {name}: {choices}; --help lists options")

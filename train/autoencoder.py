@@ -174,8 +174,11 @@ def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: An
     return draw
 
 
-def check(config: schema.AutoencoderTrainConfig) -> None:
-    """ValueError if config and data do not fit each other."""
+def check(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> None:
+    """ValueError if config, data and mesh do not fit each other."""
+    if config.steps < 1:
+        raise ValueError(f"--steps {config.steps}: give at least 1")
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
     if config.model.in_channels != config.data.channels:
         raise ValueError(
             f"data.channels is {config.data.channels}, but model.in_channels is"
@@ -190,17 +193,18 @@ def check(config: schema.AutoencoderTrainConfig) -> None:
 
 def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
-    check(config)
-    run, changes = rundir.open_run(workdir, config)
-    for change in changes:
-        cli.say(f"changed on resume: {change}")
     mesh = sharding.make_mesh(config.mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
+    check(config, mesh)
     root = jax.random.key(config.seed)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
     held_out = data.stream(
         config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
     )
-    batch_sharding = sharding.batch_sharding(mesh)
+    # only now is anything written: a wrong config leaves no run behind that refuses the right one
+    run, changes = rundir.open_run(workdir, config)
+    for change in changes:
+        cli.say(f"changed on resume: {change}")
 
     manager = checkpoint.manager(run, config.max_to_keep)
     shapes, shardings = abstract_state(config, mesh)

@@ -26,11 +26,11 @@ class Frozen:
 
 
 def model_section(
-    config: schema.LatentDiffusionTrainConfig, frozen: Frozen
+    config: schema.LatentDiffusionTrainConfig, first_stage: schema.AutoencoderKLConfig
 ) -> schema.LatentDiffusionConfig:
     """What a snapshot says of the model."""
     return schema.LatentDiffusionConfig(
-        first_stage=frozen.config,
+        first_stage=first_stage,
         unet=config.unet,
         cond=config.cond,
         diffusion=config.diffusion,
@@ -38,20 +38,31 @@ def model_section(
     )
 
 
+def find(
+    config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
+) -> tuple[dict, schema.AutoencoderKLConfig]:
+    """(host parameters, config) from the run's `frozen/`, at the first start from the given path.
+
+    Only reads. ValueError if there is none.
+    """
+    kept = rundir.read_frozen(workdir, "first_stage")
+    if kept is not None:
+        return kept
+    if not config.first_stage.path:
+        raise ValueError("no first stage: give --first-stage.path RUN, made by CONFIG:first_stage")
+    return loading.load_first_stage(config.first_stage.path)
+
+
 def prepare(
-    config: schema.LatentDiffusionTrainConfig, run: epath.Path, mesh: Mesh, stream: Any
+    config: schema.LatentDiffusionTrainConfig,
+    found: tuple[dict, schema.AutoencoderKLConfig],
+    run: epath.Path,
+    mesh: Mesh,
+    stream: Any,
 ) -> Frozen:
-    """The first stage from the run's `frozen/`, or at the first start from config.first_stage."""
-    kept = rundir.read_frozen(run, "first_stage")
-    if kept is None:
-        if not config.first_stage.path:
-            raise ValueError(
-                "no first stage: give --first-stage.path RUN, made by CONFIG:first_stage"
-            )
-        params, model = loading.load_first_stage(config.first_stage.path)
-        rundir.write_frozen(run, "first_stage", params, model)
-    else:
-        params, model = kept
+    """What `find` found, placed on the mesh and kept in the run with the latent scale."""
+    params, model = found
+    rundir.write_frozen(run, "first_stage", params, model)
     module = autoencoder.from_config(
         model,
         dtype=jnp.dtype(config.dtype),

@@ -193,14 +193,20 @@ def make_eval_step(
 
 
 def check(
-    config: schema.LatentDiffusionTrainConfig, frozen: first_stage.Frozen, stream: Any
+    config: schema.LatentDiffusionTrainConfig,
+    model: schema.AutoencoderKLConfig,
+    stream: data.Stream,
+    mesh: Mesh,
 ) -> None:
-    """ValueError if config, first stage and data do not fit each other."""
-    bundle.check(first_stage.model_section(config, frozen), config.data.channels)
-    if frozen.config.in_channels != config.data.channels:
+    """ValueError if config, first stage, data and mesh do not fit each other."""
+    if config.steps < 1:
+        raise ValueError(f"--steps {config.steps}: give at least 1")
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    bundle.check(first_stage.model_section(config, model), config.data.channels)
+    if model.in_channels != config.data.channels:
         raise ValueError(
             f"data.channels is {config.data.channels}, but the first stage takes"
-            f" {frozen.config.in_channels}"
+            f" {model.in_channels}"
         )
     needs = {schema.ClassCondConfig: "label", schema.SemanticCondConfig: "segmentation",
              schema.InpaintCondConfig: "mask"}.get(type(config.cond))  # fmt: skip
@@ -219,18 +225,20 @@ def check(
 
 def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
-    run, changes = rundir.open_run(workdir, config)
-    for change in changes:
-        cli.say(f"changed on resume: {change}")
     mesh = sharding.make_mesh(config.mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
     root = jax.random.key(config.seed)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
     held_out = data.stream(
         config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
     )
-    batch_sharding = sharding.batch_sharding(mesh)
-    frozen = first_stage.prepare(config, run, mesh, stream)
-    check(config, frozen, stream)
+    found = first_stage.find(config, workdir)
+    check(config, found[1], stream, mesh)
+    # only now is anything written: a wrong config leaves no run behind that refuses the right one
+    run, changes = rundir.open_run(workdir, config)
+    for change in changes:
+        cli.say(f"changed on resume: {change}")
+    frozen = first_stage.prepare(config, found, run, mesh, stream)
 
     manager = checkpoint.manager(run, config.max_to_keep)
     shapes, shardings = abstract_state(config, mesh)
@@ -256,7 +264,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     )
     every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
     due = lambda interval, step: interval and step % interval == 0  # noqa: E731
-    section = first_stage.model_section(config, frozen)
+    section = first_stage.model_section(config, frozen.config)
 
     def averaged(state: TrainState) -> dict:
         return {**state.params, **state.ema_params}

@@ -24,7 +24,7 @@ def make(
 
     Classes take turns; concat conditioning comes from held-out images.
     """
-    section = first_stage.model_section(config, frozen)
+    section = first_stage.model_section(config, frozen.config)
     model = bundle.build(section, {}, frozen.scale, dtype=jnp.dtype(config.dtype))
     guided = config.cond is not None and config.cond.dropout > 0 and config.sample_guidance != 1
     sample = sampling.make_sampler(
