@@ -111,12 +111,14 @@ def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:
         ignored=UNET_IGNORED,
     )
     classes, vector_dim = values["num_classes"], values["adm_in_channels"]
-    if classes is not None and not isinstance(classes, int):
-        if classes != "sequential":
-            raise ValueError(f"unet_config: num_classes={classes!r} is not supported")
-        classes = None
-    elif vector_dim is not None:
-        raise ValueError("unet_config: adm_in_channels needs num_classes='sequential'")
+    if isinstance(classes, str) and classes != "sequential":
+        raise ValueError(f"unet_config: num_classes={classes!r} is not supported")
+    if classes == "sequential" and vector_dim is None:
+        raise ValueError("unet_config: num_classes='sequential' needs adm_in_channels")
+    if classes != "sequential" and vector_dim is not None:
+        raise ValueError(
+            f"unet_config: adm_in_channels={vector_dim} needs num_classes='sequential'"
+        )
     # The reference lets num_head_channels win when both are given.
     by_width = values["num_head_channels"] != -1
     return schema.UNetConfig(
@@ -134,7 +136,7 @@ def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:
         linear_projection=values["use_linear_in_transformer"],
         scale_shift_norm=values["use_scale_shift_norm"],
         resblock_updown=values["resblock_updown"],
-        num_classes=classes,
+        num_classes=None if classes == "sequential" else classes,
         vector_dim=vector_dim,
         dropout=values["dropout"],
     )
@@ -220,7 +222,5 @@ def _same(value):
     if not isinstance(value, (list, tuple)):
         return value
     if len(set(value)) != 1:
-        raise ValueError(
-            f"unet_config: {list(value)} differs between levels; one value is supported"
-        )
+        raise ValueError(f"unet_config: {list(value)}: one value for all levels is supported")
     return value[0]

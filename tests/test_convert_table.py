@@ -1,0 +1,103 @@
+"""Layouts and rows: both directions, by value and by shape, and every misfit in one error."""
+
+import jax
+import numpy as np
+import pytest
+from reference import draw
+
+from ldm_jax.convert import table
+
+SIZES = (("n", 2), ("s", 3))
+QKV = table.Layout("(n s d) i 1", "s i (n d)", SIZES)
+ROWS = [
+    table.Row("a.weight", ("a/kernel",), table.CONV),
+    table.Row("b.qkv.weight", ("b/to_q", "b/to_k", "b/to_v"), QKV),
+    table.Row("c.bias", ("c/bias",), table.VECTOR),
+]
+
+
+def tensors():
+    return {"a.weight": draw(6, 5, 3, 2), "b.qkv.weight": draw(12, 7, 1), "c.bias": draw(4)}
+
+
+def shapes():
+    shape = {"a": {"kernel": (3, 2, 5, 6)}, "c": {"bias": (4,)}}
+    shape["b"] = dict.fromkeys(("to_q", "to_k", "to_v"), (7, 4))
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, np.float32), shape, is_leaf=lambda s: isinstance(s, tuple)
+    )
+
+
+def test_there_and_back():
+    params = table.from_torch(ROWS, tensors(), shapes())
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes())
+    back = table.to_torch(ROWS, params)
+    assert back.keys() == tensors().keys()
+    for name, x in tensors().items():
+        np.testing.assert_array_equal(back[name], x)
+
+
+def test_there_and_back_by_shape():
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tensors())
+    params = table.from_torch(ROWS, structs, shapes())
+    assert params == shapes()
+    assert table.to_torch(ROWS, params) == structs
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "index", "same_as"),
+    [
+        (table.CONV, (6, 5, 3, 2), (5, 4, 2, 1), (2, 1, 4, 5)),
+        (table.DENSE, (6, 5), (5, 4), (4, 5)),
+        (table.DENSE_AS_CONV1D, (6, 5, 1), (5, 4, 0), (4, 5)),
+        (table.DENSE_AS_CONV2D, (6, 5, 1, 1), (5, 4, 0, 0), (4, 5)),
+        (table.EMBEDDING, (6, 5), (5, 4), (5, 4)),
+    ],
+)
+def test_layouts_move_axes(layout, shape, index, same_as):
+    x = draw(*shape)
+    assert layout.to_ours(x)[same_as] == x[index]
+    np.testing.assert_array_equal(layout.to_torch(layout.to_ours(x)), x)
+
+
+def test_each_head_keeps_its_own_query_key_and_value():
+    # two heads of width 2: output channels are q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 v1 v1
+    params = table.from_torch(ROWS, tensors(), shapes())
+    theirs = tensors()["b.qkv.weight"][:, :, 0]
+    for part, rows in (("to_q", [0, 1, 6, 7]), ("to_k", [2, 3, 8, 9]), ("to_v", [4, 5, 10, 11])):
+        np.testing.assert_array_equal(params["b"][part], theirs[rows].T)
+
+
+def test_parameters_are_float32_whatever_the_file_holds():
+    half = {name: x.astype(np.float16) for name, x in tensors().items()}
+    params = table.from_torch(ROWS, half, shapes())
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), half)
+    assert table.from_torch(ROWS, structs, shapes()) == shapes()
+
+
+def test_one_error_lists_every_misfit():
+    bad = tensors()
+    del bad["c.bias"]
+    bad["surprise"] = draw(1)
+    bad["a.weight"] = draw(6, 5, 3, 3)
+    with pytest.raises(ValueError, match="checkpoint does not fit") as error:
+        table.from_torch(ROWS, bad, shapes())
+    message = str(error.value)
+    assert "missing c.bias" in message
+    assert "unknown surprise" in message
+    assert "a.weight is (6, 5, 3, 3), not (6, 5, 3, 2)" in message
+    assert "b.qkv" not in message
+
+
+def test_a_long_list_of_misfits_is_cut():
+    with pytest.raises(ValueError, match=r"unknown x19, and 17 more$"):
+        table.from_torch([], {f"x{i}": draw(1) for i in range(37)}, {})
+
+
+def test_parameters_that_do_not_fit_are_listed():
+    params = table.from_torch(ROWS, tensors(), shapes())
+    params["d"] = {"kernel": draw(1)}
+    del params["b"]["to_k"]
+    with pytest.raises(ValueError, match="missing b/to_k; unknown d/kernel"):
+        table.to_torch(ROWS, params)
