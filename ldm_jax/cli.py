@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, distinct exit codes, the compilation cache."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
     argv = list(argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    if not debug:
+        _hide_abandoned_reads()
     try:
         return command(argv) or 0
     except KeyboardInterrupt:
@@ -38,6 +41,19 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         kind, hint = ("", "") if clear else (f"{type(error).__name__}: ", " (--debug shows where)")
         sys.stderr.write(f"{program}: error: {kind}{text}{hint}\n")
         return 1
+
+
+def _hide_abandoned_reads() -> None:
+    """When one file of a checkpoint is missing, Orbax drops its other reads, and Python prints a
+    traceback for each beside our one line."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def enable_compilation_cache(argv: Sequence[str]) -> list[str]:

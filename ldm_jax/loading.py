@@ -25,7 +25,7 @@ def load(
     training rules; without it they lie on the default device. `dtype` is the compute type.
     ValueError or FileNotFoundError name the path and what is wrong with it.
     """
-    run = epath.Path(path)
+    run = checkpoint.absolute(path)
     config = _config(run)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
         raise ValueError(
@@ -65,7 +65,7 @@ def load(
 
 def load_first_stage(path: epath.PathLike, *, step: int | None = None) -> tuple[dict, Any]:
     """(host parameters, config) of the first stage that a run trained, averaged if it can be."""
-    run = epath.Path(path)
+    run = checkpoint.absolute(path)
     config = _config(run)
     if not isinstance(config, schema.AutoencoderTrainConfig):
         raise ValueError(f"{run}: is not the run of a first stage ({type(config).__name__})")

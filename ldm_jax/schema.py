@@ -375,8 +375,9 @@ class AutoencoderTrainConfig:
 class FirstStageConfig:
     """The frozen first stage of a latent diffusion model."""
 
-    path: str = ""
-    """Run directory of `ldm-train CONFIG:first_stage` (its newest snapshot, EMA if it has one)."""
+    path: str = execution("")
+    """Run directory of `ldm-train CONFIG:first_stage`: its newest weights, averaged if it has an
+    average. Read at the first start and kept in the run's `frozen/`, so it may move afterwards."""
     scale: float | None = None
     """Factor from latent to diffusion space; None: 1 / std of encoded training images."""
     scale_images: int = 1024

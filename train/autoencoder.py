@@ -116,7 +116,7 @@ def make_train_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callab
         grads, metrics = train_state.gradients(
             lambda params, rows: loss(params, rows, True), state.params, rows, config.accumulate
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(

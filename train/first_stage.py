@@ -43,14 +43,22 @@ def find(
 ) -> tuple[dict, schema.AutoencoderKLConfig]:
     """(host parameters, config) from the run's `frozen/`, at the first start from the given path.
 
-    Only reads. ValueError if there is none.
+    Only reads. ValueError if there is none, or if a new path leads to another first stage than the
+    one that the run was trained on.
     """
-    kept = rundir.read_frozen(workdir, "first_stage")
+    kept, path = rundir.read_frozen(workdir, "first_stage"), config.first_stage.path
     if kept is not None:
+        if path not in ("", rundir.read_config(workdir).first_stage.path):
+            other, _ = loading.load_first_stage(path)
+            if rundir.params_hash(other) != rundir.params_hash(kept[0]):
+                raise ValueError(
+                    f"--first-stage.path {path}: is not the first stage in {workdir}/frozen that"
+                    " this run was trained on; leave the option out, or use another --workdir"
+                )
         return kept
-    if not config.first_stage.path:
+    if not path:
         raise ValueError("no first stage: give --first-stage.path RUN, made by CONFIG:first_stage")
-    return loading.load_first_stage(config.first_stage.path)
+    return loading.load_first_stage(path)
 
 
 def prepare(
