@@ -1,7 +1,8 @@
-"""Your own images: LDM-4 of the paper on a folder, at its real size (256x256, KL-f4).
+r"""Your own images: LDM-4 of the paper on a folder, at its real size (256x256, KL-f4).
 
     ldm-train folder:first_stage --workdir runs/first_stage --data.source.path IMAGES
-    ldm-train folder --workdir runs/ldm --data.source.path IMAGES --first-stage.path runs/first_stage
+    ldm-train folder --workdir runs/ldm --data.source.path IMAGES \
+        --first-stage.path runs/first_stage
     ldm-train folder:class --cond.num-classes N ...      # IMAGES/CLASS/NAME.jpg
 
 First stage: `autoencoder_kl_64x64x3`; UNet and schedule: `celebahq-ldm-vq-4`, and for classes
