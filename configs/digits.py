@@ -37,13 +37,18 @@ def first_stage() -> schema.AutoencoderTrainConfig:
             embed_dim=4,
         ),
         optimizer=schema.OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", warmup_steps=20, decay_steps=400, clip_norm=1.0
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=20,
+            decay_steps=800,
+            b2=0.99,
+            weight_decay=0.0,
+            clip_norm=1.0,
         ),
-        ema=schema.EMAConfig(decay=0.99, parts=("autoencoder",)),
-        batch_size=64,
-        steps=400,
-        intervals=schema.IntervalConfig(log=10, save=200, snapshot=0, evaluate=100, sample=200),
-        eval_batches=5,
+        batch_size=32,
+        steps=800,
+        intervals=schema.IntervalConfig(log=20, save=400, snapshot=0, evaluate=400, sample=400),
+        eval_batches=12,
     )
 
 
@@ -54,10 +59,10 @@ def ldm() -> schema.LatentDiffusionTrainConfig:
         unet=schema.UNetConfig(
             in_channels=4,
             out_channels=4,
-            model_channels=96,
-            channel_mult=(1, 2),
+            model_channels=128,
+            channel_mult=(1,),
             num_res_blocks=2,
-            attention_downsample=(1, 2),
+            attention_downsample=(1,),
             num_heads=None,
             num_head_channels=32,
             context_dim=128,
@@ -65,13 +70,12 @@ def ldm() -> schema.LatentDiffusionTrainConfig:
         cond=schema.ClassCondConfig(num_classes=10, embed_dim=128),
         diffusion=schema.DiffusionConfig(beta_start=0.0015, beta_end=0.0195),
         optimizer=schema.OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", warmup_steps=20, decay_steps=500, clip_norm=1.0
+            learning_rate=1e-3, schedule="cosine", warmup_steps=20, decay_steps=900, clip_norm=1.0
         ),
         ema=schema.EMAConfig(decay=0.99),
-        batch_size=128,
-        steps=500,
-        intervals=schema.IntervalConfig(log=10, save=100, snapshot=0, evaluate=250, sample=250),
-        eval_batches=2,
+        batch_size=64,
+        steps=900,
+        intervals=schema.IntervalConfig(log=20, save=450, snapshot=0, evaluate=450, sample=450),
+        eval_batches=5,
         num_samples=20,
-        sample_steps=50,
     )
