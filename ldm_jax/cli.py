@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -49,7 +50,7 @@ def _hide_abandoned_reads() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+    def hook(unraisable: Any) -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
             show(unraisable)
 
