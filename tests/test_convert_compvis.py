@@ -1,4 +1,4 @@
-"""Published checkpoints fit by name and shape, and YAML options mean what they do in the reference."""
+"""Published checkpoints fit by name and shape, and YAML options mean what the reference means."""
 
 import functools
 import json
