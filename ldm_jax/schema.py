@@ -517,14 +517,17 @@ def to_json(config: Any) -> str:
 
 def from_json(text: str, where: str = "config.json") -> Any:
     """Inverse of `to_json`. ValueError names a newer format, an unknown field or a wrong type."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: is damaged, not JSON ({error})") from error
     if not isinstance(values, dict) or "format" not in values:
         raise ValueError(f"{where}: not a config written by ldm_jax (it has no format number)")
     if values["format"] > FORMAT:
         raise ValueError(
             f"{where}: format {values['format']} is newer than {FORMAT}; install a newer ldm_jax"
         )
-    return from_dict(values["config"], where)
+    return from_dict(values["config"], f"{where}: config")
 
 
 def difference(old: Any, new: Any) -> tuple[list[str], list[str]]:
