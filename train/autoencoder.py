@@ -236,8 +236,12 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
         batches = [
             data.global_batch(held_out, i, batch_sharding) for i in range(config.eval_batches)
         ]
-        found = [jax.device_get(evaluate_batch(averaged(state), b)) for b in batches]
-        return {f"eval/{n}": float(np.mean([f[n] for f in found])) for n in found[0]}
+        weights = {"": state.params} | ({"_ema": averaged(state)} if state.ema_params else {})
+        values = {}
+        for suffix, params in weights.items():
+            found = [jax.device_get(evaluate_batch(params, batch)) for batch in batches]
+            values |= {f"eval/{n}{suffix}": float(np.mean([f[n] for f in found])) for n in found[0]}
+        return values
 
     code = 0
     with stop.on_signal() as stopping, data.prefetch(stream, first, batch_sharding) as batches:
