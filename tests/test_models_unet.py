@@ -148,7 +148,7 @@ def test_class_embedding_starts_as_unit_normal():
     assert embedding.std() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("config", [TINY, PLAIN], ids=["transformer", "plain"])
+@pytest.mark.parametrize("config", [TINY, pytest.param(PLAIN, marks=pytest.mark.slow)])
 def test_remat_recomputes_the_same(config):
     # one level: 1 resnet down, 2 in the middle, 2 up; as many attentions, less one in the middle
     config = dataclasses.replace(config, channel_mult=(1,), attention_downsample=(1,))
@@ -286,7 +286,7 @@ def diffusers_params(module, shapes):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("linear_projection", [False, True])
+@pytest.mark.parametrize("linear_projection", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equals_torch_diffusers_by_name(linear_projection):
     torch = pytest.importorskip("torch", reason="torch is the reference")
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference")
