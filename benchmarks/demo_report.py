@@ -154,7 +154,7 @@ def curves(folder: epath.Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     for axis, run, names in (
-        (axes[0], "first_stage", ("loss", "eval/loss")),
+        (axes[0], "first_stage", ("loss", "eval/loss", "eval/loss_ema")),
         (axes[1], "ldm", ("loss_simple", "eval/loss", "eval/loss_ema")),
     ):
         records = rundir.read_metrics(folder / run)
