@@ -267,6 +267,8 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
         if not last:
             monitor.say(f"stopped at step {step}; run the same command again to go on")
             code = cli.INTERRUPTED
+    monitor.flush()
+    stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
     monitor.close()
     manager.close()
     return code

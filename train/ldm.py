@@ -302,6 +302,8 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
         if not last:
             monitor.say(f"stopped at step {step}; run the same command again to go on")
             code = cli.INTERRUPTED
+    monitor.flush()
+    stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
     monitor.close()
     manager.close()
     return code
