@@ -174,7 +174,7 @@ def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: An
     return draw
 
 
-def check(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> None:
+def check(config: schema.AutoencoderTrainConfig, stream: data.Stream, mesh: Mesh) -> None:
     """ValueError if config, data and mesh do not fit each other."""
     if config.steps < 1:
         raise ValueError(f"--steps {config.steps}: give at least 1")
@@ -189,18 +189,19 @@ def check(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> None:
             f"data.size {config.data.size} is not a multiple of the first stage's downsampling"
             f" {config.model.downsample}"
         )
+    stream.made[0]  # images that do not fit
 
 
 def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
     mesh = sharding.make_mesh(config.mesh)
     batch_sharding = sharding.batch_sharding(mesh)
-    check(config, mesh)
     root = jax.random.key(config.seed)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
     held_out = data.stream(
         config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
     )
+    check(config, stream, mesh)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
     for change in changes:

@@ -221,6 +221,7 @@ def check(
             raise ValueError(
                 f"the data have {found} classes, but cond.num_classes is {config.cond.num_classes}"
             )
+    stream.made[0]  # images that do not fit
 
 
 def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> int:
