@@ -57,12 +57,14 @@ def test_bfloat16_keeps_its_type_and_stays_close(function, small_chunks):
     np.testing.assert_allclose(np.float32(got), formula(*qkv()), atol=2e-2)
 
 
-def test_softmax_is_float32_for_bfloat16_inputs(small_chunks):
-    # 513 equal logits: a bfloat16 sum of ones would stop at 256
-    q, k = jnp.zeros((1, 4, 1, 8), jnp.bfloat16), jnp.zeros((1, 513, 1, 8), jnp.bfloat16)
-    v = jnp.ones((1, 513, 1, 8), jnp.bfloat16)
-    for function in (attention.xla, attention.chunked):
-        np.testing.assert_allclose(np.float32(jax.jit(function)(q, k, v)), 1.0, atol=4e-3)
+@pytest.mark.parametrize("function", [attention.xla, attention.chunked])
+def test_logits_are_float32_for_bfloat16_inputs(function):
+    # logits 64 and 64.25 (before the scale) are the same number in bfloat16
+    q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
+    k = jnp.zeros((1, 2, 1, 8), jnp.bfloat16).at[..., 0].set(64).at[:, 1, :, 1].set(0.25)
+    v = jnp.array([-1, 1], jnp.bfloat16)[None, :, None, None] * q
+    want = np.tanh(0.25 / np.sqrt(8) / 2)
+    np.testing.assert_allclose(np.float32(jax.jit(function)(q, k, v)), want, atol=2e-3)
 
 
 def test_chunked_needs_less_memory(monkeypatch):

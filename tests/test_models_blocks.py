@@ -104,6 +104,15 @@ def test_group_norm_computes_in_float32_whatever_the_dtype():
     assert params["params"]["scale"].dtype == jnp.float32
 
 
+def test_group_norm_keeps_the_digits_of_a_large_mean():
+    # E[x^2] - E[x]^2 would lose the variance of 1 beside a square of 1e7
+    x = 3000 + draw(1, 16, 16, 32)
+    layer = blocks.group_norm(32, 1e-6, name="norm", dtype=jnp.float32)
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean((1, 2), keepdims=True)) / wide.std((1, 2), keepdims=True)
+    np.testing.assert_allclose(layer.init_with_output(KEY, x)[0], want, atol=2e-3)
+
+
 def test_epsilons_are_those_of_the_reference():
     x, emb = 1e-3 * draw(1, 8, 8, 32), draw(1, 64, seed=2)
 
