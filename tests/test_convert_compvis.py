@@ -219,6 +219,12 @@ def test_unet_options_that_cannot_be_kept_are_refused(options, message):
         compvis.unet_config(UNET | options)
 
 
+def test_neither_heads_nor_their_width_is_an_error():
+    without = {key: value for key, value in UNET.items() if key != "num_heads"}
+    with pytest.raises(ValueError, match="num_heads=None and num_head_channels=None: give one"):
+        compvis.load_unet(without, {})
+
+
 def test_missing_options_are_named():
     with pytest.raises(ValueError, match="unet_config: missing: out_channels"):
         compvis.unet_config({k: v for k, v in UNET.items() if k != "out_channels"})

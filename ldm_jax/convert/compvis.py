@@ -119,8 +119,11 @@ def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:
         raise ValueError(
             f"unet_config: adm_in_channels={vector_dim} needs num_classes='sequential'"
         )
-    # The reference lets num_head_channels win when both are given.
-    by_width = values["num_head_channels"] != -1
+    heads, head_channels = (
+        None if values[key] == -1 else values[key] for key in ("num_heads", "num_head_channels")
+    )
+    if head_channels is not None:  # wins in the reference when both are given
+        heads = None
     return schema.UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
@@ -128,8 +131,8 @@ def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:
         channel_mult=tuple(values["channel_mult"]),
         num_res_blocks=_same(values["num_res_blocks"]),
         attention_downsample=tuple(values["attention_resolutions"]),
-        num_heads=None if by_width else values["num_heads"],
-        num_head_channels=values["num_head_channels"] if by_width else None,
+        num_heads=heads,
+        num_head_channels=head_channels,
         spatial_transformer=values["use_spatial_transformer"],
         transformer_depth=_same(values["transformer_depth"]),
         context_dim=_same(values["context_dim"]),
