@@ -119,11 +119,7 @@ def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:
         raise ValueError(
             f"unet_config: adm_in_channels={vector_dim} needs num_classes='sequential'"
         )
-    heads, head_channels = (
-        None if values[key] == -1 else values[key] for key in ("num_heads", "num_head_channels")
-    )
-    if head_channels is not None:  # wins in the reference when both are given
-        heads = None
+    heads, head_channels = _given(values["num_heads"]), _given(values["num_head_channels"])
     return schema.UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
@@ -131,7 +127,7 @@ def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:
         channel_mult=tuple(values["channel_mult"]),
         num_res_blocks=_same(values["num_res_blocks"]),
         attention_downsample=tuple(values["attention_resolutions"]),
-        num_heads=heads,
+        num_heads=heads if head_channels is None else None,  # the reference ignores it then
         num_head_channels=head_channels,
         spatial_transformer=values["use_spatial_transformer"],
         transformer_depth=_same(values["transformer_depth"]),
@@ -218,6 +214,11 @@ def _read(
         if keys:
             raise ValueError(f"{where}: {what}: {', '.join(keys)}")
     return {**optional, **{k: config[k] for k in (*required, *optional) if k in config}}
+
+
+def _given(value: int) -> int | None:
+    """The reference writes -1 for none."""
+    return None if value == -1 else value
 
 
 def _same(value):
