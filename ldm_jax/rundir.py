@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ldm_jax import checkpoint, schema, sharding
+from ldm_jax import checkpoint, schema, serialize, sharding
 
 FORMAT = 1  # of latents.json; a reader refuses a newer one
 
@@ -42,7 +42,7 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: is a file; --workdir takes a directory")
     if (run / "config.json").exists():
-        identity, changed = schema.difference(read_config(run), config)
+        identity, changed = serialize.difference(read_config(run), config)
         if identity:
             raise ValueError(
                 f"{run}: holds another run, of which these differ: {'; '.join(identity)}."
@@ -55,7 +55,7 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
         )
     _barrier("looked")  # nobody may look at what process 0 is about to write
     try:
-        write_text(run / "config.json", schema.to_json(config))
+        write_text(run / "config.json", serialize.to_json(config))
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{run}: cannot be written ({reason}); choose another --workdir") from error
@@ -66,12 +66,12 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
 def read_config(run: epath.PathLike) -> schema.TrainConfig:
     """The config of a run. ValueError if the file is not one, or of a newer format."""
     path = epath.Path(run) / "config.json"
-    return schema.from_json(path.read_text(), str(path))
+    return serialize.from_json(path.read_text(), str(path))
 
 
 def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it: mesh sizes, hash of the config."""
-    digest = hashlib.sha256(schema.to_json(config).encode()).hexdigest()
+    digest = hashlib.sha256(serialize.to_json(config).encode()).hexdigest()
     return {"mesh": dict(mesh.shape), "processes": jax.process_count(), "config": digest[:16]}
 
 
@@ -120,7 +120,7 @@ def write_frozen(run: epath.PathLike, name: str, params: dict, config: Any) -> N
             raise ValueError(f"{folder}: holds other weights ({kept}, not {digest}); use a new run")
         return
     _barrier(f"frozen_{name}")
-    values = {"hash": digest, "config": schema.to_dict(config)}
+    values = {"hash": digest, "config": serialize.to_dict(config)}
     checkpoint.write_folder(folder, params, values)
 
 
@@ -135,7 +135,7 @@ def read_frozen(run: epath.PathLike, name: str) -> tuple[dict, Any] | None:
     meta = checkpoint.read_meta(folder)
     params = checkpoint.read_tree(folder, "params", meta)
     config = meta["config"]
-    return params, config if config is None else schema.from_dict(config, str(folder))
+    return params, config if config is None else serialize.from_dict(config, str(folder))
 
 
 def params_hash(params: dict) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax import checkpoint, schema, sharding, train_state
+from ldm_jax import checkpoint, schema, serialize, sharding, train_state
 from ldm_jax.schema import EMAConfig, MeshConfig, OptimizerConfig
 
 TX, _ = train_state.make_optimizer(OptimizerConfig(clip_norm=1.0, warmup_steps=2))
@@ -336,7 +336,7 @@ def test_paths_may_be_relative_or_in_a_bucket(tmp_path, monkeypatch):
 
 def test_snapshots(tmp_path):
     first, second = trained(1), trained(2)
-    model = schema.to_dict(schema.UNetConfig(model_channels=32))
+    model = serialize.to_dict(schema.UNetConfig(model_channels=32))
     for state in (first, second):
         checkpoint.save_snapshot(tmp_path, int(state.step), state.ema_params, model)
     assert checkpoint.snapshot_steps(tmp_path) == [1, 2]
@@ -344,7 +344,7 @@ def test_snapshots(tmp_path):
     tree_equal(params, second.ema_params)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     assert (meta["step"], meta["format"]) == (2, checkpoint.FORMAT)
-    assert schema.from_dict(meta["model"]) == schema.UNetConfig(model_channels=32)
+    assert serialize.from_dict(meta["model"]) == schema.UNetConfig(model_channels=32)
     tree_equal(checkpoint.load_snapshot(tmp_path, 1)[0], first.ema_params)
     checkpoint.save_snapshot(tmp_path, 1, second.params, model)  # stays as it is
     tree_equal(checkpoint.load_snapshot(tmp_path, 1)[0], first.ema_params)

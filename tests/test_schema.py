@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from ldm_jax import schema
+from ldm_jax import schema, serialize
 from ldm_jax.configs import digits, tiny
 
 CONFIGS = [digits.get_config(s) for s in ("first_stage", "ldm")]
@@ -16,7 +16,7 @@ BASE = tiny.get_config("class")
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_json_gives_an_equal_config(config):
-    again = schema.from_json(schema.to_json(config))
+    again = serialize.from_json(serialize.to_json(config))
     assert again == config
     assert hash(again) == hash(config)
 
@@ -27,7 +27,7 @@ def every_class() -> list[type]:
 
 @pytest.mark.parametrize("cls", every_class())
 def test_defaults_survive_json(cls):
-    assert schema.from_json(schema.to_json(cls())) == cls()
+    assert serialize.from_json(serialize.to_json(cls())) == cls()
 
 
 @pytest.mark.parametrize("cls", every_class())
@@ -39,7 +39,7 @@ def test_classes_are_frozen_and_named_config(cls):
 
 def edited(path: str, value) -> str:
     """config.json of BASE with the field at `path` (a.b.c) set to `value`."""
-    values = json.loads(schema.to_json(BASE))
+    values = json.loads(serialize.to_json(BASE))
     inner = values["config"]
     *parents, last = path.split(".")
     for name in parents:
@@ -70,11 +70,11 @@ def edited(path: str, value) -> str:
 )
 def test_wrong_fields_are_named(path, value, complaint):
     with pytest.raises(ValueError, match=complaint):
-        schema.from_json(edited(path, value))
+        serialize.from_json(edited(path, value))
 
 
 def test_json_may_write_floats_as_integers():
-    again = schema.from_json(edited("optimizer.learning_rate", 1))
+    again = serialize.from_json(edited("optimizer.learning_rate", 1))
     assert type(again.optimizer.learning_rate) is float
     assert again.optimizer.learning_rate == 1
 
@@ -82,7 +82,10 @@ def test_json_may_write_floats_as_integers():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (json.dumps({"format": schema.FORMAT + 1, "config": {}}), "here: format 2 is newer than 1"),
+        (
+            json.dumps({"format": serialize.FORMAT + 1, "config": {}}),
+            "here: format 2 is newer than 1",
+        ),
         (json.dumps({"_class_name": "UNet2DConditionModel"}), "here: not a config written by"),
         (json.dumps([1]), "here: not a config written by"),
         ('{"format": 1, "conf', "here: is damaged, not JSON"),
@@ -90,7 +93,7 @@ def test_json_may_write_floats_as_integers():
 )
 def test_other_files_are_refused(text, complaint):
     with pytest.raises(ValueError, match=complaint):
-        schema.from_json(text, "here")
+        serialize.from_json(text, "here")
 
 
 def test_difference_separates_identity_from_execution():
@@ -102,19 +105,19 @@ def test_difference_separates_identity_from_execution():
         unet=dataclasses.replace(BASE.unet, dropout=0.5),
         data=dataclasses.replace(BASE.data, threads=7, flip=False),
     )
-    identity, execution = schema.difference(BASE, changed)
+    identity, execution = serialize.difference(BASE, changed)
     assert identity == [
         "data.flip: True -> False",
         "unet.dropout: 0.0 -> 0.5",
         "batch_size: 8 -> 16",
     ]
     assert execution == ["data.threads: 2 -> 7", "steps: 8 -> 99", "mesh.fsdp: 1 -> 2"]
-    assert schema.difference(BASE, BASE) == ([], [])
+    assert serialize.difference(BASE, BASE) == ([], [])
 
 
 def test_another_kind_of_conditioning_is_one_difference():
     changed = dataclasses.replace(BASE, cond=None)
-    identity, execution = schema.difference(BASE, changed)
+    identity, execution = serialize.difference(BASE, changed)
     assert len(identity) == 1
     assert identity[0].startswith("cond: ClassCondConfig(")
     assert execution == []

@@ -20,6 +20,7 @@ from ldm_jax import (
     losses,
     rundir,
     schema,
+    serialize,
     sharding,
     train_state,
 )
@@ -244,6 +245,7 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
             values |= {f"eval/{n}{suffix}": float(np.mean([f[n] for f in found])) for n in found[0]}
         return values
 
+    section = serialize.to_dict(config.model)
     code = 0
     with stop.on_signal() as stopping, data.prefetch(stream, first, batch_sharding) as batches:
         for i, batch in batches:
@@ -262,7 +264,9 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
                 saved = step
                 monitor.flush()
             if due(every.snapshot, step) or last:
-                checkpoint.save_snapshot(run, step, averaged(state), schema.to_dict(config.model))
+                checkpoint.save_snapshot(
+                    run, step, averaged(state), serialize.to_dict(config.model)
+                )
             if last or interrupted:
                 break
         if not last:

@@ -20,6 +20,7 @@ from ldm_jax import (
     latents,
     rundir,
     schema,
+    serialize,
     sharding,
     train_state,
 )
@@ -265,7 +266,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     )
     every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
     due = lambda interval, step: interval and step % interval == 0  # noqa: E731
-    section = first_stage.model_section(config, frozen.config)
+    section = serialize.to_dict(first_stage.model_section(config, frozen.config))
 
     def averaged(state: TrainState) -> dict:
         return {**state.params, **state.ema_params}
@@ -297,7 +298,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
                 saved = step
                 monitor.flush()
             if due(every.snapshot, step) or last:
-                checkpoint.save_snapshot(run, step, averaged(state), schema.to_dict(section))
+                checkpoint.save_snapshot(run, step, averaged(state), section)
             if last or interrupted:
                 break
         if not last:
