@@ -247,7 +247,11 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
 
     section = serialize.to_dict(config.model)
     code = 0
-    with stop.on_signal() as stopping, data.prefetch(stream, first, batch_sharding) as batches:
+    with (
+        manager,  # on the way out, an error's too, the checkpoint under way is finished
+        stop.on_signal() as stopping,
+        data.prefetch(stream, first, batch_sharding) as batches,
+    ):
         for i, batch in batches:
             state, metrics = train_step(state, batch, root)
             step, last = i + 1, i + 1 == config.steps
@@ -264,9 +268,7 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
                 saved = step
                 monitor.flush()
             if due(every.snapshot, step) or last:
-                checkpoint.save_snapshot(
-                    run, step, averaged(state), serialize.to_dict(config.model)
-                )
+                checkpoint.save_snapshot(run, step, averaged(state), section)
             if last or interrupted:
                 break
         if not last:
@@ -275,5 +277,4 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
     monitor.flush()
     stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
     monitor.close()
-    manager.close()
     return code
