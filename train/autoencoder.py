@@ -203,13 +203,13 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
         config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
     )
     check(config, stream, mesh)
+    shapes, shardings = abstract_state(config, mesh)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
     for change in changes:
         cli.say(f"changed on resume: {change}")
 
     manager = checkpoint.manager(run, config.max_to_keep)
-    shapes, shardings = abstract_state(config, mesh)
     saved = checkpoint.latest_step(manager)
     if saved is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)

@@ -236,6 +236,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     )
     found = first_stage.find(config, workdir)
     check(config, found[1], stream, mesh)
+    shapes, shardings = abstract_state(config, mesh)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
     for change in changes:
@@ -243,7 +244,6 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     frozen = first_stage.prepare(config, found, run, mesh, stream)
 
     manager = checkpoint.manager(run, config.max_to_keep)
-    shapes, shardings = abstract_state(config, mesh)
     saved = checkpoint.latest_step(manager)
     if saved is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
@@ -281,7 +281,11 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
         return {name: value / config.eval_batches for name, value in sums.items()}
 
     code = 0
-    with stop.on_signal() as stopping, data.prefetch(stream, first, batch_sharding) as batches:
+    with (
+        manager,  # on the way out, an error's too, the checkpoint under way is finished
+        stop.on_signal() as stopping,
+        data.prefetch(stream, first, batch_sharding) as batches,
+    ):
         for i, batch in batches:
             state, metrics = train_step(state, batch, root)
             step, last = i + 1, i + 1 == config.steps
@@ -307,5 +311,4 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     monitor.flush()
     stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
     monitor.close()
-    manager.close()
     return code
