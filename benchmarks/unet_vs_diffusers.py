@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
         "--cases", nargs="+", choices=unet_cases.CASES, default=list(unet_cases.CASES)
     )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timed runs, per process")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timed runs, per process")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
