@@ -1,0 +1,57 @@
+"""A training loop of your own on many hosts, with the public surface of ldm_jax alone.
+
+Start the same command on every host; a Cloud TPU slice or a SLURM job finds its members itself.
+
+    python docs/train_multihost.py gs://bucket/first_stage gs://bucket/ldm
+
+Run it again to go on from the newest checkpoint, on as many hosts as there are then.
+"""
+
+import dataclasses
+import sys
+
+import jax
+
+from ldm_jax import checkpoint, data, rundir, schema, sharding
+from ldm_jax.configs import digits
+from ldm_jax.train import first_stage, ldm
+
+
+def train(config: schema.LatentDiffusionTrainConfig, workdir: str) -> None:
+    """Trains until `config.steps`, saving every `config.intervals.save` steps."""
+    mesh = sharding.make_mesh(config.mesh)  # all devices of all hosts
+    rows = sharding.batch_sharding(mesh)
+    stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
+    run, _ = rundir.open_run(workdir, config)
+    frozen = first_stage.prepare(config, first_stage.find(config, run), run, mesh, stream)
+
+    key = jax.random.key(config.seed)
+    state, _ = ldm.init_state(config, key, mesh)
+    manager = checkpoint.manager(run, config.max_to_keep)
+    if checkpoint.latest_step(manager) is not None:
+        state = checkpoint.restore(manager, state)  # onto this mesh, whatever it was saved from
+    train_step = ldm.make_train_step(config, frozen, mesh)
+
+    first = int(state.step)
+    with data.prefetch(stream, first, rows) as batches:  # a host decodes its own rows only
+        for i, batch in batches:
+            if i == config.steps:
+                break
+            state, metrics = train_step(state, batch, key)
+            step = i + 1
+            if step % config.intervals.log == 0 and jax.process_index() == 0:
+                print(f"step {step}: loss {float(metrics['loss']):.4f}", flush=True)
+            if step % config.intervals.save == 0 or step == config.steps:
+                checkpoint.save(manager, state, rundir.meta(config, mesh))
+    manager.close()  # waits for the last checkpoint
+
+
+if __name__ == "__main__":
+    jax.distributed.initialize()
+    path, workdir = sys.argv[1:]
+    config = dataclasses.replace(
+        digits.get_config("ldm"),
+        first_stage=schema.FirstStageConfig(path=path),
+        mesh=schema.MeshConfig(data=-1, fsdp=jax.local_device_count()),
+    )
+    train(config, workdir)
