@@ -1,12 +1,94 @@
-"""Every test process: four fake CPU devices, and no silent broadcasting over ranks."""
+"""Every test process: four fake CPU devices, no silent broadcasting over ranks, one compile cache.
 
+Two tiny runs are trained once per session and shared by all workers; tests that change them copy
+them first.
+"""
+
+import atexit
+import contextlib
+import fcntl
 import os
+import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and subprocesses inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ldm_jax_xla_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA compiles in half the time, to slower code: for large programs that run a few times."""
+    with _quick():
+        yield
+
+
+@pytest.fixture(scope="session")
+def first_stage_run(tmp_path_factory) -> pathlib.Path:
+    """The run of tiny:first_stage: 8 steps on four devices."""
+    from ldm_jax.configs import tiny
+    from ldm_jax.train import autoencoder
+
+    return _once(
+        tmp_path_factory, "first_stage", lambda run: autoencoder.train(tiny.first_stage(), run)
+    )
+
+
+@pytest.fixture(scope="session")
+def ldm_run(tmp_path_factory, first_stage_run) -> pathlib.Path:
+    """The run of `ldm_flags`: 24 steps on four devices, uninterrupted."""
+    from ldm_jax.train import ldm
+
+    config = ldm_config(first_stage_run)
+    return _once(tmp_path_factory, "ldm", lambda run: ldm.train(config, run))
+
+
+def ldm_flags(first_stage_run, *more) -> list[str]:
+    """After `ldm-train tiny:class`: one level, and every draw of a step takes part."""
+    flags = f"""--first-stage.path {first_stage_run} --first-stage.scale-images 16
+        --unet.channel-mult 1 --unet.scale-shift-norm --unet.dropout 0.1 --steps 24
+        --intervals.save 4 --intervals.snapshot 12 --max-to-keep 8"""
+    return [*flags.split(), *more]
+
+
+def ldm_config(first_stage_run, *more):
+    """The config that `ldm_flags` and more of them give."""
+    from ldm_jax.train import main
+
+    flags = ["--workdir", "unused", *ldm_flags(first_stage_run, *more)]
+    return main.parse(main.load_config("tiny:class"), flags, "ldm-train")[1]
+
+
+@contextlib.contextmanager
+def _quick():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _once(tmp_path_factory, name, train) -> pathlib.Path:
+    """The run `name`, trained by the first worker that asks; it appears when it is complete."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((root / f"{name}.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            stack.enter_context(_quick())
+            assert train(root / f"{name}.part") == 0
+            (root / f"{name}.part").rename(root / name)
+    return root / name

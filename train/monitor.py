@@ -1,6 +1,7 @@
 """What a person sees of a run: the progress bar, metrics on disk, facts of the compiled step."""
 
 import collections
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -99,7 +100,8 @@ class Monitor:
 
                 self.board = SummaryWriter(str(self.workdir / "tensorboard"))
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                if math.isfinite(value):  # it warns of others, on lines of its own
+                    self.board.add_scalar(name, value, step)
 
     def say(self, message: str) -> None:
         """A line above the bar."""

@@ -54,11 +54,11 @@ def refuse_bad(monitor: Monitor, limit: int, run: epath.Path, saved: int | None)
     """FloatingPointError if more than `limit` steps in a row had no finite loss."""
     if monitor.bad_steps <= limit:
         return
-    step = monitor.fetched_step
-    monitor.close()
+    step, bad = monitor.fetched_step, monitor.bad_steps
+    monitor.close()  # fetches one step more
     good = f"the last good checkpoint is step {saved} in {run}" if saved else "none is saved yet"
     raise FloatingPointError(
-        f"loss or gradient not finite at step {step} and for {monitor.bad_steps} steps in a row"
-        f" (batches {step - monitor.bad_steps} to {step - 1}; limit --max-bad-steps {limit});"
+        f"loss or gradient not finite at step {step} and for {bad} steps in a row"
+        f" (batches {step - bad} to {step - 1}; limit --max-bad-steps {limit});"
         f" {good}: look at those batches, or lower --optimizer.learning-rate"
     )

@@ -1,0 +1,129 @@
+"""Both recipes cut to one level, stepped by hand on any mesh from weights by formula."""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import numpy as np
+
+from ldm_jax import data, schema, sharding, train_state
+from ldm_jax.configs import tiny
+from ldm_jax.models import autoencoder as autoencoder_model
+from ldm_jax.train import autoencoder, first_stage, ldm
+
+# Where a gradient is zero but for rounding, Adam divides rounding by itself: a larger eps keeps
+# that out of comparisons between meshes.
+OPTIMIZER = schema.OptimizerConfig(learning_rate=1e-3, warmup_steps=2, eps=1e-3, clip_norm=1.0)
+MESHES = ({"data": 4}, {"fsdp": 4}, {"data": 2, "fsdp": 2}, {"tensor": 2, "fsdp": 2})
+
+
+def ldm_config(condition="class", unet=(), **changes):
+    """tiny:CONDITION at half the size, with one level and a well-conditioned optimizer.
+
+    Scale and shift: with one channel in every group, GroupNorm would take out an added embedding.
+    """
+    config = tiny.get_config(condition)
+    sizes = {"channel_mult": (1,), "scale_shift_norm": True}
+    small = dataclasses.replace(config.data, size=8)
+    net = dataclasses.replace(config.unet, **{**sizes, **dict(unet)})
+    parts = {"unet": net, "data": small, "optimizer": OPTIMIZER}
+    return dataclasses.replace(config, **{**parts, **changes})
+
+
+def first_stage_config(**changes):
+    """tiny:first_stage with few blocks, a well-conditioned optimizer and an average."""
+    config = tiny.get_config("first_stage")
+    model = dataclasses.replace(config.model, num_res_blocks=0)
+    ema = schema.EMAConfig(decay=0.9, parts=("autoencoder",))
+    return dataclasses.replace(
+        config, **{"model": model, "optimizer": OPTIMIZER, "ema": ema, **changes}
+    )
+
+
+def mesh_of(**sizes):
+    """A mesh of just as many devices as the sizes ask for; without any, of one."""
+    config = schema.MeshConfig(**{"data": 1, **sizes})
+    count = config.data * config.fsdp * config.tensor
+    return sharding.make_mesh(config, jax.devices()[:count])
+
+
+def filled(shapes):
+    """Host arrays of a tree of shapes, none of them zero, by path: no gradient vanishes."""
+
+    def value(path, leaf):
+        name = sharding.path_name(path)
+        draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape)
+        if leaf.ndim < 2:
+            draw = 0.1 * draw + name.endswith("scale")
+        else:
+            draw = draw / np.sqrt(np.prod(leaf.shape[:-1]))
+        return draw.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+def frozen(mesh):
+    """The tiny first stage with weights by formula."""
+    config = tiny.get_config("first_stage").model
+    module = autoencoder_model.from_config(config)
+    image = np.zeros((1, 4, 4, config.in_channels), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    params = {"first_stage": filled(shapes)}
+    placed = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
+    return first_stage.Frozen(module, placed["first_stage"], 0.8, config)
+
+
+def start(config, mesh):
+    """The state before the first step, placed on the mesh."""
+    recipe = _recipe(config)
+    create = train_state.create if recipe is ldm else train_state.create_gan
+    tx, _ = train_state.make_optimizer(config.optimizer)
+    params = filled(jax.eval_shape(lambda: recipe.init_params(config, jax.random.key(0))))
+    state = jax.device_get(create(params, tx, config.ema))
+    return sharding.place(state, recipe.abstract_state(config, mesh)[1])
+
+
+@functools.cache
+def step_of(config, mesh):
+    """step(state, batch, key) of the recipe, made once for a config and a mesh."""
+    if _recipe(config) is ldm:
+        return ldm.make_train_step(config, frozen(mesh), mesh)
+    return autoencoder.make_train_step(config, mesh)
+
+
+@functools.cache
+def stream_of(config):
+    return data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
+
+
+def batch_of(config, mesh, step):
+    return data.global_batch(stream_of(config), step, sharding.batch_sharding(mesh))
+
+
+def steps(config, mesh, count, state=None):
+    """(state after `count` steps from `state` or the start, [metrics])."""
+    state, metrics = start(config, mesh) if state is None else state, []
+    for _ in range(count):
+        batch = batch_of(config, mesh, int(state.step))
+        state, found = step_of(config, mesh)(state, batch, jax.random.key(config.seed))
+        metrics.append({name: float(value) for name, value in found.items()})
+    return state, metrics
+
+
+def largest_difference(a, b):
+    """Largest absolute difference of two trees, after checking that their paths agree."""
+    a, b = jax.device_get((a, b))
+    differences = jax.tree.map(
+        lambda x, y: np.max(np.abs(x.astype(np.float64) - y), initial=0.0), a, b
+    )
+    return max(jax.tree.leaves(differences))
+
+
+def assert_same_bits(a, b):
+    """Two trees, of any sharding, agree in every bit."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def _recipe(config):
+    return ldm if isinstance(config, schema.LatentDiffusionTrainConfig) else autoencoder

@@ -1,0 +1,176 @@
+"""Two real processes under jax.distributed do what one does: batches, losses, one checkpoint."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ldm_config, ldm_flags
+
+from ldm_jax import checkpoint, cli, data, rundir, schema, sharding
+from ldm_jax.train import ldm
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SECONDS = 240  # after which both processes are killed and the test fails
+STEPS = 6
+MIXED = "--mesh.data 2 --mesh.fsdp 2"
+
+# Prints nothing; writes the rows it holds of batch 3, and the whole batch, gathered.
+BATCHES = """
+import sys, jax, numpy as np
+from jax.experimental import multihost_utils
+from ldm_jax import cli, data, schema, sharding
+from ldm_jax.configs import tiny
+cli.join_processes(["--distributed", sys.argv[1]])
+assert jax.process_count() == 2 and jax.device_count() == 4
+first, second, third, fourth = jax.devices()
+crossed = [first, third, second, fourth]  # neighbours along the last axis are in two processes
+stream = data.stream(tiny.DATA, batch_size=8, seed=5)
+found = {}
+for name, sizes, devices in (
+    ("data", {"data": 4}, None),
+    ("tensor", {"data": 1, "tensor": 4}, None),
+    ("crossed", {"data": 2, "tensor": 2}, crossed),
+):
+    rows = sharding.batch_sharding(sharding.make_mesh(schema.MeshConfig(**sizes), devices))
+    with data.prefetch(stream, 3, rows) as batches:
+        step, batch = next(batches)
+    assert step == 3
+    for key, value in batch.items():
+        gathered = multihost_utils.process_allgather(value, tiled=True)
+        found[f"{name}/{key}"] = gathered
+        for shard in value.addressable_shards:
+            np.testing.assert_array_equal(shard.data, gathered[shard.index])
+    found[f"{name}/rows"] = data.pipeline.local_rows(8, rows)
+np.savez(sys.argv[2] + str(jax.process_index()), **found)
+"""
+
+
+@contextlib.contextmanager
+def two(tmp_path, command):
+    """Two processes of two devices each run command(address of both, index); killed at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    processes = []
+    try:
+        for i in range(2):
+            with (tmp_path / f"{i}.log").open("w") as log:
+                arguments = [sys.executable, *command(f"127.0.0.1:{port},2,{i}")]
+                root = pathlib.Path(__file__).parents[1]
+                processes.append(subprocess.Popen(arguments, stderr=log, env=environment, cwd=root))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def codes(tmp_path, processes):
+    """Their exit codes, or a failure with what they said, when both ended or time is up."""
+    until = time.monotonic() + SECONDS
+    try:
+        return [p.wait(max(0.1, until - time.monotonic())) for p in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"still running after {SECONDS} s: {logs(tmp_path)}")
+
+
+def logs(tmp_path):
+    return "\n".join((tmp_path / f"{i}.log").read_text()[-3000:] for i in range(2))
+
+
+def training(run, first_stage_run, *more):
+    """ldm-train with the flags of `ldm_run`."""
+    flags = ldm_flags(first_stage_run, "--workdir", str(run), *more)
+    return lambda address: [
+        *("-m", "ldm_jax.train.main", "tiny:class", "--distributed", address),
+        *flags,
+    ]
+
+
+def test_two_processes_see_the_ordered_global_batch_of_one(tmp_path):
+    def command(address):
+        return ["-c", BATCHES, address, str(tmp_path / "batch")]
+
+    with two(tmp_path, command) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    stream = data.stream(
+        schema.DataConfig(
+            source=schema.SyntheticConfig(num_images=64, size=16, num_classes=4), size=16
+        ),
+        batch_size=8,
+        seed=5,
+    )
+    mesh = sharding.make_mesh(schema.MeshConfig(data=1), jax.devices()[:1])
+    alone = data.global_batch(stream, 3, sharding.batch_sharding(mesh))
+    rows = {}
+    for index in range(2):
+        with np.load(tmp_path / f"batch{index}.npz") as found:
+            for mesh in ("data", "tensor", "crossed"):
+                for name, value in alone.items():
+                    np.testing.assert_array_equal(found[f"{mesh}/{name}"], value)
+                rows[mesh, index] = found[f"{mesh}/rows"].tolist()
+    # each decodes its own half, and all of what it shares with the other
+    assert rows["data", 0] + rows["data", 1] == list(range(8))
+    assert rows["tensor", 0] == rows["tensor", 1] == list(range(8))
+    assert rows["crossed", 0] == rows["crossed", 1] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MIXED, "--mesh.data 1 --mesh.tensor 4"],
+    ids=["data,fsdp", "tensor across processes"],
+)
+def test_two_processes_train_as_one_and_one_goes_on(tmp_path, ldm_run, first_stage_run, mesh):
+    run = tmp_path / "run"
+    more = [*mesh.split(), "--steps", str(STEPS)]
+    with two(tmp_path, training(run, first_stage_run, *more)) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    assert checkpoint.saved_steps(run) == [4, STEPS]
+    assert checkpoint.read_meta(rundir.epath.Path(run) / "checkpoints" / "6")["processes"] == 2
+    assert checkpoint.snapshot_steps(run) == [STEPS]
+    assert_losses_as(run, ldm_run, STEPS)
+
+    config = ldm_config(first_stage_run, "--steps", "8")  # one process, another mesh
+    assert ldm.train(config, run) == 0
+    assert checkpoint.saved_steps(run) == [4, STEPS, 8]
+    assert_losses_as(run, ldm_run, 8)
+
+
+def test_sigterm_to_one_stops_both_at_one_step(tmp_path, ldm_run, first_stage_run):
+    run = tmp_path / "run"
+    more = [*MIXED.split(), "--steps", "400", "--intervals.save", "0", "--intervals.snapshot", "0"]
+    with two(tmp_path, training(run, first_stage_run, *more)) as processes:
+        until = time.monotonic() + SECONDS
+        board = run / "tensorboard"  # made with the first line of metrics: the loop is running
+        while not board.exists():
+            assert all(p.poll() is None for p in processes), logs(tmp_path)
+            assert time.monotonic() < until, logs(tmp_path)
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+        assert codes(tmp_path, processes) == [cli.INTERRUPTED] * 2, logs(tmp_path)
+    (step,) = checkpoint.saved_steps(run)
+    assert 0 < step < 400
+    assert f"stopped at step {step};" in (tmp_path / "0.log").read_text()
+    assert_losses_as(run, ldm_run, min(step, 8), exactly=False)
+
+
+def assert_losses_as(run, one_process, count, exactly=True):
+    """The loss of the first `count` steps is that of one process."""
+    found = [m["loss"] for m in rundir.read_metrics(run)]
+    assert len(found) == count or not exactly
+    expected = [m["loss"] for m in rundir.read_metrics(one_process)]
+    assert found[:count] == pytest.approx(expected[:count], rel=1e-4)

@@ -1,0 +1,143 @@
+"""The sampling function: an image depends on its key alone, nothing recompiles, gradients flow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import conditioning, diffusion, latents, loading, sampling, schema, sharding
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model(ldm_run):
+    return loading.load(ldm_run)
+
+
+@pytest.fixture(scope="module")
+def guided(model):
+    """sample(params, labels, keys, scale, eta, start) of the guided sampler, jitted."""
+    sample = sampling.make_sampler(model, shape=model.latent_shape, steps=STEPS)
+
+    @jax.jit
+    def run(params, labels, keys, scale, eta, start):
+        arguments = (model.config.cond, model.cond_stage, params["cond_stage"], {"label": labels})
+        cond, null = conditioning.from_batch(*arguments), conditioning.null_like(*arguments)
+        return sample(params, cond, null, keys, scale, eta, start=start)
+
+    return run
+
+
+def conditions(model, labels):
+    arguments = (
+        model.config.cond,
+        model.cond_stage,
+        model.params["cond_stage"],
+        {"label": jnp.asarray(labels)},
+    )
+    return conditioning.from_batch(*arguments), conditioning.null_like(*arguments)
+
+
+LABELS = np.array([0, 1, 2, 3, 2, 1, 0], np.int32)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_an_image_depends_on_its_key_alone(ldm_run, model, guided, eta, record_property):
+    keys = sampling.keys_of(3, range(7))
+    together = np.asarray(guided(model.params, LABELS, keys, 2.0, eta, 0))
+    assert together.shape == (7, 16, 16, 3)
+    assert np.abs(together[0] - together[6]).max() > 0.1  # the same label, another key
+
+    alone = guided(model.params, LABELS[4:5], sampling.keys_of(3, [4]), 2.0, eta, 0)
+    found = float(np.abs(alone[0] - together[4]).max())
+    record_property("alone", found)
+    assert found < 1e-5
+
+    mesh = sharding.make_mesh(schema.MeshConfig(data=2, fsdp=2))
+    spread = loading.load(ldm_run, mesh=mesh).params
+    order = np.array([4, 0, 1, 2, 3, 5, 6, 6])  # in another place, too
+    rows = jax.device_put(
+        (LABELS[order], sampling.keys_of(3, order)), sharding.batch_sharding(mesh)
+    )
+    meshed = guided(spread, *rows, 2.0, eta, 0)
+    assert len(meshed.sharding.device_set) == 4
+    found = float(np.abs(np.asarray(meshed) - together[order]).max())
+    record_property("mesh", found)
+    assert found < 1e-5
+
+
+def test_nothing_recompiles_for_another_request(model, guided):
+    first = guided(model.params, LABELS[:2], sampling.keys_of(0, range(2)), 2.0, 0.0, 0)
+    compiled = guided._cache_size()
+    for labels, seed, scale, eta, start in (
+        (LABELS[1:3], 0, 2.0, 0.0, 0),
+        (LABELS[:2], 9, 2.0, 0.0, 0),
+        (LABELS[:2], 0, 7.5, 0.0, 0),
+        (LABELS[:2], 0, 2.0, 0.5, 0),
+        (LABELS[:2], 0, 2.0, 0.0, 1),
+    ):
+        other = guided(model.params, labels, sampling.keys_of(seed, range(2)), scale, eta, start)
+        assert np.abs(other - first).max() > 1e-4, (labels, seed, scale, eta, start)
+    assert guided._cache_size() == compiled
+
+
+def test_guidance_of_one_is_the_plain_conditional_sampler(model, guided):
+    keys = sampling.keys_of(0, range(2))
+    plain = sampling.make_sampler(model, shape=model.latent_shape, steps=STEPS, guided=False)
+    cond, _ = conditions(model, LABELS[:2])
+    expected = jax.jit(plain)(model.params, cond, None, keys, None)
+    found = guided(model.params, LABELS[:2], keys, 1.0, 0.0, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_latents_trace_and_given_noise_agree_with_the_images(model, guided):
+    keys = sampling.keys_of(0, range(2))
+    images = guided(model.params, LABELS[:2], keys, 2.0, 0.0, 0)
+    sample = sampling.make_sampler(
+        model,
+        shape=model.latent_shape,
+        steps=STEPS,
+        decode=False,
+        trace=lambda x, denoised: (x, denoised.x0),
+    )
+    # the noise that sample draws for itself
+    x_T = diffusion.rowwise_normal(jax.vmap(jax.random.split)(keys)[:, 0], model.latent_shape)
+    cond, null = conditions(model, LABELS[:2])
+    z, (x, x0) = jax.jit(sample)(model.params, cond, null, keys, 2.0, 0.0, x_T)
+    assert z.shape == (2, 8, 8, 4)
+    decoded = latents.decode(
+        model.first_stage, model.params["first_stage"], z * model.latent_scale, model.latent_scale
+    )
+    np.testing.assert_allclose(decoded, images, atol=1e-5)
+    assert x.shape == x0.shape == (STEPS, 2, 8, 8, 4)
+    np.testing.assert_array_equal(x[0], x_T)
+    assert np.abs(x[1] - x[0]).max() > 0.01
+
+
+def test_the_sampler_is_differentiable(model):
+    sample = sampling.make_sampler(model, shape=model.latent_shape, steps=2, decode=False)
+    keys = sampling.keys_of(0, range(2))
+    cond, null = conditions(model, LABELS[:2])
+    x_T = diffusion.rowwise_normal(keys, model.latent_shape)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(request):
+        scale, x_T = request
+        z = sample(model.params, cond, null, keys, scale, 0.0, x_T)
+        return jnp.mean(jnp.square(z))
+
+    _, (by_scale, by_noise) = loss((2.0, x_T))
+    step = 1e-2
+    expected = (loss((2.0 + step, x_T))[0] - loss((2.0 - step, x_T))[0]) / (2 * step)
+    assert float(by_scale) == pytest.approx(float(expected), rel=0.02)
+    assert np.isfinite(by_noise).all()
+    assert np.abs(by_noise).min(axis=(1, 2, 3)).max() > 0  # every number of the noise matters
+
+
+def test_an_unknown_solver_is_refused_at_once(model):
+    with pytest.raises(ValueError, match="ddim"):
+        sampling.make_sampler(model, shape=model.latent_shape, steps=2, solver="heun")
