@@ -14,9 +14,10 @@ import unet_cases
 from flax import traverse_util
 
 from ldm_jax import schema, train_state
-from ldm_jax.models import attention, unet
+from ldm_jax.models import attention, convolution, unet
 
 PROJECTIONS = r"/(to_q|to_k|to_v|to_out_0|proj)/|/(net_2|linear_1|linear_2|time_emb_proj)/"
+CONVOLUTIONS = r"conv_general_dilated|/(conv\d?|conv_in|conv_out|conv_shortcut)/"
 CONTAINERS = ("while", "call", "conditional")  # their parts are traced themselves
 
 
@@ -43,6 +44,7 @@ def run_case(job: unet_cases.Job, case: unet_cases.Case) -> tuple[dict, np.ndarr
         schema.UNetConfig(model_channels=case.model_channels),
         dtype=job.dtype,
         attention=attention.choose(job.platform, name=job.variant),
+        convolution=convolution.choose(job.platform),
     )
     given = jax.tree.map(jnp.array, unet_cases.inputs(case))
     params = parameters(net)
@@ -180,7 +182,7 @@ def kind_of(parts: list[tuple[str, str]]) -> str:
     opcode, source = parts[0]
     for inner, where in parts:
         if inner in ("convolution", "dot", "custom-call"):
-            if "conv_general_dilated" in where:
+            if re.search(CONVOLUTIONS, where):
                 return "convolution"
             return "dense" if re.search(PROJECTIONS, where) else "attention"
     source = source or next((where for _, where in parts if where), "")

@@ -15,6 +15,8 @@ from flax import linen as nn
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
+from ldm_jax.models.convolution import ConvolutionFunction, xla
+
 GROUPS = 32  # of every GroupNorm
 
 
@@ -29,6 +31,7 @@ def conv(
     zero: bool = False,
     dtype: DTypeLike = jnp.float32,
     precision: PrecisionLike = None,
+    convolution: ConvolutionFunction = xla,
 ) -> nn.Conv:
     """Square convolution; `padding` is (before, after) on both axes, default: keeps the size.
 
@@ -45,6 +48,7 @@ def conv(
         bias_init=bias_init,
         dtype=dtype,
         precision=precision,
+        conv_general_dilated=convolution,
         name=name,
     )
 
@@ -117,6 +121,7 @@ class Downsample(nn.Module):
     """(before, after): (1, 1) in the UNet, (0, 1) in the autoencoders."""
     dtype: DTypeLike = jnp.float32
     precision: PrecisionLike = None
+    convolution: ConvolutionFunction = xla
 
     @nn.compact
     def __call__(self, x, emb=None, train=False):
@@ -130,6 +135,7 @@ class Downsample(nn.Module):
             name="conv",
             dtype=self.dtype,
             precision=self.precision,
+            convolution=self.convolution,
         )(x)
 
 
@@ -138,14 +144,20 @@ class Upsample(nn.Module):
 
     dtype: DTypeLike = jnp.float32
     precision: PrecisionLike = None
+    convolution: ConvolutionFunction = xla
 
     @nn.compact
     def __call__(self, x, emb=None, train=False):
         del emb, train  # taken so that a ResBlock can stand in its place
         channels = x.shape[-1]
-        return conv(channels, channels, name="conv", dtype=self.dtype, precision=self.precision)(
-            nearest(x)
-        )
+        return conv(
+            channels,
+            channels,
+            name="conv",
+            dtype=self.dtype,
+            precision=self.precision,
+            convolution=self.convolution,
+        )(nearest(x))
 
 
 class ResBlock(nn.Module):
@@ -162,16 +174,18 @@ class ResBlock(nn.Module):
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     precision: PrecisionLike = None
+    convolution: ConvolutionFunction = xla
 
     @nn.compact
     def __call__(self, x, emb, train=False):
         in_channels = x.shape[-1]
         low = {"dtype": self.dtype, "precision": self.precision}
+        square = {**low, "convolution": self.convolution}
         h = nn.silu(group_norm(in_channels, 1e-5, name="norm1", dtype=self.dtype)(x))
         if self.resample is not None:
             resample = _halve if self.resample == "down" else nearest
             h, x = resample(h), resample(x)
-        h = conv(in_channels, self.channels, name="conv1", **low)(h)
+        h = conv(in_channels, self.channels, name="conv1", **square)(h)
 
         width = self.channels * (2 if self.scale_shift_norm else 1)
         emb = dense(emb.shape[-1], width, name="time_emb_proj", **low)(nn.silu(emb))[:, None, None]
@@ -182,7 +196,7 @@ class ResBlock(nn.Module):
         else:
             h = norm2(h + emb)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-        h = conv(self.channels, self.channels, zero=True, name="conv2", **low)(h)
+        h = conv(self.channels, self.channels, zero=True, name="conv2", **square)(h)
         if in_channels != self.channels:
             x = conv(in_channels, self.channels, 1, name="conv_shortcut", **low)(x)
         return x + h

@@ -23,6 +23,8 @@ from ldm_jax.models.blocks import (
     group_norm,
     timestep_embedding,
 )
+from ldm_jax.models.convolution import ConvolutionFunction
+from ldm_jax.models.convolution import xla as xla_convolution
 from ldm_jax.models.transformer import AttentionBlock, SpatialTransformer
 
 Make = Callable[..., nn.Module]  # a block with all but channels, resample and name filled in
@@ -57,6 +59,7 @@ class UNet(nn.Module):
     attention: AttentionFunction = xla
     remat: bool = False
     precision: PrecisionLike = None
+    convolution: ConvolutionFunction = xla_convolution
 
     @nn.compact
     def __call__(self, x, t_b, context_blc=None, label=None, train=False):
@@ -137,13 +140,14 @@ class UNet(nn.Module):
             dropout=self.dropout,
             dtype=self.dtype,
             precision=self.precision,
+            convolution=self.convolution,
         )
 
     def _change(self, resample: str, channels: int) -> Make:
         """What halves ("down") or doubles ("up") the resolution; called like a resnet."""
         if self.resblock_updown:
             return functools.partial(self._resnet(), channels=channels, resample=resample)
-        low = {"dtype": self.dtype, "precision": self.precision}
+        low = {"dtype": self.dtype, "precision": self.precision, "convolution": self.convolution}
         if resample == "down":
             return functools.partial(Downsample, padding=(1, 1), **low)
         return functools.partial(Upsample, **low)
@@ -286,6 +290,7 @@ def from_config(
     attention: AttentionFunction = xla,
     remat: bool = False,
     precision: PrecisionLike = None,
+    convolution: ConvolutionFunction = xla_convolution,
 ) -> UNet:
     """The UNet that `config` describes, computing as the other arguments say (see `UNet`)."""
     return UNet(
@@ -294,6 +299,7 @@ def from_config(
         attention=attention,
         remat=remat,
         precision=precision,
+        convolution=convolution,
     )
 
 

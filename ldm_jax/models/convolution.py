@@ -1,0 +1,74 @@
+"""Convolution as one function, chosen for the target devices and passed to the modules.
+
+A convolution here is called as `flax.linen.Conv` calls `jax.lax.conv_general_dilated`, on
+[B, H, W, C] and kernels [height, width, in, out], without dilation or groups.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import PrecisionLike
+
+ConvolutionFunction = Callable[..., jax.Array]
+
+xla = jax.lax.conv_general_dilated
+
+PIXELS_PER_CHANNEL = 2
+"""Output pixels of the batch over input channels up to which `cpu` takes `columns`: measured."""
+TINY_IMAGE = 4
+"""Pixels of an image up to which `cpu` takes `columns` whatever the batch: measured."""
+
+
+def columns(x, kernel, window_strides, padding, precision: PrecisionLike = None):
+    """One matrix product of the pixels under the kernel, side by side, with the whole kernel.
+
+    They are gathered again in the backward pass: kept, they would be as many times larger than `x`
+    as the kernel has pixels.
+    """
+    height, width, _, channels = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows = 1 + (x.shape[1] - height) // window_strides[0]
+    cols = 1 + (x.shape[2] - width) // window_strides[1]
+
+    @jax.checkpoint
+    def product(x, kernel):
+        taps = [
+            jax.lax.slice_in_dim(
+                jax.lax.slice_in_dim(
+                    x, i, i + (rows - 1) * window_strides[0] + 1, window_strides[0], 1
+                ),
+                j,
+                j + (cols - 1) * window_strides[1] + 1,
+                window_strides[1],
+                2,
+            )
+            for i in range(height)
+            for j in range(width)
+        ]
+        return jnp.einsum(
+            "pc,cd->pd",
+            jnp.concatenate(taps, axis=-1).reshape(len(x) * rows * cols, -1),
+            kernel.reshape(-1, channels),
+            precision=precision,
+        )
+
+    return product(x, kernel).reshape(len(x), rows, cols, channels)
+
+
+def cpu(x, kernel, window_strides, padding, *, precision: PrecisionLike = None, **layout):
+    """`columns` for large kernels on few pixels, `xla` elsewhere."""
+    stride = window_strides[0] * window_strides[1]
+    pixels = x.shape[1] * x.shape[2] // stride
+    few = pixels <= TINY_IMAGE or len(x) * pixels <= PIXELS_PER_CHANNEL * x.shape[3]
+    if few and kernel.shape[0] > 1:
+        return columns(x, kernel, window_strides, padding, precision)
+    return xla(x, kernel, window_strides, padding, precision=precision, **layout)
+
+
+def choose(platform: str) -> ConvolutionFunction:
+    """The convolution to give to modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
+
+    `platform` is that of the target devices, as for `attention.choose`.
+    """
+    return cpu if platform == "cpu" else xla

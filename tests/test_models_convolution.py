@@ -1,0 +1,71 @@
+"""The convolutions are equal, in value and gradient, and the CPU's choice goes by shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import draw
+
+from ldm_jax.models import blocks, convolution
+
+SAME = ((1, 1), (1, 1))
+
+
+def reference(x, kernel, strides, padding):
+    return convolution.xla(
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "strides", "padding"),
+    [
+        (4, 4, (1, 1), SAME),
+        (2, 5, (1, 1), SAME),
+        (6, 4, (2, 2), SAME),
+        (6, 4, (2, 2), ((0, 1), (0, 1))),
+        (5, 5, (1, 2), ((0, 0), (2, 1))),
+    ],
+)
+def test_columns_equal_xla(height, width, strides, padding):
+    x, kernel = draw(2, height, width, 6), draw(3, 3, 6, 5, seed=1)
+
+    def value_and_gradients(function):
+        def loss(x, kernel):
+            out = function(x, kernel, strides, padding)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    def columns(*args):
+        return convolution.columns(*args, precision="highest")
+
+    got, want = value_and_gradients(columns), value_and_gradients(reference)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "strides", "expected"),
+    [
+        ((1, 4, 4, 8), 3, 1, True),  # as many pixels as PIXELS_PER_CHANNEL times the channels
+        ((2, 4, 4, 8), 3, 1, False),
+        ((2, 4, 4, 8), 3, 2, True),  # half the side afterwards
+        ((64, 2, 2, 8), 3, 1, True),
+        ((1, 4, 4, 8), 1, 1, False),
+    ],
+)
+def test_cpu_gathers_columns_for_few_pixels(shape, kernel_size, strides, expected):
+    layer = blocks.conv(8, 8, kernel_size, strides=strides, convolution=convolution.choose("cpu"))
+    x = jnp.zeros(shape)
+    jaxpr = str(jax.make_jaxpr(lambda x: layer.init_with_output(jax.random.key(0), x)[0])(x))
+    assert ("conv_general_dilated" not in jaxpr) == expected
+
+
+def test_other_platforms_use_xla():
+    for platform in ("gpu", "cuda", "rocm", "tpu"):
+        assert convolution.choose(platform) is convolution.xla
