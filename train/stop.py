@@ -55,7 +55,7 @@ def refuse_bad(monitor: Monitor, limit: int, run: epath.Path, saved: int | None)
     if monitor.bad_steps <= limit:
         return
     step, bad = monitor.fetched_step, monitor.bad_steps
-    monitor.close()  # fetches one step more
+    monitor.close()  # fetches one more step
     good = f"the last good checkpoint is step {saved} in {run}" if saved else "none is saved yet"
     raise FloatingPointError(
         f"loss or gradient not finite at step {step} and for {bad} steps in a row"
