@@ -117,7 +117,7 @@ def largest_difference(a, b):
     differences = jax.tree.map(
         lambda x, y: np.max(np.abs(x.astype(np.float64) - y), initial=0.0), a, b
     )
-    return max(jax.tree.leaves(differences))
+    return float(max(jax.tree.leaves(differences)))
 
 
 def assert_same_bits(a, b):
