@@ -70,12 +70,12 @@ def ldm() -> schema.LatentDiffusionTrainConfig:
         cond=schema.ClassCondConfig(num_classes=10, embed_dim=128),
         diffusion=schema.DiffusionConfig(beta_start=0.0015, beta_end=0.0195),
         optimizer=schema.OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", warmup_steps=20, decay_steps=800, clip_norm=1.0
+            learning_rate=1e-3, schedule="cosine", warmup_steps=20, decay_steps=900, clip_norm=1.0
         ),
         ema=schema.EMAConfig(decay=0.99),
         batch_size=64,
-        steps=800,
-        intervals=schema.IntervalConfig(log=20, save=400, snapshot=0, evaluate=200, sample=400),
+        steps=900,
+        intervals=schema.IntervalConfig(log=20, save=450, snapshot=0, evaluate=150, sample=450),
         eval_batches=5,
         num_samples=20,
     )
