@@ -128,7 +128,8 @@ def test_a_finished_run_says_so(ldm_run, first_stage_run, capsys):
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_is_named(half, first_stage_run, capsys):
-    data = max((_folder(half, 12) / "params").rglob("d/*"), key=lambda f: f.stat().st_size)
+    files = (half / "checkpoints/12/params").rglob("d/*")
+    data = max(files, key=lambda f: f.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)

@@ -60,11 +60,12 @@ def test_steps_move_every_parameter_and_the_average(alone):
     assert metrics[-1]["learning_rate"] == pytest.approx(1e-3)
 
 
-def test_the_first_step_is_the_recorded_one(first_stage_run):
+def test_the_first_steps_are_the_recorded_ones(first_stage_run):
     """Update the numbers only with a change that is meant to alter init, data, loss or draws."""
-    first = rundir.read_metrics(first_stage_run)[0]
-    recorded = {"loss": 342.560, "grad_norm": 672.068, "kl": 18.9837, "psnr": 11.1766}
-    assert {n: first[n] for n in recorded} == pytest.approx(recorded, rel=1e-3)
+    records = rundir.read_metrics(first_stage_run)[:3]
+    assert [r["loss"] for r in records] == pytest.approx([342.560, 343.811, 250.915], rel=1e-3)
+    assert records[0]["grad_norm"] == pytest.approx(672.068, rel=1e-3)
+    assert records[0]["kl"] == pytest.approx(18.9837, rel=1e-3)
 
 
 def test_a_poisoned_batch_leaves_every_device_as_it_was(tmp_path):
