@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ldm_jax import conditioning, diffusion, schema
 from ldm_jax.conditioning import Cond
 from ldm_jax.models import autoencoder, unet
+from ldm_jax.models.convolution import xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,15 @@ def build(
     *,
     dtype: Any = jnp.float32,
     attention: Callable | None = None,
+    convolution: Callable = xla,
 ) -> LatentDiffusion:
-    """The bundle of a config: `params` as in `LatentDiffusion.params`."""
+    """The bundle of a config: `params` as in `LatentDiffusion.params`.
+
+    `attention` and `convolution` are what `choose` of their modules gives for the target devices.
+    """
     execution = {"dtype": dtype} | ({} if attention is None else {"attention": attention})
     return LatentDiffusion(
-        unet=unet.from_config(config.unet, **execution),
+        unet=unet.from_config(config.unet, convolution=convolution, **execution),
         first_stage=autoencoder.from_config(config.first_stage, **execution),
         cond_stage=conditioning.build(config.cond, dtype),
         params=params,

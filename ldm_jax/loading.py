@@ -8,7 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import bundle, checkpoint, rundir, schema, sharding
-from ldm_jax.models import attention
+from ldm_jax.models import attention, convolution
 
 
 def load(
@@ -60,6 +60,7 @@ def load(
         known["scale"],
         dtype=jnp.float32 if dtype is None else jnp.dtype(dtype),
         attention=attention.choose(platform, mesh),
+        convolution=convolution.choose(platform),
     )
 
 

@@ -19,7 +19,7 @@ from ldm_jax.train import ldm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SECONDS = 240  # after which both processes are killed and the test fails
+SECONDS = 600  # after which both processes are killed and the test fails
 STEPS = 6
 MIXED = "--mesh.data 2 --mesh.fsdp 2"
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 24
 PARTS = ("params", "ema_params", "opt_state")
-SECONDS = 240  # after which a subprocess is killed and the test fails
+SECONDS = 600  # after which a subprocess is killed and the test fails
 
 
 def assert_same_end(run, uninterrupted):

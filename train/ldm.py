@@ -24,7 +24,7 @@ from ldm_jax import (
     sharding,
     train_state,
 )
-from ldm_jax.models import attention, unet
+from ldm_jax.models import attention, convolution, unet
 from ldm_jax.train import first_stage, preview, stop
 from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
 from ldm_jax.train_state import TrainState
@@ -40,6 +40,7 @@ def modules(config: schema.LatentDiffusionTrainConfig, mesh: Mesh | None = None)
         config.unet,
         dtype=jnp.dtype(config.dtype),
         attention=attention.choose(platform, mesh, config.attention),
+        convolution=convolution.choose(platform),
         remat=config.remat,
     )
     return net, conditioning.build(config.cond, jnp.dtype(config.dtype))

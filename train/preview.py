@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import bundle, conditioning, data, images, latents, sampling, schema, sharding
+from ldm_jax.models import attention, convolution
 from ldm_jax.train import first_stage
 
 
@@ -25,7 +26,15 @@ def make(
     Classes take turns; concat conditioning comes from held-out images.
     """
     section = first_stage.model_section(config, frozen.config)
-    model = bundle.build(section, {}, frozen.scale, dtype=jnp.dtype(config.dtype))
+    platform = mesh.devices.flat[0].platform
+    model = bundle.build(
+        section,
+        {},
+        frozen.scale,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention.choose(platform, mesh, config.attention),
+        convolution=convolution.choose(platform),
+    )
     guided = config.cond is not None and config.cond.dropout > 0 and config.sample_guidance != 1
     sample = sampling.make_sampler(
         model, shape=model.latent_shape, steps=config.sample_steps, guided=guided

@@ -15,9 +15,11 @@ ConvolutionFunction = Callable[..., jax.Array]
 xla = jax.lax.conv_general_dilated
 
 PIXELS_PER_CHANNEL = 2
-"""Output pixels of the batch over input channels up to which `cpu` takes `columns`: measured."""
+"""Output pixels of the batch over input channels up to which `cpu` takes `columns`: measured
+on kernels of 3x3; see benchmarks/README.md."""
 TINY_IMAGE = 4
-"""Pixels of an image up to which `cpu` takes `columns` whatever the batch: measured."""
+"""Pixels of an image up to which `cpu` takes `columns` whatever the batch: 3 to 40
+times faster at 2x2, forward and backward, from 1 to 256 images and 96 to 640 channels."""
 
 
 def columns(x, kernel, window_strides, padding, precision: PrecisionLike = None):
