@@ -52,9 +52,16 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         plain = [a for a in args if a is not type(None)]
         if len(plain) == 1:
             return _typed(value, plain[0], where)
-        config = from_dict(value, where)
-        if type(config) in plain:
-            return config
+        if isinstance(value, dict):
+            config = from_dict(value, where)
+            if type(config) in plain:
+                return config
+        for option in plain:
+            if not dataclasses.is_dataclass(option):
+                try:
+                    return _typed(value, option, where)
+                except ValueError:
+                    pass
     elif origin is Literal:
         if value in args:
             return value

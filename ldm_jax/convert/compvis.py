@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from ldm_jax import schema
-from ldm_jax.convert import table
+from ldm_jax.convert import rows, table
 from ldm_jax.models import autoencoder, unet
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.unet import UNet
@@ -53,12 +53,12 @@ def load_unet(config: Mapping[str, Any], state_dict: StateDict) -> tuple[UNet, d
     model = unet.from_config(unet_config(config))
     shapes = jax.eval_shape(model.init, jax.random.key(0), *unet.example_inputs(model))["params"]
     tensors = _without_prefix(state_dict, UNET_PREFIX)
-    return model, table.from_torch(table.unet(model), tensors, shapes)
+    return model, table.from_torch(rows.unet(model), tensors, shapes)
 
 
 def unet_state_dict(model: UNet, params: dict) -> dict[str, Any]:
     """Inverse of `load_unet`: CompVis name, without a prefix, -> NumPy array."""
-    return table.to_torch(table.unet(model), params)
+    return table.to_torch(rows.unet(model), params)
 
 
 def load_first_stage(
@@ -73,12 +73,12 @@ def load_first_stage(
     inputs = autoencoder.example_inputs(model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     tensors = _without_prefix(state_dict, FIRST_STAGE_PREFIX)
-    return model, table.from_torch(table.autoencoder(model), tensors, shapes)
+    return model, table.from_torch(rows.autoencoder(model), tensors, shapes)
 
 
 def first_stage_state_dict(model: AutoencoderKL, params: dict) -> dict[str, Any]:
     """Inverse of `load_first_stage`: CompVis name, without a prefix, -> NumPy array."""
-    return table.to_torch(table.autoencoder(model), params)
+    return table.to_torch(rows.autoencoder(model), params)
 
 
 def unet_config(config: Mapping[str, Any]) -> schema.UNetConfig:

@@ -40,6 +40,8 @@ class Attention(nn.Module):
     """Attention to `context_blc`, or to the image without one (`attention.CrossAttention`)."""
 
     num_heads: int
+    upcast: bool = False
+    """Attend in float32."""
     dtype: DTypeLike = jnp.float32
     attention: AttentionFunction = xla
     precision: PrecisionLike = None
@@ -55,8 +57,10 @@ class Attention(nn.Module):
             return einops.rearrange(a, "b l (n d) -> b l n d", n=self.num_heads)
 
         q_bqnd, k_blnd, v_blnd = project(x_bqc, "q"), project(source, "k"), project(source, "v")
+        if self.upcast:
+            q_bqnd, k_blnd, v_blnd = (a.astype(jnp.float32) for a in (q_bqnd, k_blnd, v_blnd))
         out_bqnd = self.attention(q_bqnd, k_blnd, v_blnd, precision=self.precision)
-        out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)")
+        out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)").astype(self.dtype)
         return dense(channels, channels, name="to_out_0", **low)(out_bqc)
 
 
@@ -101,6 +105,9 @@ class TransformerBlock(nn.Module):
     """
 
     num_heads: int
+    only_cross_attention: bool = False
+    """The self-attention reads the context too (`disable_self_attn`)."""
+    upcast: bool = False
     dtype: DTypeLike = jnp.float32
     attention: AttentionFunction = xla
     precision: PrecisionLike = None
@@ -108,12 +115,17 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x_bqc, context_blc=None):
         low = {"dtype": self.dtype, "precision": self.precision}
-        heads = {"num_heads": self.num_heads, "attention": self.attention}
+        heads = {
+            "num_heads": self.num_heads,
+            "upcast": self.upcast,
+            "attention": self.attention,
+        }
+        first = context_blc if self.only_cross_attention else None
 
         def norm(name):
             return nn.LayerNorm(1e-5, use_fast_variance=False, dtype=self.dtype, name=name)
 
-        x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc))
+        x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc), first)
         x_bqc += Attention(name="attn2", **heads, **low)(norm("norm2")(x_bqc), context_blc)
         x_bqc += FeedForward(name="ff", **low)(norm("norm3")(x_bqc))
         return x_bqc
@@ -126,6 +138,8 @@ class SpatialTransformer(nn.Module):
     depth: int = 1
     linear_projection: bool = False
     """proj_in and proj_out are dense instead of 1x1 convolutions: their shape differs."""
+    only_cross_attention: bool = False
+    upcast: bool = False
     dtype: DTypeLike = jnp.float32
     attention: AttentionFunction = xla
     remat: bool = False
@@ -146,8 +160,13 @@ class SpatialTransformer(nn.Module):
         h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
         for i in range(self.depth):
             name = f"transformer_blocks_{i}"
-            h_bqc = block(self.num_heads, attention=self.attention, name=name, **low)(
-                h_bqc, context_blc
-            )
+            h_bqc = block(
+                self.num_heads,
+                self.only_cross_attention,
+                self.upcast,
+                attention=self.attention,
+                name=name,
+                **low,
+            )(h_bqc, context_blc)
         h = einops.rearrange(h_bqc, "b (h w) c -> b h w c", h=height, w=width)
         return x + project("proj_out", zero=True)(h)

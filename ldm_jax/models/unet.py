@@ -44,12 +44,14 @@ class UNet(nn.Module):
     channel_mult: tuple[int, ...]
     num_res_blocks: int
     attention_downsample: tuple[int, ...]
-    num_heads: int | None = None
+    num_heads: int | tuple[int, ...] | None = None
     num_head_channels: int | None = None
     spatial_transformer: bool = False
     transformer_depth: int = 1
     context_dim: int | None = None
+    only_cross_attention: tuple[bool, ...] = ()
     linear_projection: bool = False
+    upcast_attention: bool = False
     scale_shift_norm: bool = False
     resblock_updown: bool = False
     num_classes: int | None = None
@@ -156,13 +158,13 @@ class UNet(nn.Module):
         """The attention block of a level; of the middle block for None."""
         if level is not None and 2**level not in self.attention_downsample:
             return None
-        channels = self.model_channels * self.channel_mult[-1 if level is None else level]
         common = {
-            "num_heads": self.heads(channels),
+            "num_heads": self.heads(level),
             "dtype": self.dtype,
             "attention": self.attention,
             "precision": self.precision,
         }
+        only_cross = level is not None and any(self.only_cross_attention[level : level + 1])
         if not self.spatial_transformer:
             block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
             return functools.partial(block, **common)
@@ -170,15 +172,18 @@ class UNet(nn.Module):
             SpatialTransformer,
             depth=self.transformer_depth,
             linear_projection=self.linear_projection,
+            only_cross_attention=only_cross,
+            upcast=self.upcast_attention,
             remat=self.remat,
             **common,
         )
 
-    def heads(self, channels: int) -> int:
-        """Attention heads of a level with so many channels."""
-        if self.num_heads is not None:
-            return self.num_heads
-        return channels // self.num_head_channels
+    def heads(self, level: int | None) -> int:
+        """Attention heads of a level; of the middle block for None."""
+        level = len(self.channel_mult) - 1 if level is None else level
+        if self.num_head_channels is not None:
+            return self.model_channels * self.channel_mult[level] // self.num_head_channels
+        return self.num_heads[level] if isinstance(self.num_heads, tuple) else self.num_heads
 
     def _check(self, x, context_blc, label):
         """ValueError when inputs do not fit the model."""
@@ -187,6 +192,11 @@ class UNet(nn.Module):
                 f"num_heads={self.num_heads} and num_head_channels={self.num_head_channels}:"
                 " give one of them"
             )
+        for name in ("num_heads", "only_cross_attention"):
+            value = getattr(self, name)
+            levels = len(self.channel_mult)
+            if isinstance(value, tuple) and value and len(value) != levels:
+                raise ValueError(f"{name}={value}: give one value for each of the {levels} levels")
         if self.num_classes is not None and self.vector_dim is not None:
             raise ValueError(
                 f"num_classes={self.num_classes} and vector_dim={self.vector_dim}:"

@@ -1,0 +1,92 @@
+"""Every choice that defines a run, as frozen dataclasses that a file in `configs/` fills in.
+
+Class names end in `Config`. A field is *identity* (model, data, objective, optimizer, batch, seed:
+changing it makes another run) unless it was made with `execution(...)` (mesh, total steps,
+intervals, workers, remat, attention: may change on resume); the mark covers all below the field.
+"""
+
+from ldm_jax.schema.conds import (
+    BERTTextConfig,
+    ClassCondConfig,
+    CLIPTextConfig,
+    CondConfig,
+    DepthCondConfig,
+    EmbeddingCondConfig,
+    HybridCondConfig,
+    InpaintCondConfig,
+    LayoutCondConfig,
+    SemanticCondConfig,
+    SuperResCondConfig,
+    TextCondConfig,
+    UpscaleCondConfig,
+)
+from ldm_jax.schema.data import (
+    DataConfig,
+    FolderConfig,
+    SourceConfig,
+    SyntheticConfig,
+    TFDSConfig,
+)
+from ldm_jax.schema.mark import (
+    execution,
+)
+from ldm_jax.schema.models import (
+    AutoencoderKLConfig,
+    AutoencoderVQConfig,
+    FirstStageModelConfig,
+    IdentityFirstStageConfig,
+    UNetConfig,
+)
+from ldm_jax.schema.objectives import (
+    DiffusionConfig,
+    EMAConfig,
+    FirstStageLossConfig,
+    IntervalConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+from ldm_jax.schema.recipes import (
+    AutoencoderTrainConfig,
+    FirstStageConfig,
+    LatentDiffusionConfig,
+    LatentDiffusionTrainConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AutoencoderKLConfig",
+    "AutoencoderTrainConfig",
+    "AutoencoderVQConfig",
+    "BERTTextConfig",
+    "CLIPTextConfig",
+    "ClassCondConfig",
+    "CondConfig",
+    "DataConfig",
+    "DepthCondConfig",
+    "DiffusionConfig",
+    "EMAConfig",
+    "EmbeddingCondConfig",
+    "FirstStageConfig",
+    "FirstStageLossConfig",
+    "FirstStageModelConfig",
+    "FolderConfig",
+    "HybridCondConfig",
+    "IdentityFirstStageConfig",
+    "InpaintCondConfig",
+    "IntervalConfig",
+    "LatentDiffusionConfig",
+    "LatentDiffusionTrainConfig",
+    "LayoutCondConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "SemanticCondConfig",
+    "SourceConfig",
+    "SuperResCondConfig",
+    "SyntheticConfig",
+    "TFDSConfig",
+    "TextCondConfig",
+    "TrainConfig",
+    "UNetConfig",
+    "UpscaleCondConfig",
+    "execution",
+]

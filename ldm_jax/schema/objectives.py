@@ -1,0 +1,103 @@
+"""What is minimized, by which optimizer, on which devices."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class FirstStageLossConfig:
+    """Objective of the first stage: reconstruction and KL (`contperceptual.py`)."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    kl_weight: float = 1e-6
+    """Weight of the KL, summed over the latent, beside the error summed over the image."""
+    logvar_init: float = 0.0
+    """Log-variance of the reconstruction; the reference keeps it fixed."""
+    learn_logvar: bool = False
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Noise schedule and training objective (`ddpm.py`)."""
+
+    schedule: Literal["scaled_linear", "linear", "cosine", "sqrt"] = "scaled_linear"
+    timesteps: int = 1000
+    beta_start: float | None = 8.5e-4
+    """First beta; None for the cosine schedule."""
+    beta_end: float | None = 0.012
+    zero_terminal_snr: bool = False
+    """Shift the schedule so that the last level is pure noise (Lin et al. 2023); not with eps."""
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    loss: Literal["l1", "l2"] = "l2"
+    simple_weight: float = 1.0
+    """Weight of the simple loss (`l_simple_weight`)."""
+    elbo_weight: float = 0.0
+    """Weight of the variational bound beside the simple loss (`original_elbo_weight`)."""
+    learn_logvar: bool = False
+    """Learn one log-variance per timestep."""
+    logvar_init: float = 0.0
+    min_snr_gamma: float | None = None
+    """Clip the loss weight at this SNR (Hang et al. 2023; 5 is usual)."""
+    offset_noise: float = 0.0
+    """Strength of noise that is constant over an image and channel."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a warmed-up learning rate. Defaults are those of torch, as in the reference."""
+
+    learning_rate: float = 1e-4
+    """Peak rate, as it is: nothing multiplies it by batch or devices."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What the rate does after the warm-up."""
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """Step at which cosine or linear decay ends; needed by both."""
+    final_fraction: float = 0.0
+    """Rate at the end of the decay over the peak rate."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Applied to every parameter, as the reference does."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; None does not clip."""
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Moving average of the parameters: min(decay, (1 + n) / (10 + n)) at update n (`ema.py`)."""
+
+    decay: float = 0.9999
+    warmup: bool = True
+    """False uses `decay` from the first update on."""
+    parts: tuple[str, ...] = ("unet", "cond_stage")
+    """Parts of the parameters that are averaged; ("unet",) reproduces the reference."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1: all that are left."""
+
+    data: int = -1
+    """Copies of the model: the batch is split, the parameters are not."""
+    fsdp: int = 1
+    """The batch and the parameters are split."""
+    tensor: int = 1
+    """Attention heads and hidden units are split."""
+
+
+@dataclass(frozen=True)
+class IntervalConfig:
+    """Steps between two ...; 0 turns one off."""
+
+    log: int = 10
+    """... lines of metrics."""
+    save: int = 1000
+    """... checkpoints (one is always written at the end and on SIGTERM)."""
+    snapshot: int = 10000
+    """... snapshots of the EMA weights, kept for good (one is always written at the end)."""
+    evaluate: int = 1000
+    """... held-out losses."""
+    sample: int = 1000
+    """... sample grids or reconstructions."""

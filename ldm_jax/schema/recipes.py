@@ -1,0 +1,130 @@
+"""A whole training run, and what a model is."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ldm_jax.schema.conds import CondConfig
+from ldm_jax.schema.data import DataConfig
+from ldm_jax.schema.mark import execution
+from ldm_jax.schema.models import (
+    AutoencoderKLConfig,
+    FirstStageModelConfig,
+    UNetConfig,
+)
+from ldm_jax.schema.objectives import (
+    DiffusionConfig,
+    EMAConfig,
+    FirstStageLossConfig,
+    IntervalConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainConfig:
+    """Training of a first stage: `train/autoencoder.py`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: AutoencoderKLConfig = field(default_factory=AutoencoderKLConfig)
+    loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=4.5e-6, b1=0.5, b2=0.9, weight_decay=0.0
+        )
+    )
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(parts=()))
+    """Parts: ("autoencoder",); the reference keeps no average of a first stage."""
+    batch_size: int = 12
+    """Images per optimizer step, over all devices."""
+    seed: int = 23
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; parameters are float32."""
+    steps: int = execution(100_000)
+    """Optimizer steps in all."""
+    accumulate: int = execution(1)
+    """Microbatches per step."""
+    mesh: MeshConfig = execution(MeshConfig())
+    intervals: IntervalConfig = execution(IntervalConfig())
+    max_to_keep: int = execution(2)
+    """Checkpoints kept."""
+    max_bad_steps: int = execution(10)
+    """Steps in a row with a non-finite loss after which training stops."""
+    eval_batches: int = execution(8)
+    """Batches of held-out images per evaluation."""
+    num_samples: int = execution(8)
+    """Images in a reconstruction picture."""
+    remat: bool = execution(False)
+    """Recompute activations in the backward pass."""
+    attention: Literal["auto", "xla", "chunked", "cudnn"] = execution("auto")
+    deterministic: bool = execution(False)
+    """Bit-exact resume on GPU too, at a cost in speed."""
+
+
+@dataclass(frozen=True)
+class FirstStageConfig:
+    """The frozen first stage of a latent diffusion model."""
+
+    path: str = execution("")
+    """Run directory of `ldm-train CONFIG:first_stage`: its newest weights, averaged if it has an
+    average. Read at the first start and kept in the run's `frozen/`, so it may move afterwards."""
+    scale: float | None = None
+    """Factor from latent to diffusion space; None: 1 / std of encoded training images."""
+    scale_images: int = 1024
+    """Images that 1 / std is computed over."""
+
+
+@dataclass(frozen=True)
+class LatentDiffusionTrainConfig:
+    """Training of the latent diffusion model: `train/ldm.py`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    cond: CondConfig = None
+    """Conditioning; None trains an unconditional model."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    batch_size: int = 64
+    """Images per optimizer step, over all devices."""
+    seed: int = 23
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; parameters are float32."""
+    steps: int = execution(100_000)
+    """Optimizer steps in all."""
+    accumulate: int = execution(1)
+    """Microbatches per step."""
+    mesh: MeshConfig = execution(MeshConfig())
+    intervals: IntervalConfig = execution(IntervalConfig())
+    max_to_keep: int = execution(2)
+    """Checkpoints kept."""
+    max_bad_steps: int = execution(10)
+    """Steps in a row with a non-finite loss after which training stops."""
+    eval_batches: int = execution(8)
+    """Batches of held-out images per evaluation."""
+    num_samples: int = execution(16)
+    """Images in a sample grid."""
+    sample_steps: int = execution(50)
+    sample_guidance: float = execution(1.5)
+    """Guidance scale of the sample grid."""
+    remat: bool = execution(False)
+    """Recompute activations in the backward pass."""
+    attention: Literal["auto", "xla", "chunked", "cudnn"] = execution("auto")
+    deterministic: bool = execution(False)
+    """Bit-exact resume on GPU too, at a cost in speed."""
+
+
+@dataclass(frozen=True)
+class LatentDiffusionConfig:
+    """What a latent diffusion model is: all that sampling and export need beside the weights."""
+
+    first_stage: FirstStageModelConfig = field(default_factory=AutoencoderKLConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    cond: CondConfig = None
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    size: int = 256
+    """Side of a training image in pixels: the default side of a sample."""
+
+
+TrainConfig = AutoencoderTrainConfig | LatentDiffusionTrainConfig
