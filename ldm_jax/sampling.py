@@ -16,20 +16,29 @@ def keys_of(seed: int, indices: Any) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
+def levels_of(bundle: LatentDiffusion, steps: int, spacing: str | None) -> solvers.Levels:
+    """The levels of `steps` steps, with the model's own spacing, offset and end or another spacing."""
+    own = bundle.config.sampling
+    if spacing is None or spacing == own.spacing:
+        return solvers.levels(bundle.schedule, steps, own.spacing, own.final, own.steps_offset)
+    return solvers.levels(bundle.schedule, steps, spacing)
+
+
 def make_sampler(
     bundle: LatentDiffusion,
     *,
     shape: tuple[int, int, int],
     steps: int,
     solver: str = "ddim",
-    spacing: str = "leading",
+    spacing: str | None = None,
     guided: bool = True,
     decode: bool = True,
     trace: Callable | None = None,
 ) -> Callable:
     """sample(params, cond, null, keys, guidance_scale, eta=0.0, x_T=None, start=0) -> images.
 
-    `shape` is the latent's (h, w, c). The function is pure: jit it with your own shardings.
+    `shape` is the latent's (h, w, c). `spacing` is one of `solvers.levels`; by default the model's
+    own (`config.sampling`). The function is pure: jit it with your own shardings.
     `params` are as in `bundle.params`; `cond` and `null` hold [B, ...] arrays (`null` and
     `guidance_scale` are unused unless `guided`); `keys` is [B] typed keys, one per image: its
     pixels depend on nothing else. `x_T` [B, h, w, c] is unit normal, drawn from the keys by
@@ -41,7 +50,7 @@ def make_sampler(
     returned at every level, stacked: see `solvers.sample`.
     """
     solvers.make(solver)  # refuses an unknown name now, not at the first call
-    levels = solvers.levels(bundle.schedule, steps, spacing)
+    levels = levels_of(bundle, steps, spacing)
 
     def sample(
         params: dict,

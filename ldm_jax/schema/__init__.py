@@ -9,6 +9,7 @@ from ldm_jax.schema.conds import (
     BERTTextConfig,
     ClassCondConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     CondConfig,
     DepthCondConfig,
     EmbeddingCondConfig,
@@ -19,6 +20,7 @@ from ldm_jax.schema.conds import (
     SuperResCondConfig,
     TextCondConfig,
     UpscaleCondConfig,
+    text_of,
 )
 from ldm_jax.schema.data import (
     DataConfig,
@@ -50,6 +52,7 @@ from ldm_jax.schema.recipes import (
     FirstStageConfig,
     LatentDiffusionConfig,
     LatentDiffusionTrainConfig,
+    SamplingConfig,
     TrainConfig,
 )
 
@@ -59,6 +62,7 @@ __all__ = [
     "AutoencoderVQConfig",
     "BERTTextConfig",
     "CLIPTextConfig",
+    "CLIPVisionConfig",
     "ClassCondConfig",
     "CondConfig",
     "DataConfig",
@@ -79,6 +83,7 @@ __all__ = [
     "LayoutCondConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "SamplingConfig",
     "SemanticCondConfig",
     "SourceConfig",
     "SuperResCondConfig",
@@ -89,4 +94,5 @@ __all__ = [
     "UNetConfig",
     "UpscaleCondConfig",
     "execution",
+    "text_of",
 ]

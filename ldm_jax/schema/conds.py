@@ -95,6 +95,24 @@ class CLIPTextConfig:
 
 
 @dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Image transformer of CLIP with its projection; defaults are ViT-L/14."""
+
+    image_size: int = 224
+    """Side of an image, a multiple of `patch_size`."""
+    patch_size: int = 14
+    width: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_width: int = 4096
+    """Hidden width of the feed-forward part (`intermediate_size`)."""
+    projection_dim: int = 768
+    """Width of an image's embedding."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """`quick_gelu` in OpenAI's weights, `gelu` in OpenCLIP's."""
+
+
+@dataclass(frozen=True)
 class BERTTextConfig:
     """Transformer encoder trained from scratch (`BERTEmbedder`); defaults are txt2img-1p4B."""
 
@@ -175,3 +193,10 @@ CondConfig = (
     | HybridCondConfig
     | None
 )
+
+
+def text_of(cond: CondConfig) -> TextCondConfig | None:
+    """The text conditioning that a conditioning is or holds, or None."""
+    if isinstance(cond, HybridCondConfig):
+        return cond.text
+    return cond if isinstance(cond, TextCondConfig) else None

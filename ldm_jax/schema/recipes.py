@@ -75,6 +75,17 @@ class FirstStageConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How a model's own sampler visits the timesteps, where nobody says otherwise."""
+
+    spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: int = 1
+    """Timestep that `leading` ends at: 1 in the reference, 0 in some pipelines of diffusers."""
+    final: Literal["alphas_cumprod_0", "one"] | None = None
+    """What the last step leads to; None: what is usual for the spacing."""
+
+
+@dataclass(frozen=True)
 class LatentDiffusionTrainConfig:
     """Training of the latent diffusion model: `train/ldm.py`."""
 
@@ -84,6 +95,7 @@ class LatentDiffusionTrainConfig:
     cond: CondConfig = None
     """Conditioning; None trains an unconditional model."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = execution(SamplingConfig())
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     batch_size: int = 64
@@ -125,6 +137,7 @@ class LatentDiffusionConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     size: int = 256
     """Side of a training image in pixels: the default side of a sample."""
+    sampling: SamplingConfig = SamplingConfig()
 
 
 TrainConfig = AutoencoderTrainConfig | LatentDiffusionTrainConfig

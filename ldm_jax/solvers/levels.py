@@ -42,11 +42,16 @@ class Levels(NamedTuple):
 
 
 def levels(
-    schedule: Schedule, steps: int, spacing: Spacing = "leading", final: Final | None = None
+    schedule: Schedule,
+    steps: int,
+    spacing: Spacing = "leading",
+    final: Final | None = None,
+    offset: int = 1,
 ) -> Levels:
     """The levels of `steps` steps over a schedule of T timesteps.
 
-    leading: every T//steps, plus 1, the reference's DDIM: ceil(T / (T//steps)) levels, 31 for 30.
+    leading: every T//steps, plus `offset`, the reference's DDIM: ceil(T / (T//steps)) levels, 31
+        for 30.
     trailing: exactly `steps` for any 1..T, from T-1 down (Lin et al. 2023, table 2).
     linspace: exactly `steps`, both ends of the schedule included.
     quadratic: the reference's `quad`, denser near the image; many steps repeat timestep 1.
@@ -63,7 +68,7 @@ def levels(
     if final not in ("alphas_cumprod_0", "one"):
         raise ValueError(f"final {final!r} is not one of alphas_cumprod_0, one")
 
-    t = _timesteps(spacing, steps, timesteps)
+    t = _timesteps(spacing, steps, timesteps, offset)
     if t[0] >= timesteps:
         raise ValueError(
             f"steps={steps} with spacing {spacing!r} starts at timestep {t[0]}, but the last one is"
@@ -77,10 +82,10 @@ def levels(
     return Levels(t, *(a.astype(np.float32) for a in (*table, 1 - now / following)))
 
 
-def _timesteps(spacing: Spacing, steps: int, timesteps: int) -> np.ndarray:
+def _timesteps(spacing: Spacing, steps: int, timesteps: int, offset: int) -> np.ndarray:
     """Descending timesteps, int64 or (fractional) float64."""
     if spacing == "leading":  # make_ddim_timesteps("uniform")
-        return np.arange(0, timesteps, timesteps // steps)[::-1] + 1
+        return np.arange(0, timesteps, timesteps // steps)[::-1] + offset
     if spacing == "quadratic":  # make_ddim_timesteps("quad")
         root = np.linspace(0, np.sqrt(timesteps * 0.8), steps)
         return (root**2).astype(np.int64)[::-1] + 1
