@@ -116,7 +116,9 @@ def test_metadata_captions(folder):
     assert [source[i]["caption"] for i in range(6)] == ["c", "d", "1", "2", "x", "b"]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "1.jpg"}', "3"])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"file_name": "1.jpg"}', '{"file_name": "1.jpg", "text": 3}', "3"]
+)
 def test_broken_metadata_names_file_and_line(folder, line):
     (folder / "metadata.jsonl").write_text(f'{{"file_name": "a", "text": "b"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"metadata.jsonl:2: each line"):

@@ -48,6 +48,25 @@ def test_rows_are_as_specified():
     }
 
 
+class Letters:
+    """Code points of at most 12 letters, filled up with zeros."""
+
+    def encode(self, texts):
+        return np.array([[*map(ord, t[:12].ljust(12, "\0"))] for t in texts], np.int32)
+
+
+def test_captions_become_tokens():
+    stream = data.stream(PLAIN, batch_size=4, seed=5, tokenizer=Letters())
+    assert stream.spec["tokens"] == stream.spec["null_tokens"] == ((12,), np.int32)
+    plain = open_stream(PLAIN)
+    for i, record in enumerate(records_of(stream, range(20))):
+        row, caption = stream[i], stream.source[record]["caption"]
+        assert stream.caption(i) == caption
+        np.testing.assert_array_equal(row.pop("tokens"), Letters().encode([caption])[0])
+        np.testing.assert_array_equal(row.pop("null_tokens"), np.zeros(12))
+        assert_equal_rows(row, plain[i])
+
+
 def test_row_is_a_function_of_seed_and_index():
     one, other = open_stream(), open_stream(batch_size=7)
     forwards = [one[i] for i in range(40)]
@@ -145,6 +164,23 @@ def greys(stream, count):
 def test_undecodable_record_is_replaced_by_the_next(damaged):
     stream = open_stream(folder(damaged, shuffle=False))
     assert greys(stream, 20) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0] * 2
+
+
+def test_the_caption_is_that_of_the_record_that_replaces(damaged):
+    for i in range(10):
+        (damaged / f"{i}.txt").write_text(f"grey {i}\n")
+    config = folder(damaged, shuffle=False)
+    source = dataclasses.replace(config.source, captions="sidecar")
+    config = dataclasses.replace(config, source=source)
+    stream = data.stream(config, batch_size=4, seed=5, tokenizer=Letters())
+    for i, number in enumerate([0, 1, 2, 5, 5, 5, 6, 7, 8, 0]):
+        assert stream.caption(i) == f"grey {number}"
+        np.testing.assert_array_equal(stream[i]["tokens"], Letters().encode([f"grey {number}"])[0])
+
+
+def test_a_tokenizer_without_captions_is_refused(damaged):
+    with pytest.raises(ValueError, match=r"needs captions, .* set data\.source\.captions"):
+        data.stream(folder(damaged), batch_size=2, seed=0, tokenizer=Letters())
 
 
 def test_replacement_depends_on_the_index_alone(damaged):

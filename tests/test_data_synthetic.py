@@ -27,6 +27,25 @@ def test_record():
     assert source.describe(3) == "synthetic train record 3"
 
 
+def test_captions_name_colour_and_shape():
+    source = open_synthetic(num_images=300, num_classes=7, size=16)
+    shapes = ("disc", "triangle", "square", "pentagon", "hexagon")
+    shapes += ("shape with 7 corners", "shape with 8 corners")
+    seen = set()
+    for i in range(300):
+        record = source[i]
+        article, colour, shape = record["caption"].split(maxsplit=2)
+        assert (article, shape) == ("a", shapes[i % 7])
+        r, g, b = (int(x) for x in record["image"][record["segmentation"] > 0][0])
+        if colour == "red":
+            assert r > max(g, b)
+        elif colour == "yellow":
+            assert b < min(r, g)
+        seen.add(colour)
+    assert seen >= {"red", "yellow", "green", "cyan", "blue", "magenta"}
+    assert len(seen) <= 7
+
+
 def test_a_record_is_a_function_of_its_index_and_split():
     one, other, held_out = open_synthetic(), open_synthetic(), open_synthetic("eval")
     np.testing.assert_array_equal(one[7]["image"], other[7]["image"])

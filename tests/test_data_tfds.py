@@ -1,5 +1,6 @@
 """TFDS builders read without TensorFlow."""
 
+import io
 import logging
 import pickle
 import subprocess
@@ -7,10 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm_jax import schema
 from ldm_jax.data import sources, transforms
-from ldm_jax.data.tfds import TFDSSource, prepared
+from ldm_jax.data.tfds import TFDSSource, prepared, quiet
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn, in the extra [demo]")
 
@@ -95,11 +97,42 @@ def test_unlabelled(data_dir):
         ({"image_key": "img"}, r"no feature 'img' \(it has id, image, label\): set image_key$"),
         ({"caption_key": "text"}, r"no feature 'text' .*: set caption_key, to None if there is"),
         ({"label_key": "id"}, r"feature 'id' holds no class: set label_key"),
+        ({"caption_key": "image"}, r"feature 'image' is no text \(Image\): set caption_key"),
     ],
 )
 def test_wrong_feature(data_dir, fields, message):
     with pytest.raises(ValueError, match=message):
         open_digits(data_dir, **fields)
+
+
+def test_captions_are_text(tmp_path):
+    import tensorflow_datasets as tfds
+
+    texts = ["a red disc", "größer als 5"]
+
+    class Captioned(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(4, 4, 3)), "text": tfds.features.Text()}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, text in enumerate(texts):
+                png = io.BytesIO()
+                Image.new("RGB", (4, 4)).save(png, "png")
+                png.seek(0)
+                yield i, {"image": png, "text": text}
+
+    with quiet():
+        Captioned(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = open_digits(str(tmp_path), name="captioned", label_key=None, caption_key="text")
+    assert sorted(source[i]["caption"] for i in range(2)) == texts
 
 
 def test_wrong_split(data_dir):

@@ -160,6 +160,8 @@ def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
             try:
                 entry = json.loads(line)
                 file_name, text = entry["file_name"], entry["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"text is {text!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}:{number}: each line is an object with file_name and text ({error!r})"

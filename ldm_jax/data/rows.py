@@ -7,7 +7,7 @@ replaced by the next one that can: nothing depends on what was read before, wher
 import dataclasses
 import logging
 import threading
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -23,10 +23,12 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Made(NamedTuple):
-    """A row, and the records that could not be decoded on the way to it, as (index, reason)."""
+    """A row, the records that could not be decoded on the way to it, as (index, reason), and its
+    own record."""
 
     row: Row
     bad: tuple[tuple[int, str], ...]
+    record: int
 
 
 class Stream:
@@ -39,17 +41,26 @@ class Stream:
     """
 
     def __init__(
-        self, source: Source, config: schema.DataConfig, batch_size: int, seed: int, train: bool
+        self,
+        source: Source,
+        config: schema.DataConfig,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        tokenizer: Any = None,
     ):
         self.source, self.config, self.batch_size = source, config, batch_size
-        self.spec = _spec(source, config)
+        # encoded here once: fast tokenizers set their padding at the first call, and threads follow
+        null = None if tokenizer is None else tokenizer.encode([""])[0]
+        self.spec = _spec(source, config, null)
         # Two seeds, hashed: Grain shuffles epoch e with seed + e, so runs with neighbouring seeds
         # would otherwise share their orders.
         shuffle_seed, row_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
         records = grain.MapDataset.range(len(source))
         if train and config.shuffle:
             records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
-        self.made = records.repeat().random_map(_MakeRow(source, config, train), seed=row_seed)
+        make = _MakeRow(source, config, train, tokenizer, null)
+        self.made = records.repeat().random_map(make, seed=row_seed)
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
@@ -70,6 +81,10 @@ class Stream:
         that is too small, a map of another size, a label out of range. All name the record.
         """
         return self.accept(self.made[index])
+
+    def caption(self, index: int) -> str:
+        """The caption of the record that row `index` was made of."""
+        return self.source[self.made[index].record]["caption"]
 
     def accept(self, made: Made) -> Row:
         """The row; undecodable records met on the way to it are reported and counted, once each.
@@ -93,10 +108,13 @@ def stream(
     batch_size: int,
     seed: int,
     split: Literal["train", "eval"] = "train",
+    tokenizer: Any = None,
 ) -> Stream:
     """The rows of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
 
-    Errors as from `sources.open_source`; ValueError also for a value out of range.
+    With a `tokenizer` (`tokens.load_tokenizer`) captions become `tokens` int32 [L], and every row
+    has `null_tokens` int32 [L], those of the empty text. Errors as from `sources.open_source`;
+    ValueError also for a value out of range, and for a tokenizer without captions.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -112,7 +130,13 @@ def stream(
     low, high = config.crop_range
     if not 0 < low <= high <= 1:
         raise ValueError(f"data.crop_range is {low} {high}, but 0 < low <= high <= 1 is needed")
-    return Stream(open_source(config, split), config, batch_size, seed, train=split == "train")
+    source = open_source(config, split)
+    if tokenizer is not None and "caption" not in source.features:
+        raise ValueError(
+            "text conditioning needs captions, but the data have none: set"
+            " data.source.captions of a folder, or data.source.caption_key of a TFDS dataset"
+        )
+    return Stream(source, config, batch_size, seed, split == "train", tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +146,8 @@ class _MakeRow:
     source: Source
     config: schema.DataConfig
     train: bool
+    tokenizer: Any
+    null_tokens: np.ndarray | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> Made:
         index, record, images, bad = self._decode(index)
@@ -129,9 +155,12 @@ class _MakeRow:
             row = transforms.to_row(images, self.config, rng if self.train else None)
             if self.source.num_classes is not None:
                 row["label"] = _label(record["label"], self.source.num_classes)
+            if self.tokenizer is not None:
+                row["tokens"] = self.tokenizer.encode([record["caption"]])[0]
+                row["null_tokens"] = self.null_tokens
         except ValueError as error:
             raise ValueError(f"{self.source.describe(index)}: {error}") from error
-        return Made(row, bad)
+        return Made(row, bad, index)
 
     def _decode(self, index: int) -> tuple[int, dict, transforms.Images, tuple]:
         """Record `index`, or the next one in the source's order that can be decoded."""
@@ -162,7 +191,7 @@ def _label(label: int, num_classes: int) -> np.ndarray:
     return np.int32(label)
 
 
-def _spec(source: Source, config: schema.DataConfig) -> Spec:
+def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | None) -> Spec:
     side = (config.size, config.size)
     spec = {
         "image": ((*side, config.channels), np.dtype(np.float32)),
@@ -170,7 +199,11 @@ def _spec(source: Source, config: schema.DataConfig) -> Spec:
         "segmentation": (side, np.dtype(np.int32)),
         "mask": ((*side, 1), np.dtype(np.float32)),
     }
-    return {name: value for name, value in spec.items() if name in source.features}
+    spec = {name: value for name, value in spec.items() if name in source.features}
+    if null_tokens is not None:
+        for name in ("tokens", "null_tokens"):
+            spec[name] = (null_tokens.shape, null_tokens.dtype)
+    return spec
 
 
 def _check_limit(count: int, name: str, config: schema.DataConfig) -> None:

@@ -7,12 +7,22 @@ from PIL import Image, ImageDraw
 
 from ldm_jax import schema
 
+SHAPES = ("disc", "triangle", "square", "pentagon", "hexagon")
+COLOURS = {
+    (True, False, False): "red",
+    (True, True, False): "yellow",
+    (False, True, False): "green",
+    (False, True, True): "cyan",
+    (False, False, True): "blue",
+    (True, False, True): "magenta",
+}
+
 
 class SyntheticSource:
     """Record i shows shape i % num_classes on a graded background.
 
-    Class 0 is a disc, class k a regular polygon of k + 2 corners. The segmentation map is 0 on the
-    background and label + 1 on the shape; the mask is a random square.
+    Class 0 is a disc, class k a regular polygon of k + 2 corners. The caption is "a red disc"; the
+    segmentation map is 0 on the background and label + 1 on the shape; the mask is a random square.
     """
 
     features = frozenset({"image", "label", "segmentation", "mask", "caption"})
@@ -49,7 +59,7 @@ class SyntheticSource:
             "label": label,
             "segmentation": np.where(shape, label + 1, 0).astype(np.uint8),
             "mask": mask,
-            "caption": "a disc" if label == 0 else f"a shape with {label + 2} corners",
+            "caption": f"a {_colour_name(colour)} {_shape_name(label)}",
         }
 
     def describe(self, index: int) -> str:
@@ -68,3 +78,13 @@ class SyntheticSource:
             angle = rng.uniform(0, 360)
             draw.regular_polygon((x, y, radius), label + 2, rotation=angle, fill=1)
         return np.asarray(canvas)
+
+
+def _colour_name(colour: np.ndarray) -> str:
+    """The hue: which of red, green and blue are nearer to the largest than to the smallest."""
+    bright = 2 * colour > colour.min() + colour.max()
+    return COLOURS.get(tuple(bright.tolist()), "grey")  # grey: all three are equal
+
+
+def _shape_name(label: int) -> str:
+    return SHAPES[label] if label < len(SHAPES) else f"shape with {label + 2} corners"

@@ -35,6 +35,12 @@ class TFDSSource:
                     f"{config.name} has no feature {key!r} (it has {', '.join(sorted(features))}): "
                     f"set {name}_key" + ("" if name == "image" else ", to None if there is none")
                 )
+        text = config.caption_key and features[config.caption_key]
+        if text is not None and not isinstance(text, tfds.features.Text):
+            raise ValueError(
+                f"{config.name}: feature {config.caption_key!r} is no text"
+                f" ({type(text).__name__}): set caption_key"
+            )
         self.features = frozenset(self._keys)
         self.num_classes = None
         if config.label_key is not None:
