@@ -7,13 +7,20 @@ the first stage is `down_blocks_I/attentions_J` as in torch, with the leaves of 
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
+
+from ldm_jax import sharding
+
+Place = Callable[[str, np.ndarray], Any]  # our path, host array -> what the tree will hold
 
 
 class Layout(NamedTuple):
@@ -57,14 +64,41 @@ class Row(NamedTuple):
 Rows = Iterator[Row]
 
 
-def from_torch(rows: list[Row], state_dict: Mapping[str, Any], shapes: dict) -> dict:
-    """Our parameters: nested dict of float32 NumPy arrays, or of shapes if `state_dict` has those.
+def prefixed(rows: list[Row], torch: str, ours: str) -> list[Row]:
+    """The rows of a part of a model as rows of the whole: `torch` and `ours` before its names."""
+    return [Row(torch + r.torch, tuple(ours + path for path in r.ours), r.layout) for r in rows]
 
-    state_dict: torch name -> NumPy array or ShapeDtypeStruct; every name is used once.
+
+def from_torch(
+    rows: list[Row],
+    state_dict: Mapping[str, Any],
+    shapes: dict,
+    *,
+    dtype: Any = np.float32,
+    place: Place | None = None,
+    where: str = "checkpoint",
+) -> dict:
+    """Our parameters: nested dict of NumPy arrays of `dtype`, or of shapes for a dict of shapes.
+
+    state_dict: torch name -> ShapeDtypeStruct, NumPy array, or anything with `.shape`, `.dtype` and
+        `__array__`, which is called once, when its turn comes; every name is used once.
     shapes: nested dict of what our modules expect (from `jax.eval_shape` of their `init`).
-    Raises ValueError that lists missing, unknown and wrongly shaped tensors.
+    place: takes each array as soon as it is made, so that one tensor at a time is on the host;
+        None keeps NumPy arrays.
+    Raises ValueError, which begins with `where` (the file) and lists missing, unknown and wrongly
+    shaped tensors, before anything is read.
     """
-    wanted = _torch_shapes(rows, shapes)
+    refuse(misfits(rows, state_dict, shapes), f"{where} does not fit the config")
+    flat: dict[str, Any] = {}
+    for row in rows:
+        for path, x in _row_to_ours(row, state_dict[row.torch], dtype).items():
+            flat[path] = x if place is None else place(path, x)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def misfits(rows: list[Row], state_dict: Mapping[str, Any], shapes: dict) -> list[str]:
+    """What keeps `from_torch` from working: missing, unknown and wrongly shaped tensors."""
+    wanted = {name: tuple(x.shape) for name, x in to_torch(rows, shapes).items()}
     problems = [f"missing {name}" for name in wanted if name not in state_dict]
     problems += [f"unknown {name}" for name in state_dict if name not in wanted]
     problems += [
@@ -72,51 +106,90 @@ def from_torch(rows: list[Row], state_dict: Mapping[str, Any], shapes: dict) -> 
         for name, shape in wanted.items()
         if name in state_dict and tuple(state_dict[name].shape) != shape
     ]
-    _refuse(problems, "checkpoint does not fit the config")
-    flat = {}
-    for row in rows:
-        x = row.layout.to_ours(_float32(state_dict[row.torch]))
-        if len(row.ours) == 1:
-            flat[row.ours[0]] = x
-        elif isinstance(x, jax.ShapeDtypeStruct):
-            flat |= dict.fromkeys(row.ours, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-        else:
-            flat |= dict(zip(row.ours, x, strict=True))
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return problems
 
 
-def to_torch(rows: list[Row], params: dict) -> dict[str, Any]:
+def refuse(problems: list[str], what: str) -> None:
+    """ValueError with `what` and the first 20 problems, if there are any."""
+    if problems:
+        more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:20])}{more}")
+
+
+def _row_to_ours(row: Row, tensor: Any, dtype: Any) -> dict[str, Any]:
+    x = row.layout.to_ours(_cast(tensor, dtype))
+    if len(row.ours) == 1:
+        return {row.ours[0]: x}
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return dict.fromkeys(row.ours, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    return dict(zip(row.ours, x, strict=True))
+
+
+def to_torch(
+    rows: list[Row], params: dict, *, dtype: Any = None, lazy: bool = False
+) -> dict[str, Any]:
     """Inverse of `from_torch`: torch name -> NumPy array, or shape where `params` has those.
 
-    Raises ValueError that lists missing and unknown parameters.
+    dtype: of the tensors; None keeps that of the parameters.
+    lazy: gives a `Pending` for each array, for a writer that takes one at a time.
+    Raises ValueError that lists missing and unknown parameters, and names that stand twice.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     ours = [path for row in rows for path in row.ours]
     problems = [f"missing {path}" for path in ours if path not in flat]
     problems += [f"unknown {path}" for path in sorted(set(flat) - set(ours))]
-    _refuse(problems, "parameters do not fit the model")
-    return {row.torch: _row_to_torch(row, flat) for row in rows}
+    for names in (ours, [row.torch for row in rows]):
+        problems += [f"{name} stands {n} times" for name, n in Counter(names).items() if n > 1]
+    refuse(problems, "parameters do not fit the model")
+    pending = {row.torch: Pending(row, [flat[p] for p in row.ours], dtype) for row in rows}
+    return pending if lazy else {name: x.made() for name, x in pending.items()}
 
 
-def _row_to_torch(row: Row, flat: dict[str, Any]):
-    parts = [_float32(flat[path]) for path in row.ours]
-    return row.layout.to_torch(parts[0] if len(parts) == 1 else parts)
+class Pending:
+    """A tensor in PyTorch's layout, made from our parameters each time `np.asarray` asks for it."""
+
+    def __init__(self, row: Row, parts: list[Any], dtype: Any):
+        self._row, self._parts = row, parts
+        self.dtype = np.dtype(dtype or parts[0].dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.made(shapes=True).shape)
+
+    def made(self, shapes: bool = False):
+        """The array, or its shape where the parameters are shapes or `shapes` asks for that."""
+        parts = self._parts
+        if shapes:
+            parts = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts]
+        parts = [_cast(x, self.dtype) for x in parts]
+        return self._row.layout.to_torch(parts[0] if len(parts) == 1 else parts)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.made().astype(dtype or self.dtype, copy=bool(copy))
 
 
-def _torch_shapes(rows: list[Row], shapes: dict) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in to_torch(rows, shapes).items()}
-
-
-def _float32(x):
+def _cast(x: Any, dtype: Any):
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, np.float32)
-    return np.asarray(x, np.float32)
+        return jax.ShapeDtypeStruct(x.shape, dtype)
+    return np.asarray(x).astype(dtype, copy=False)
 
 
-def _refuse(problems: list[str], what: str) -> None:
-    if problems:
-        more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:20])}{more}")
+def placer(shapes: dict, mesh: Mesh | None) -> Place:
+    """`place` of `from_torch`: onto the shards of the training rules, or the default device.
+
+    It waits for each array, so that no queue of host copies builds up.
+    """
+    if mesh is None:
+        return lambda path, x: jnp.asarray(x).block_until_ready()
+    shards = sharding.by_rules(shapes, sharding.RULES, mesh)
+    shards = traverse_util.flatten_dict(shards, sep="/")
+
+    def place(path: str, x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(
+            x.shape, shards[path], lambda index: x[index]
+        ).block_until_ready()
+
+    return place
 
 
 # --- layers: a weight, and a bias unless said otherwise ------------------------------------------
