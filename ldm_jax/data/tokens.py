@@ -55,9 +55,10 @@ class FileTokenizer:
             return ""
         rest = encoding.overflowing[0]
         first = rest.special_tokens_mask.index(0)
-        word = rest.word_ids[first]
-        whole = zip(encoding.word_ids + [word], encoding.offsets + [rest.offsets[first]])
-        return text[next(start for w, (start, _) in whole if w == word) :]
+        word, offsets = rest.word_ids[first], rest.offsets[first]
+        kept = zip(encoding.word_ids, encoding.offsets)
+        start, _ = next((o for w, o in kept if w == word), offsets)
+        return text[start:]
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes the tokenizer's files to `folder`, for transformers and `load_tokenizer`."""
