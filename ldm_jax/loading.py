@@ -1,14 +1,20 @@
 """A path into a model: finds out what lies there and reads it."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import bundle, checkpoint, rundir, schema, sharding
+from ldm_jax.convert import compvis
+from ldm_jax.data import tokens
 from ldm_jax.models import attention, convolution
+
+CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 
 
 def load(
@@ -18,15 +24,118 @@ def load(
     ema: bool = True,
     mesh: Mesh | None = None,
     dtype: Any = None,
+    param_dtype: Any = None,
+    config: epath.PathLike | None = None,
+    variant: str | None = None,
+    tokenizer: epath.PathLike | None = None,
 ) -> bundle.LatentDiffusion:
-    """The model of a run directory: its newest snapshot or checkpoint, or that of `step`.
+    """The model at a path: a run, a diffusers folder, or a checkpoint of CompVis or Stability.
 
-    `ema=False` takes the raw weights (of a checkpoint). `mesh` places the parameters by the
-    training rules; without it they lie on the default device. `dtype` is the compute type.
-    ValueError or FileNotFoundError name the path and what is wrong with it.
+    A run gives its newest snapshot or checkpoint, or that of `step`. A checkpoint file is read with
+    the YAML `config`, by default NAME.yaml or config.yaml beside it; without any, it must be Stable
+    Diffusion, which its tensors tell.
+    `ema=False` takes the raw weights where there are both. `mesh` places the parameters by the
+    training rules; without it they lie on the default device. `dtype` is the compute type and
+    `param_dtype` that of the parameters, both float32 by default. `variant` chooses among the
+    weights of a diffusers folder ("fp16"), or says which Stable Diffusion a single file is, where
+    it could be several ("v2-v"). `tokenizer` is a folder with a tokenizer's files, for a model of
+    text that comes without.
+    ValueError or FileNotFoundError name the path, what is wrong with it, and what was looked for.
     """
-    run = checkpoint.absolute(path)
-    config = _config(run)
+    path, kind = recognise(path)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    param_dtype = jnp.dtype(jnp.float32 if param_dtype is None else param_dtype)
+    if step is not None and kind != "run":
+        raise ValueError(f"{path}: step={step} is of a run, and this is {KINDS[kind]}")
+    if config is not None and kind != "checkpoint":
+        raise ValueError(f"{path}: config={config} is of a checkpoint, and this is {KINDS[kind]}")
+    if variant is not None and kind == "run":
+        raise ValueError(f"{path}: variant={variant}, but a run has one set of weights")
+    if kind == "run":
+        model = _load_run(path, step, ema, mesh, dtype, param_dtype)
+    elif kind == "diffusers":
+        from ldm_jax.convert import diffusers
+
+        model = diffusers.load(
+            path, variant=variant, dtype=dtype, param_dtype=param_dtype, mesh=mesh
+        )
+    else:
+        model = compvis.load(
+            path,
+            yaml_of(path) if config is None else checkpoint.absolute(config),
+            variant=variant,
+            ema=ema,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+        )
+    return model if tokenizer is None else _with_tokenizer(model, path, tokenizer)
+
+
+# --- what lies there ----------------------------------------------------------------------------
+
+KINDS = {"run": "a run", "diffusers": "a diffusers folder", "checkpoint": "a checkpoint file"}
+
+
+def recognise(path: epath.PathLike) -> tuple[epath.Path, str]:
+    """(absolute path, "run", "diffusers" or "checkpoint"); a folder with one checkpoint is that.
+
+    FileNotFoundError or ValueError say what was looked for.
+    """
+    path = checkpoint.absolute(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist")
+    if not path.is_dir():
+        if path.suffix in (".yaml", ".yml", ".json"):
+            raise ValueError(f"{path}: is a configuration; give the checkpoint or the folder")
+        return path, "checkpoint"
+    if rundir.is_run(path):
+        return path, "run"
+    if (path / "model_index.json").exists():
+        return path, "diffusers"
+    found = sorted(f for f in path.iterdir() if f.suffix in CHECKPOINTS)
+    if (path / "config.json").exists():
+        raise ValueError(
+            f"{path}: is not a run directory (its config.json is not ours), but perhaps one"
+            " component of a diffusers folder: give the folder with model_index.json"
+        )
+    if len(found) == 1:
+        return found[0], "checkpoint"
+    held = ", ".join(f.name for f in found) or "none"
+    raise ValueError(
+        f"{path}: is not a run directory (no config.json), nor a diffusers folder (no"
+        f" model_index.json), nor does it hold one checkpoint ({', '.join(CHECKPOINTS)}: {held})"
+    )
+
+
+def yaml_of(path: epath.Path) -> epath.Path | None:
+    """The YAML beside a checkpoint: NAME.yaml, or config.yaml as in the folders of CompVis."""
+    names = [path.stem + end for end in (".yaml", ".yml")] + ["config.yaml"]
+    return next((path.parent / name for name in names if (path.parent / name).exists()), None)
+
+
+def _with_tokenizer(
+    model: bundle.LatentDiffusion, path: epath.Path, tokenizer: epath.PathLike
+) -> bundle.LatentDiffusion:
+    text = schema.text_of(model.config.cond)
+    if text is None:
+        raise ValueError(f"{path}: is not conditioned on text and takes no tokenizer ({tokenizer})")
+    opened = tokens.load_tokenizer(tokenizer, text.encoder.max_length)
+    if opened.vocab_size > text.encoder.vocab_size:
+        raise ValueError(
+            f"{tokenizer}: has {opened.vocab_size} tokens, but the text encoder of {path} knows"
+            f" {text.encoder.vocab_size}: it is another model's tokenizer"
+        )
+    return dataclasses.replace(model, tokenizer=opened)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def _load_run(
+    run: epath.Path, step: int | None, ema: bool, mesh: Mesh | None, dtype: Any, param_dtype: Any
+) -> bundle.LatentDiffusion:
+    config = rundir.read_config(run)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
         raise ValueError(
             f"{run}: is a run of {type(config).__name__}, a first stage; --model takes the run of"
@@ -43,35 +152,47 @@ def load(
         cond=config.cond,
         diffusion=config.diffusion,
         size=config.data.size,
+        sampling=config.sampling,
     )
+    text = schema.text_of(config.cond)
     params = {
         "unet": trained["unet"],
         "first_stage": first_stage,
-        "cond_stage": trained.get("cond_stage", {}),
+        "cond_stage": _cond_stage(run, text, trained),
     }
+    params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype, copy=False), params)
     if mesh is None:
         params = jax.tree.map(jnp.asarray, params)
     else:
         params = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
-    return bundle.build(
+    model = bundle.build(
         section,
         params,
         known["scale"],
-        dtype=jnp.float32 if dtype is None else jnp.dtype(dtype),
+        dtype=dtype,
         attention=attention.choose(platform, mesh),
         convolution=convolution.choose(platform),
     )
+    if text is None:
+        return model
+    return dataclasses.replace(model, tokenizer=kept_tokenizer(run, text.encoder.max_length))
 
 
-def load_first_stage(path: epath.PathLike, *, step: int | None = None) -> tuple[dict, Any]:
-    """(host parameters, config) of the first stage that a run trained, averaged if it can be."""
-    run = checkpoint.absolute(path)
-    config = _config(run)
-    if not isinstance(config, schema.AutoencoderTrainConfig):
-        raise ValueError(f"{run}: is not the run of a first stage ({type(config).__name__})")
-    params, _ = weights(run, config, step, ema=True)
-    return params["autoencoder"], config.model
+def _cond_stage(run: epath.Path, text: schema.TextCondConfig | None, trained: dict) -> dict:
+    """Parameters of what learned the conditioning, or of the text encoder that does not train."""
+    if text is None or text.trainable:
+        return trained.get("cond_stage", {})
+    kept = rundir.read_frozen(run, "cond_stage")
+    if kept is None:
+        raise FileNotFoundError(f"{run}: frozen/cond_stage is missing: copy the whole run")
+    return kept[0]
+
+
+def kept_tokenizer(run: epath.PathLike, max_length: int) -> Any:
+    """The tokenizer that a run keeps, or None."""
+    with rundir.frozen_files(run, "tokenizer") as folder:
+        return None if folder is None else tokens.load_tokenizer(folder, max_length)
 
 
 def weights(
@@ -97,9 +218,37 @@ def weights(
     return {**found["params"], **found.get("ema_params", {})}, chosen
 
 
-def _config(run: epath.Path) -> schema.TrainConfig:
-    if not run.exists():
-        raise FileNotFoundError(f"{run}: does not exist")
-    if not rundir.is_run(run):
-        raise ValueError(f"{run}: is not a run directory (it has no config.json)")
-    return rundir.read_config(run)
+# --- parts of a model, to train on ---------------------------------------------------------------
+
+
+def load_first_stage(
+    path: epath.PathLike, *, step: int | None = None
+) -> tuple[dict, schema.FirstStageModelConfig]:
+    """(host parameters, config) of a first stage: of its own run, or of a model at `path`."""
+    path, kind = recognise(path)
+    if kind == "run":
+        config = rundir.read_config(path)
+        if not isinstance(config, schema.AutoencoderTrainConfig):
+            raise ValueError(f"{path}: is not the run of a first stage ({type(config).__name__})")
+        params, _ = weights(path, config, step, ema=True)
+        return params["autoencoder"], config.model
+    if kind == "diffusers":
+        from ldm_jax.convert import diffusers
+
+        return diffusers.load_first_stage(path)
+    return compvis.load_first_stage_file(path, yaml_of(path))
+
+
+def load_text_encoder(
+    path: epath.PathLike, max_length: int
+) -> tuple[dict, schema.CLIPTextConfig | schema.BERTTextConfig, Any]:
+    """(host parameters, config, tokenizer or None) of the text encoder of a model at `path`.
+
+    max_length: tokens of a caption. ValueError if the model has no text encoder.
+    """
+    model = load(path)
+    text = schema.text_of(model.config.cond)
+    if text is None:
+        raise ValueError(f"{path}: has no text encoder")
+    del max_length
+    return jax.device_get(model.params["cond_stage"]), text.encoder, model.tokenizer

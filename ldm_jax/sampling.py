@@ -17,7 +17,7 @@ def keys_of(seed: int, indices: Any) -> jax.Array:
 
 
 def levels_of(bundle: LatentDiffusion, steps: int, spacing: str | None) -> solvers.Levels:
-    """The levels of `steps` steps, with the model's own spacing, offset and end or another spacing."""
+    """The levels of `steps` steps: the model's own where the spacing is, or of another spacing."""
     own = bundle.config.sampling
     if spacing is None or spacing == own.spacing:
         return solvers.levels(bundle.schedule, steps, own.spacing, own.final, own.steps_offset)

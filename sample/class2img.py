@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import conditioning, images, schema
+from ldm_jax import schema
 from ldm_jax.sample import common
 
 NAME = "class2img"
@@ -21,7 +20,7 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every label."""
-    model, mesh = common.open_model(options)
+    model, mesh, options = common.open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig):
         kind = type(cond).__name__ if cond else "no condition"
@@ -36,17 +35,8 @@ def main(options: Options) -> int:
     every = np.repeat(np.asarray(labels, np.int32), options.num_images)
     guided = options.guidance_scale != 1
 
-    def condition(params, indices):
-        batch = {"label": jnp.asarray(every)[indices]}
-        arguments = (cond, model.cond_stage, params["cond_stage"], batch)
-        null = conditioning.null_like(*arguments) if guided else None
-        return conditioning.from_batch(*arguments), null
-
-    parts = list(common.generate(model, mesh, options, len(every), condition, guided))
-    pictures = images.to_uint8(np.concatenate([image for _, image, _ in parts]))
-    z = np.concatenate([z for _, _, z in parts])
+    parts = list(common.generate(model, mesh, options, {"label": every}, len(every), guided))
     names = [f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)]
     details = [{"index": i, "label": int(label)} for i, label in enumerate(every)]
-    rows = [str(label) for label in labels]
-    common.save(out, options, NAME, pictures, names, details, z, rows)
+    common.save(out, options, NAME, parts, names, details, rows=[str(label) for label in labels])
     return 0

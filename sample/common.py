@@ -1,11 +1,11 @@
 """What every sampling task shares: options, batches through one compiled program, files."""
 
 import dataclasses
+import functools
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -13,8 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from ldm_jax import bundle, cli, images, loading, sampling, schema, sharding
-from ldm_jax.conditioning import Cond
+from ldm_jax import bundle, cli, conditioning, images, latents, loading, sampling, schema, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +21,18 @@ class Options:
     """Options of every sampling task."""
 
     model: str
-    """Run directory of a latent diffusion model."""
+    """Run directory, diffusers folder, CompVis .ckpt or .safetensors with its .yaml beside it, or
+    Stable Diffusion in a single file."""
     out: str
     """Folder for the images; made if missing."""
     num_images: int = 4
-    """Images per label."""
+    """Images per label or prompt."""
     steps: int = 50
     """Solver steps."""
     solver: Literal["ddim", "ddpm"] = "ddim"
-    spacing: Literal["leading", "trailing", "linspace", "quadratic", "time_uniform"] = "leading"
-    """Which timesteps are visited: `leading` is the reference's; `trailing` gives any number."""
+    spacing: Literal["leading", "trailing", "linspace", "quadratic", "time_uniform"] | None = None
+    """Which timesteps are visited; default: as the model's own sampler, `leading` in the reference.
+    `trailing` gives any number."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
     guidance_scale: float = 1.5
@@ -39,13 +40,20 @@ class Options:
     seed: int = 0
     """Image number i depends on (seed, i) alone."""
     batch_size: int = 16
-    """Images per call of the compiled sampler, over all devices."""
+    """Most images per call of the compiled sampler, over all devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type."""
     step: int | None = None
-    """Training step to take the weights of; default: the newest."""
+    """Training step of a run to take the weights of; default: the newest."""
     ema: bool = True
     """Averaged weights; --no-ema takes the raw ones."""
+    config: str | None = None
+    """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
+    variant: str | None = None
+    """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
+    where its tensors do not tell."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer's files, where the model comes without."""
     init_latents: str | None = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal."""
     save_latents: bool = False
@@ -56,8 +64,11 @@ class Options:
     """Write into a folder that already holds samples."""
 
 
-def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any]:
-    """(bundle placed on all devices, mesh); refuses what cannot work before loading weights."""
+def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any, Any]:
+    """(bundle placed on all devices, mesh, options with the model's own solver settings).
+
+    Refuses what cannot work before weights are read.
+    """
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images}: give at least 1")
     mesh = sharding.make_mesh(schema.MeshConfig())
@@ -66,12 +77,42 @@ def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any]:
             f"--batch-size {options.batch_size} is not a multiple of {mesh.devices.size} devices"
         )
     model = loading.load(
-        options.model, step=options.step, ema=options.ema, mesh=mesh, dtype=options.dtype
+        options.model,
+        step=options.step,
+        ema=options.ema,
+        mesh=mesh,
+        dtype=options.dtype,
+        config=options.config,
+        variant=options.variant,
+        tokenizer=options.tokenizer,
     )
     timesteps = len(model.schedule.betas)
     if not 1 <= options.steps <= timesteps:
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
-    return model, mesh
+    spacing = options.spacing or model.config.sampling.spacing
+    return model, mesh, dataclasses.replace(options, spacing=spacing)
+
+
+def latent_shape(
+    model: bundle.LatentDiffusion, height: int | None, width: int | None
+) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image; None is the training size.
+
+    ValueError if the first stage and the UNet cannot halve a side as often as they do.
+    """
+    config = model.config
+    down = config.first_stage.downsample
+    step = down * 2 ** (len(config.unet.channel_mult) - 1)
+    sides = []
+    for name, given in (("height", height), ("width", width)):
+        side = config.size if given is None else given
+        if side < step or side % step:
+            raise ValueError(
+                f"--{name} {side} is not a multiple of {step}, by which the first stage and the"
+                f" UNet downsample: take {max(1, round(side / step)) * step}"
+            )
+        sides.append(side // down)
+    return (*sides, config.first_stage.embed_dim)
 
 
 def open_out(options: Options) -> epath.Path:
@@ -85,8 +126,14 @@ def open_out(options: Options) -> epath.Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
-    if not str(out).startswith("gs://") and not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} is not writable")
+    probe = out / ".writable"  # permissions say too little: of root, of file systems, of buckets
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written: {error.strerror}; give another folder"
+        ) from error
     return out
 
 
@@ -106,44 +153,32 @@ def generate(
     model: bundle.LatentDiffusion,
     mesh: Any,
     options: Options,
+    batch: dict[str, np.ndarray],
     count: int,
-    condition: Callable[[dict, np.ndarray], tuple[Cond, Cond]],
     guided: bool,
+    shape: tuple[int, int, int] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (indices, images float32, unscaled latents) of each batch; one program for all.
 
-    `condition(params, indices)` gives (cond, null) of the images with these indices; it is traced.
+    batch: what `conditioning.from_batch` reads, host arrays with `count` rows. They are arguments
+    of the program, as are seed, scale and eta: other values compile nothing anew.
+    shape: (h, w, c) of the latent; default: the model's.
     The last batch is filled up by repeating its last image, and cut.
     """
-    shape = model.latent_shape
+    shape = model.latent_shape if shape is None else shape
     x_T = start_latents(options, count, shape)
-    sample = sampling.make_sampler(
-        model,
-        shape=shape,
-        steps=options.steps,
-        solver=options.solver,
-        spacing=options.spacing,
-        guided=guided,
-        decode=False,
-    )
-    rows = sharding.batch_sharding(mesh)
-
-    def run(params, keys, indices, x_T, scale, eta):
-        cond, null = condition(params, indices)
-        z = sample(params, cond, null, keys, scale, eta, x_T)
-        decode = model.first_stage.apply({"params": params["first_stage"]}, z, method="decode")
-        return decode.astype("float32"), z
-
-    run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-    size, compiled = options.batch_size, None
+    run = jax.jit(make_run(model, options, guided, shape), out_shardings=sharding.replicated(mesh))
+    rows, devices = sharding.batch_sharding(mesh), mesh.devices.size
+    size, compiled = min(options.batch_size, -(-count // devices) * devices), None
     with tqdm.tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
         for first in range(0, count, size):
             real = np.arange(first, min(first + size, count))
             indices = np.minimum(np.arange(first, first + size), count - 1)
+            given = {**batch, "x_T": x_T} if x_T is not None else batch
+            given = {name: jax.device_put(x[indices], rows) for name, x in given.items()}
             keys = jax.device_put(sampling.keys_of(options.seed, indices), rows)
-            given = None if x_T is None else jax.device_put(x_T[indices], rows)
             eta = options.eta if options.solver == "ddim" else 0.0
-            arguments = (model.params, keys, indices, given, options.guidance_scale, eta)
+            arguments = (model.params, given, keys, options.guidance_scale, eta)
             if compiled is None:
                 cli.say(f"compiling the sampler for batches of {size} ...")
                 began = time.perf_counter()
@@ -154,21 +189,65 @@ def generate(
             yield real, np.asarray(image)[: len(real)], np.asarray(z)[: len(real)]
 
 
+def make_run(
+    model: bundle.LatentDiffusion, options: Options, guided: bool, shape: tuple[int, int, int]
+) -> Any:
+    """run(params, batch, keys, scale, eta) -> (images, unscaled latents): pure, to be jitted.
+
+    The conditioning is encoded once, before the scan over the levels.
+    """
+    sample = sampling.make_sampler(
+        model,
+        shape=shape,
+        steps=options.steps,
+        solver=options.solver,
+        spacing=options.spacing,
+        guided=guided,
+        decode=False,
+    )
+
+    def run(params, batch, keys, scale, eta):
+        stage = params["first_stage"]
+        encode = functools.partial(
+            latents.encode, model.first_stage, stage, scale=model.latent_scale
+        )
+        arguments = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
+        cond = conditioning.from_batch(*arguments)
+        null = conditioning.null_like(*arguments) if guided else None
+        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"))
+        image = model.first_stage.apply({"params": stage}, z, method="decode")
+        return image.astype("float32"), z
+
+    return run
+
+
 def save(
-    out: epath.Path, options: Options, task: str, pictures: np.ndarray, names: list[str],
-    details: list[dict], z: np.ndarray, rows: list[str],
-) -> None:  # fmt: skip
-    """Single PNGs with their settings inside, the grid with one row per name in `rows`, arrays."""
+    out: epath.Path,
+    options: Options,
+    task: str,
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    names: list[str],
+    details: list[dict],
+    *,
+    rows: list[str],
+) -> None:
+    """What `generate` gave, as single PNGs with their settings inside, grid and arrays.
+
+    names, details: of each image; rows: labels of the grid's rows.
+    """
+    pictures = images.to_uint8(np.concatenate([image for _, image, _ in parts]))
     settings = {"task": task, **dataclasses.asdict(options)}
     for name, picture, detail in zip(names, pictures, details, strict=True):
         images.save_png(out / f"{name}.png", picture, {**settings, **detail})
     columns = len(pictures) // len(rows)
-    sheet = images.grid(pictures, columns, scale=max(1, 48 // pictures.shape[1]), names=rows)
+    labels = [row.encode("ascii", "replace").decode() for row in rows]  # what PIL's font has
+    sheet = images.grid(pictures, columns, scale=max(1, 48 // pictures.shape[1]), names=labels)
     images.save_png(out / "grid.png", sheet, settings)
     if options.npz:
         with (out / "samples.npz").open("wb") as file:
             np.savez(file, arr_0=pictures)
     if options.save_latents:
+        z = np.concatenate([z for _, _, z in parts])
         with (out / "latents.npy").open("wb") as file:
             np.save(file, z.astype(np.float32))
     cli.say(f"{len(pictures)} images and {out / 'grid.png'}; settings: {json.dumps(settings)}")

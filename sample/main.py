@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import tyro
 
 from ldm_jax import cli
-from ldm_jax.sample import class2img
+from ldm_jax.sample import class2img, text2img
 
-TASKS = {"class2img": class2img}
+TASKS = {"class2img": class2img, "text2img": text2img}
 
 
 def sample(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ LEVELS = (
     "schema serialize cli flops images diffusion sharding checkpoint rundir lora",
     "guidance data models solvers metrics",
     "latents conditioning losses train_state convert",
-    "bundle sampling loading",
+    "bundle sampling loading saving compat",
     "configs",
     "train sample",
 )

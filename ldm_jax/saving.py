@@ -1,0 +1,70 @@
+"""A model into a run, a diffusers folder or a CompVis checkpoint: what `loading` reads."""
+
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax import bundle, checkpoint, rundir, schema, serialize
+from ldm_jax.convert import compvis, diffusers
+
+Format = Literal["ldm_jax", "diffusers", "compvis"]
+
+
+def save(
+    model: bundle.LatentDiffusion, path: epath.PathLike, to: Format, *, dtype: Any = None
+) -> None:
+    """Writes the model in one of three formats, none of which may be there yet.
+
+    ldm_jax: a run directory that samples and that training can start from.
+    diffusers: a folder with every component, tokenizer and scheduler.
+    compvis: a .safetensors or .ckpt file, as `path` ends, with its YAML beside it.
+    `dtype` is that of the weights, by default the parameters' own. ValueError says what the format
+    cannot hold.
+    """
+    path = checkpoint.absolute(path)
+    if to == "ldm_jax":
+        save_run(model, path, dtype=dtype)
+    elif to == "diffusers":
+        diffusers.save(model, path, dtype=dtype)
+    elif to == "compvis":
+        compvis.save(model, path, dtype=dtype)
+    else:
+        raise ValueError(f"format {to!r} is not one of ldm_jax, diffusers, compvis")
+
+
+def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:
+    """A run directory with a snapshot of step 0: config, first stage, text encoder, tokenizer."""
+    section = model.config
+    text = schema.text_of(section.cond)
+    config = schema.LatentDiffusionTrainConfig(
+        data=schema.DataConfig(
+            size=section.size, channels=1 if section.first_stage.in_channels == 1 else 3
+        ),
+        first_stage=schema.FirstStageConfig(scale=model.latent_scale),
+        unet=section.unet,
+        cond=section.cond,
+        diffusion=section.diffusion,
+        sampling=section.sampling,
+    )
+    params = {part: _host(tree, dtype) for part, tree in model.params.items()}
+    run, _ = rundir.open_run(run, config)
+    rundir.write_frozen(run, "first_stage", params["first_stage"], section.first_stage)
+    rundir.write_latents(run, {"scale": model.latent_scale, "how": "as in the converted model"})
+    trained = {"unet": params["unet"]}
+    if text is not None and not text.trainable:
+        rundir.write_frozen(run, "cond_stage", params["cond_stage"], text.encoder)
+    elif params["cond_stage"]:
+        trained["cond_stage"] = params["cond_stage"]
+    if model.tokenizer is not None:
+        rundir.write_frozen_files(run, "tokenizer", model.tokenizer.save)
+    checkpoint.save_snapshot(run, 0, trained, serialize.to_dict(section))
+
+
+def _host(tree: dict, dtype: Any) -> dict:
+    def one(x: Any) -> np.ndarray:
+        x = np.asarray(jax.device_get(x))
+        return x if dtype is None else x.astype(dtype, copy=False)
+
+    return jax.tree.map(one, tree)

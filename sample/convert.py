@@ -1,0 +1,155 @@
+"""`ldm-convert SRC DST --to {ldm_jax,diffusers,compvis}`: checkpoints between formats."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import tyro
+from etils import epath
+
+from ldm_jax import bundle, checkpoint, cli, loading, saving
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Converts a model. SRC is read as every command reads --model; DST is written in full."""
+
+    source: tyro.conf.Positional[str]
+    """Run directory, diffusers folder, CompVis .ckpt or .safetensors, or Stable Diffusion file."""
+    target: tyro.conf.Positional[str]
+    """New folder; with --to compvis a new file, .safetensors or .ckpt; not needed for --check."""
+    to: saving.Format
+    """Format of the target."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the weights written."""
+    check: bool = False
+    """Only see whether names and shapes fit, both ways; reads no weights and writes nothing."""
+    step: int | None = None
+    """Training step of a run to take the weights of; default: the newest."""
+    ema: bool = True
+    """Averaged weights where there are both; --no-ema takes the raw ones."""
+    config: str | None = None
+    """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
+    variant: str | None = None
+    """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
+    where its tensors do not tell."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer's files, where the model comes without."""
+    overwrite: bool = False
+    """Replace what lies at the target, if it is a model in the format asked for."""
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Reads the source, says what it holds, and writes the target."""
+    options = tyro.cli(Options, args=argv, prog="ldm-convert")
+    source, target = checkpoint.absolute(options.source), checkpoint.absolute(options.target)
+    if not options.check:
+        refuse_target(options, source, target)
+    with on_host():
+        model = loading.load(
+            source,
+            step=options.step,
+            ema=options.ema,
+            param_dtype=options.dtype,
+            config=options.config,
+            variant=options.variant,
+            tokenizer=options.tokenizer,
+        )
+        for line in summary(model):
+            cli.say(line)
+        write(model, target, options)
+    cli.say(f"written: {target} ({options.to}, {options.dtype})")
+    return 0
+
+
+def summary(model: bundle.LatentDiffusion) -> list[str]:
+    """What a model is made of: a line for each part with parameters, and one for the rest."""
+    lines = []
+    for part in ("unet", "first_stage", "cond_stage"):
+        leaves = jax.tree.leaves(model.params[part])
+        if leaves:
+            count = sum(math.prod(x.shape) for x in leaves)
+            dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
+            kind = type(getattr(model, part)).__name__
+            lines.append(f"{part}: {kind}, {count:,} parameters in {len(leaves)} arrays, {dtypes}")
+    cond = model.config.cond
+    facts = [
+        f"predicts {model.prediction}",
+        f"latent scale {model.latent_scale:g}",
+        f"conditioning {type(cond).__name__.removesuffix('CondConfig') if cond else 'none'}",
+        f"tokenizer {'none' if model.tokenizer is None else type(model.tokenizer).__name__}",
+        f"size {model.config.size}",
+    ]
+    return [*lines, "; ".join(facts)]
+
+
+def refuse_target(options: Options, source: epath.Path, target: epath.Path) -> None:
+    """ValueError if the target holds something, or is not named as its format asks."""
+    if target == source or source in target.parents or target in source.parents:
+        raise ValueError(f"{target}: source and target are the same, or one lies in the other")
+    if options.to == "compvis" and target.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{target}: --to compvis writes a .safetensors or .ckpt file: name it so")
+    held = [path for path in results(options, target) if path.exists() and not _empty(path)]
+    if not held:
+        return
+    if not options.overwrite:
+        raise ValueError(f"{held[0]}: exists; give another target, or --overwrite to replace it")
+    kind = {"ldm_jax": "run", "diffusers": "diffusers", "compvis": "checkpoint"}[options.to]
+    if target.exists() and (target.is_dir() != (kind != "checkpoint") or _kind(target) != kind):
+        raise ValueError(
+            f"{target}: --overwrite replaces {loading.KINDS[kind]}, which this is not; remove it"
+            " yourself"
+        )
+
+
+def results(options: Options, target: epath.Path) -> list[epath.Path]:
+    """The paths that appear: the target, and the YAML beside a CompVis file."""
+    return [target, target.with_suffix(".yaml")] if options.to == "compvis" else [target]
+
+
+def write(model: bundle.LatentDiffusion, target: epath.Path, options: Options) -> None:
+    """Writes under another name first, so that the target is whole or not there."""
+    draft = target.parent / f".{target.name}.part"
+    if draft.exists():
+        draft.rmtree()
+    draft.mkdir(parents=True)
+    try:
+        saving.save(model, draft / target.name, options.to)
+        for path in results(options, target):
+            if path.exists():
+                path.rmtree() if path.is_dir() else path.unlink()
+            (draft / path.name).rename(path)
+    finally:
+        draft.rmtree()
+
+
+def on_host() -> Any:
+    """A context in which arrays stay in the host's memory, where JAX has a CPU backend."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
+def _empty(path: epath.Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _kind(path: epath.Path) -> str | None:
+    try:
+        return loading.recognise(path)[1]
+    except ValueError:
+        return None
+
+
+def main() -> None:
+    """Entry point of `ldm-convert`."""
+    sys.exit(cli.run("ldm-convert", convert, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
