@@ -42,8 +42,9 @@ RULES = (
     (r"(time_emb_proj|linear_[12])/kernel", P(None, "fsdp"), P("fsdp", None), P()),
     # class ids: table of the UNet or of the conditioning stage
     (r"(class_embedding|cond_stage/embedding)/embedding", P(None, "fsdp"), P("fsdp", None), P()),
-    # replicated: norms, biases, the log-variances of the losses, counters
+    # replicated: norms, biases, codebooks (narrow), the log-variances of the losses, counters
     (r"(scale|bias)", P()),
+    (r"quantize/embedding", P()),
     (r"logvar", P()),
     (r"(step|bad_steps|count)", P()),
 )

@@ -12,7 +12,7 @@ from ldm_jax.convert.table import (
     layer,
     norm,
 )
-from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ, FirstStage, IdentityFirstStage
 from ldm_jax.models.unet import UNet
 
 # --- UNet ----------------------------------------------------------------------------------------
@@ -125,12 +125,17 @@ def _transformer(torch: str, ours: str) -> Rows:
 # --- first stage ---------------------------------------------------------------------------------
 
 
-def autoencoder(model: AutoencoderKL) -> list[Row]:
+Autoencoder = AutoencoderKL | AutoencoderVQ
+
+
+def autoencoder(model: FirstStage) -> list[Row]:
     """Rows of a first stage, names without the prefix `first_stage_model.`."""
-    return list(_autoencoder(model))
+    return [] if isinstance(model, IdentityFirstStage) else list(_autoencoder(model))
 
 
-def _autoencoder(model: AutoencoderKL) -> Rows:
+def _autoencoder(model: Autoencoder) -> Rows:
+    if isinstance(model, AutoencoderVQ):
+        yield Row("quantize.embedding.weight", ("quantize/embedding",), EMBEDDING)
     yield from layer("quant_conv", "quant_conv", CONV)
     yield from layer("post_quant_conv", "post_quant_conv", CONV)
     for half in ("encoder", "decoder"):
@@ -159,7 +164,7 @@ def _autoencoder(model: AutoencoderKL) -> Rows:
 
 
 def _first_stage_level(
-    model: AutoencoderKL, level: int, torch: str, ours: str, widens: bool, extra: int = 0
+    model: Autoencoder, level: int, torch: str, ours: str, widens: bool, extra: int = 0
 ) -> Rows:
     for i in range(model.num_res_blocks + extra):
         shortcut = widens and i == 0

@@ -1,4 +1,6 @@
-"""Autoencoder with a KL-regularized latent: the first stage (`diffusionmodules/model.py`).
+"""First stages: autoencoders with a KL-regularized or quantized latent, and none.
+
+`ldm/models/autoencoder.py` and `diffusionmodules/model.py` of the reference.
 
 The parameter tree is that of diffusers' Flax autoencoder. Arrays are [batch, height, width,
 channels].
@@ -22,6 +24,7 @@ from ldm_jax.models.blocks import (
     dense,
     group_norm,
 )
+from ldm_jax.models.quantize import VectorQuantizer
 
 
 class AutoencoderAttention(nn.Module):
@@ -193,32 +196,17 @@ class AutoencoderKL(nn.Module):
 
     def setup(self):
         low = {"dtype": self.dtype, "precision": self.precision}
-        both = {
-            "channels": self.channels,
-            "channel_mult": self.channel_mult,
-            "num_res_blocks": self.num_res_blocks,
-            "attention_downsample": self.attention_downsample,
-            "mid_attention": self.mid_attention,
-            "dropout": self.dropout,
-            "attention": self.attention,
-            "remat": self.remat,
-        }
-        self.encoder = Encoder(out_channels=2 * self.z_channels, **both, **low)
+        self.encoder = _half(self, Encoder, 2 * self.z_channels)
         self.quant_conv = conv(2 * self.z_channels, 2 * self.embed_dim, 1, **low)
         self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **low)
-        self.decoder = Decoder(out_channels=self.out_channels, **both, **low)
+        self.decoder = _half(self, Decoder, self.out_channels)
 
     def encode(self, x, train=False):
         """(mean, logvar) of images in [-1, 1]: float32 [B, h, w, embed_dim], logvar in [-30, 20].
 
         `train` turns dropout on. Raises ValueError when the images do not fit the model.
         """
-        size = 2 ** (len(self.channel_mult) - 1)
-        if x.shape[-1] != self.in_channels or x.shape[1] % size or x.shape[2] % size:
-            raise ValueError(
-                f"images of shape {x.shape}: the first stage takes [batch, height, width,"
-                f" {self.in_channels}] with sides that are multiples of {size}"
-            )
+        _check_images(self, x)
         moments = self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
@@ -233,25 +221,129 @@ class AutoencoderKL(nn.Module):
         return self.decode(mean)
 
 
+class AutoencoderVQ(nn.Module):
+    """Image to latent, latent to its nearest codes to image (`VQModelInterface`).
+
+    Fields up to `dropout` are those of `schema.AutoencoderVQConfig` but for the loss; the others
+    are `AutoencoderKL`'s. Initialize through `__call__`; use `method="encode"`, "quantize" and
+    "decode".
+    """
+
+    in_channels: int
+    out_channels: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_downsample: tuple[int, ...]
+    mid_attention: bool
+    z_channels: int
+    embed_dim: int
+    num_codes: int
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    attention: AttentionFunction = xla
+    remat: bool = False
+    precision: PrecisionLike = None
+
+    def setup(self):
+        low = {"dtype": self.dtype, "precision": self.precision}
+        self.encoder = _half(self, Encoder, self.z_channels)
+        self.quant_conv = conv(self.z_channels, self.embed_dim, 1, **low)
+        # named by hand: the method has the checkpoint's name
+        self.quantizer = VectorQuantizer(self.num_codes, self.embed_dim, name="quantize")
+        self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **low)
+        self.decoder = _half(self, Decoder, self.out_channels)
+
+    def encode(self, x, train=False):
+        """Latents before quantization, float32 [B, h, w, embed_dim], of images in [-1, 1].
+
+        `train` turns dropout on. Raises ValueError when the images do not fit the model.
+        """
+        _check_images(self, x)
+        return self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
+
+    def quantize(self, z):
+        """(codes nearest to latents z, like z; their indices, int32 [B, h, w])."""
+        return self.quantizer(z)
+
+    def decode(self, z, train=False, quantize=True):
+        """Images, float32 [B, H, W, out_channels], of unscaled latents; not clipped.
+
+        `quantize=False` decodes z as it is (the reference's `force_not_quantize`).
+        """
+        if quantize:
+            z, _ = self.quantize(z)
+        return self.decoder(self.post_quant_conv(z), train).astype(jnp.float32)
+
+    def __call__(self, x):
+        """The image decoded from its latent's codes; touches every parameter."""
+        return self.decode(self.encode(x))
+
+
+class IdentityFirstStage(nn.Module):
+    """No first stage: latents are images (`IdentityFirstStage`). It has no parameters."""
+
+    in_channels: int
+
+    def encode(self, x, train=False):
+        """The images. Raises ValueError when they do not have `in_channels`."""
+        _check_images(self, x)
+        return x.astype(jnp.float32)
+
+    def decode(self, z, train=False):
+        """The latents."""
+        return z.astype(jnp.float32)
+
+    def __call__(self, x):
+        """The images."""
+        return self.decode(self.encode(x))
+
+
+FirstStage = AutoencoderKL | AutoencoderVQ | IdentityFirstStage
+
+
+def _half(model: AutoencoderKL | AutoencoderVQ, kind: type[Encoder | Decoder], out_channels: int):
+    """The encoder or decoder of a model."""
+    shared = ("channels", "channel_mult", "num_res_blocks", "attention_downsample", "mid_attention")
+    how = ("dropout", "dtype", "attention", "remat", "precision")
+    return kind(out_channels=out_channels, **{name: getattr(model, name) for name in shared + how})
+
+
+def _check_images(model: FirstStage, x) -> None:
+    size = _smallest_side(model)
+    if x.shape[-1] != model.in_channels or x.shape[1] % size or x.shape[2] % size:
+        raise ValueError(
+            f"images of shape {x.shape}: the first stage takes [batch, height, width,"
+            f" {model.in_channels}] with sides that are multiples of {size}"
+        )
+
+
+def _smallest_side(model: FirstStage) -> int:
+    return 1 if isinstance(model, IdentityFirstStage) else 2 ** (len(model.channel_mult) - 1)
+
+
 def from_config(
-    config: schema.AutoencoderKLConfig,
+    config: schema.FirstStageModelConfig,
     *,
     dtype: DTypeLike = jnp.float32,
     attention: AttentionFunction = xla,
     remat: bool = False,
     precision: PrecisionLike = None,
-) -> AutoencoderKL:
-    """The autoencoder that `config` describes; the other arguments are `AutoencoderKL`'s."""
-    return AutoencoderKL(
-        **dataclasses.asdict(config),
-        dtype=dtype,
-        attention=attention,
-        remat=remat,
-        precision=precision,
-    )
+) -> FirstStage:
+    """The first stage that `config` describes; the other arguments are `AutoencoderKL`'s."""
+    fields = dataclasses.asdict(config)
+    execution = {"dtype": dtype, "attention": attention, "remat": remat, "precision": precision}
+    match config:
+        case schema.IdentityFirstStageConfig():
+            return IdentityFirstStage(**fields)
+        case schema.AutoencoderVQConfig():
+            for name in ("beta", "legacy", "codebook_decay"):  # of the loss
+                del fields[name]
+            return AutoencoderVQ(**fields, **execution)
+    return AutoencoderKL(**fields, **execution)
 
 
-def example_inputs(autoencoder: AutoencoderKL) -> tuple:
-    """The smallest image that `autoencoder` takes, all zeros: what `init` needs."""
-    size = 2 ** (len(autoencoder.channel_mult) - 1)
-    return (jnp.zeros((1, size, size, autoencoder.in_channels)),)
+def example_inputs(first_stage: FirstStage) -> tuple:
+    """The smallest image that `first_stage` takes, all zeros: what `init` needs."""
+    size = _smallest_side(first_stage)
+    return (jnp.zeros((1, size, size, first_stage.in_channels)),)
