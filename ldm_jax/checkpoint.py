@@ -141,10 +141,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> None:
     """Writes {params, meta} to a new folder, which appears when it is complete.
 
-    ValueError if a number is not finite.
+    Without parameters only meta. ValueError if a number is not finite.
     """
-    header = {**_header(), **meta, "checksums": _checksums({"params": params}, str(folder))}
-    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(header))
+    parts = {"params": params} if jax.tree.leaves(params) else {}  # Orbax refuses empty trees
+    header = {**_header(), **meta, "checksums": _checksums(parts, str(folder))}
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
+    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(folder, args=args)
 

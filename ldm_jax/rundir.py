@@ -1,14 +1,16 @@
 """Plain files of a run directory. Written whole or in numbered parts, so it may be on gs://.
 
-    config.json  latents.json  metrics/000123.jsonl  samples/STEP.png  frozen/NAME/
+    config.json  latents.json  metrics/000123.jsonl  samples/STEP.png (STEP.txt)  frozen/NAME/
 
 Process 0 writes; every process calls.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,9 +135,40 @@ def read_frozen(run: epath.PathLike, name: str) -> tuple[dict, Any] | None:
     if not checkpoint.is_complete(folder):
         return None
     meta = checkpoint.read_meta(folder)
-    params = checkpoint.read_tree(folder, "params", meta)
+    params = checkpoint.read_tree(folder, "params", meta) if meta["checksums"] else {}
     config = meta["config"]
     return params, config if config is None else serialize.from_dict(config, str(folder))
+
+
+def write_frozen_files(
+    run: epath.PathLike, name: str, save: Callable[[epath.PathLike], None]
+) -> None:
+    """Keeps what `save(folder)` writes to a local folder; once: what is there stays."""
+    folder = _frozen(run, name)
+    if jax.process_index() == 0 and not folder.exists():
+        draft = folder.parent / f".{name}.part"
+        if draft.exists():
+            draft.rmtree()
+        draft.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as local:
+            save(local)
+            for path in epath.Path(local).iterdir():
+                (draft / path.name).write_bytes(path.read_bytes())
+        draft.replace(folder)
+    _barrier(f"frozen_{name}")
+
+
+@contextlib.contextmanager
+def frozen_files(run: epath.PathLike, name: str) -> Iterator[str | None]:
+    """A local folder with what `write_frozen_files` kept, or None if the run has none of it."""
+    folder = _frozen(run, name)
+    if not folder.exists():
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as local:  # readers of such files know no gs://
+        for path in folder.iterdir():
+            (epath.Path(local) / path.name).write_bytes(path.read_bytes())
+        yield local
 
 
 def params_hash(params: dict) -> str:

@@ -67,7 +67,8 @@ class FirstStageConfig:
 
     path: str = execution("")
     """Run directory of `ldm-train CONFIG:first_stage`: its newest weights, averaged if it has an
-    average. Read at the first start and kept in the run's `frozen/`, so it may move afterwards."""
+    average; a diffusers folder or checkpoint; or "identity", to diffuse pixels. Read at the first
+    start and kept in the run's `frozen/`, so it may move afterwards."""
     scale: float | None = None
     """Factor from latent to diffusion space; None: 1 / std of encoded training images."""
     scale_images: int = 1024
