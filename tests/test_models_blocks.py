@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from reference import draw, filled
 
 from ldm_jax.models import blocks
@@ -90,6 +91,19 @@ def test_timestep_embedding_is_cosines_then_sines():
 def test_group_norm_refuses_widths_that_32_does_not_divide():
     with pytest.raises(ValueError, match="48 channels"):
         blocks.group_norm(48, 1e-5, name="norm", dtype=jnp.float32)
+
+
+def test_group_norm_equals_that_of_flax_in_value_and_gradient():
+    x = 2 + draw(3, 5, 7, 64)
+    ours = blocks.group_norm(64, 1e-6, name="norm", dtype=jnp.float32)
+    theirs = nn.GroupNorm(32, epsilon=1e-6, use_fast_variance=False)
+    params = {"scale": 1 + 0.1 * draw(64, seed=1), "bias": 0.1 * draw(64, seed=2)}
+
+    def loss(layer):
+        return lambda params, x: jnp.sum(jnp.sin(layer.apply({"params": params}, x)))
+
+    got, want = (jax.value_and_grad(loss(layer), (0, 1))(params, x) for layer in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), got, want)
 
 
 def test_group_norm_computes_in_float32_whatever_the_dtype():

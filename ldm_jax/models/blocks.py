@@ -88,8 +88,35 @@ def _initializers(fan_in: int, zero: bool):
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), bias_init
 
 
-def group_norm(channels: int, epsilon: float, *, name: str, dtype: DTypeLike) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, computed in float32. `epsilon` differs between the reference's parts.
+class GroupNorm(nn.Module):
+    """GroupNorm of 32 groups in float32: the means of the channels first, then of their groups.
+
+    Equal to `flax.linen.GroupNorm`, whose one reduction over pixels and channels together is up to
+    twice as slow on CPUs, forward and backward. Two passes: a large mean costs no digits.
+    """
+
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        def mean(x):
+            """[B, 1, 1, channels], equal within a group."""
+            groups = jnp.mean(x, axis=(1, 2)).reshape(len(x), GROUPS, channels // GROUPS)
+            return jnp.repeat(jnp.mean(groups, axis=-1), channels // GROUPS, axis=-1)[:, None, None]
+
+        x = x.astype(jnp.float32)
+        centred = x - mean(x)
+        factor = jax.lax.rsqrt(mean(jnp.square(centred)) + self.epsilon) * scale[None, None, None]
+        return (centred * factor + bias[None, None, None]).astype(self.dtype)
+
+
+def group_norm(channels: int, epsilon: float, *, name: str, dtype: DTypeLike) -> GroupNorm:
+    """GroupNorm of 32 groups. `epsilon` differs between the reference's parts.
 
     Raises ValueError when `channels` is not a multiple of 32.
     """
@@ -98,7 +125,7 @@ def group_norm(channels: int, epsilon: float, *, name: str, dtype: DTypeLike) ->
             f"{channels} channels cannot be normalized in {GROUPS} groups; make the model's width"
             f" times every multiplier a multiple of {GROUPS}"
         )
-    return nn.GroupNorm(GROUPS, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    return GroupNorm(epsilon, dtype, name=name)
 
 
 def timestep_embedding(t_b: jax.Array, channels: int) -> jax.Array:
