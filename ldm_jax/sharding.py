@@ -24,14 +24,14 @@ LARGEST_COPY = 2**20
 # its specs the first that names every dimension and divides it; P() fits anything.
 RULES = (
     # attention: q, k, v by head; the way back sums over heads
-    (r"(to_[qkv]|query|key|value)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
-    (r"(to_out_0|proj_attn)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
-    # feed-forward (GEGLU) by hidden unit
-    (r"ff/net_0/proj/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
-    (r"ff/net_2/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
+    (r"(to_[qkv]|query|key|value|[qkv]_proj)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
+    (r"(to_out_0|proj_attn|out_proj)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
+    # feed-forward by hidden unit
+    (r"(ff/net_0/proj|fc1)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
+    (r"(ff/net_2|fc2)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
     # convolutions by output channel, by input channel where an image or a latent comes out
     (
-        r"(conv\w*|quant_conv|post_quant_conv|channel_mapper)/kernel",
+        r"(conv\w*|quant_conv|post_quant_conv|channel_mapper|patch_embedding)/kernel",
         P(None, None, None, "fsdp"),
         P(None, None, "fsdp", None),
         P(),
@@ -40,11 +40,20 @@ RULES = (
     (r"proj_(in|out)/kernel", P(None, None, None, "fsdp"), P(None, "fsdp"), P()),
     # timestep embedding, its projections, and the embedding of a vector
     (r"(time_emb_proj|linear_[12])/kernel", P(None, "fsdp"), P("fsdp", None), P()),
+    # tokens and positions of text and image encoders; their ways out, to logits or to CLIP's space
+    (
+        r"(token_embedding|position_embedding|embed_tokens|embed_positions)/embedding",
+        P(None, "fsdp"),
+        P("fsdp", None),
+        P(),
+    ),
+    (r"(to_logits|visual_projection)/kernel", P("fsdp", None), P(None, "fsdp"), P()),
     # class ids: table of the UNet or of the conditioning stage
     (r"(class_embedding|cond_stage/embedding)/embedding", P(None, "fsdp"), P("fsdp", None), P()),
     # replicated: norms, biases, codebooks (narrow), the log-variances of the losses, counters
     (r"(scale|bias)", P()),
     (r"quantize/embedding", P()),
+    (r"embeddings/class_embedding", P()),  # a vector
     (r"logvar", P()),
     (r"(step|bad_steps|count)", P()),
 )

@@ -32,11 +32,12 @@ def test_configs_are_read_without_jax():
     assert fresh(code) == "[]"
 
 
-def test_nothing_reads_torch_or_tensorflow_in():
+def test_nothing_reads_torch_tensorflow_or_transformers_in():
     code = (
         "import sys, ldm_jax.train.ldm, ldm_jax.train.autoencoder, ldm_jax.sample.main\n"
-        "import ldm_jax.data.tfds\n"
-        "print(sorted({'torch', 'tensorflow', 'diffusers', 'sklearn'} & sys.modules.keys()))"
+        "import ldm_jax.data.tfds, ldm_jax.data.tokens\n"
+        "heavy = {'torch', 'tensorflow', 'diffusers', 'sklearn', 'transformers'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
     )
     assert fresh(code) == "[]"
 

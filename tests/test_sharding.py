@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ldm_jax import schema, sharding, train_state
-from ldm_jax.models import autoencoder, unet
+from ldm_jax.models import autoencoder, bert, clip, unet
 
 MESH = AbstractMesh((2, 8, 2), sharding.AXES)
 
@@ -36,6 +37,14 @@ def unet_shapes(config):
 def autoencoder_shapes(config):
     init = autoencoder.from_config(config).init
     return jax.eval_shape(init, jax.random.key(0), shape(1, 32, 32, 3))["params"]
+
+
+def share_held(params, mesh):
+    """The part of all parameters that one device holds."""
+    shardings = sharding.by_rules({"part": params}, sharding.RULES, mesh)["part"]
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(shardings)))
+    held = sum(math.prod(s.shard_shape(x.shape)) for x, s in leaves)
+    return held / sum(math.prod(x.shape) for x, _ in leaves)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +146,29 @@ def test_moments_and_average_follow_their_parameter():
 )
 def test_every_parameter_of_a_full_unet_has_a_rule_and_is_split(options):
     params = unet_shapes(schema.UNetConfig(**options))
-    shardings = sharding.by_rules(
-        {"unet": params}, sharding.RULES, AbstractMesh((1, 64, 1), sharding.AXES)
-    )
-    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(shardings)))
-    whole = sum(math.prod(x.shape) for x, _ in leaves)
-    held = sum(math.prod(s.shard_shape(x.shape)) for x, s in leaves)
     # 1/64 = 1.56 %: norms, biases and the smallest kernels are the rest
-    assert held / whole < 0.018
+    assert share_held(params, AbstractMesh((1, 64, 1), sharding.AXES)) < 0.018
+
+
+def test_every_parameter_of_the_published_encoders_has_a_rule_and_is_split():
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    for model, example in (
+        (clip.text_from_config(schema.CLIPTextConfig()), ids),
+        (bert.from_config(schema.BERTTextConfig(num_layers=2)), ids),
+        (clip.vision_from_config(schema.CLIPVisionConfig()), shape(1, 224, 224, 3)),
+    ):
+        params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+        assert share_held(params, AbstractMesh((1, 64, 1), sharding.AXES)) < 0.018
+        specs = traverse_util.flatten_dict(
+            jax.tree.map(lambda s: s.spec, sharding.by_rules(params, sharding.RULES, MESH))
+        )
+        for path, spec in specs.items():  # heads and hidden units over tensor
+            if path[-2] in ("q_proj", "k_proj", "v_proj", "fc1") and path[-1] == "kernel":
+                assert spec == P("fsdp", "tensor"), path
+            elif path[-2] in ("out_proj", "fc2") and path[-1] == "kernel":
+                assert spec == P("tensor", "fsdp"), path
+            else:
+                assert "tensor" not in str(spec), path
 
 
 @pytest.mark.parametrize("levels", [(), (4, 2)])
