@@ -61,7 +61,7 @@ def unet_config(options: Mapping[str, Any]) -> schema.UNetConfig:
 
     The YAML does not say whether attention runs in float32: `upcast_attention` is False.
     """
-    values = _read(
+    values = read(
         options,
         "unet_config",
         required=(
@@ -145,10 +145,10 @@ def first_stage_config(
     """
     if "embed_dim" not in options and "ddconfig" not in options:
         ignored = (*FIRST_STAGE_IGNORED, *IDENTITY_IGNORED)
-        _read(options, "first_stage_config", required=(), optional={}, fixed={}, ignored=ignored)
+        read(options, "first_stage_config", required=(), optional={}, fixed={}, ignored=ignored)
         return schema.IdentityFirstStageConfig(channels)
     quantized = "n_embed" in options
-    outer = _read(
+    outer = read(
         options,
         "first_stage_config",
         required=("embed_dim", "ddconfig", *(("n_embed",) if quantized else ())),
@@ -166,7 +166,7 @@ def first_stage_config(
 
 def _ddconfig(options: Mapping[str, Any], double_z: bool) -> dict[str, Any]:
     """Fields that KL and VQ share."""
-    values = _read(
+    values = read(
         options,
         "ddconfig",
         required=(
@@ -246,7 +246,7 @@ def first_stage_target(config: schema.FirstStageModelConfig) -> str:
     return "ldm.models.autoencoder.AutoencoderKL"
 
 
-def _read(
+def read(
     options: Mapping[str, Any],
     where: str,
     *,

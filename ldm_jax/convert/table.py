@@ -152,7 +152,7 @@ class Pending:
         self._row, self._parts = row, parts
         self.dtype = np.dtype(dtype or parts[0].dtype)
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.made(shapes=True).shape)
 

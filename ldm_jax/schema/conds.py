@@ -18,6 +18,8 @@ class ClassCondConfig:
     """`context`: cross-attention to the embedded class; `label`: the UNet's own class embedding."""
     dropout: float = 0.1
     """Share of rows trained with the null class, for classifier-free guidance."""
+    null_class: bool = True
+    """The table has a row for the null class; without (`cin256`) there is no guidance."""
 
 
 @dataclass(frozen=True)
