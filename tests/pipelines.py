@@ -1,0 +1,173 @@
+"""Tiny pipelines of torch diffusers with random weights, saved as folders."""
+
+import json
+
+SD_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def clip_tokenizer(folder, max_length=16, pad="<|endoftext|>"):
+    """CLIPTokenizer of bytes and a few merges; its files are in `folder` then."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = "r e,re d</w>,b l,bl u,blu e</w>,s q,sq u,squ a,squa r,squar e</w>".split(",")
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += [m.replace(" ", "") for m in merges]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_length,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def bert_tokenizer(folder):
+    """BertTokenizer of a few words and letters."""
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "disc"]
+    words += [chr(c) for c in range(ord("b"), ord("z") + 1)]
+    words += ["##" + chr(c) for c in range(ord("a"), ord("z") + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    )
+    return BertTokenizer.from_pretrained(folder)
+
+
+def autoencoder(levels=2, quiet=False):
+    """AutoencoderKL; with `quiet` its posterior has next to no variance."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 32, 32)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=8 * 2 ** (levels - 1),
+    )
+    if quiet:
+        with torch.no_grad():
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -30
+    return vae.eval()
+
+
+def unet(in_channels=4, width=32, **options):
+    """UNet2DConditionModel of two levels."""
+    from diffusers import UNet2DConditionModel
+
+    options = {"attention_head_dim": 4, **options}
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=width,
+        **options,
+    ).eval()
+
+
+def clip_text(tokenizer, **options):
+    """CLIPTextModel that knows the tokenizer's ids."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **options,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def stable_diffusion(folder, kind="v1"):
+    """StableDiffusionPipeline ("v1", "v") or StableDiffusionInpaintPipeline ("inpaint")."""
+    import torch
+    from diffusers import (
+        DDIMScheduler,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(folder.parent / f"{folder.name}_tokenizer")
+    scheduler, options, text = dict(SD_SCHEDULER), {}, {"hidden_act": "quick_gelu"}
+    if kind == "v":
+        scheduler |= {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        options = {"use_linear_projection": True, "attention_head_dim": (2, 4)}
+        text = {"hidden_act": "gelu"}
+    cls = StableDiffusionInpaintPipeline if kind == "inpaint" else StableDiffusionPipeline
+    made = cls(
+        vae=autoencoder(quiet=kind == "inpaint"),
+        text_encoder=clip_text(tokenizer, **text),
+        tokenizer=tokenizer,
+        unet=unet(in_channels=9 if kind == "inpaint" else 4, **options),
+        scheduler=DDIMScheduler(**scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return made
+
+
+def latent_diffusion(folder):
+    """LDMTextToImagePipeline, with the scheduler's defaults for what SD sets otherwise."""
+    import torch
+    from diffusers import DDIMScheduler, LDMTextToImagePipeline
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
+        LDMBertConfig,
+        LDMBertModel,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = bert_tokenizer(folder.parent / f"{folder.name}_tokenizer")
+    bert = LDMBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=77,
+        encoder_layers=2,
+        encoder_ffn_dim=128,
+        encoder_attention_heads=2,
+        head_dim=8,
+        d_model=32,
+    )
+    scheduler = {k: v for k, v in SD_SCHEDULER.items() if not k.startswith(("set_", "steps_"))}
+    made = LDMTextToImagePipeline(
+        vqvae=autoencoder(levels=4),
+        bert=LDMBertModel(bert).eval(),
+        tokenizer=tokenizer,
+        unet=unet(),
+        scheduler=DDIMScheduler(**scheduler),
+    )
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return made
