@@ -4,9 +4,13 @@ r"""Your own images: LDM-4 of the paper on a folder, at its real size (256x256, 
     ldm-train folder --workdir runs/ldm --data.source.path IMAGES \
         --first-stage.path runs/first_stage
     ldm-train folder:class --cond.num-classes N ...      # IMAGES/CLASS/NAME.jpg
+    ldm-train folder:text --cond.tokenizer TOKENIZER ...          # NAME.txt beside NAME.jpg
+    ldm-train folder:clip --cond.path STABLE_DIFFUSION ...        # the same
 
-First stage: `autoencoder_kl_64x64x3`; UNet and schedule: `celebahq-ldm-vq-4`, and for classes
-`cin256-v2` (released configs of CompVis/latent-diffusion). Not trained here.
+First stage: `autoencoder_kl_64x64x3`; UNet and schedule: `celebahq-ldm-vq-4`, for classes
+`cin256-v2` and for text `text2img256` (released configs of CompVis/latent-diffusion). `text`
+trains its encoder; `clip` takes ViT-L/14, frozen, from a folder of Stable Diffusion v1. TOKENIZER
+is a folder of `bert-base-uncased`. Not trained here.
 """
 
 import dataclasses
@@ -18,8 +22,8 @@ KL_F4 = schema.AutoencoderKLConfig(channel_mult=(1, 2, 4), z_channels=3, embed_d
 
 
 def get_config(stage: str = "ldm") -> schema.TrainConfig:
-    """`first_stage`, `ldm` (unconditional) or `class`."""
-    stages = {"first_stage": first_stage, "ldm": ldm, "class": by_class}
+    """`first_stage`, `ldm` (unconditional), `class`, `text` or `clip`."""
+    stages = {"first_stage": first_stage, "ldm": ldm, "class": by_class, "text": text, "clip": clip}
     if stage not in stages:
         raise ValueError(f"folder has no stage {stage!r}; it has {', '.join(stages)}")
     return stages[stage]()
@@ -79,4 +83,30 @@ def by_class() -> schema.LatentDiffusionTrainConfig:
         cond=schema.ClassCondConfig(num_classes=1000, embed_dim=512),
         optimizer=schema.OptimizerConfig(learning_rate=1e-4),
         batch_size=64,
+    )
+
+
+def text() -> schema.LatentDiffusionTrainConfig:
+    """Captions, with a text encoder that trains: 404 M parameters and 186 M of the encoder."""
+    config = by_class()
+    encoder = schema.BERTTextConfig(width=640, num_layers=32)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(DATA, source=schema.FolderConfig(captions="sidecar")),
+        unet=dataclasses.replace(
+            config.unet, num_heads=None, num_head_channels=32, context_dim=encoder.width
+        ),
+        cond=schema.TextCondConfig(encoder=encoder),
+        optimizer=schema.OptimizerConfig(learning_rate=5.6e-5),
+        batch_size=28,
+    )
+
+
+def clip() -> schema.LatentDiffusionTrainConfig:
+    """Captions, read by the frozen text encoder of Stable Diffusion v1."""
+    config, encoder = text(), schema.CLIPTextConfig()
+    return dataclasses.replace(
+        config,
+        unet=dataclasses.replace(config.unet, context_dim=encoder.width),
+        cond=schema.TextCondConfig(encoder=encoder, trainable=False),
     )

@@ -2,6 +2,7 @@
 
 ldm-train tiny:first_stage --workdir runs/tiny_first_stage
 ldm-train tiny:class --workdir runs/tiny --first-stage.path runs/tiny_first_stage
+ldm-train tiny:text --workdir runs/tiny_text --first-stage.path runs/tiny_first_stage
 """
 
 import dataclasses
@@ -13,16 +14,33 @@ DATA = schema.DataConfig(
 )
 EVERY = schema.IntervalConfig(log=1, save=4, snapshot=0, evaluate=0, sample=0)
 LATENT = 4  # channels
+WIDTH = 32  # of a context token
 
+TEXT = schema.TextCondConfig(
+    encoder=schema.BERTTextConfig(
+        vocab_size=257, max_length=20, width=WIDTH, num_layers=1, num_heads=2, head_width=16
+    ),
+    tokenizer="bytes",
+)
 CONDITIONS: dict[str, schema.CondConfig] = {
     "unconditional": None,
-    "class": schema.ClassCondConfig(num_classes=4, embed_dim=32),
+    "class": schema.ClassCondConfig(num_classes=4, embed_dim=WIDTH),
     "label": schema.ClassCondConfig(num_classes=4, via="label"),
     "inpaint": schema.InpaintCondConfig(),
     "superres": schema.SuperResCondConfig(factor=2),
     "semantic": schema.SemanticCondConfig(num_classes=5, out_channels=3, stages=1),
+    "text": TEXT,
+    "clip": schema.TextCondConfig(  # needs --cond.path
+        encoder=schema.CLIPTextConfig(
+            vocab_size=257, max_length=20, width=WIDTH, num_layers=2, num_heads=2, mlp_width=64
+        ),
+        trainable=False,
+        tokenizer="bytes",
+    ),
+    "hybrid": schema.HybridCondConfig(text=TEXT, concat=schema.InpaintCondConfig()),
 }
-CONCAT = {"inpaint": LATENT + 1, "superres": 3, "semantic": 3}  # channels beside the latent
+# channels beside the latent
+CONCAT = {"inpaint": LATENT + 1, "superres": 3, "semantic": 3, "hybrid": LATENT + 1}
 
 
 def get_config(stage: str = "class") -> schema.TrainConfig:
@@ -55,8 +73,8 @@ def first_stage() -> schema.AutoencoderTrainConfig:
 def ldm(condition: str) -> schema.LatentDiffusionTrainConfig:
     """One residual block per level, attention at the lower one."""
     cond = CONDITIONS[condition]
-    by_context = isinstance(cond, schema.ClassCondConfig) and cond.via == "context"
     by_label = isinstance(cond, schema.ClassCondConfig) and cond.via == "label"
+    by_context = condition in ("class", "text", "clip", "hybrid")
     return schema.LatentDiffusionTrainConfig(
         data=dataclasses.replace(DATA, flip=True),
         unet=schema.UNetConfig(
@@ -68,7 +86,7 @@ def ldm(condition: str) -> schema.LatentDiffusionTrainConfig:
             attention_downsample=(2,),
             num_heads=2,
             spatial_transformer=by_context,
-            context_dim=cond.embed_dim if by_context else None,
+            context_dim=WIDTH if by_context else None,
             num_classes=cond.num_classes + 1 if by_label else None,
         ),
         cond=cond,

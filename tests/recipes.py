@@ -7,10 +7,11 @@ import zlib
 import jax
 import numpy as np
 
-from ldm_jax import data, schema, sharding, train_state
+from ldm_jax import conditioning, data, schema, sharding, train_state
 from ldm_jax.configs import tiny
+from ldm_jax.data import tokens
 from ldm_jax.models import autoencoder as autoencoder_model
-from ldm_jax.train import autoencoder, first_stage, ldm
+from ldm_jax.train import autoencoder, first_stage, ldm, text_encoder
 
 # Where a gradient is zero but for rounding, Adam divides rounding by itself: a larger eps keeps
 # that out of comparisons between meshes.
@@ -63,15 +64,20 @@ def filled(shapes):
     return jax.tree_util.tree_map_with_path(value, shapes)
 
 
-def frozen(mesh):
-    """The tiny first stage with weights by formula."""
+def frozen(mesh, cond=None):
+    """The tiny first stage with weights by formula, and the text encoder of a frozen `cond`."""
     config = tiny.get_config("first_stage").model
     module = autoencoder_model.from_config(config)
     image = np.zeros((1, 4, 4, config.in_channels), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-    params = {"first_stage": filled(shapes)}
+    shapes = {"first_stage": jax.eval_shape(module.init, jax.random.key(0), image)["params"]}
+    if not text_encoder.trains(cond):
+        encoder = conditioning.build(cond)
+        shapes["cond_stage"] = jax.eval_shape(
+            lambda key: conditioning.init(cond, encoder, key), jax.random.key(0)
+        )
+    params = filled(shapes)
     placed = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
-    return first_stage.Frozen(module, placed["first_stage"], 0.8, config)
+    return first_stage.Frozen(module, placed["first_stage"], 0.8, config, placed.get("cond_stage"))
 
 
 def start(config, mesh):
@@ -88,13 +94,17 @@ def start(config, mesh):
 def step_of(config, mesh):
     """step(state, batch, key) of the recipe, made once for a config and a mesh."""
     if _recipe(config) is ldm:
-        return ldm.make_train_step(config, frozen(mesh), mesh)
+        return ldm.make_train_step(config, frozen(mesh, config.cond), mesh)
     return autoencoder.make_train_step(config, mesh)
 
 
 @functools.cache
 def stream_of(config):
-    return data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
+    text = schema.text_of(getattr(config, "cond", None))
+    tokenizer = text and tokens.load_tokenizer(text.tokenizer, text.encoder.max_length)
+    return data.stream(
+        config.data, batch_size=config.batch_size, seed=config.seed, tokenizer=tokenizer
+    )
 
 
 def batch_of(config, mesh, step):

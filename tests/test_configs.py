@@ -13,7 +13,7 @@ from ldm_jax.train import autoencoder, first_stage, ldm
 
 STAGES = {
     "digits": ("first_stage", "ldm"),
-    "folder": ("first_stage", "ldm", "class"),
+    "folder": ("first_stage", "ldm", "class", "text", "clip"),
     "tiny": ("first_stage", *tiny.CONDITIONS),
 }
 ALL = [(name, stage) for name, stages in STAGES.items() for stage in stages]

@@ -17,16 +17,26 @@ SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the s
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A first stage that does not train; `params` are arguments of the step."""
+    """A first stage that does not train, and the text encoder if that does not train either.
+
+    Both trees of parameters are arguments of the step.
+    """
 
     module: Any
     params: dict
     scale: float
-    config: schema.AutoencoderKLConfig
+    config: schema.FirstStageModelConfig
+    cond_stage: dict | None = None
+    """Parameters of a frozen text encoder."""
+
+    @property
+    def arguments(self) -> dict:
+        """{"first_stage", "cond_stage"}: what the step takes beside the state."""
+        return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
 
 
 def model_section(
-    config: schema.LatentDiffusionTrainConfig, first_stage: schema.AutoencoderKLConfig
+    config: schema.LatentDiffusionTrainConfig, first_stage: schema.FirstStageModelConfig
 ) -> schema.LatentDiffusionConfig:
     """What a snapshot says of the model."""
     return schema.LatentDiffusionConfig(
@@ -35,12 +45,13 @@ def model_section(
         cond=config.cond,
         diffusion=config.diffusion,
         size=config.data.size,
+        sampling=config.sampling,
     )
 
 
 def find(
     config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
-) -> tuple[dict, schema.AutoencoderKLConfig]:
+) -> tuple[dict, schema.FirstStageModelConfig]:
     """(host parameters, config) from the run's `frozen/`, at the first start from the given path.
 
     Only reads. ValueError if there is none, or if a new path leads to another first stage than the
@@ -49,7 +60,7 @@ def find(
     kept, path = rundir.read_frozen(workdir, "first_stage"), config.first_stage.path
     if kept is not None:
         if path not in ("", rundir.read_config(workdir).first_stage.path):
-            other, _ = loading.load_first_stage(path)
+            other, _ = _load(config)
             if rundir.params_hash(other) != rundir.params_hash(kept[0]):
                 raise ValueError(
                     f"--first-stage.path {path}: is not the first stage in {workdir}/frozen that"
@@ -57,13 +68,24 @@ def find(
                 )
         return kept
     if not path:
-        raise ValueError("no first stage: give --first-stage.path RUN, made by CONFIG:first_stage")
-    return loading.load_first_stage(path)
+        raise ValueError(
+            "no first stage: give --first-stage.path, the run of CONFIG:first_stage, a diffusers"
+            ' folder, a checkpoint, or "identity" to diffuse pixels'
+        )
+    return _load(config)
+
+
+def _load(
+    config: schema.LatentDiffusionTrainConfig,
+) -> tuple[dict, schema.FirstStageModelConfig]:
+    if config.first_stage.path == "identity":
+        return {}, schema.IdentityFirstStageConfig(config.data.channels)
+    return loading.load_first_stage(config.first_stage.path)
 
 
 def prepare(
     config: schema.LatentDiffusionTrainConfig,
-    found: tuple[dict, schema.AutoencoderKLConfig],
+    found: tuple[dict, schema.FirstStageModelConfig],
     run: epath.Path,
     mesh: Mesh,
     stream: Any,

@@ -1,5 +1,6 @@
 """Trains a latent diffusion model on a frozen first stage (`ddpm.py`; section 3.2 of the paper)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,21 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import attention, convolution, unet
-from ldm_jax.train import first_stage, preview, stop
+from ldm_jax.train import first_stage, preview, stop, text_encoder
 from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
 from ldm_jax.train_state import TrainState
 
 DRAWS = ("encode", "t", "noise", "offset", "drop_cond", "dropout")  # one key per row for each
+NEEDS = {  # of a row, by conditioning
+    schema.ClassCondConfig: "label",
+    schema.SemanticCondConfig: "segmentation",
+    schema.InpaintCondConfig: "mask",
+    schema.TextCondConfig: "tokens",
+    schema.LayoutCondConfig: "tokens",
+    schema.EmbeddingCondConfig: "embedding",
+    schema.DepthCondConfig: "depth",
+    schema.UpscaleCondConfig: "low_res",
+}
 INIT, TRAIN, EVALUATE, SAMPLE = range(4)  # folded into the root key: one stream per purpose
 
 
@@ -43,7 +54,7 @@ def modules(config: schema.LatentDiffusionTrainConfig, mesh: Mesh | None = None)
         convolution=convolution.choose(platform),
         remat=config.remat,
     )
-    return net, conditioning.build(config.cond, jnp.dtype(config.dtype))
+    return net, conditioning.build(config.cond, jnp.dtype(config.dtype), config.remat)
 
 
 def init_params(config: schema.LatentDiffusionTrainConfig, key: jax.Array) -> dict:
@@ -59,7 +70,7 @@ def init_params(config: schema.LatentDiffusionTrainConfig, key: jax.Array) -> di
     elif config.unet.vector_dim is not None:
         label = jnp.zeros((1, config.unet.vector_dim))
     params = {"unet": net.init(unet_key, x, jnp.zeros((1,)), context, label)["params"]}
-    if cond_stage is not None:
+    if cond_stage is not None and text_encoder.trains(config.cond):
         params["cond_stage"] = conditioning.init(config.cond, cond_stage, cond_key)
     if config.diffusion.learn_logvar:
         params["logvar"] = jnp.full((config.diffusion.timesteps,), config.diffusion.logvar_init)
@@ -85,6 +96,7 @@ def make_loss(
     """
     net, cond_stage = modules(config, mesh)
     schedule = diffusion.from_config(config.diffusion)
+    cond_trains = text_encoder.trains(config.cond)
 
     def loss(frozen_params: dict, params: dict, rows: dict, train: bool) -> tuple:
         batch, keys = rows["batch"], rows["keys"]
@@ -100,9 +112,8 @@ def make_loss(
         dropped = False
         if train and config.cond is not None and config.cond.dropout:
             dropped = jax.vmap(jax.random.uniform)(keys["drop_cond"]) < config.cond.dropout
-        cond = conditioning.from_batch(
-            config.cond, cond_stage, params.get("cond_stage", {}), batch, encode, dropped
-        )
+        cond_params = params.get("cond_stage", {}) if cond_trains else frozen_params["cond_stage"]
+        cond = conditioning.from_batch(config.cond, cond_stage, cond_params, batch, encode, dropped)
         x_t = diffusion.q_sample(schedule, x0, t, noise)
         if cond.concat is not None:
             x_t = jnp.concatenate([x_t, cond.concat], axis=-1)
@@ -164,7 +175,7 @@ def make_train_step(
 
     _, shardings = abstract_state(config, mesh)
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
-    return functools.partial(jitted, {"first_stage": frozen.params})
+    return functools.partial(jitted, frozen.arguments)
 
 
 def abstract_state(
@@ -191,12 +202,12 @@ def make_eval_step(
         return loss(frozen_params, params, {"batch": batch, "keys": keys}, False)[0]
 
     jitted = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
-    return functools.partial(jitted, {"first_stage": frozen.params})
+    return functools.partial(jitted, frozen.arguments)
 
 
 def check(
     config: schema.LatentDiffusionTrainConfig,
-    model: schema.AutoencoderKLConfig,
+    model: schema.FirstStageModelConfig,
     stream: data.Stream,
     mesh: Mesh,
 ) -> None:
@@ -210,13 +221,14 @@ def check(
             f"data.channels is {config.data.channels}, but the first stage takes"
             f" {model.in_channels}"
         )
-    needs = {schema.ClassCondConfig: "label", schema.SemanticCondConfig: "segmentation",
-             schema.InpaintCondConfig: "mask"}.get(type(config.cond))  # fmt: skip
-    if needs and needs not in stream.spec:
-        raise ValueError(
-            f"cond is {type(config.cond).__name__}, but the data have no {needs}:"
-            f" they have {', '.join(stream.spec)}"
-        )
+    hybrid = isinstance(config.cond, schema.HybridCondConfig)
+    for cond in (config.cond.text, config.cond.concat) if hybrid else (config.cond,):
+        needs = NEEDS.get(type(cond))
+        if needs and needs not in stream.spec:
+            raise ValueError(
+                f"cond is {type(cond).__name__}, but the data have no {needs}:"
+                f" they have {', '.join(stream.spec)}"
+            )
     if isinstance(config.cond, schema.ClassCondConfig):
         found = stream.source.num_classes
         if found is not None and found > config.cond.num_classes:
@@ -231,10 +243,15 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     mesh = sharding.make_mesh(config.mesh)
     batch_sharding = sharding.batch_sharding(mesh)
     root = jax.random.key(config.seed)
-    stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
-    held_out = data.stream(
-        config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
+    text = text_encoder.find(config, workdir)
+    open_stream = functools.partial(
+        data.stream,
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tokenizer=text and text.tokenizer,
     )
+    stream, held_out = open_stream(), open_stream(split="eval")
     found = first_stage.find(config, workdir)
     check(config, found[1], stream, mesh)
     shapes, shardings = abstract_state(config, mesh)
@@ -242,7 +259,10 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     run, changes = rundir.open_run(workdir, config)
     for change in changes:
         cli.say(f"changed on resume: {change}")
-    frozen = first_stage.prepare(config, found, run, mesh, stream)
+    frozen = dataclasses.replace(
+        first_stage.prepare(config, found, run, mesh, stream),
+        cond_stage=text_encoder.prepare(config, text, run, mesh),
+    )
 
     manager = checkpoint.manager(run, config.max_to_keep)
     saved = checkpoint.latest_step(manager)

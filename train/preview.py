@@ -9,7 +9,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, conditioning, data, images, latents, sampling, schema, sharding
+from ldm_jax import (
+    bundle,
+    conditioning,
+    data,
+    images,
+    latents,
+    rundir,
+    sampling,
+    schema,
+    sharding,
+)
 from ldm_jax.models import attention, convolution
 from ldm_jax.train import first_stage
 
@@ -23,7 +33,8 @@ def make(
 ) -> Callable:
     """draw(params, path): writes a grid of `num_samples` images made with `params` to `path`.
 
-    Classes take turns; concat conditioning comes from held-out images.
+    Classes take turns; captions and concat conditioning come from held-out images. Captions go to
+    a text file beside the grid, one line per image.
     """
     section = first_stage.model_section(config, frozen.config)
     platform = mesh.devices.flat[0].platform
@@ -54,13 +65,16 @@ def make(
 
     def draw(params: dict, path: epath.Path) -> None:
         batch = _conditions(config, held_out, count)
-        params = {"cond_stage": {}, **params, "first_stage": frozen.params}
+        params = {**frozen.arguments, **params}
         pictures = images.to_uint8(run(params, batch, keys))
         if jax.process_index() == 0:
             columns = int(np.ceil(np.sqrt(count)))
             images.save_png(
                 path, images.grid(pictures, columns, scale=max(1, 64 // pictures.shape[1]))
             )
+            if "tokens" in batch:
+                lines = [" ".join(held_out.caption(i).split()) for i in range(count)]
+                rundir.write_text(path.with_suffix(".txt"), "".join(f"{x}\n" for x in lines))
 
     return draw
 
