@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 
 CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
+UNREAD = 141  # 128 + SIGPIPE: whoever read stdout left, as `| head` does
 
 
 def say(message: str) -> None:
@@ -29,11 +31,16 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
     if not debug:
         _hide_abandoned_reads()
     try:
-        return command(argv) or 0
+        try:
+            return command(argv) or 0
+        finally:
+            sys.stdout.flush()  # not only at exit, where a reader that left cannot be caught
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            return UNREAD
         if debug:
             raise
         text = " ".join(str(error).split()) or "no message"
@@ -42,6 +49,16 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         kind, hint = ("", "") if clear else (f"{type(error).__name__}: ", " (--debug shows where)")
         sys.stderr.write(f"{program}: error: {kind}{text}{hint}\n")
         return 1
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether stdout is the pipe that broke; if so, what is left for it goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    broken = any(event & select.POLLERR for _, event in poll.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return broken
 
 
 def _hide_abandoned_reads() -> None:
