@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -58,6 +60,30 @@ def test_debug_raises_and_is_not_passed_on():
 def test_ctrl_c_before_training_is_not_an_error(capsys):
     assert cli.run("p", raising(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == "p: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["--help"], ""), (["digits", "--help"], "1")],
+    ids=["noticed at the end", "noticed while printing"],
+)
+def test_a_reader_that_leaves_is_not_an_error(arguments, unbuffered):
+    """`ldm-train digits --help | head -1` prints nothing of its own."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "ldm_jax.train.main", *arguments],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (b"", 141)
+
+
+def test_another_pipe_that_breaks_is_an_error(capfd):
+    assert cli.run("p", raising(BrokenPipeError(32, "Broken pipe")), []) == 1
+    assert capfd.readouterr().err == "p: error: [Errno 32] Broken pipe\n"
 
 
 # --- flags of every command ---------------------------------------------------------------------
@@ -220,6 +246,21 @@ def test_wrong_flags_are_named(capsys, flags, named):
         train_main.parse(tiny.get_config("class"), ["--workdir", "a", *flags.split()], "ldm-train")
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_deterministic_sets_the_flag_and_says_what_it_costs(monkeypatch, capsys):
+    before = os.environ["XLA_FLAGS"]
+    monkeypatch.setenv("XLA_FLAGS", before)  # and back again
+    train_main.be_deterministic()
+    assert os.environ["XLA_FLAGS"] == f"{before} --xla_gpu_deterministic_ops=true"
+    said = capsys.readouterr().err
+    assert said == "deterministic: costs nothing on cpu, where every step repeats bit for bit\n"
+    gpu = types.SimpleNamespace(platform="gpu")
+    monkeypatch.setattr(train_main.jax, "devices", lambda: [gpu])
+    train_main.be_deterministic()
+    said = capsys.readouterr().err
+    assert "leaves out faster algorithms" in said
+    assert "the cost is" in said
 
 
 def test_a_missing_workdir_is_named(capsys):
