@@ -14,6 +14,9 @@ from etils import epath
 
 from ldm_jax import cli, flops, rundir
 
+# steps/s also where a step takes seconds; tqdm would turn it into s/step
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
 
 def count_parameters(params: Any) -> int:
     """Number of scalars in a tree of arrays."""
@@ -58,6 +61,7 @@ class Monitor:
             total=steps,
             initial=first_step,
             unit="step",
+            bar_format=BAR,
             disable=not self.main,
             dynamic_ncols=terminal,
             ncols=None if terminal else 120,
