@@ -1,7 +1,10 @@
 """What people get wrong: one line with the value and the remedy, and no run left behind."""
 
 import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,17 +68,23 @@ def test_empty_data_folder(refused, tmp_path):
         f"ldm-train folder:first_stage --workdir {run} --data.source.path {tmp_path}/empty"
     )
     assert error.startswith(f"no image in {tmp_path}/empty (looked for .bmp")
+    assert error.endswith(": add some, or set source.path")
     assert not run.exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_unreadable_data_folder(refused, folder, tmp_path):
-    folder.chmod(0)
-    error = refused(
-        f"ldm-train folder:first_stage --workdir {tmp_path}/r --data.source.path {folder}"
-    )
-    folder.chmod(0o700)
+def test_unreadable_data_folder(refused, folder, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # chmod does not stop a test that runs as root
+    run = tmp_path / "run"
+    error = refused(f"ldm-train folder:first_stage --workdir {run} --data.source.path {folder}")
     assert error == f"cannot read data folder {folder}: Permission denied; check its permissions"
+    assert not run.exists()
 
 
 def test_images_smaller_than_the_crop(refused, folder, tmp_path):
@@ -208,6 +217,46 @@ def test_output_that_cannot_be_written(refused, ldm_run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.png").write_text("")
     assert refused(f"{sample} {tmp_path}/full").endswith("give another folder or --overwrite")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="no /proc here")
+def test_output_that_not_even_root_can_write(refused, ldm_run):
+    error = refused("ldm-train tiny:first_stage --workdir /proc/run")
+    assert error.startswith("/proc/run: cannot be written (No such file or directory); choose")
+    sample = f"ldm-sample class2img --model {ldm_run} --out"
+    assert refused(f"{sample} /proc/out").startswith("--out /proc/out cannot be made: No such file")
+    error = refused(f"{sample} /proc")  # it is there, and root may write by its permissions
+    assert error.startswith("--out /proc cannot be written: No such file or directory; give")
+
+
+# --- from a shell ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "error"),
+    [
+        (
+            "train",
+            "tiny:first_stage --workdir run --steps 0",
+            "ldm-train: error: --steps 0: give at least 1",
+        ),
+        (
+            "sample",
+            "class2img --model gone --out out",
+            "ldm-sample: error: {here}/gone: does not exist",
+        ),
+    ],
+)
+def test_a_shell_sees_one_line_and_a_code(tmp_path, module, arguments, error):
+    done = subprocess.run(
+        [sys.executable, "-m", f"ldm_jax.{module}.main", *arguments.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == error.format(here=tmp_path) + "\n"
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert not any(tmp_path.iterdir())
 
 
 # --- while it runs --------------------------------------------------------------------------------

@@ -95,7 +95,10 @@ def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str
         f for f in files if posixpath.splitext(f)[1].lower() in SUFFIXES and not f.endswith(maps)
     )
     if not images:
-        raise FileNotFoundError(f"no image in {root} (looked for {' '.join(sorted(SUFFIXES))})")
+        raise FileNotFoundError(
+            f"no image in {root} (looked for {' '.join(sorted(SUFFIXES))}):"
+            " add some, or set source.path"
+        )
     return images
 
 
