@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     "schema serialize cli flops images diffusion sharding checkpoint rundir lora",
     "guidance data models solvers metrics",
-    "latents conditioning losses train_state convert",
-    "bundle sampling loading saving compat",
+    "latents conditioning losses train_state bundle convert",
+    "sampling loading saving compat",
     "configs",
     "train sample",
 )

@@ -240,7 +240,7 @@ def load_first_stage_file(
 
 
 def model_rows(model: bundle.LatentDiffusion) -> list[table.Row]:
-    """The table of a whole model: names as in the file, our paths as in `LatentDiffusion.params`."""
+    """The table of a whole model: names as in the file, paths as in `LatentDiffusion.params`."""
     return [
         *table.prefixed(rows.unet(model.unet), UNET_PREFIX, "unet/"),
         *table.prefixed(rows.autoencoder(model.first_stage), FIRST_STAGE_PREFIX, "first_stage/"),
