@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import bundle, checkpoint, rundir, schema, sharding
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, diffusers
 from ldm_jax.data import tokens
 from ldm_jax.models import attention, convolution
 
@@ -54,8 +54,6 @@ def load(
     if kind == "run":
         model = _load_run(path, step, ema, mesh, dtype, param_dtype)
     elif kind == "diffusers":
-        from ldm_jax.convert import diffusers
-
         model = diffusers.load(
             path, variant=variant, dtype=dtype, param_dtype=param_dtype, mesh=mesh
         )
@@ -120,7 +118,10 @@ def _with_tokenizer(
     text = schema.text_of(model.config.cond)
     if text is None:
         raise ValueError(f"{path}: is not conditioned on text and takes no tokenizer ({tokenizer})")
-    opened = tokens.load_tokenizer(tokenizer, text.encoder.max_length)
+    # OpenCLIP's models, whose activation is not CLIP's, were trained with texts padded with 0
+    openclip = getattr(text.encoder, "activation", None) == "gelu"
+    pad_id = 0 if openclip and str(tokenizer) != "bytes" else None
+    opened = tokens.load_tokenizer(tokenizer, text.encoder.max_length, pad_id=pad_id)
     if opened.vocab_size > text.encoder.vocab_size:
         raise ValueError(
             f"{tokenizer}: has {opened.vocab_size} tokens, but the text encoder of {path} knows"
@@ -233,8 +234,6 @@ def load_first_stage(
         params, _ = weights(path, config, step, ema=True)
         return params["autoencoder"], config.model
     if kind == "diffusers":
-        from ldm_jax.convert import diffusers
-
         return diffusers.load_first_stage(path)
     return compvis.load_first_stage_file(path, yaml_of(path))
 
@@ -244,11 +243,17 @@ def load_text_encoder(
 ) -> tuple[dict, schema.CLIPTextConfig | schema.BERTTextConfig, Any]:
     """(host parameters, config, tokenizer or None) of the text encoder of a model at `path`.
 
-    max_length: tokens of a caption. ValueError if the model has no text encoder.
+    The tokenizer gives rows of `max_length` tokens. ValueError if the model has no text encoder.
     """
+    path, kind = recognise(path)
+    if kind == "diffusers":
+        params, encoder = diffusers.load_text_encoder(path)
+        folder = path / "tokenizer"
+        known = tokens.load_tokenizer(folder, max_length) if folder.exists() else None
+        return params, encoder, known
     model = load(path)
     text = schema.text_of(model.config.cond)
     if text is None:
         raise ValueError(f"{path}: has no text encoder")
-    del max_length
-    return jax.device_get(model.params["cond_stage"]), text.encoder, model.tokenizer
+    known = kept_tokenizer(path, max_length) if kind == "run" else None
+    return jax.device_get(model.params["cond_stage"]), text.encoder, known

@@ -1,6 +1,8 @@
 """Training on captions: an encoder that trains, a frozen one, and text beside an image."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,11 @@ import recipes
 from PIL import Image
 
 from ldm_jax import checkpoint, cli, conditioning, loading, schema, sharding, train_state
+from ldm_jax.configs import tiny
+from ldm_jax.convert import rows_text, safetensors_file, table
+from ldm_jax.data import tokens
 from ldm_jax.data.synthetic import SyntheticSource
+from ldm_jax.models import clip
 from ldm_jax.train import ldm, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -132,6 +138,8 @@ def captioned(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"""
 import dataclasses
+import json
+import shutil
 from ldm_jax import schema
 from ldm_jax.configs import tiny
 
@@ -146,29 +154,104 @@ def get_config(stage="text"):
 PARTS = ("params", "ema_params", "opt_state")
 
 
-def test_text_from_a_folder_stopped_moved_and_resumed(tmp_path, captioned, first_stage_run):
-    config, source = captioned
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    path = ("--first-stage.path", first_stage_run)
-    assert train(whole, config, *path, "--intervals.sample", 4) == 0
-    assert train(half, config, *path, "--steps", 2) == 0
-    moved = half.rename(tmp_path / "elsewhere")
-    assert train(moved, config, "--cond.tokenizer", "") == 0  # the run has its own
-    ends = [checkpoint.restore_parts(run, 4, PARTS) for run in (whole, moved)]
-    recipes.assert_same_bits(*ends)
-    first = checkpoint.restore_parts(whole, 2, PARTS)
-    for part in ("params", "ema_params"):
-        assert sorted(first[part]) == ["cond_stage", "unet"]
-        for name in first[part]:
-            moved_by = recipes.largest_difference(first[part][name], ends[0][part][name])
-            assert moved_by > 1e-5
+def back_to(step, run, moved):
+    """The run as it was at `step`, elsewhere."""
+    shutil.copytree(run, moved)
+    for later in checkpoint.saved_steps(moved):
+        if later > step:
+            shutil.rmtree(moved / "checkpoints" / str(later))
+    return moved
 
-    lines = (whole / "samples/000004.txt").read_text().splitlines()
+
+def test_text_from_a_folder_trains_and_resumes_elsewhere(tmp_path, captioned, first_stage_run):
+    config, source = captioned
+    run = tmp_path / "run"
+    path = ("--first-stage.path", first_stage_run)
+    assert train(run, config, *path, "--intervals.sample", 4) == 0
+    lines = (run / "samples/000004.txt").read_text().splitlines()
     assert lines == [source[i]["caption"] for i in (0, 4, 8, 12)]  # held out: every fourth
-    assert (whole / "samples/000004.png").exists()
+    assert (run / "samples/000004.png").exists()
+
+    moved = back_to(2, run, tmp_path / "elsewhere")
+    half, whole = (checkpoint.restore_parts(r, None, PARTS) for r in (moved, run))
+    for part in ("params", "ema_params"):
+        assert sorted(half[part]) == ["cond_stage", "unet"]
+        for name in half[part]:
+            assert recipes.largest_difference(half[part][name], whole[part][name]) > 1e-5
+    assert train(moved, config, "--cond.tokenizer", "") == 0  # the run has its own
+    recipes.assert_same_bits(checkpoint.restore_parts(moved, 4, PARTS), whole)
+
     model = loading.load(moved)
-    assert model.tokenizer.encode(lines[:1]).shape == (1, 20)
+    np.testing.assert_array_equal(
+        model.tokenizer.encode(lines), tokens.load_tokenizer("bytes", 20).encode(lines)
+    )
     assert sorted(model.params["cond_stage"]) == ["model", "to_logits"]
+
+
+ENCODER = dataclasses.replace(tiny.get_config("clip").cond.encoder, vocab_size=514)
+
+
+def write_clip(folder, seed):
+    """A Stable Diffusion of which only the text encoder and its tokenizer are there: its weights.
+
+    The encoder is that of tiny:clip; the tokenizer knows single letters.
+    """
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0"}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"]}
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"]}
+    options = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    options |= {"vocab_size": 514, "max_position_embeddings": 20, "hidden_size": 32}
+    options |= {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    options |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    letters = [*map(chr, [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)])]
+    vocab = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    files = {
+        "model_index.json": json.dumps(index),
+        "text_encoder/config.json": json.dumps(options),
+        "tokenizer/vocab.json": json.dumps({token: i for i, token in enumerate(vocab)}),
+        "tokenizer/merges.txt": "#version: 0.2\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    module = clip.text_from_config(ENCODER)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 20), np.int32))["params"]
+    params = jax.tree.map(lambda x: (1 + 0.01 * seed) * x, recipes.filled(shapes))
+    tensors = table.to_torch(rows_text.clip_text(ENCODER), params)
+    tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+    safetensors_file.write(folder / "text_encoder/model.safetensors", tensors)
+    return params
+
+
+def test_a_frozen_clip_comes_from_a_folder_and_stays_with_the_run(
+    tmp_path, first_stage_run, capsys
+):
+    params = write_clip(tmp_path / "sd", 0)
+    flags = ("--cond.encoder.vocab-size", 514, "--cond.tokenizer", "")
+    paths = ("--first-stage.path", first_stage_run, "--cond.path", tmp_path / "sd")
+    run = tmp_path / "run"
+    assert train(run, "tiny:clip", *flags, *paths, "--cond.encoder.num-layers", 1) == 1
+    assert "its text encoder is not that of the config" in capsys.readouterr().err
+    assert not run.exists()
+    assert train(run, "tiny:clip", *flags, *paths) == 0
+    moved = back_to(2, run, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "sd")
+
+    write_clip(tmp_path / "other", 1)
+    assert train(moved, "tiny:clip", *flags, "--cond.path", tmp_path / "other") == 1
+    assert "is not the text encoder in" in capsys.readouterr().err
+    assert train(moved, "tiny:clip", *flags) == 0
+    ends = [checkpoint.restore_parts(r, 4, PARTS) for r in (run, moved)]
+    recipes.assert_same_bits(*ends)
+    for part in ("params", "ema_params"):
+        assert sorted(ends[0][part]) == ["unet"]
+
+    model = loading.load(moved)
+    recipes.assert_same_bits(model.params["cond_stage"], params)
+    ids = model.tokenizer.encode(["ab"])[0]
+    assert ids[:4].tolist() == [512, ord("a") - 33, 256 + ord("b") - 33, 513]
 
 
 def test_errors_name_the_remedy(tmp_path, first_stage_run, capsys):
