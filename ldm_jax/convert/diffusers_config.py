@@ -278,7 +278,10 @@ def widths(values: dict[str, Any], where: str) -> tuple[int, tuple[int, ...]]:
 def levels(
     values: dict[str, Any], where: str, attention: str, down: str, up: str
 ) -> tuple[int, ...]:
-    """Downsampling factors of the levels with attention. ValueError for a block of another kind."""
+    """Downsampling factors of the levels with attention, falling, as the reference writes them.
+
+    ValueError for a block of another kind.
+    """
     resampling = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
     resampling = resampling if attention == "Attn" else {}
     found = []
@@ -298,7 +301,7 @@ def levels(
             f"{where}: down_block_types={list(values['down_block_types'])} and up_block_types="
             f"{list(values['up_block_types'])} do not attend at the same levels"
         )
-    return tuple(2**level for level, attends in enumerate(found[0]) if attends)
+    return tuple(2**level for level, attends in enumerate(found[0]) if attends)[::-1]
 
 
 def same(value: Any, where: str) -> Any:
