@@ -18,7 +18,7 @@ def clip_tokenizer(folder, max_length=16, pad="<|endoftext|>"):
     from transformers import CLIPTokenizer
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = "r e,re d</w>,b l,bl u,blu e</w>,s q,sq u,squ a,squa r,squar e</w>".split(",")
+    merges = ["r e", "re d</w>", "b l", "bl u", "blu e</w>", "s q", "sq u", "squ a"]
     words = [*letters, *(letter + "</w>" for letter in letters)]
     words += [m.replace(" ", "") for m in merges]
     words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
