@@ -1,6 +1,7 @@
 """CLIP's text and image transformers equal those of transformers, from its names and OpenAI's."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from reference import draw, filled, quick_jit, weight
 
 from ldm_jax import schema
 from ldm_jax.convert import rows_text, table
-from ldm_jax.models import clip
+from ldm_jax.models import clip, self_attention
 
 KEY = jax.random.key(0)
 V1 = schema.CLIPTextConfig(
@@ -200,6 +201,22 @@ def test_bfloat16_stays_close():
     exact, low = text(V1, IDS), text(V1, IDS, dtype=jnp.bfloat16)
     assert low.dtype == jnp.float32
     assert 1e-4 < float(np.abs(exact - low).max()) < 0.1
+
+
+def test_softmax_is_in_float32_whatever_the_compute_type():
+    a = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda a: self_attention.attend(a, a, a, causal=True))(a)
+    assert re.findall(r"(\w+)\[[\d,]+\] = exp ", str(jaxpr)) == ["f32"]
+    assert jaxpr.out_avals[0].dtype == jnp.bfloat16
+
+
+def test_norm_is_exact_far_from_zero():
+    norm, x = self_attention.layer_norm("norm", jnp.float32), 1000 + draw(4, 64)
+    got, _ = norm.init_with_output(KEY, x)
+    wide = x.astype(np.float64)
+    expected = wide - wide.mean(-1, keepdims=True)
+    expected /= np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
 def test_sizes_of_the_published_encoders():
