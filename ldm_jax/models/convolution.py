@@ -18,8 +18,8 @@ PIXELS_PER_CHANNEL = 2
 """Output pixels of the batch over input channels up to which `cpu` takes `columns`: measured
 on kernels of 3x3; see benchmarks/README.md."""
 TINY_IMAGE = 4
-"""Pixels of an image up to which `cpu` takes `columns` whatever the batch: 3 to 40
-times faster at 2x2, forward and backward, from 1 to 256 images and 96 to 640 channels."""
+"""Pixels of an image up to which `cpu` takes `columns` whatever the batch: at 2x2 they are 2 to 46
+times faster, from 1 to 256 images and 96 to 640 channels."""
 
 
 def columns(x, kernel, window_strides, padding, precision: PrecisionLike = None):
