@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax import bundle, configs, schema, sharding
+from ldm_jax import bundle, conditioning, configs, schema, sharding
 from ldm_jax.configs import digits, tiny
 from ldm_jax.train import autoencoder, first_stage, ldm
 
@@ -41,6 +41,20 @@ def test_stage_builds_and_fits_its_mesh(name, stage):
     assert {str(x.dtype) for x in leaves} == {"float32"}
     assert set(shapes.ema_params) <= set(shapes.params)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny"])
+def test_a_frozen_text_encoder_fits_its_mesh(name):
+    cond = module(name).get_config("clip").cond
+    encoder = conditioning.build(cond)
+    shapes = jax.eval_shape(lambda key: conditioning.init(cond, encoder, key), jax.random.key(0))
+    mesh = sharding.make_mesh(MESH)
+    shardings = sharding.by_rules({"cond_stage": shapes}, sharding.RULES, mesh)
+    large = [
+        s for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings)) if x.size > 2**18
+    ]
+    assert all("fsdp" in s.spec for s in large)
+    assert len(large) == {"folder": 12 * 6 + 1, "tiny": 0}[name]
 
 
 @pytest.mark.parametrize(("name", "stage"), [pair for pair in ALL if pair[1] != "first_stage"])
