@@ -153,6 +153,7 @@ def write_stream(
                 raise ValueError(f"{path}: {name} is not announced, or comes twice")
             handle.seek(8 + len(text) + begins.pop(name))
             handle.write(_checked(name, array, specs[name]))
+            del array  # before the next is made
         if begins:
             raise ValueError(f"{path}: {', '.join(list(begins)[:5])} never came")
 
