@@ -1,0 +1,135 @@
+"""Pipelines of torch diffusers against ours: the same folder, initial latents and prompt."""
+
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+
+from ldm_jax import cli, loading
+from ldm_jax.sample import common, main, text2img
+
+torch = pytest.importorskip("torch", reason="torch is the reference here")
+import pipelines  # noqa: E402
+
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilation")]
+
+STEPS, SCALE = 20, 7.5
+PROMPTS = ["a red square", "blue"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(kind): (folder, torch pipeline), once for each kind."""
+    root, known = tmp_path_factory.mktemp("pipelines"), {}
+
+    def make(kind):
+        if kind not in known:
+            folder = root / kind
+            new = pipelines.latent_diffusion if kind == "ldm" else pipelines.stable_diffusion
+            known[kind] = folder, new(folder, *([] if kind == "ldm" else [kind]))
+        return known[kind]
+
+    return make
+
+
+def start(height=8, width=8):
+    """Initial latents [2, h, w, 4]."""
+    return reference.draw(2, height, width, 4, seed=5)
+
+
+def nchw(x):
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def drawn(folder, tmp_path, x_T, *flags):
+    """What `ldm-sample text2img` draws: uint8 [2, H, W, 3] as int."""
+    np.save(tmp_path / "x_T.npy", x_T)
+    flags = ["--steps", STEPS, "--guidance-scale", SCALE, "--num-images", 1, *flags]
+    flags += ["--prompt", *PROMPTS, "--init-latents", tmp_path / "x_T.npy"]
+    flags += ["--model", folder, "--out", tmp_path / "out"]
+    assert cli.run("ldm-sample", main.sample, ["text2img", *map(str, flags)]) == 0
+    singles = sorted((tmp_path / "out").glob("0*.png"))
+    return np.stack([np.asarray(Image.open(single)) for single in singles]).astype(int)
+
+
+def same(ours, theirs):
+    """Largest difference in grey levels, after looking that there is something to see."""
+    theirs = np.stack([np.asarray(image) for image in theirs]).astype(int)
+    assert theirs.shape == ours.shape
+    assert np.abs(theirs[0] - theirs[1]).max() > 20
+    return np.abs(ours - theirs).max()
+
+
+@pytest.mark.parametrize("kind", ["v1", "v"])
+def test_stable_diffusion(made, tmp_path, record_property, kind):
+    folder, pipe = made(kind)
+    negative = "a disc" if kind == "v1" else ""
+    flags = ["--negative-prompt", negative] if negative else []
+    sides = (12, 8) if kind == "v1" else (8, 8)
+    x_T = start(*sides)
+    size = {"height": 2 * sides[0], "width": 2 * sides[1]}
+    flags += ["--height", size["height"], "--width", size["width"]]
+    theirs = pipe(
+        PROMPTS, negative_prompt=[negative] * 2, latents=nchw(x_T), num_inference_steps=STEPS,
+        guidance_scale=SCALE, **size,
+    ).images  # fmt: skip
+    ours = drawn(folder, tmp_path, x_T, *flags)
+    record_property("grey_levels", int(same(ours, theirs)))
+    assert same(ours, theirs) <= 1
+
+
+def test_without_negative_prompt(made, tmp_path):
+    folder, pipe = made("v1")
+    x_T = start()
+    theirs = pipe(PROMPTS, latents=nchw(x_T), num_inference_steps=STEPS, guidance_scale=SCALE)
+    assert same(drawn(folder, tmp_path, x_T), theirs.images) <= 1
+
+
+def test_latent_diffusion(made, tmp_path):
+    folder, pipe = made("ldm")
+    x_T = start()
+    theirs = pipe(
+        PROMPTS, latents=nchw(x_T), num_inference_steps=STEPS, guidance_scale=SCALE,
+        height=64, width=64,
+    ).images  # fmt: skip
+    assert same(drawn(folder, tmp_path, x_T), theirs) <= 1
+
+
+def test_inpainting(made, tmp_path):
+    """Through the functions that the command uses: it has no image options yet."""
+    folder, pipe = made("inpaint")
+    x_T, image = start(), np.clip(reference.draw(2, 16, 16, 3), -1, 1)
+    mask = np.zeros((2, 16, 16, 1), np.float32)
+    mask[0, 3:12, 5:] = mask[1, :7, :9] = 1
+    theirs = pipe(
+        PROMPTS, image=nchw(image), mask_image=nchw(mask), latents=nchw(x_T),
+        num_inference_steps=STEPS, guidance_scale=SCALE, height=16, width=16, strength=1.0,
+    ).images  # fmt: skip
+    np.save(tmp_path / "x_T.npy", x_T)
+    options = text2img.Options(
+        model=str(folder), out="", steps=STEPS, init_latents=str(tmp_path / "x_T.npy")
+    )
+    model, mesh, options = common.open_model(options)
+    batch = text2img.tokenize(model.tokenizer, PROMPTS, "", 1) | {"image": image, "mask": mask}
+    (part,) = common.generate(model, mesh, options, batch, 2, guided=True)
+    ours = np.rint((np.clip(part[1], -1, 1) + 1) * 127.5).astype(int)
+    assert same(ours, theirs) <= 1
+
+
+@pytest.mark.parametrize("kind", ["v1", "v", "inpaint", "ldm"])
+def test_round_trip(made, tmp_path, kind):
+    """Folder -> ours -> folder -> diffusers: the same bits."""
+    from ldm_jax import saving
+
+    folder, pipe = made(kind)
+    saving.save(loading.load(folder), tmp_path / "again", "diffusers")
+    again = type(pipe).from_pretrained(tmp_path / "again")
+    for name in ("unet", "vae", "vqvae", "text_encoder", "bert"):
+        if getattr(pipe, name, None) is None:
+            continue
+        before, after = (getattr(p, name).state_dict() for p in (pipe, again))
+        assert before.keys() == after.keys()
+        for key in before:
+            np.testing.assert_array_equal(before[key].numpy(), after[key].numpy(), err_msg=key)
+    text = PROMPTS[0]
+    assert again.tokenizer(text).input_ids == pipe.tokenizer(text).input_ids
