@@ -28,6 +28,8 @@ class LatentDiffusion:
     """What the UNet predicts: "eps", "x0" or "v"."""
     latent_scale: float
     config: schema.LatentDiffusionConfig
+    tokenizer: Any = None
+    """`data.tokens` tokenizer of a model of text, or None."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -85,26 +87,70 @@ def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None
         )
     if net.out_channels != z:
         raise ValueError(f"unet.out_channels is {net.out_channels}, but the latent has {z}")
-    if isinstance(cond, schema.ClassCondConfig):
-        if cond.via == "label" and net.num_classes != cond.num_classes + 1:
-            raise ValueError(
-                f"unet.num_classes is {net.num_classes}: with cond.via=label it must be"
-                f" {cond.num_classes + 1}, the classes and the null class"
-            )
-        if cond.via == "context" and net.context_dim != cond.embed_dim:
-            raise ValueError(
-                f"unet.context_dim is {net.context_dim}, but cond.embed_dim is {cond.embed_dim}"
-            )
-    down = config.first_stage.downsample
-    if isinstance(cond, schema.SuperResCondConfig) and cond.factor != down:
+    _check_context(cond, net)
+    _check_label(cond, net)
+    _check_sizes(config)
+
+
+def _check_context(cond: schema.CondConfig, net: schema.UNetConfig) -> None:
+    name, width = conditioning.context_width(cond) or ("no context", None)
+    if width is not None and not net.spatial_transformer:
         raise ValueError(
-            f"cond.factor is {cond.factor}, but the first stage downsamples by {down}:"
+            f"unet.spatial_transformer is False, but {name} is {width}: set it to True, which reads"
+            " the context"
+        )
+    given = net.context_dim if net.spatial_transformer else None
+    if given != width:
+        raise ValueError(
+            f"unet.context_dim is {given}, but "
+            + (f"{name} is {width}" if width is not None else "the conditioning gives no context")
+        )
+
+
+def _check_label(cond: schema.CondConfig, net: schema.UNetConfig) -> None:
+    where, concat = _concat_of(cond)
+    if isinstance(cond, schema.ClassCondConfig) and not cond.null_class and cond.dropout:
+        raise ValueError(f"cond.dropout is {cond.dropout}, but cond.null_class is False")
+    if isinstance(cond, schema.ClassCondConfig) and cond.via == "label":
+        ids = cond.num_classes + cond.null_class
+        if net.num_classes != ids:
+            kinds = "the classes and the null class" if cond.null_class else "the classes"
+            raise ValueError(
+                f"unet.num_classes is {net.num_classes}: with cond.via=label it must be {ids},"
+                f" {kinds}"
+            )
+    elif isinstance(concat, schema.UpscaleCondConfig):
+        if net.num_classes is None or net.num_classes <= concat.max_noise_level:
+            raise ValueError(
+                f"unet.num_classes is {net.num_classes}: its label is the noise level, and"
+                f" {where}.max_noise_level is {concat.max_noise_level}; set it to more than that"
+            )
+    elif net.num_classes is not None:
+        raise ValueError(
+            f"unet.num_classes is {net.num_classes}, but the conditioning gives no label: set it"
+            " to None"
+        )
+
+
+def _check_sizes(config: schema.LatentDiffusionConfig) -> None:
+    down, (where, concat) = config.first_stage.downsample, _concat_of(config.cond)
+    small = schema.SuperResCondConfig | schema.UpscaleCondConfig
+    if isinstance(concat, small) and concat.factor != down:
+        raise ValueError(
+            f"{where}.factor is {concat.factor}, but the first stage downsamples by {down}:"
             " the low-resolution image must be as large as the latent"
         )
-    if isinstance(cond, schema.SemanticCondConfig) and 2**cond.stages != down:
+    if isinstance(concat, schema.SemanticCondConfig) and 2**concat.stages != down:
         raise ValueError(
-            f"cond.stages is {cond.stages} (divides by {2**cond.stages}), but the first stage"
+            f"cond.stages is {concat.stages} (divides by {2**concat.stages}), but the first stage"
             f" downsamples by {down}"
         )
     if config.size % down:
         raise ValueError(f"data.size {config.size} is not a multiple of the downsampling {down}")
+
+
+def _concat_of(cond: schema.CondConfig) -> tuple[str, schema.CondConfig]:
+    """The conditioning that may give concat channels, and its field."""
+    if isinstance(cond, schema.HybridCondConfig):
+        return "cond.concat", cond.concat
+    return "cond", cond

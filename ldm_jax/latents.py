@@ -20,9 +20,12 @@ def encode(
     """image [B, H, W, c] in [-1, 1] -> scaled latent [B, h, w, z].
 
     With `keys` [B] a sample of the posterior (what trains), without them its mode (conditioning).
+    A vector-quantized stage, or none, has no posterior: its latent, before quantization, is both.
     """
-    mean, logvar = first_stage.apply({"params": params}, image, method="encode")
-    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+    encoded = first_stage.apply({"params": params}, image, method="encode")
+    if not isinstance(encoded, tuple):
+        return scale * encoded.astype(jnp.float32)
+    mean, logvar = (a.astype(jnp.float32) for a in encoded)
     if keys is None:
         return scale * mean
     return scale * (mean + jnp.exp(0.5 * logvar) * diffusion.rowwise_normal(keys, mean.shape[1:]))
