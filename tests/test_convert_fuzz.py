@@ -29,7 +29,7 @@ FUZZ = settings(
     deadline=None,
     database=None,
     derandomize=True,
-    max_examples=250,
+    max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 EDITS = st.lists(

@@ -66,8 +66,16 @@ def _read_zip(file: File) -> Any:
     if any(name.endswith("constants.pkl") for name in entries):
         raise ValueError("a TorchScript archive; save its state_dict with torch.save instead")
     if len(roots) != 1:
-        raise ValueError(f"a zip archive with {len(roots)} data.pkl, so not one by torch.save")
+        raise ValueError(
+            f"a zip archive with {len(roots)} data.pkl, so not one by torch.save;"
+            f" unpack it if the checkpoint is in it: it holds {', '.join(sorted(entries)[:3])}"
+        )
     root = roots[0]
+    if not all(entry.stored for name, entry in entries.items() if name.startswith(root)):
+        raise ValueError(
+            "a zip archive with compression, which torch.save never uses:"
+            " unpack it and pack it again with `zip -0 -r`"
+        )
     swapped = False
     if f"{root}byteorder" in entries:
         order = _content(file, entries[f"{root}byteorder"], 16)

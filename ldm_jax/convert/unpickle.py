@@ -96,7 +96,7 @@ class _Machine:
         elif _is_class(callee.name):
             result = Opaque(callee.name)
         else:
-            raise ValueError(f"it calls {callee.name}, which could run any code; {REMEDY}")
+            raise _could_run("calls", callee.name)
         self.stack.append(result)
 
     def set_items(self, pairs: list) -> None:
@@ -144,8 +144,12 @@ def _global(module: Any, name: Any, known: Mapping) -> Opaque:
         raise ValueError("a pickle names a class by what is no name")
     top = module.partition(".")[0]
     if full not in known and full not in HARMLESS and top in STANDARD:
-        raise ValueError(f"it asks for {full}, which could run any code; {REMEDY}")
+        raise _could_run("asks for", full)
     return Opaque(full)
+
+
+def _could_run(how: str, name: str) -> ValueError:
+    return ValueError(f"it {how} {name}, which could run any code; {REMEDY}")
 
 
 def _is_class(name: str) -> bool:
@@ -178,6 +182,13 @@ def _set(items: Iterable = ()) -> set:
     return set(map(_key, items))
 
 
+def _getattr(owner: Any = None, name: Any = None, *default: Any) -> Opaque:
+    """Python 3.11 writes members of enumerations so; the attribute is only named, not had."""
+    if type(owner) is not Opaque or type(name) is not str or not name.isidentifier() or default:
+        raise _could_run("calls", "builtins.getattr")
+    return Opaque(f"{owner.name}.{name}")
+
+
 def _opaque(name: str) -> Callable[..., Opaque]:
     return lambda *args: Opaque(name)
 
@@ -202,6 +213,7 @@ CONTAINERS = {
     "collections.defaultdict": _dict,
     "collections.Counter": _dict,
     "torch.nn.modules.container.ParameterDict": _dict,
+    **{f"{module}.getattr": _getattr for module in _BUILTINS},
     **{f"{module}.dict": _dict for module in _BUILTINS},
     **{f"{module}.{name}": _set for module in _BUILTINS for name in ("set", "frozenset")},
     # Functions that real Lightning checkpoints call for values that nobody needs here.
@@ -214,6 +226,7 @@ PLAIN = (
 HARMLESS = {
     "argparse.Namespace",
     "collections.deque",
+    "functools.partial",
     "numpy.ndarray",
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *(f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath")),

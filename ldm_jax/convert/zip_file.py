@@ -1,4 +1,4 @@
-"""Where the entries of a zip archive lie in the file, for archives without compression.
+"""Where the entries of a zip archive lie in the file.
 
 Python's zipfile builds an object per entry before any limit holds, and reads through handles; the
 tensors here are read by their position in the file.
@@ -22,12 +22,13 @@ UNKNOWN16, UNKNOWN32 = 0xFFFF, 0xFFFFFFFF
 
 class Entry(NamedTuple):
     start: int  # of its data
-    size: int
-    crc: int
+    size: int  # in the file
+    crc: int  # of the unpacked data
+    stored: bool  # without compression
 
 
 def entries(file: File) -> dict[str, Entry]:
-    """Name -> place. ValueError for whatever is not a plain, uncompressed archive in one file."""
+    """Name -> place. ValueError for whatever is not a plain archive in one file."""
     count, size, start = _directory(file)
     if count > MAX_ENTRIES or size > MAX_DIRECTORY:
         raise ValueError(f"a zip archive of {count} entries; {MAX_ENTRIES} are the most")
@@ -85,22 +86,17 @@ def _entry(file: File, handle, directory: bytes, position: int) -> tuple[str, En
         raise ValueError("a damaged directory of a zip archive")
     if flags & 1:
         raise ValueError(f"entry {name!r} of the zip archive is encrypted")
-    if method != 0:
-        raise ValueError(
-            f"entry {name!r} of the zip archive is compressed, which torch.save never does:"
-            " unpack it and pack it again with `zip -0 -r`"
-        )
     size, packed, start = _zip64(extra, size, packed, start)
-    if size != packed:
+    if method == 0 and size != packed:
         raise ValueError(f"entry {name!r} of the zip archive lies about its size")
     file.span(start, LOCAL.size)
     handle.seek(start)
     local = LOCAL.unpack(handle.read(LOCAL.size))
-    if local[0] != b"PK\3\4" or local[3] != 0 or handle.read(local[-2]) != raw_name:
+    if local[0] != b"PK\3\4" or local[3] != method or handle.read(local[-2]) != raw_name:
         raise ValueError(f"entry {name!r} of the zip archive is not where the directory says")
     start += LOCAL.size + local[-2] + local[-1]
-    file.span(start, size)
-    return name, Entry(start, size, crc), position + sum(lengths[:3])
+    file.span(start, packed)
+    return name, Entry(start, packed, crc, method == 0), position + sum(lengths[:3])
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
