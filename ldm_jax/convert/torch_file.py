@@ -54,7 +54,8 @@ def read(path: str | os.PathLike) -> Any:
     with tensors.refusals(file.path):
         if file.read(0, min(4, file.size)) == b"PK\3\4":
             return _read_zip(file)
-        return _read_legacy(file)
+        with io.BufferedReader(file.open()) as handle:
+            return _read_legacy(file, unpickle.Pickles(handle, file.size))
 
 
 # --- zip ------------------------------------------------------------------------------------------
@@ -111,13 +112,12 @@ def _content(file: File, entry: zip_file.Entry, limit: int) -> bytes:
 # --- legacy ---------------------------------------------------------------------------------------
 
 
-def _read_legacy(file: File) -> Any:
+def _read_legacy(file: File, stream: unpickle.Pickles) -> Any:
     """Four pickles, the last of them the object; then storage keys, then each storage's data.
 
     Where a storage lies is known only behind the object, which is therefore unpickled twice. The
     data are little-endian on every machine.
     """
-    stream = io.BytesIO(file.read(0, min(file.size, unpickle.MAX_BYTES)))
     _check_legacy(stream, file)
     begin = stream.tell()
     sizes: dict[str, tuple[int, int]] = {}  # storage -> elements, bytes of one
@@ -155,7 +155,7 @@ def _read_legacy(file: File) -> Any:
     return unpickle.load(stream, functions, storage)
 
 
-def _check_legacy(stream: io.BytesIO, file: File) -> None:
+def _check_legacy(stream: unpickle.Pickles, file: File) -> None:
     """ValueError unless a file of `torch.save` begins here."""
     if file.size > 262 and file.read(257, 5) == b"ustar":
         raise ValueError(

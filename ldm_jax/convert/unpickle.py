@@ -15,6 +15,7 @@ from typing import Any
 # checkpoint with its optimizer takes about 1 MiB and 150 000 steps.
 MAX_BYTES = 64 * 2**20
 MAX_STEPS = 2_000_000
+MAX_LINE = 2**16  # of the opcodes that are text, where no length is said
 
 REMEDY = "if you trust the file, load it once with torch and save its state_dict as safetensors"
 
@@ -31,8 +32,24 @@ class Opaque:
         return f"Opaque({self.name!r})"
 
 
+class Pickles:
+    """Pickles that follow each other at the start of a file, as a stream for `load`."""
+
+    def __init__(self, handle: io.BufferedReader, size: int):
+        self.end = min(size, MAX_BYTES)
+        self.handle = handle
+        self.seek, self.tell = handle.seek, handle.tell
+
+    def read(self, count: int) -> bytes:
+        """At most what there is: a buffer is made of the length that a pickle claims."""
+        return self.handle.read(max(0, min(count, self.end - self.tell())))
+
+    def readline(self) -> bytes:
+        return self.handle.readline(MAX_LINE)
+
+
 def load(
-    stream: io.BytesIO,
+    stream: io.BytesIO | Pickles,
     functions: Mapping[str, Callable[..., Any]],
     persistent_load: Callable[[tuple], Any],
 ) -> Any:
