@@ -192,6 +192,15 @@ def test_another_ending_is_refused(loaded, tmp_path):
         compvis.save(loaded["churches"][0], tmp_path / "model.ckpt")
 
 
+def test_shapes_alone(folder, loaded):
+    path = folder / "churches.safetensors"
+    model = compvis.load(path, path.with_suffix(".yaml"), shapes_only=True)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded["churches"][0].params
+    )
+    assert model.params == wanted
+
+
 def test_shards_of_a_mesh(folder):
     mesh = sharding.make_mesh(schema.MeshConfig(data=2, fsdp=2))
     path = folder / "stable_diffusion.safetensors"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from reference import case, released
 
-from ldm_jax.convert import compvis
+from ldm_jax import conditioning
+from ldm_jax.convert import compvis, compvis_cond
 from ldm_jax.convert.compvis_config import unet_config
 from ldm_jax.models import autoencoder, unet
 
@@ -116,6 +117,61 @@ def test_published_first_stage_fits_by_shape(name):
         assert params == expected(autoencoder, model)
         assert compvis.first_stage_state_dict(model, params) == tensors
     assert millions(params) in {count for _, count in FIRST_STAGES.values()}
+
+
+COND_STAGES = {
+    "configs__latent-diffusion__txt2img-1p4B-eval": (422, 581.99),
+    "configs__latent-diffusion__cin256-v2": (1, 0.51),
+    "ldm__cin256": (1, 0.51),
+    "ldm__layout2img-openimages256": (214, 58.86),
+    "ldm__semantic_synthesis256": (1, 0.0),
+    "ldm__text2img256": (422, 186.15),
+}
+
+
+def cond_stage_part(name):
+    """(target, params, tensors with their prefix)"""
+    about, tensors = released()[name]
+    stage = about["params"].get("cond_stage_config", "none")
+    mine = {k: x for k, x in tensors.items() if k.startswith(compvis.COND_STAGE_PREFIX)}
+    if isinstance(stage, str):
+        return stage, {}, mine
+    return stage["target"], stage.get("params", {}), mine
+
+
+def load_cond_stage(config, tensors):
+    return compvis.load_cond_stage(*config, tensors)
+
+
+@pytest.mark.parametrize("name", [name for name in released() if cond_stage_part(name)[2]])
+def test_published_cond_stage_fits_by_shape(name):
+    target, config, tensors = cond_stage_part(name)
+    model, params = loaded(load_cond_stage, (target, config), tensors)
+    if name in COND_STAGES:
+        assert (len(tensors), millions(params)) == COND_STAGES[name]
+        cond = compvis_cond.cond_stage_config(target.rpartition(".")[2], config, {})
+        assert params == jax.eval_shape(
+            lambda key: conditioning.init(cond, model, key), jax.random.key(0)
+        )
+        back = compvis.cond_stage_state_dict(cond, params)
+        assert {compvis.COND_STAGE_PREFIX + key: x for key, x in back.items()} == tensors
+    assert (len(tensors), millions(params)) in COND_STAGES.values()
+
+
+@pytest.mark.parametrize("name", released())
+def test_every_published_name_belongs_to_one_part(name):
+    _, tensors = released()[name]
+    parts = [unet_part(name), first_stage_part(name), cond_stage_part(name)]
+    names = [key for part in parts if part for key in part[-1]]
+    assert len(names) == len(tensors)
+    assert set(names) == set(tensors)
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Identity", "__is_first_stage__"])
+def test_stages_without_parameters(target):
+    assert compvis.load_cond_stage(target, {}, {}) == (None, {})
+    with pytest.raises(ValueError, match="unknown surprise"):
+        compvis.load_cond_stage(target, {}, {"surprise": np.zeros(1)})
 
 
 @pytest.mark.parametrize("name", ["unet_churches", "unet_cin"])

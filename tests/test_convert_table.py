@@ -1,6 +1,7 @@
 """Layouts and rows: both directions, by value and by shape, and every misfit in one error."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from reference import draw
@@ -101,3 +102,75 @@ def test_parameters_that_do_not_fit_are_listed():
     del params["b"]["to_k"]
     with pytest.raises(ValueError, match="missing b/to_k; unknown d/kernel"):
         table.to_torch(ROWS, params)
+
+
+class Lazy:
+    """Says what it is, and tells when it is read."""
+
+    def __init__(self, x, name, events):
+        self.shape, self.dtype = x.shape, x.dtype
+        self._x, self._name, self._events = x, name, events
+
+    def __array__(self, dtype=None, copy=None):
+        self._events.append(f"read {self._name}")
+        return self._x
+
+
+def test_lazy_tensors_are_read_one_at_a_time_and_placed():
+    events = []
+    lazy = {name: Lazy(x, name, events) for name, x in tensors().items()}
+
+    def place(path, x):
+        assert type(x) is np.ndarray
+        events.append(f"place {path}")
+        return x + 1
+
+    params = table.from_torch(ROWS, lazy, shapes(), place=place)
+    assert events == [
+        "read a.weight",
+        "place a/kernel",
+        "read b.qkv.weight",
+        *("place b/to_q", "place b/to_k", "place b/to_v"),
+        "read c.bias",
+        "place c/bias",
+    ]
+    np.testing.assert_array_equal(params["c"]["bias"], tensors()["c.bias"] + 1)
+
+
+def test_nothing_is_read_where_something_does_not_fit():
+    events = []
+    lazy = {name: Lazy(x, name, events) for name, x in tensors().items()}
+    with pytest.raises(ValueError, match=r"^model\.ckpt does not fit the config: unknown d$"):
+        table.from_torch(ROWS, lazy | {"d": draw(1)}, shapes(), where="model.ckpt")
+    assert events == []
+
+
+def test_parameters_of_another_type():
+    params = table.from_torch(ROWS, tensors(), shapes(), dtype=ml_dtypes.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
+    back = table.to_torch(ROWS, params, dtype=np.float32)
+    rounded = tensors()["a.weight"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(back["a.weight"], rounded)
+    assert back["a.weight"].dtype == np.float32
+    assert table.to_torch(ROWS, params)["c.bias"].dtype == ml_dtypes.bfloat16
+
+
+def test_tensors_that_are_made_when_asked_for():
+    params = table.from_torch(ROWS, tensors(), shapes())
+    lazy = table.to_torch(ROWS, params, dtype=np.float16, lazy=True)
+    for name, x in table.to_torch(ROWS, params, dtype=np.float16).items():
+        assert type(lazy[name]) is table.Pending
+        assert (lazy[name].shape, lazy[name].dtype) == (x.shape, np.float16)
+        np.testing.assert_array_equal(np.asarray(lazy[name]), x)
+
+
+def test_rows_that_overlap_are_refused():
+    twice = [*ROWS, table.Row("e.bias", ("c/bias",), table.VECTOR)]
+    with pytest.raises(ValueError, match="c/bias stands 2 times"):
+        table.from_torch(twice, tensors(), shapes())
+
+
+def test_parts_of_a_model_get_their_prefixes():
+    rows = table.prefixed(ROWS[1:], "part.", "ours/")
+    assert [row.torch for row in rows] == ["part.b.qkv.weight", "part.c.bias"]
+    assert rows[0].ours == ("ours/b/to_q", "ours/b/to_k", "ours/b/to_v")

@@ -158,6 +158,7 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
+    shapes_only: bool = False,
 ) -> bundle.LatentDiffusion:
     """The model of a checkpoint, without a tokenizer, which no checkpoint holds.
 
@@ -167,6 +168,7 @@ def load(
     ema: take the averaged weights where there are both.
     dtype, param_dtype: of computation and of the parameters.
     mesh: places the parameters by the training rules; None: on the default device.
+    shapes_only: the parameters are ShapeDtypeStructs, and no weight is read.
     Raises ValueError that names the file for what is unknown, missing or of another shape. What is
     left unread (see `IGNORED`) is counted and printed.
     """
@@ -186,13 +188,11 @@ def load(
     taken = take(tensors, all_rows, ema=ema)
     for line in taken.said:
         cli.say(f"{path.name}: {line}")
+    found, place = taken.tensors, table.placer(shapes, mesh)
+    if shapes_only:
+        found, place = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in found.items()}, None
     params = table.from_torch(
-        all_rows,
-        taken.tensors,
-        shapes,
-        dtype=param_dtype,
-        place=table.placer(shapes, mesh),
-        where=str(path),
+        all_rows, found, shapes, dtype=param_dtype, place=place, where=str(path)
     )
     return dataclasses.replace(model, params={part: params.get(part, {}) for part in shapes})
 

@@ -1,0 +1,224 @@
+"""The YAML of whole models: what published files say, and what we write back."""
+
+import dataclasses
+
+import pytest
+import yaml
+from reference import released
+from test_convert_single_file import FAMILIES, FIRST_STAGE, UNET
+
+from ldm_jax import bundle, schema
+from ldm_jax.convert import compvis_cond, compvis_yaml
+
+# config: (conditioning, side of an image, scale or None for "in the checkpoint")
+PUBLISHED = {
+    "sd__configs__stable-diffusion__v1-inference": (
+        schema.TextCondConfig(schema.CLIPTextConfig(), trainable=False),
+        512,
+        0.18215,
+    ),
+    "configs__latent-diffusion__txt2img-1p4B-eval": (schema.TextCondConfig(), 256, 0.18215),
+    "configs__latent-diffusion__cin256-v2": (schema.ClassCondConfig(), 256, 1.0),
+    "configs__retrieval-augmented-diffusion__768x768": (
+        schema.EmbeddingCondConfig(),
+        768,
+        0.22765929,
+    ),
+    "ldm__cin256": (schema.ClassCondConfig(dropout=0.0, null_class=False), 256, 1.0),
+    "ldm__bsr_sr": (schema.SuperResCondConfig(), 256, 1.0),
+    "ldm__celeba256": (None, 256, 1.0),
+    "ldm__inpainting_big": (schema.InpaintCondConfig(), 256, 1.0),
+    "ldm__layout2img-openimages256": (schema.LayoutCondConfig(), 256, 1.0),
+    "ldm__lsun_churches256": (None, 256, None),
+    "ldm__semantic_synthesis512": (schema.SemanticCondConfig(), 512, 1.0),
+    "ldm__text2img256": (schema.TextCondConfig(schema.BERTTextConfig(width=640)), 256, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models(name):
+    config, scale, guesses = compvis_yaml.model_config(released()[name][0], {})
+    bundle.check(config)
+    assert (config.cond, config.size, scale) == PUBLISHED[name]
+    assert guesses == ()
+    assert config.diffusion.schedule == "scaled_linear"
+    assert config.diffusion.prediction == "eps"
+
+
+def test_published_schedules():
+    config, _, _ = compvis_yaml.model_config(released()["ldm__lsun_churches256"][0], {})
+    assert config.diffusion == schema.DiffusionConfig(beta_start=0.0015, beta_end=0.0155, loss="l1")
+
+
+def there_and_back(config, scale, tmp_path):
+    (tmp_path / "model.yaml").write_text(compvis_yaml.dumps(config, scale))
+    return compvis_yaml.read(tmp_path / "model.yaml")
+
+
+PLAIN = {"spatial_transformer": False, "context_dim": None}
+CONDS = {
+    "none": (None, PLAIN),
+    "class": (schema.ClassCondConfig(10, 64), {}),
+    "class without null": (schema.ClassCondConfig(1000, 64, dropout=0.0, null_class=False), {}),
+    "label": (
+        schema.ClassCondConfig(10, via="label"),
+        PLAIN | {"num_classes": 11},
+    ),
+    "inpaint": (schema.InpaintCondConfig(), PLAIN | {"in_channels": 9}),
+    "superres": (schema.SuperResCondConfig(2), PLAIN | {"in_channels": 7}),
+    "semantic": (schema.SemanticCondConfig(5, stages=1), PLAIN | {"in_channels": 7}),
+    "layout": (schema.LayoutCondConfig(schema.BERTTextConfig(50, 7, 64, 2)), {}),
+    "embedding": (schema.EmbeddingCondConfig(64), {}),
+}
+CONFIGS = FAMILIES | {
+    name: schema.LatentDiffusionConfig(
+        FIRST_STAGE, dataclasses.replace(UNET, **unet), cond, size=32
+    )
+    for name, (cond, unet) in CONDS.items()
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_written_and_read_back(name, tmp_path):
+    config = CONFIGS[name]
+    bundle.check(config)
+    values = there_and_back(config, 0.25, tmp_path)
+    assert compvis_yaml.config_of(values) == (config, 0.25, ())
+
+
+@pytest.mark.parametrize("name", sorted({*CONDS, "Stable Diffusion 1"} - {"label"}))
+def test_the_section_of_the_reference_says_the_same(name, tmp_path):
+    """Without ours; but for what it has no word for."""
+    config = CONFIGS[name]
+    values = there_and_back(config, 0.25, tmp_path)
+    read, scale, _ = compvis_yaml.config_of({"model": values["model"]})
+    assert scale == 0.25
+    assert (read.unet, read.first_stage, read.size) == (config.unet, FIRST_STAGE, config.size)
+    assert read.diffusion == config.diffusion
+    if name == "class":  # 11 rows, of which nobody says that the last is the null class
+        assert read.cond == schema.ClassCondConfig(11, 64, dropout=0.0, null_class=False)
+    elif "Stable" in name:  # sizes of CLIP are those of its weights
+        assert type(read.cond) is type(config.cond)
+    else:
+        assert read.cond == config.cond
+
+
+def test_an_edited_section_holds_over_ours(tmp_path):
+    config = CONFIGS["inpaint"]
+    values = there_and_back(config, 1.0, tmp_path)
+    values["model"]["params"]["loss_type"] = "l1"
+    read, _, _ = compvis_yaml.config_of(values)
+    assert read.diffusion.loss == "l1"
+
+
+def test_numbers_as_omegaconf_reads_them(tmp_path):
+    text = compvis_yaml.dumps(CONFIGS["none"], 1.0)
+    assert text.count("linear_start: 0.00085") == 1
+    text = text.replace("linear_start: 0.00085", "linear_start: 1e-3")
+    (tmp_path / "model.yaml").write_text(text)
+    read, _, _ = compvis_yaml.config_of(compvis_yaml.read(tmp_path / "model.yaml"))
+    assert read.diffusion.beta_start == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML"),
+        ("- 1", "has no `model` section"),
+        ("model: {target: x}", "has no `model` section"),
+        ("model: {target: !!python/object/apply:os.getcwd [], params: {}}", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_model_yaml(tmp_path, text, message):
+    (tmp_path / "model.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"model\.yaml: {message}"):
+        compvis_yaml.read(tmp_path / "model.yaml")
+
+
+def edited(name, **params):
+    section = compvis_yaml.model_options(CONFIGS[name], 1.0)
+    return {"target": section["target"], "params": section["params"] | params}
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("none", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule='squaredcos_cap_v2'"),
+        ("none", {"num_timesteps_cond": 2}, "not supported: num_timesteps_cond=2"),
+        (
+            "inpaint",
+            {"conditioning_key": "crossattn"},
+            "key='crossattn' with cond_stage_config __is",
+        ),
+        (
+            "class",
+            {"conditioning_key": "concat"},
+            "conditioning_key='concat' with cond_stage_config",
+        ),
+        ("layout", {"conditioning_key": "hybrid"}, "conditioning_key='hybrid' with"),
+        (
+            "Stable Diffusion 1",
+            {"conditioning_key": "hybrid"},
+            "'hybrid' of LatentDiffusion is not",
+        ),
+        (
+            "class",
+            {"cond_stage_config": {"target": "a.FrozenT5Embedder"}},
+            "FrozenT5Embedder is not supported",
+        ),
+    ],
+)
+def test_options_that_cannot_be_kept_are_refused(name, params, message):
+    with pytest.raises(ValueError, match=message):
+        compvis_yaml.model_config(edited(name, **params), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"diffusion": schema.DiffusionConfig(prediction="v", zero_terminal_snr=True)},
+            "zero_term",
+        ),
+        ({"cond": schema.InpaintCondConfig(fill=0.5)}, "has no option in a CompVis YAML, only"),
+        ({"cond": schema.DepthCondConfig()}, "DepthCondConfig alone has no option"),
+        (
+            {"cond": schema.TextCondConfig(schema.CLIPTextConfig(layer="penultimate"))},
+            "layer='penultimate' of a CLIP with quick_gelu",
+        ),
+        (
+            {"cond": schema.TextCondConfig(schema.BERTTextConfig(num_heads=2))},
+            "has 8 heads of width 64, this encoder 2 of 64",
+        ),
+    ],
+)
+def test_models_that_have_no_yaml_are_refused(change, message):
+    config = dataclasses.replace(CONFIGS["none"], **change)
+    with pytest.raises(ValueError, match=message):
+        compvis_yaml.model_options(config, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "null"),
+    [
+        ({}, 1000, False),
+        ({"n_classes": 1001}, 1000, True),
+        ({"n_classes": 11}, 11, False),
+        ({"n_classes": 11, "ucg_rate": 0.2}, 10, True),
+    ],
+)
+def test_rows_of_a_class_embedder(options, classes, null):
+    cond = compvis_cond.cond_stage_config("ClassEmbedder", {"embed_dim": 8, **options}, {})
+    assert (cond.num_classes, cond.null_class) == (classes, null)
+    assert (cond.dropout > 0) == null
+
+
+def test_a_guess_about_classes_is_told():
+    section = edited("class")
+    _, _, guesses = compvis_yaml.model_config(section, {})
+    assert guesses == ("11 classes, null class: False",)
+
+
+def test_safe_dump_gives_what_plain_yaml_reads():
+    text = compvis_yaml.dumps(CONFIGS["semantic"], 0.18215)
+    assert yaml.safe_load(text)["model"]["params"]["scale_factor"] == 0.18215
