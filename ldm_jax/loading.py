@@ -28,6 +28,7 @@ def load(
     config: epath.PathLike | None = None,
     variant: str | None = None,
     tokenizer: epath.PathLike | None = None,
+    shapes_only: bool = False,
 ) -> bundle.LatentDiffusion:
     """The model at a path: a run, a diffusers folder, or a checkpoint of CompVis or Stability.
 
@@ -39,7 +40,8 @@ def load(
     `param_dtype` that of the parameters, both float32 by default. `variant` chooses among the
     weights of a diffusers folder ("fp16"), or says which Stable Diffusion a single file is, where
     it could be several ("v2-v"). `tokenizer` is a folder with a tokenizer's files, for a model of
-    text that comes without.
+    text that comes without. With `shapes_only` the parameters are ShapeDtypeStructs: what lies
+    there is looked at as carefully, but no weights of a folder or file are read.
     ValueError or FileNotFoundError name the path, what is wrong with it, and what was looked for.
     """
     path, kind = recognise(path)
@@ -55,7 +57,12 @@ def load(
         model = _load_run(path, step, ema, mesh, dtype, param_dtype)
     elif kind == "diffusers":
         model = diffusers.load(
-            path, variant=variant, dtype=dtype, param_dtype=param_dtype, mesh=mesh
+            path,
+            variant=variant,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            shapes_only=shapes_only,
         )
     else:
         model = compvis.load(
@@ -66,7 +73,11 @@ def load(
             dtype=dtype,
             param_dtype=param_dtype,
             mesh=mesh,
+            shapes_only=shapes_only,
         )
+    if shapes_only:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
+        model = dataclasses.replace(model, params=shapes)
     return model if tokenizer is None else _with_tokenizer(model, path, tokenizer)
 
 

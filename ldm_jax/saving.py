@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, checkpoint, rundir, schema, serialize
-from ldm_jax.convert import compvis, diffusers
+from ldm_jax.convert import compvis, compvis_yaml, diffusers_save, table
 
 Format = Literal["ldm_jax", "diffusers", "compvis"]
 
@@ -27,11 +27,24 @@ def save(
     if to == "ldm_jax":
         save_run(model, path, dtype=dtype)
     elif to == "diffusers":
-        diffusers.save(model, path, dtype=dtype)
+        diffusers_save.save(model, path, dtype=dtype)
     elif to == "compvis":
         compvis.save(model, path, dtype=dtype)
     else:
         raise ValueError(f"format {to!r} is not one of ldm_jax, diffusers, compvis")
+
+
+def check(model: bundle.LatentDiffusion, to: Format) -> int:
+    """How many tensors `save` would write; ValueError for what the format cannot hold.
+
+    The parameters may be ShapeDtypeStructs.
+    """
+    if to == "ldm_jax":
+        return len(jax.tree.leaves(model.params))
+    if to == "diffusers":
+        return diffusers_save.check(model)
+    compvis_yaml.dumps(model.config, model.latent_scale)
+    return len(table.to_torch(compvis.model_rows(model), model.params, lazy=True))
 
 
 def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:

@@ -58,9 +58,14 @@ def convert(argv: Sequence[str]) -> int:
             config=options.config,
             variant=options.variant,
             tokenizer=options.tokenizer,
+            shapes_only=options.check,
         )
         for line in summary(model):
             cli.say(line)
+        if options.check:
+            count = saving.check(model, options.to)
+            cli.say(f"{source} fits: {count} tensors would be written as {options.to}")
+            return 0
         write(model, target, options)
     cli.say(f"written: {target} ({options.to}, {options.dtype})")
     return 0

@@ -1,6 +1,6 @@
 """Tiny pipelines of torch diffusers with random weights, saved as folders."""
 
-import json
+import text_model
 
 SD_SCHEDULER = {
     "beta_start": 0.00085,
@@ -10,46 +10,6 @@ SD_SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-
-
-def clip_tokenizer(folder, max_length=16, pad="<|endoftext|>"):
-    """CLIPTokenizer of bytes and a few merges; its files are in `folder` then."""
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = ["r e", "re d</w>", "b l", "bl u", "blu e</w>", "s q", "sq u", "squ a"]
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    words += [m.replace(" ", "") for m in merges]
-    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": max_length,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def bert_tokenizer(folder):
-    """BertTokenizer of a few words and letters."""
-    from transformers import BertTokenizer
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "disc"]
-    words += [chr(c) for c in range(ord("b"), ord("z") + 1)]
-    words += ["##" + chr(c) for c in range(ord("a"), ord("z") + 1)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
-    )
-    return BertTokenizer.from_pretrained(folder)
 
 
 def autoencoder(levels=2, quiet=False):
@@ -116,9 +76,11 @@ def stable_diffusion(folder, kind="v1"):
         StableDiffusionInpaintPipeline,
         StableDiffusionPipeline,
     )
+    from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    tokenizer = clip_tokenizer(folder.parent / f"{folder.name}_tokenizer")
+    words = text_model.clip_tokenizer(folder.parent / f"{folder.name}_tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(words)
     scheduler, options, text = dict(SD_SCHEDULER), {}, {"hidden_act": "quick_gelu"}
     if kind == "v":
         scheduler |= {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
@@ -148,9 +110,11 @@ def latent_diffusion(folder):
         LDMBertConfig,
         LDMBertModel,
     )
+    from transformers import BertTokenizer
 
     torch.manual_seed(0)
-    tokenizer = bert_tokenizer(folder.parent / f"{folder.name}_tokenizer")
+    words = text_model.bert_tokenizer(folder.parent / f"{folder.name}_tokenizer")
+    tokenizer = BertTokenizer.from_pretrained(words)
     bert = LDMBertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=77,

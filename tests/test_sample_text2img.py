@@ -7,19 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import text_model
 from PIL import Image
 
-from ldm_jax import bundle, cli, conditioning, images, loading, sampling, saving, schema
-from ldm_jax.data import tokens
-from ldm_jax.models import autoencoder, unet
+from ldm_jax import cli, conditioning, images, loading, sampling, saving
 from ldm_jax.sample import common, main, text2img
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FAST = ["--steps", "2", "--num-images", "2"]
-ENCODER = schema.CLIPTextConfig(
-    vocab_size=257, max_length=12, width=32, num_layers=2, num_heads=4, mlp_width=64
-)
 
 
 def sample(*flags):
@@ -34,30 +30,7 @@ def pixels(path):
 
 @pytest.fixture(scope="module")
 def model():
-    """A model of text with frozen encoder, random weights."""
-    config = schema.LatentDiffusionConfig(
-        first_stage=schema.AutoencoderKLConfig(
-            channels=32, channel_mult=(1, 1), num_res_blocks=1, mid_attention=False
-        ),
-        unet=schema.UNetConfig(
-            model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_downsample=(1,),
-            num_heads=2, context_dim=32,
-        ),
-        cond=schema.TextCondConfig(encoder=ENCODER, trainable=False),
-        size=16,
-    )  # fmt: skip
-    empty = bundle.build(config, {}, 0.5)
-    stage, net = empty.first_stage, empty.unet
-    key = jax.random.key(0)
-    shapes = {
-        "unet": jax.eval_shape(net.init, key, *unet.example_inputs(net))["params"],
-        "first_stage": jax.eval_shape(stage.init, key, *autoencoder.example_inputs(stage))[
-            "params"
-        ],
-        "cond_stage": jax.eval_shape(lambda: conditioning.init(config.cond, empty.cond_stage, key)),
-    }
-    tokenizer = tokens.load_tokenizer("bytes", ENCODER.max_length)
-    return dataclasses.replace(empty, params=reference.filled(shapes), tokenizer=tokenizer)
+    return text_model.make()
 
 
 @pytest.fixture(scope="module")

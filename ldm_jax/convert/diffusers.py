@@ -43,12 +43,14 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
+    shapes_only: bool = False,
 ) -> bundle.LatentDiffusion:
     """The model of a pipeline's folder, with its tokenizer.
 
     variant: `fp16` for files named so; a component without such a file gives its plain one.
     dtype: compute type. param_dtype: of the parameters, which are placed one by one, by the rules
     of training on `mesh` or on the default device.
+    shapes_only: the parameters are ShapeDtypeStructs, and no weight is read.
     Raises ValueError or FileNotFoundError that name the file and what is wrong with it: an option
     or a component that is not supported, tensors that do not fit, missing weights.
     """
@@ -61,9 +63,11 @@ def load(
     params = {}
     for kind, part in diffusers_parts.of_model(config).items():
         if kind in names:
-            place = table.placer(part.shapes, mesh)
+            place = None if shapes_only else table.placer(part.shapes, mesh)
             path = folder / names[kind]
-            params[kind] = diffusers_parts.params(path, part, variant, param_dtype, place)
+            params[kind] = diffusers_parts.params(
+                path, part, variant, param_dtype, place, shapes_only
+            )
         else:
             params[kind] = {}
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform

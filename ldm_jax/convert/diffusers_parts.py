@@ -83,16 +83,23 @@ def _shapes(module: Any, *inputs: Any) -> dict:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
 
 
+def torch_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """Names that we write, and their shapes."""
+    return {k: tuple(x.shape) for k, x in table.to_torch(part.rows(None), part.shapes).items()}
+
+
 def params(
     folder: epath.Path,
     part: Part,
     variant: str | None,
     dtype: Any,
     place: table.Place | None = None,
+    shapes_only: bool = False,
 ) -> dict:
     """The parameters in a component's folder: PyTorch's or Flax's, in one file or several.
 
-    place: as in `table.from_torch`. Raises ValueError that names the file and what does not fit.
+    place: as in `table.from_torch`; shapes_only: as in `diffusers.load`.
+    Raises ValueError that names the file and what does not fit.
     """
     path = weights(folder, variant)
     found, info = files.open_state_dict(path)
@@ -105,6 +112,8 @@ def params(
             cli.say(f"{path}: left out, as it computes nothing: {', '.join(unused)}")
         found = {name: x for name, x in found.items() if name not in unused}
         rows = part.rows(found)
+    if shapes_only:
+        found = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
     return table.from_torch(rows, found, part.shapes, dtype=dtype, place=place, where=str(path))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -54,20 +54,13 @@ def save(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: is there already and not empty; choose another name")
     config, params = _with_last_layer(model.config, model.params)
-    pipeline = _pipeline(config, model.latent_scale)
-    text = schema.text_of(config.cond)
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    if text is not None and not isinstance(tokenizer, tokens.FileTokenizer):
-        raise ValueError(
-            f"{folder}: a tokenizer of CLIP or BERT is needed, and the model has"
-            f" {'none' if tokenizer is None else type(tokenizer).__name__}: give one"
-        )
-    written = {kind: name for kind, name in _components(pipeline).items() if name is not None}
-    options = _options(config, model.latent_scale)
-    parts = diffusers_parts.of_model(config)
-    for kind, name in written.items():
+    pipeline, options = _pipeline(config, model.latent_scale), _options(config, model.latent_scale)
+    text, tokenizer = schema.text_of(config.cond), tokenizer or model.tokenizer
+    _check_tokenizer(text, tokenizer, str(folder))
+    written = _written(pipeline)
+    for kind, tensors in _tensors(config, params, written, dtype).items():
+        name = written[kind]
         _write_json(folder / name / "config.json", options[kind])
-        tensors = table.to_torch(parts[kind].rows(None), params[kind], dtype=dtype, lazy=True)
         path = folder / name / WEIGHTS["text" if kind == "cond_stage" else "diffusers"]
         safetensors.write(path, tensors, {"format": "pt"})
     index = {name: _library(kind, options[kind]) for kind, name in written.items()}
@@ -79,6 +72,35 @@ def save(
     index |= {name: [None, None] for name in pipeline.absent} | dict(pipeline.options)
     # last: without it, what a broken run leaves is not taken for a model
     _write_json(folder / INDEX, {"_class_name": pipeline.name, **VERSION, **index})
+
+
+def check(model: bundle.LatentDiffusion) -> int:
+    """How many tensors `save` would write; ValueError as there. The parameters may be shapes."""
+    config, params = _with_last_layer(model.config, model.params)
+    pipeline = _pipeline(config, model.latent_scale)
+    _options(config, model.latent_scale)
+    _check_tokenizer(schema.text_of(config.cond), model.tokenizer, pipeline.name)
+    found = _tensors(config, params, _written(pipeline), None)
+    return sum(len(tensors) for tensors in found.values())
+
+
+def _check_tokenizer(text: Any, tokenizer: tokens.Tokenizer | None, where: str) -> None:
+    if text is not None and not isinstance(tokenizer, tokens.FileTokenizer):
+        raise ValueError(
+            f"{where}: a tokenizer of CLIP or BERT is needed, and the model has"
+            f" {'none' if tokenizer is None else type(tokenizer).__name__}: give one"
+        )
+
+
+def _tensors(
+    config: schema.LatentDiffusionConfig, params: dict, kinds: Iterable[str], dtype: Any
+) -> dict[str, dict[str, Any]]:
+    """Names and tensors of each part that is written."""
+    parts = diffusers_parts.of_model(config)
+    return {
+        kind: table.to_torch(parts[kind].rows(None), params[kind], dtype=dtype, lazy=True)
+        for kind in kinds
+    }
 
 
 def _pipeline(config: schema.LatentDiffusionConfig, scale: float) -> Pipeline:
@@ -133,13 +155,10 @@ def _pipeline(config: schema.LatentDiffusionConfig, scale: float) -> Pipeline:
     )
 
 
-def _components(pipeline: Pipeline) -> dict[str, str | None]:
-    """Our part -> the pipeline's name for it."""
-    return {
-        "unet": "unet",
-        "first_stage": pipeline.first_stage,
-        "cond_stage": pipeline.text,
-    }
+def _written(pipeline: Pipeline) -> dict[str, str]:
+    """Our part -> the pipeline's name for it, of those that it has."""
+    names = {"unet": "unet", "first_stage": pipeline.first_stage, "cond_stage": pipeline.text}
+    return {kind: name for kind, name in names.items() if name is not None}
 
 
 def _options(config: schema.LatentDiffusionConfig, scale: float) -> dict[str, dict[str, Any]]:
