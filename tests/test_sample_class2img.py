@@ -77,6 +77,19 @@ def test_given_noise_replaces_the_seeded_one(ldm_run, made, tmp_path):
     assert np.any(first != pixels(made / "00000_class3_seed5.png"))
 
 
+def test_ancestral_steps_without_guidance(ldm_run, tmp_path):
+    flags = ["--labels", 3, "--num-images", 2, "--solver", "ddpm", "--guidance-scale", 1, *FAST]
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        assert sample("--model", ldm_run, "--out", tmp_path / name, "--seed", seed, *flags) == 0
+    first, again, other = (
+        pixels(tmp_path / name / f"00001_class3_seed{seed}.png")
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+    assert images.read_settings(tmp_path / "a" / "grid.png")["solver"] == "ddpm"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
