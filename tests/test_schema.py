@@ -129,7 +129,8 @@ def test_what_may_change_on_resume():
     execution = {f.name for f in fields if "execution" in f.metadata}
     assert execution == {
         "steps", "accumulate", "mesh", "intervals", "max_to_keep", "max_bad_steps", "eval_batches",
-        "num_samples", "sample_steps", "sample_guidance", "remat", "attention", "deterministic",
+        "sampling", "num_samples", "sample_steps", "sample_guidance", "remat", "attention",
+        "deterministic",
     }  # fmt: skip
     data = {f.name for f in dataclasses.fields(schema.DataConfig) if "execution" in f.metadata}
     assert data == {"threads", "workers", "read_ahead"}
