@@ -84,7 +84,6 @@ def test_every_tensor_arrives(loaded, name):
             "takes the averaged weights; it holds both",
             {
                 "schedule buffers": 12,
-                "latent scale": 1,
                 "raw weights": 162,
                 "bookkeeping of the moving average": 2,
             },
@@ -114,8 +113,9 @@ def test_the_choice_and_what_is_left_are_printed(loaded, name, choice, left):
 
 
 def test_churches_scale_is_in_the_file(loaded):
-    model, _ = loaded["churches"]
+    model, said = loaded["churches"]
     assert model.latent_scale == np.float32(0.22)
+    assert "its own latent scale is 0.22" in said
     assert model.config.diffusion.loss == "l1"
     assert (model.config.cond, model.config.size) == (None, 64)
 
@@ -227,6 +227,12 @@ def test_a_first_stage_of_its_own(folder, beside):
     assert config.num_codes == 64
 
 
+def test_a_file_without_a_first_stage(tmp_path):
+    safetensors_file.write(tmp_path / "x.safetensors", {"a": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match=r"x\.safetensors: holds no first stage"):
+        compvis.load_first_stage_file(tmp_path / "x.safetensors")
+
+
 def test_the_first_stage_of_a_model(folder, loaded):
     path = folder / "inpainting_big.safetensors"
     for config in (path.with_suffix(".yaml"), None):
@@ -289,6 +295,8 @@ def test_averaged_weights_alone(tmp_path, loaded):
         (lambda m, t: m["params"].update(surprise=1), r"broken\.yaml: model: unknown: surprise"),
         (lambda m, t: m["params"].update(parameterization="flow"), "parameterization='flow'"),
         (lambda m, t: m.update(target="ddpm.DDPM"), "model.target 'ddpm.DDPM' is not one of"),
+        (lambda m, t: m["params"].update(unet_config=None), r"broken\.yaml: "),
+        (lambda m, t: m["params"]["unet_config"]["params"].update(in_channels=5), "set it to 4"),
         (lambda m, t: m["params"].update(image_size=[8, 8], channels=9), None),
     ],
 )
@@ -317,13 +325,16 @@ def test_a_file_without_yaml_that_is_not_stable_diffusion(folder):
 @pytest.mark.torch
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["churches", "stable_diffusion"])
-def test_lightning_checkpoints(loaded, name, zipped, tmp_path):
+def test_lightning_checkpoints(loaded, name, zipped, tmp_path, capsys):
     import torch
 
     model, tensors = MODELS[name]()
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
     path = tmp_path / "model.ckpt"
     torch.save(checkpoints.lightning(tensors), path, _use_new_zipfile_serialization=zipped)
+    capsys.readouterr()
     found = compvis.load(path, tmp_path / "model.yaml")
+    beside = "beside the state dict: epoch, global_step, pytorch-lightning_version, callbacks,"
+    assert f"{beside} optimizer_states, lr_schedulers" in capsys.readouterr().err
     assert same(found.params, loaded[name][0].params)
     assert found.latent_scale == loaded[name][0].latent_scale

@@ -43,7 +43,6 @@ IGNORED = (
         r"|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
         r"|posterior_mean_coef[12]|lvlb_weights)",
     ),
-    ("latent scale", r"scale_factor"),
     ("log-variances of the training loss", r"logvar"),
     ("losses of the first stage", r"(first_stage_model\.)?loss\..+"),
     ("bookkeeping of the moving average", r"model_ema\.(decay|num_updates)"),
@@ -173,26 +172,25 @@ def load(
     left unread (see `IGNORED`) is counted and printed.
     """
     path = epath.Path(path)
-    tensors = _with_text_model(files.open_state_dict(path)[0])
+    found, info = files.open_state_dict(path)
+    tensors = _with_text_model(found)
     config, scale = _config(path, yaml_path, variant, tensors)
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     model = bundle.build(
         config,
         {},
-        _scale(path, scale, tensors),
+        _take_scale(path, scale, tensors),
         dtype=jnp.dtype(dtype),
         attention=attention.choose(platform, mesh),
         convolution=convolution.choose(platform),
     )
     all_rows, shapes = model_rows(model), model_shapes(model)
-    taken = take(tensors, all_rows, ema=ema)
-    for line in taken.said:
-        cli.say(f"{path.name}: {line}")
-    found, place = taken.tensors, table.placer(shapes, mesh)
+    taken = _taken(path, tensors, info, all_rows, ema)
+    place = table.placer(shapes, mesh)
     if shapes_only:
-        found, place = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in found.items()}, None
+        taken, place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), taken), None
     params = table.from_torch(
-        all_rows, found, shapes, dtype=param_dtype, place=place, where=str(path)
+        all_rows, taken, shapes, dtype=param_dtype, place=place, where=str(path)
     )
     return dataclasses.replace(model, params={part: params.get(part, {}) for part in shapes})
 
@@ -220,23 +218,23 @@ def load_first_stage_file(
     yaml_path: the YAML of the first stage or of the model; None: names and shapes tell.
     """
     path = epath.Path(path)
-    tensors, _ = files.open_state_dict(path)
+    tensors, info = files.open_state_dict(path)
     if any(name.startswith(FIRST_STAGE_PREFIX) for name in tensors):
         tensors = {
             name.removeprefix(FIRST_STAGE_PREFIX): x
             for name, x in tensors.items()
             if name.startswith(FIRST_STAGE_PREFIX)
         }
+    if "encoder.conv_in.weight" not in tensors:
+        raise ValueError(f"{path}: holds no first stage (no tensor encoder.conv_in.weight)")
     if yaml_path is None:
         config = single_file.first_stage_config({n: tuple(x.shape) for n, x in tensors.items()})
     else:
         config = compvis_yaml.first_stage_of(compvis_yaml.read(yaml_path))
     model = autoencoder.from_config(config)
-    taken = take(tensors, rows.autoencoder(model), ema=ema)
-    for line in taken.said:
-        cli.say(f"{path.name}: {line}")
-    shapes = _first_stage_shapes(model)
-    return table.from_torch(rows.autoencoder(model), taken.tensors, shapes, where=str(path)), config
+    all_rows, shapes = rows.autoencoder(model), _first_stage_shapes(model)
+    taken = _taken(path, tensors, info, all_rows, ema)
+    return table.from_torch(all_rows, taken, shapes, where=str(path)), config
 
 
 def model_rows(model: bundle.LatentDiffusion) -> list[table.Row]:
@@ -265,14 +263,17 @@ def _config(
         if variant is not None:
             raise ValueError(f"{path}: variant={variant!r}, but {yaml_path} says what it is")
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+        values = compvis_yaml.read(yaml_path)
         try:
-            config, scale, guesses = compvis_yaml.config_of(compvis_yaml.read(yaml_path), shapes)
-        except ValueError as error:
+            config, scale, guesses = compvis_yaml.config_of(values, shapes)
+            bundle.check(config, config.first_stage.in_channels)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{yaml_path}: {error}") from error
         said = [f"{yaml_path}: read as {guess}" for guess in guesses]
     else:
         try:
             found = single_file.recognize(tensors, variant)
+            bundle.check(found.config, found.config.first_stage.in_channels)
         except (ValueError, LookupError) as error:
             raise ValueError(
                 f"{path}: has no YAML and is not recognised ({error}); give its YAML (--config)"
@@ -280,28 +281,46 @@ def _config(
         config, scale = found.config, found.scale
         said = [f"{path.name}: {found.family}, by its names and shapes"]
         said += [f"{path.name}: a guess: {guess}" for guess in found.guesses]
-    bundle.check(config, config.first_stage.in_channels)
     for line in said:
         cli.say(line)
     return config, scale
 
 
-def _with_text_model(tensors: StateDict) -> StateDict:
+def _with_text_model(tensors: dict[str, Any]) -> dict[str, Any]:
     """Some files of Stable Diffusion 1 leave out the `text_model.` of transformers' names."""
+    if any("transformer.text_model." in name for name in tensors):
+        return tensors
     short = r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
     return {re.sub(short, r"\g<0>text_model.", name): x for name, x in tensors.items()}
 
 
-def _scale(path: epath.Path, scale: float | None, tensors: StateDict) -> float:
+def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) -> float:
     """The latent scale of the file if it has one (`scale_by_std`), else that of the config."""
     if "scale_factor" in tensors:
-        return float(np.asarray(tensors["scale_factor"]).astype(np.float32))
+        scale = float(np.asarray(tensors.pop("scale_factor")).astype(np.float32))
+        cli.say(f"{path.name}: its own latent scale is {scale:g}")
     if scale is None:
         raise ValueError(f"{path}: its YAML says scale_by_std, but it has no scale_factor")
     return scale
 
 
 # --- what of a checkpoint is taken ---------------------------------------------------------------
+
+
+def _taken(
+    path: epath.Path, tensors: StateDict, info: files.Info, all_rows: list[table.Row], ema: bool
+) -> dict[str, Any]:
+    """`take` of a file, with what it says printed."""
+    try:
+        taken = take(tensors, all_rows, ema=ema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for line in taken.said:
+        cli.say(f"{path.name}: {line}")
+    if info.left:
+        more = f" and {len(info.left) - 8} more" if len(info.left) > 8 else ""
+        cli.say(f"{path.name}: beside the state dict: {', '.join(info.left[:8])}{more}")
+    return taken.tensors
 
 
 class Taken(NamedTuple):

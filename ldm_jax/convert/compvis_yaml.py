@@ -3,6 +3,7 @@
 `target` strings are only compared by their last name: nothing is imported from them.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -128,6 +129,8 @@ def model_config(
         model["params"], "model", required=REQUIRED, optional=DEFAULTS, fixed=FIXED, ignored=IGNORED
     )
     unet = compvis_config.unet_config(compvis_cond.params_of(values["unet_config"]))
+    if unet.linear_projection:  # Stable Diffusion 2.1 overflows without; the reference has it
+        unet = dataclasses.replace(unet, upcast_attention=True)  # in the environment
     first_stage = compvis_config.first_stage_config(
         compvis_cond.params_of(values["first_stage_config"]), channels=unet.out_channels
     )
