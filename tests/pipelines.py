@@ -12,6 +12,13 @@ SD_SCHEDULER = {
 }
 
 
+def clip_tokenizer(folder):
+    """CLIPTokenizer; its files are in `folder` then."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(text_model.clip_tokenizer(folder))
+
+
 def autoencoder(levels=2, quiet=False):
     """AutoencoderKL; with `quiet` its posterior has next to no variance."""
     import torch
@@ -76,11 +83,9 @@ def stable_diffusion(folder, kind="v1"):
         StableDiffusionInpaintPipeline,
         StableDiffusionPipeline,
     )
-    from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    words = text_model.clip_tokenizer(folder.parent / f"{folder.name}_tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(words)
+    tokenizer = clip_tokenizer(folder.parent / f"{folder.name}_tokenizer")
     scheduler, options, text = dict(SD_SCHEDULER), {}, {"hidden_act": "quick_gelu"}
     if kind == "v":
         scheduler |= {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
