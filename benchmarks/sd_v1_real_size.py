@@ -189,7 +189,7 @@ def report(found: dict, same: bool, sizes: tuple[int, int], wrote: float, load: 
         "| --- | --- | --- | --- |",
     ]
     titles = {
-        "load": "load (cold or warm as the file was just written)",
+        "load": "load, from a file that was just written",
         "compile": "compile the sampler",
         "sample": f"{STEPS} DDIM steps at {SIZE}x{SIZE}, guidance {GUIDANCE}, and decode",
         "save": "write back, with the YAML",

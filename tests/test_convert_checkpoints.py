@@ -187,9 +187,17 @@ def test_saved_in_half_precision(loaded, tmp_path):
     assert same(again.params, rounded)
 
 
+def test_saved_as_a_ckpt(loaded, tmp_path):
+    model, _ = loaded["inpainting_big"]
+    compvis.save(model, tmp_path / "model.ckpt", dtype=jnp.float16)
+    again = compvis.load(tmp_path / "model.ckpt", tmp_path / "model.yaml")
+    halved = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), model.params)
+    assert same(again.params, halved)
+
+
 def test_another_ending_is_refused(loaded, tmp_path):
-    with pytest.raises(ValueError, match=r"model\.ckpt: is written as \.safetensors"):
-        compvis.save(loaded["churches"][0], tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"model\.bin: is written as \.safetensors or \.ckpt"):
+        compvis.save(loaded["churches"][0], tmp_path / "model.bin")
 
 
 def test_shapes_alone(folder, loaded):

@@ -22,6 +22,7 @@ from ldm_jax.convert import (
     safetensors_file,
     single_file,
     table,
+    torch_writer,
 )
 from ldm_jax.convert.compvis_config import first_stage_config, unet_config
 from ldm_jax.models import attention, autoencoder, convolution, unet
@@ -196,17 +197,21 @@ def load(
 
 
 def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = None) -> None:
-    """Writes NAME.safetensors with CompVis names, and NAME.yaml beside it, which `load` reads.
+    """Writes the weights with CompVis names, and NAME.yaml beside them, which `load` reads.
 
+    path: NAME.safetensors, or NAME.ckpt for programs that read nothing else.
     dtype: of the weights; None keeps that of the parameters. ValueError for another ending, and for
     what a CompVis YAML cannot say.
     """
     path = epath.Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: is written as .safetensors (CompVis names within); name it so")
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{path}: is written as .safetensors or .ckpt: name it so")
     text = compvis_yaml.dumps(model.config, model.latent_scale)
     tensors = table.to_torch(model_rows(model), model.params, dtype=dtype, lazy=True)
-    safetensors_file.write(path, tensors, {"format": "pt"})
+    if path.suffix == ".ckpt":
+        torch_writer.write(path, tensors)
+    else:
+        safetensors_file.write(path, tensors, {"format": "pt"})
     path.with_suffix(".yaml").write_text(text)
 
 
