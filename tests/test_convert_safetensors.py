@@ -165,6 +165,25 @@ def test_headers_that_lie_are_refused(tmp_path, lie):
             reader(path)
 
 
+def test_lies_are_told_apart(tmp_path, monkeypatch):
+    complaints = {
+        "gap": "the data of 'b' follows a gap",
+        "overlap": "the data of 'b' overlaps the one before",
+        "shape larger than the data": "'a' takes 16 bytes, not the 20 of its shape",
+        "unknown dtype": "'a' has dtype 'F4'; known are BOOL, U8",
+        "header longer than the file": "a safetensors header of 1000000 bytes in a file of",
+        "more data": "its tensors end at byte",
+        "name twice": "'a' stands there twice",
+    }
+    for lie, complaint in complaints.items():
+        with pytest.raises(ValueError, match=complaint):
+            safetensors_file.read(raw(tmp_path / "a", *LIES[lie]))
+    good = raw(tmp_path / "a", {"a": entry()}, DATA)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER", 20)
+    with pytest.raises(ValueError, match="a safetensors header of"):
+        safetensors_file.read(good)
+
+
 def test_a_good_header_by_hand(tmp_path):
     header = {"__metadata__": {"a": "b"}, "b": entry(8, 16, (2,)), "a": entry(0, 8, (1, 2))}
     read = safetensors_file.read(raw(tmp_path / "a", header, DATA))
@@ -210,6 +229,9 @@ def test_shards(folder):
     found, info = files.open_state_dict(folder / INDEX)
     same(found, NAMED)
     assert info.format == "safetensors"
+    variant = folder / "model.safetensors.index.fp16.json"
+    (folder / INDEX).rename(variant)
+    same(files.open_state_dict(variant)[0], NAMED)
 
 
 @pytest.mark.torch

@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -26,6 +27,13 @@ def save(path, content: bytes, storages: dict[str, bytes] | None = None, **more:
         archive.writestr("archive/data.pkl", content)
         for name, data in {**{f"data/{k}": v for k, v in (storages or {}).items()}, **more}.items():
             archive.writestr(f"archive/{name}", data)
+    return path
+
+
+def legacy(path, content: bytes, keys: list, data: bytes = b""):
+    """A file as torch before 1.6 lays it out."""
+    begin = b"".join(pickle.dumps(x, 2) for x in (torch_file.LEGACY_MAGIC, 1001, {}))
+    path.write_bytes(begin + content + pickle.dumps(keys, 2) + data)
     return path
 
 
@@ -104,6 +112,7 @@ def test_every_dtype_and_view_is_torch_s(torch, tmp_path, new):
     for name, tensor in saved.items():
         assert isinstance(read[name], tensors.LazyTensor)
         same(read[name], tensor.detach())
+    assert read["one"].strides is None  # axes of one have strides that mean nothing
 
 
 @pytest.mark.torch
@@ -248,6 +257,25 @@ def test_damaged_data_are_noticed(tmp_path):
         np.asarray(torch_file.read(path))
 
 
+def test_storages_of_a_legacy_file(tmp_path):
+    """Older torch saved views of storages; sizes and keys are said twice, and must agree."""
+    content = Pickle().add(b"(").tensor((4,), (1,))
+    content.add(b"ctorch._utils\n_rebuild_tensor\n((", "storage", b"ctorch\nFloatStorage\n", "0")
+    content.add("cpu", 4, b"(", "view", 1, 2, b"ttQ", 0, b"(", 2, b"t(", 1, b"ttRt")
+    data = struct.pack("<q", 4) + NUMBERS.tobytes()
+    read = torch_file.read(legacy(tmp_path / "a", content.done(), ["0"], data))
+    assert [np.asarray(x).tolist() for x in read] == [[0, 1, 2, 3], [1, 2]]
+    wrong = ((["0"], b"\3" + data[1:]), (["1"], data), ([], data), (["0"], data[:-1]), (0, data))
+    for keys, data in wrong:
+        with pytest.raises(ValueError, match="a: "):
+            torch_file.read(legacy(tmp_path / "a", content.done(), keys, data))
+    outside = bytes(content.out).replace(
+        struct.pack("<q", 2) + b"ttQ", struct.pack("<q", 9) + b"ttQ"
+    )
+    with pytest.raises(ValueError, match="a: a view beyond storage '0'"):
+        torch_file.read(legacy(tmp_path / "a", outside + b".", ["0"], data))
+
+
 @pytest.mark.parametrize(
     ("shape", "stride", "more"),
     [
@@ -314,8 +342,7 @@ def test_calls_are_refused_by_name(tmp_path, function):
     for content in opcodes_that_call(function).values():
         with pytest.raises(ValueError, match=r"a: it (calls|asks for) " + full):
             torch_file.read(save(tmp_path / "a", content))
-        legacy = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}))
-        (tmp_path / "b").write_bytes(legacy + content + pickle.dumps([], 2))
+        legacy(tmp_path / "b", content, [])
         with pytest.raises(ValueError, match=r"b: it (calls|asks for) " + full):
             torch_file.read(tmp_path / "b")
 
@@ -359,7 +386,9 @@ BOMBS = {
     "digits": b"I" + b"9" * 100_000 + b"\n.",
     "copies": b"\x80\x02" + b"](" + b"K\x01" * 500 + b"eq\x000"
     + b"cbuiltins\nset\nh\x00\x85R0" * 100 + b"N.",
+    "BINBYTES": b"\x80\x03B\xff\xff\xff\xff.",
     "large number as a key": b"\x80\x02}\x8b\x00\x00\x10\x00" + b"\x7f" * 2**20 + b"Ns.",
+    "wide tuple as a key": b"\x80\x02}(" + b"K\x01" * 17 + b"tNs.",
     "key of its own tuple": b"\x80\x02}" + b")" + b"\x85" * 40 + b"Ns.",
     "extension": b"\x80\x02\x82\x01.",
     "out-of-band buffer": b"\x80\x05\x97.",
@@ -387,8 +416,16 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_and_damage_are_refused(tmp_path, monkeypatch, bomb):
     monkeypatch.setattr(unpickle, "MAX_STEPS", 20_000)
-    with pytest.raises(ValueError, match=r"model\.ckpt: "):
-        torch_file.read(save(tmp_path / "model.ckpt", BOMBS[bomb]))
+    for path in (
+        save(tmp_path / "model.ckpt", BOMBS[bomb]),
+        legacy(tmp_path / "b", BOMBS[bomb], []),
+    ):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=str(path)):
+            torch_file.read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 32 * 2**20
 
 
 def test_deep_nesting_is_no_recursion(tmp_path):
@@ -490,6 +527,40 @@ def test_a_directory_that_lies(tmp_path, field):
             else:
                 with pytest.raises(ValueError, match="a: "):
                     np.asarray(torch_file.read(path))
+
+
+def test_a_directory_that_swaps_two_storages(tmp_path):
+    content = Pickle().add(b"(").tensor((4,), (1,)).tensor((4,), (1,), key="1").add(b"t").done()
+    path = save(tmp_path / "a", content, dict.fromkeys("01", NUMBERS.tobytes()))
+    data = bytearray(path.read_bytes())
+    ends = [data.rindex(f"archive/data/{key}".encode()) - 46 + 42 for key in "01"]
+    first, second = (bytes(data[at : at + 4]) for at in ends)
+    data[ends[0] : ends[0] + 4], data[ends[1] : ends[1] + 4] = second, first
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"a: entry 'archive/data/0' .* is not where the directory"
+    ):
+        torch_file.read(path)
+
+
+def test_which_dict_is_the_state_dict(tmp_path):
+    """`state_dict` before all, else the only dict of tensors; two others are no guess of ours."""
+
+    def saved(*names: str) -> str:
+        content = Pickle().add(b"}", "epoch", 3, b"s")
+        for name in names:
+            content.add(name, b"}", "w").tensor((4,), (1,)).add(b"ss")
+        return save(tmp_path / "a", content.done(), {"0": NUMBERS.tobytes()})
+
+    for names in (("state_dict",), ("state_dict", "ema"), ("ema", "state_dict"), ("model",)):
+        found, info = files.open_state_dict(saved(*names))
+        assert list(found) == ["w"]
+        chosen = "state_dict" if "state_dict" in names else "model"
+        assert set(info.left) == {"epoch", *names} - {chosen}
+    with pytest.raises(
+        ValueError, match=r"a: no state dict .* a dict of epoch, params, params_ema"
+    ):
+        files.open_state_dict(saved("params", "params_ema"))
 
 
 def test_what_is_no_file(tmp_path):

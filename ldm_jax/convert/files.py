@@ -36,12 +36,13 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
     """Name -> tensor of a file, whose format is told by its content.
 
     Reads PyTorch's zip and legacy files (the innermost `state_dict` of Lightning and other
-    wrappers), safetensors, `*.index.json` of sharded files of these, and Flax msgpack (names joined
-    with "/"). No tensor is read and no code of the file runs.
+    wrappers), safetensors, the index of sharded files of these (`*.index.json`), and Flax msgpack
+    (names joined with "/"). No tensor is read and no code of the file runs.
     Raises ValueError that names the file if it is damaged, of another format, or has no state dict.
     """
     file = tensors.file(path)
-    if file.path.endswith(".index.json"):
+    name = os.path.basename(file.path)
+    if ".index." in name and name.endswith(".json"):  # also NAME.safetensors.index.fp16.json
         return _open_sharded(file.path)
     with tensors.refusals(file.path):
         kind = _format(file)
