@@ -19,7 +19,7 @@ def save(
 
     ldm_jax: a run directory that samples and that training can start from.
     diffusers: a folder with every component, tokenizer and scheduler.
-    compvis: a .safetensors file with its YAML beside it.
+    compvis: a .safetensors or .ckpt file, as `path` ends, with its YAML beside it.
     `dtype` is that of the weights, by default the parameters' own. ValueError says what the format
     cannot hold.
     """

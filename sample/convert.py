@@ -21,7 +21,7 @@ class Options:
     source: tyro.conf.Positional[str]
     """Run directory, diffusers folder, CompVis .ckpt or .safetensors, or Stable Diffusion file."""
     target: tyro.conf.Positional[str]
-    """New folder; with --to compvis a new .safetensors file, with its YAML beside it."""
+    """New folder; with --to compvis a new .safetensors or .ckpt file, with its YAML beside it."""
     to: saving.Format
     """Format of the target."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -96,8 +96,8 @@ def refuse_target(options: Options, source: epath.Path, target: epath.Path) -> N
     """ValueError if the target holds something, or is not named as its format asks."""
     if target == source or source in target.parents or target in source.parents:
         raise ValueError(f"{target}: source and target are the same, or one lies in the other")
-    if options.to == "compvis" and target.suffix != ".safetensors":
-        raise ValueError(f"{target}: --to compvis writes a .safetensors file: name it so")
+    if options.to == "compvis" and target.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{target}: --to compvis writes .safetensors or .ckpt: name it so")
     held = [path for path in results(options, target) if path.exists() and not _empty(path)]
     if not held:
         return

@@ -127,7 +127,7 @@ def test_a_failure_leaves_nothing(source, model, tmp_path, capsys):
     [
         (["{source}", "{source}", "--to", "diffusers"], "are the same, or one lies in the other"),
         (["{source}", "{source}/x", "--to", "diffusers"], "are the same, or one lies in the other"),
-        (["{source}", "{tmp}/x", "--to", "compvis"], "writes a .safetensors file: name it so"),
+        (["{source}", "{tmp}/x", "--to", "compvis"], "writes .safetensors or .ckpt: name it so"),
         (["{tmp}/none", "{tmp}/x", "--to", "ldm_jax"], "none: does not exist"),
         (["{tmp}", "{tmp}-x", "--to", "ldm_jax"], "is not a run directory (no config.json), nor a"),
         (["{tmp}/a.yaml", "{tmp}/x", "--to", "ldm_jax"], "is a configuration; give the checkpoint"),
@@ -148,9 +148,8 @@ def test_bad_input_is_one_line(source, tmp_path, capsys, flags, message):
 
 def test_a_checkpoint_is_found_in_its_folder(source, tmp_path):
     """As the zips of CompVis have it: model.ckpt and config.yaml."""
-    assert run(source, tmp_path / "m.safetensors", "--to", "compvis") == 0
-    (tmp_path / "m.safetensors").rename(tmp_path / "model.ckpt")
-    (tmp_path / "m.yaml").rename(tmp_path / "config.yaml")
+    assert run(source, tmp_path / "model.ckpt", "--to", "compvis") == 0
+    (tmp_path / "model.yaml").rename(tmp_path / "config.yaml")
     path, kind = loading.recognise(tmp_path)
     assert (path.name, kind) == ("model.ckpt", "checkpoint")
     assert loading.load(tmp_path).tokenizer is None
