@@ -5,14 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import conditioning, schema
+from ldm_jax import conditioning, diffusion, schema
 from ldm_jax.conditioning import Cond
+from ldm_jax.models import bert, clip
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
 MASK = (RNG.uniform(size=(2, 8, 8, 1)) > 0.5).astype(np.float32)
 MAP = RNG.integers(0, 5, (2, 8, 8)).astype(np.int32)
 DROPPED = jnp.array([True, False])
+TOKENS = {
+    "tokens": RNG.integers(1, 20, (2, 5)).astype(np.int32),
+    "null_tokens": np.zeros((2, 5), np.int32),
+}
+UPSCALE = {
+    "low_res": IMAGE[:, ::2, ::2],
+    "low_res_noise": RNG.normal(size=(2, 4, 4, 3)).astype(np.float32),
+    "noise_level": np.array([0, 300]),
+}
+TextCond = schema.TextCondConfig
+BERT = schema.BERTTextConfig(
+    vocab_size=20, max_length=5, width=32, num_layers=1, num_heads=2, head_width=16
+)
+CLIP = schema.CLIPTextConfig(
+    vocab_size=20, max_length=5, width=32, num_layers=1, num_heads=2, mlp_width=64
+)
+LAYOUT = schema.LayoutCondConfig(encoder=BERT)
 
 
 def encode(image):
@@ -48,6 +66,116 @@ def test_class_as_label():
     assert (module, params) == (None, {})
     assert (cond.context, cond.concat) == (None, None)
     assert cond.label.tolist() == [4, 3]
+
+
+def test_a_model_without_a_null_class_has_no_null_condition():
+    config = schema.ClassCondConfig(num_classes=4, embed_dim=6, dropout=0.0, null_class=False)
+    cond, module, params = made(config, {"label": jnp.array([1, 3])})
+    assert params["embedding"]["embedding"].shape == (4, 6)
+    assert cond.context.shape == (2, 1, 6)
+    with pytest.raises(ValueError, match="no null class: sample with guidance scale 1"):
+        conditioning.null_like(config, module, params, {"label": jnp.array([1, 3])})
+
+
+@pytest.mark.parametrize("config", [TextCond(encoder=CLIP), TextCond(encoder=BERT), LAYOUT])
+def test_tokens(config):
+    cond, module, params = made(config, TOKENS, DROPPED)
+    assert (cond.concat, cond.label) == (None, None)
+    assert cond.context.shape == (2, 5, 32)
+    ids = np.stack([TOKENS["null_tokens"][0], TOKENS["tokens"][1]])
+    expected = module.apply({"params": params}, ids)
+    np.testing.assert_allclose(cond.context, expected, atol=1e-5)
+
+    # each side alone needs the other's tokens not
+    kept = conditioning.from_batch(config, module, params, {"tokens": TOKENS["tokens"]})
+    np.testing.assert_allclose(kept.context[1], expected[1], atol=1e-5)
+    null = {"null_tokens": TOKENS["null_tokens"]}
+    null = conditioning.null_like(config, module, params, null)
+    np.testing.assert_allclose(null.context[0], expected[0], atol=1e-5)
+    assert float(jnp.abs(kept.context[0] - null.context[0]).max()) > 0.01
+
+
+def test_given_vectors():
+    config = schema.EmbeddingCondConfig(width=6)
+    batch = {"embedding": RNG.normal(size=(2, 3, 6)).astype(np.float32)}
+    cond, module, _ = made(config, batch, DROPPED)
+    assert module is None
+    assert not cond.context[0].any()
+    np.testing.assert_array_equal(cond.context[1], batch["embedding"][1])
+    null = conditioning.null_like(config, None, {}, batch)
+    assert (null.context.shape, bool(null.context.any())) == ((2, 3, 6), False)
+
+
+def test_depth_is_scaled_per_image():
+    depth = RNG.normal(5, 3, (3, 4, 4, 1)).astype(np.float32)
+    depth[2] = 7  # a wall
+    cond, _, _ = made(schema.DepthCondConfig(), {"depth": depth})
+    low, high = (f(depth, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
+    expected = 2 * (depth[:2] - low[:2]) / (high - low)[:2] - 1
+    np.testing.assert_allclose(cond.concat[:2], expected, atol=1e-6)
+    np.testing.assert_array_equal(cond.concat[2], np.full((4, 4, 1), -1))
+    assert cond.concat.shape[-1] == conditioning.concat_channels(schema.DepthCondConfig(), 4, 3)
+
+
+def test_upscaling_noises_the_low_resolution_image_to_its_label():
+    config = schema.UpscaleCondConfig()
+    cond, _, _ = made(config, UPSCALE)
+    schedule = diffusion.make_schedule("scaled_linear", 1000, 1e-4, 0.02)
+    expected = diffusion.q_sample(
+        schedule, UPSCALE["low_res"], UPSCALE["noise_level"], UPSCALE["low_res_noise"]
+    )
+    np.testing.assert_allclose(cond.concat, expected, atol=1e-6)
+    # by hand: level 0 is almost the image
+    np.testing.assert_allclose(cond.concat[0], UPSCALE["low_res"][0], atol=0.05)
+    alpha = np.sqrt(np.prod(1 - np.linspace(1e-2, np.sqrt(0.02), 1000)[:301] ** 2))
+    by_hand = alpha * UPSCALE["low_res"][1]
+    by_hand += np.sqrt(1 - alpha**2) * UPSCALE["low_res_noise"][1]
+    np.testing.assert_allclose(cond.concat[1], by_hand, atol=1e-5)
+    assert cond.label.tolist() == [0, 300]
+    assert conditioning.concat_channels(config, 4, 3) == 3
+
+
+@pytest.mark.torch
+def test_upscaling_noises_as_diffusers_does():
+    torch = pytest.importorskip("torch", reason="torch is the reference here")
+    diffusers = pytest.importorskip("diffusers", reason="and diffusers")
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02
+    )
+    arguments = (torch.tensor(UPSCALE[n]) for n in ("low_res", "low_res_noise", "noise_level"))
+    expected = scheduler.add_noise(*arguments)
+    cond, _, _ = made(schema.UpscaleCondConfig(), UPSCALE)
+    # their schedule is multiplied up in float32, ours in float64
+    np.testing.assert_allclose(cond.concat, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "concat",
+    [schema.InpaintCondConfig(), schema.DepthCondConfig(), schema.UpscaleCondConfig(factor=2)],
+)
+def test_hybrid_is_text_beside_an_image_that_is_never_dropped(concat):
+    text = TextCond(encoder=BERT)
+    config = schema.HybridCondConfig(text, concat)
+    batch = {"image": IMAGE, "mask": MASK, "depth": MASK, **TOKENS, **UPSCALE}
+    cond, module, params = made(config, batch, DROPPED)
+    words = conditioning.from_batch(text, module, params, batch, dropped=DROPPED)
+    beside, _, _ = made(concat, batch)
+    np.testing.assert_array_equal(cond.context, words.context)
+    np.testing.assert_array_equal(cond.concat, beside.concat)
+    assert (cond.label is None) == (beside.label is None)
+    null = conditioning.null_like(config, module, params, batch, encode)
+    assert jax.tree.structure(null) == jax.tree.structure(cond)  # guidance joins them
+    np.testing.assert_array_equal(null.concat, cond.concat)
+    np.testing.assert_allclose(null.context[0], cond.context[0], atol=1e-5)
+    assert conditioning.concat_channels(config, 4, 3) == conditioning.concat_channels(concat, 4, 3)
+    assert conditioning.context_width(config) == ("cond.text.encoder.width", 32)
+
+
+def test_the_encoder_is_that_of_the_config():
+    assert isinstance(conditioning.build(TextCond(encoder=CLIP)), clip.CLIPText)
+    built = conditioning.build(TextCond(encoder=BERT), jnp.bfloat16, remat=True)
+    assert (type(built), built.dtype, built.remat) == (bert.BERTText, jnp.bfloat16, True)
+    assert conditioning.build(schema.EmbeddingCondConfig()) is None
 
 
 @pytest.mark.parametrize("order", ["image_mask", "mask_image"])
@@ -116,10 +244,12 @@ def test_semantic_map_is_halved_as_by_the_reference():
         schema.InpaintCondConfig(),
         schema.SuperResCondConfig(factor=2),
         schema.SemanticCondConfig(num_classes=5, stages=1),
+        schema.DepthCondConfig(),
+        schema.UpscaleCondConfig(),
     ],
 )
 def test_dropped_rows_are_the_null_condition(config):
-    batch = {"image": IMAGE, "mask": MASK, "segmentation": MAP}
+    batch = {"image": IMAGE, "mask": MASK, "segmentation": MAP, "depth": 1 + MASK, **UPSCALE}
     cond, module, params = made(config, batch, DROPPED)
     kept = conditioning.from_batch(config, module, params, batch, encode)
     null = conditioning.null_like(config, module, params, batch, encode)

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import filled, quick_jit
 
-from ldm_jax import latents
+from ldm_jax import latents, schema
 from ldm_jax.configs import tiny
+from ldm_jax.models import autoencoder as first_stages
 from ldm_jax.train import autoencoder
 
 CONFIG = tiny.get_config("first_stage")
@@ -39,6 +41,35 @@ def test_samples_of_the_posterior_follow_their_row_keys(first_stage):
     np.testing.assert_allclose(found, expected, atol=1e-6)
     alone = latents.encode(module, params, IMAGE[1:2], SCALE, keys[1:2])
     np.testing.assert_allclose(alone, found[1:2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        schema.IdentityFirstStageConfig(),
+        schema.AutoencoderVQConfig(
+            channels=32, channel_mult=(1, 1), num_res_blocks=0, embed_dim=2, num_codes=8
+        ),
+    ],
+)
+def test_without_a_posterior_nothing_is_drawn(config):
+    module = first_stages.from_config(config)
+    params = filled(jax.eval_shape(module.init, jax.random.key(0), IMAGE)).get("params", {})
+
+    @quick_jit
+    def run(params):
+        z = module.apply({"params": params}, IMAGE, method="encode")
+        decoded = module.apply({"params": params}, z, method="decode")  # quantizes if it can
+        found = latents.encode(module, params, IMAGE, SCALE)
+        keys = jax.random.split(jax.random.key(1), 3)
+        drawn = latents.encode(module, params, IMAGE, SCALE, keys)
+        return z, decoded, found, drawn, latents.decode(module, params, found, SCALE)
+
+    z, decoded, found, drawn, image = run(params)
+    np.testing.assert_allclose(found, SCALE * z, rtol=1e-6)
+    assert found.shape == (3, 16 // config.downsample, 16 // config.downsample, config.embed_dim)
+    np.testing.assert_array_equal(drawn, found)
+    np.testing.assert_allclose(image, decoded, atol=1e-5)
 
 
 def test_decode_divides_by_the_scale_and_does_not_clip(first_stage):

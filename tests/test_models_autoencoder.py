@@ -1,4 +1,4 @@
-"""The autoencoder computes what the reference computes, has its names and sizes."""
+"""First stages compute what the reference computes, have its names and sizes."""
 
 import dataclasses
 import functools
@@ -19,6 +19,9 @@ KEY = jax.random.key(0)
 
 TINY = schema.AutoencoderKLConfig(
     channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_downsample=(2,), embed_dim=3
+)
+VQ = schema.AutoencoderVQConfig(
+    channels=32, channel_mult=(1, 1), num_res_blocks=0, embed_dim=2, z_channels=4, num_codes=8
 )
 
 
@@ -54,6 +57,66 @@ def test_equals_the_reference(name):
     np.testing.assert_allclose(mean, arrays["mean"], rtol=0, atol=2e-5)
     np.testing.assert_allclose(logvar, arrays["logvar"], rtol=0, atol=2e-5)
     np.testing.assert_allclose(image, arrays["reconstruction"], rtol=0, atol=2e-5)
+
+
+def test_quantized_equals_the_reference():
+    about, state_dict, arrays = case("ae_vq_f4")
+    config = {name: about[name] for name in ("ddconfig", "embed_dim", "n_embed")}
+    model, params = compvis.load_first_stage(config, state_dict)
+    model = model.clone(precision="highest")
+    z = encode(model, params, arrays["x"])
+    codes, indices = method(model, "quantize")(params, z)
+    image = decode(model, params, z)  # quantizes first
+    assert z.dtype == codes.dtype == image.dtype == jnp.float32
+    np.testing.assert_allclose(z, arrays["prequant"], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(indices, arrays["indices"])
+    np.testing.assert_array_equal(codes, params["quantize"]["embedding"][indices])
+    np.testing.assert_allclose(image, arrays["reconstruction"], rtol=0, atol=2e-5)
+
+
+def test_decoding_quantizes_unless_told_otherwise():
+    model, params = model_and_params(VQ)
+    z = 3 * draw(1, 4, 4, 2)
+    codes, _ = model.apply({"params": params}, z, method="quantize")
+    as_it_is = quick_jit(
+        lambda z: model.apply({"params": params}, z, quantize=False, method="decode")
+    )
+    np.testing.assert_allclose(decode(model, params, z), as_it_is(codes), atol=1e-6)
+    assert float(np.abs(as_it_is(z) - as_it_is(codes)).max()) > 0.01
+
+
+def test_gradients_pass_the_codebook_to_the_encoder():
+    model, params = model_and_params(VQ)
+    x = draw(1, 4, 4, 3)
+
+    def loss(params):
+        return jnp.mean(jnp.square(model.apply({"params": params}, x) - x))
+
+    grads = quick_jit(jax.grad(loss))(params)
+    assert float(jnp.abs(grads["encoder"]["conv_in"]["kernel"]).max()) > 1e-4
+    assert not grads["quantize"]["embedding"].any()
+
+
+def test_quantized_computes_low_but_compares_codes_in_float32():
+    model, params = model_and_params(VQ)
+    low, x = model.clone(dtype=jnp.bfloat16), draw(1, 4, 4, 3)
+    z = encode(low, params, x)
+    codes, indices = method(low, "quantize")(params, z)
+    assert z.dtype == codes.dtype == jnp.float32
+    np.testing.assert_array_equal(codes, params["quantize"]["embedding"][indices])
+    assert 1e-4 < np.abs(z - encode(model, params, x)).max() / np.abs(z).max() < 0.05
+
+
+def test_identity_is_the_images():
+    config = schema.IdentityFirstStageConfig(in_channels=1)
+    model = autoencoder.from_config(config, dtype=jnp.bfloat16)
+    (example,) = autoencoder.example_inputs(model)
+    assert (example.shape, model.init(KEY, example)) == ((1, 1, 1, 1), {})
+    x = draw(2, 3, 5, 1)
+    for name in ("encode", "decode", None):
+        np.testing.assert_array_equal(model.apply({"params": {}}, x, method=name), x)
+    with pytest.raises(ValueError, match=r"images of shape .* takes \[batch, height, width, 1\]"):
+        model.apply({"params": {}}, draw(2, 3, 5, 3), method="encode")
 
 
 def test_names_and_size_of_kl_f8():
@@ -157,16 +220,19 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 4), (1, 9, 8, 3), (1, 8, 7, 3)])
-def test_refuses_images_that_do_not_fit(shape):
-    model, params = model_and_params(TINY)
+@pytest.mark.parametrize("config", [TINY, VQ])
+def test_refuses_images_that_do_not_fit(config, shape):
+    model, params = model_and_params(config)
     with pytest.raises(ValueError, match=r"images of shape .* takes \[batch, height, width, 3\]"):
         encode(model, params, draw(*shape))
 
 
-def test_from_config_passes_every_field():
-    model = autoencoder.from_config(TINY, dtype=jnp.bfloat16, remat=True)
-    for field in dataclasses.fields(TINY):
-        assert getattr(model, field.name) == getattr(TINY, field.name)
+@pytest.mark.parametrize("config", [TINY, VQ])
+def test_from_config_passes_every_field(config):
+    model = autoencoder.from_config(config, dtype=jnp.bfloat16, remat=True)
+    of_the_loss = {"beta", "legacy", "codebook_decay"}
+    for field in {f.name for f in dataclasses.fields(config)} - of_the_loss:
+        assert getattr(model, field) == getattr(config, field)
     assert (model.dtype, model.remat) == (jnp.bfloat16, True)
 
 
