@@ -246,7 +246,10 @@ def _unet(folder: epath.Path) -> schema.UNetConfig:
 def _side(folder: epath.Path) -> int:
     """Side of the latents that a UNet was trained on, the longer one."""
     side = read_json(folder / "config.json").get("sample_size") or 64
-    return max(side) if isinstance(side, list) else side
+    sides = side if isinstance(side, list) and side else [side]
+    if any(type(n) is not int or not 0 < n <= 2**16 for n in sides):
+        raise ValueError(f"{folder}/config.json: sample_size={side!r:.200} is no size")
+    return max(sides)
 
 
 def _first_stage(folder: epath.Path) -> tuple[schema.FirstStageModelConfig, float]:

@@ -73,6 +73,18 @@ TEXT_FIXED = {
     "ldmbert": {"activation_function": ("gelu",)},
 }
 
+# Options with one value, or one for each level.
+PER_LEVEL = (
+    "attention_head_dim",
+    "cross_attention_dim",
+    "layers_per_block",
+    "only_cross_attention",
+    "sample_size",
+    "transformer_layers_per_block",
+)
+# What no model exceeds; more would only keep the machine busy.
+MOST, MOST_LAYERS, MOST_LEVELS = 2**24, 256, 16
+
 # Options that compute nothing by themselves, or only in the Flax classes of old.
 IGNORED = (
     "addition_embed_type_num_heads",
@@ -255,9 +267,10 @@ def read(
     option that nobody knows and that is switched on."""
     known = {*defaults, *fixed, *ignored}
     refused = [
-        f"{key}={value!r}"
+        f"{key}={value!r:.200}"
         for key, value in options.items()
         if (key in fixed and value not in fixed[key])
+        or (key in defaults and not _plausible(key, value, defaults[key]))
         or (key not in known and not key.startswith("_") and value not in (None, False))
     ]
     if refused:
@@ -265,10 +278,30 @@ def read(
     return {key: options.get(key, default) for key, default in defaults.items()}
 
 
+def _plausible(key: str, value: Any, default: Any) -> bool:
+    """Whether an option has the type of its default, and a size that some model could have."""
+    if isinstance(value, list | tuple):
+        listed = isinstance(default, list) or key in PER_LEVEL
+        if not listed or not 0 < len(value) <= MOST_LEVELS:
+            return False
+        one = default[0] if isinstance(default, list) else default
+        return all(not isinstance(x, list | tuple) and _plausible(key, x, one) for x in value)
+    if value is None:
+        return default is None or key == "attention_head_dim"
+    if isinstance(default, list):
+        return False
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(value, int | float) and not isinstance(default, str):
+        most = MOST_LAYERS if "layers" in key else MOST
+        return 0 <= value <= most and (isinstance(value, int) or isinstance(default, float))
+    return isinstance(value, str) and (default is None or isinstance(default, str))
+
+
 def widths(values: dict[str, Any], where: str) -> tuple[int, tuple[int, ...]]:
     """(first width, each level's multiple of it)."""
     found = values["block_out_channels"]
-    if any(width % found[0] for width in found):
+    if 0 in found or any(width % found[0] for width in found):
         raise ValueError(
             f"{where}: block_out_channels={list(found)}: multiples of the first are supported"
         )

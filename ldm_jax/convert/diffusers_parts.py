@@ -12,6 +12,7 @@ from ldm_jax import cli, schema
 from ldm_jax.convert import files, rows_diffusers, rows_text, table
 from ldm_jax.models import autoencoder, bert, clip, unet
 
+MOST_JSON = 2**24
 TextConfig = schema.CLIPTextConfig | schema.BERTTextConfig
 
 # Names of weight files before variant and suffix, by suffix, the preferred first.
@@ -168,9 +169,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """ValueError if the file is not a JSON object, FileNotFoundError if there is none."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: does not exist")
+    if path.stat().length > MOST_JSON:
+        raise ValueError(f"{path}: is larger than any such file ({MOST_JSON} bytes)")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no JSON object")

@@ -13,6 +13,8 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_c
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 SPACINGS = ("leading", "trailing", "linspace")
 
+MOST_TIMESTEPS = 100_000
+
 # The spacing that each class has where the file says nothing.
 CLASSES = {
     "DDIMScheduler": "leading",
@@ -50,6 +52,7 @@ OFFSET_ONE = (
 def diffusion_config(options: Mapping[str, Any], where: str) -> schema.DiffusionConfig:
     """Schedule and prediction type. ValueError names the file and what cannot be translated."""
     name = _known(options, where)
+    _check_numbers(options, where)
     prediction = options.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
@@ -72,6 +75,24 @@ def diffusion_config(options: Mapping[str, Any], where: str) -> schema.Diffusion
         zero_terminal_snr=bool(options.get("rescale_betas_zero_snr", False)),
         prediction=PREDICTIONS[prediction],
     )
+
+
+def _check_numbers(options: Mapping[str, Any], where: str) -> None:
+    """ValueError for what is no number of timesteps, no beta or no list of them."""
+    for key in ("num_train_timesteps", "beta_start", "beta_end", "trained_betas"):
+        value = options.get(key, 2)
+        if key == "num_train_timesteps":
+            good = type(value) is int and 2 <= value <= MOST_TIMESTEPS
+        elif key == "trained_betas":
+            good = value in (None, 2) or (
+                isinstance(value, list)
+                and 2 <= len(value) <= MOST_TIMESTEPS
+                and all(type(x) in (int, float) for x in value)
+            )
+        else:
+            good = type(value) in (int, float)
+        if not good:
+            raise ValueError(f"{where}: {key}={value!r:.200} is not supported")
 
 
 def _schedule(kind: str, start: float, end: float) -> dict[str, Any]:

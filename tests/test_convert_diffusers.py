@@ -1,0 +1,451 @@
+"""Models in folders that diffusers and transformers wrote compute what they computed."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import serialization
+from reference import draw, max_difference, nhwc, quick_jit, weight
+
+from ldm_jax import schema
+from ldm_jax.convert import (
+    diffusers,
+    diffusers_config,
+    diffusers_parts,
+    diffusers_unet,
+    rows_diffusers,
+    safetensors_file,
+)
+from ldm_jax.models import autoencoder, bert, clip, unet
+
+torch = pytest.importorskip("torch", reason="torch is the reference here")
+pytestmark = pytest.mark.torch
+
+COMMON = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+}
+CROSS = {
+    **COMMON,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+}
+PLAIN = {
+    **COMMON,
+    "in_channels": 6,
+    "out_channels": 3,
+    "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
+    "attention_head_dim": 8,
+}
+SD2 = {
+    **CROSS,
+    "use_linear_projection": True,
+    "attention_head_dim": (2, 4),
+    "upcast_attention": True,
+}
+UPSCALER = {
+    **SD2,
+    "in_channels": 7,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "only_cross_attention": (False, True),
+    "num_class_embeds": 20,
+}
+VECTOR = {
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": 5,
+    "resnet_time_scale_shift": "scale_shift",
+}
+RESNET = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attn_norm_num_groups": 32,
+    "attention_head_dim": None,
+}
+LAYER = re.compile(r"(resnets|attentions|transformer_blocks|samplers)\.\d+$")
+UNETS = {
+    "sd1": ("UNet2DConditionModel", CROSS),
+    "sd2": ("UNet2DConditionModel", SD2),
+    "inpaint": ("UNet2DConditionModel", {**CROSS, "in_channels": 9}),
+    "depth": ("UNet2DConditionModel", {**SD2, "in_channels": 5, **VECTOR}),
+    "upscaler": ("UNet2DConditionModel", UPSCALER),
+    "superres": ("UNet2DModel", PLAIN),
+    "resnet": ("UNet2DModel", {**PLAIN, **RESNET}),
+}
+AUTO = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "sample_size": 16,
+}
+ATTENDING = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+}
+FIRST_STAGES = {
+    "kl": ("AutoencoderKL", AUTO),
+    "kl attention": ("AutoencoderKL", {**AUTO, **ATTENDING, "in_channels": 1, "out_channels": 1}),
+    "kl no attention": ("AutoencoderKL", {**AUTO, "mid_block_add_attention": False}),
+    "vq": ("VQModel", {**AUTO, "num_vq_embeddings": 40, "vq_embed_dim": 2}),
+    "vq no attention": ("VQModel", {**AUTO, "mid_block_add_attention": False}),
+}
+
+
+def made(name, options):
+    """A module of diffusers or transformers with weights by formula."""
+    import diffusers as theirs
+
+    module = getattr(theirs, name)(**options).eval()
+    state = {k: torch.tensor(weight(k, tuple(x.shape))) for k, x in module.state_dict().items()}
+    module.load_state_dict(state)
+    return module
+
+
+def nchw(x):
+    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
+def unet_inputs(config, batch, height, width, tokens):
+    labels = {"label": None}
+    if config.num_classes is not None:
+        labels = {"label": np.arange(batch) % config.num_classes}
+    elif config.vector_dim is not None:
+        labels = {"label": draw(batch, config.vector_dim)}
+    return {
+        "x": draw(batch, height, width, config.in_channels),
+        "t_b": np.array([1, 981, 500])[:batch],
+        "context_blc": draw(batch, tokens, 24, seed=2) if config.context_dim else None,
+        **labels,
+    }
+
+
+def run_theirs(module, given):
+    """(their output, {name: (first input, output)} of each of their layers), channels last."""
+    seen = {}
+
+    def keep(name):
+        def hook(submodule, args, kwargs, out):
+            out = getattr(out, "sample", out)
+            pair = args[0] if args else kwargs["hidden_states"], out
+            pair = (x[0] if isinstance(x, tuple) else x for x in pair)
+            seen[name] = tuple(nhwc(x.numpy()) if x.ndim == 4 else x.numpy() for x in pair)
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(keep(name), with_kwargs=True)
+        for name, layer in module.named_modules()
+        if LAYER.search(name)
+    ]
+    with torch.no_grad():
+        more = {"class_labels": given["label"], "encoder_hidden_states": given["context_blc"]}
+        more = {k: torch.tensor(v) for k, v in more.items() if v is not None}
+        out = module(nchw(given["x"]), torch.tensor(given["t_b"]), **more).sample
+    for handle in handles:
+        handle.remove()
+    return nhwc(out.numpy()), seen
+
+
+def run_layers(model, params, given, inputs):
+    """{name: output} of each of our layers, which gets `inputs` of its name."""
+
+    def forward(params, given, inputs):
+        outputs = {}
+
+        def replace(following, args, kwargs, context):
+            name = rows_diffusers.NUMBERED.sub(r"\1.\2", ".".join(context.module.path))
+            if context.method_name != "__call__" or name not in inputs:
+                return following(*args, **kwargs)
+            outputs[name] = following(inputs[name], *args[1:], **kwargs)
+            return outputs[name]
+
+        with nn.intercept_methods(replace):
+            model.apply({"params": params}, **given)
+        return outputs
+
+    return quick_jit(forward)(params, given, inputs)
+
+
+@pytest.fixture(scope="module")
+def saved_unet(tmp_path_factory):
+    """(their module, our module, our parameters) of UNETS, from a folder."""
+
+    @functools.cache
+    def load(name):
+        folder = tmp_path_factory.mktemp("unet")
+        theirs = made(*UNETS[name])
+        theirs.save_pretrained(folder)
+        params, config = diffusers.load_unet(folder)
+        return theirs, unet.from_config(config, precision="highest"), params
+
+    return load
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_computes_the_same(name, saved_unet):
+    theirs, model, params = saved_unet(name)
+    assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in jax.tree.leaves(params))
+    run = quick_jit(lambda params, given: model.apply({"params": params}, **given))
+    shapes = [(3, 4, 6, 1)] + [(1, 6, 10, 7)] * (name in ("sd1", "superres"))
+    for batch, height, width, tokens in shapes:
+        given = unet_inputs(model, batch, height, width, tokens)
+        assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["depth", "resnet"])
+def test_every_layer_computes_the_same(name, saved_unet):
+    theirs, model, params = saved_unet(name)
+    given = unet_inputs(model, 3, 4, 6, 5)
+    _, seen = run_theirs(theirs, given)
+    ours = run_layers(model, params, given, {layer: x for layer, (x, _) in seen.items()})
+    assert ours.keys() == seen.keys()
+    for layer, (_, expected) in seen.items():
+        assert max_difference(ours[layer], expected) <= 1e-5, layer
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_first_stage_computes_the_same(name, tmp_path):
+    kind, options = FIRST_STAGES[name]
+    theirs = made(kind, {**options, "scaling_factor": 0.3})
+    theirs.save_pretrained(tmp_path)
+    params, config = diffusers.load_first_stage(tmp_path)
+    assert diffusers.first_stage_scale(tmp_path) == 0.3
+    model = autoencoder.from_config(config, precision="highest")
+
+    def both(params, image):
+        encoded = model.apply({"params": params}, image, method="encode")
+        z = encoded[0] if kind == "AutoencoderKL" else encoded
+        return encoded, model.apply({"params": params}, z, method="decode")
+
+    shapes = [(3, 4, 6)] + [(1, 12, 4)] * (name == "kl attention")
+    for batch, height, width in shapes:
+        image = draw(batch, height, width, config.in_channels)
+        with torch.no_grad():
+            found = theirs.encode(nchw(image))
+            if kind == "AutoencoderKL":
+                z = found.latent_dist.mean
+                expected = [z, found.latent_dist.logvar]
+            else:
+                expected = [z := found.latents]
+            expected = [nhwc(x.numpy()) for x in (*expected, theirs.decode(z).sample)]
+        encoded, decoded = quick_jit(both)(params, image)
+        assert max_difference([*jax.tree.leaves(encoded), decoded], expected) <= 1e-4
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_clip_text_computes_the_same(activation, prefix, tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    options = CLIPTextConfig(
+        vocab_size=40, num_attention_heads=4, hidden_act=activation, eos_token_id=39, **sizes
+    )
+    theirs = CLIPTextModel(options).eval()
+    theirs.save_pretrained(tmp_path)
+    names = {
+        prefix + name.removeprefix("text_model."): x.numpy()
+        for name, x in theirs.state_dict().items()
+    }
+    names[f"{prefix}embeddings.position_ids"] = np.arange(77)[None]  # as old files have it
+    safetensors_file.write(tmp_path / "model.safetensors", names)
+    params, config = diffusers.load_text_encoder(tmp_path)
+    model = clip.text_from_config(config, precision="highest")
+    for batch, tokens in ((1, 77), (3, 5)):
+        ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids)).last_hidden_state.numpy()
+        assert max_difference(quick_jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+
+
+def test_bert_computes_the_same(tmp_path):
+    from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as theirs
+
+    torch.manual_seed(0)
+    options = theirs.LDMBertConfig(
+        vocab_size=40,
+        encoder_layers=2,
+        encoder_ffn_dim=96,
+        encoder_attention_heads=2,
+        head_dim=8,
+        d_model=24,
+    )
+    module = theirs.LDMBertModel(options).eval()
+    module.save_pretrained(tmp_path)
+    params, config = diffusers.load_text_encoder(tmp_path)
+    model = bert.from_config(config, precision="highest")
+    for batch, tokens in ((1, 77), (3, 5)):
+        ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
+        with torch.no_grad():
+            expected = module(torch.tensor(ids))[0].numpy()
+        assert max_difference(quick_jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+
+
+# --- real sizes, by shape ------------------------------------------------------------------------
+
+REAL = {
+    "sd1": {"cross_attention_dim": 768},
+    "sd2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+    },
+    "upscaler": {
+        "in_channels": 7,
+        "block_out_channels": [256, 512, 512, 1024],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"],
+        "only_cross_attention": [True, True, True, False],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "num_class_embeds": 1000,
+    },
+    "celeba": {"attention_head_dim": 32},
+    "kl-f8": {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "vq-f8": {
+        "block_out_channels": [128, 256, 256, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+        "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3,
+        "num_vq_embeddings": 16384,
+        "latent_channels": 4,
+    },
+}
+CLASSES = {
+    "celeba": "UNet2DModel",
+    "kl-f8": "AutoencoderKL",
+    "vq-f8": "VQModel",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_names_and_shapes_of_real_models(name):
+    import diffusers as theirs
+
+    kind = CLASSES.get(name, "UNet2DConditionModel")
+    with torch.device("meta"):
+        module = getattr(theirs, kind)(**REAL[name])
+    options = json.loads(module.to_json_string())
+    if "UNet" in kind:
+        part = diffusers_parts.unet_part(diffusers_unet.unet_config(options, name))
+    else:
+        config, _ = diffusers_config.first_stage_config(options, name)
+        part = diffusers_parts.first_stage_part(config)
+    ours = diffusers_parts.torch_shapes(part)
+    assert ours == {k: tuple(x.shape) for k, x in module.state_dict().items()}
+
+
+# --- kinds of files ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """(folder, state dict, our parameters) of a small AutoencoderKL."""
+    folder = tmp_path_factory.mktemp("vae")
+    module = made("AutoencoderKL", FIRST_STAGES["kl"][1])
+    module.save_pretrained(folder)
+    return folder, module.state_dict(), diffusers.load_first_stage(folder)[0]
+
+
+def copied(vae, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text((vae[0] / "config.json").read_text())
+    return folder
+
+
+def same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_shards_of_diffusers(vae, tmp_path):
+    made("AutoencoderKL", FIRST_STAGES["kl"][1]).save_pretrained(tmp_path, max_shard_size="1MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    same(diffusers.load_first_stage(tmp_path)[0], vae[2])
+
+
+def test_bin_files_with_the_names_of_2022(vae, tmp_path):
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, x in vae[1].items():
+        for new, before in names.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        old[name] = x
+    torch.save(old, copied(vae, tmp_path) / "diffusion_pytorch_model.bin")
+    same(diffusers.load_first_stage(tmp_path)[0], vae[2])
+
+
+def test_msgpack_of_flax(vae, tmp_path):
+    content = serialization.msgpack_serialize(vae[2])
+    (copied(vae, tmp_path) / "diffusion_flax_model.msgpack").write_bytes(content)
+    options = json.loads((tmp_path / "config.json").read_text())
+    options["_class_name"] = "FlaxAutoencoderKL"
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    same(diffusers.load_first_stage(tmp_path)[0], vae[2])
+
+
+def test_variants_and_types(vae, tmp_path):
+    half = {name: x.half().numpy() for name, x in vae[1].items()}
+    safetensors_file.write(copied(vae, tmp_path) / "diffusion_pytorch_model.fp16.safetensors", half)
+    with pytest.raises(FileNotFoundError, match=r"variant=None, of .*model\.fp16\.safetensors"):
+        diffusers.load_first_stage(tmp_path)
+    params, _ = diffusers.load_first_stage(tmp_path, variant="fp16", param_dtype=jnp.bfloat16)
+    expected = jax.tree.map(lambda x: x.astype(np.float16).astype(ml_dtypes.bfloat16), vae[2])
+    assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
+    same(params, expected)
+
+
+def test_tensors_that_do_not_fit_are_named(vae, tmp_path):
+    tensors = {name: x.numpy() for name, x in vae[1].items()}
+    tensors["encoder.extra.weight"] = tensors.pop("quant_conv.bias")
+    path = copied(vae, tmp_path) / "diffusion_pytorch_model.safetensors"
+    safetensors_file.write(path, tensors)
+    with pytest.raises(ValueError, match=r"missing quant_conv\.bias; unknown encoder\.extra") as e:
+        diffusers.load_first_stage(tmp_path)
+    assert str(path) in str(e.value)
+
+
+def test_an_index_cannot_leave_its_folder(vae, tmp_path):
+    copied(vae, tmp_path / "vae")
+    index = {"weight_map": dict.fromkeys(vae[1], "../other.safetensors")}
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    safetensors_file.write(
+        tmp_path / "other.safetensors", {name: x.numpy() for name, x in vae[1].items()}
+    )
+    with pytest.raises(ValueError, match=r"'\.\./other\.safetensors'"):
+        diffusers.load_first_stage(tmp_path / "vae")
+
+
+def test_a_config_is_needed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: does not exist"):
+        diffusers.load_unet(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: is no JSON object"):
+        diffusers.load_unet(tmp_path)
+
+
+def test_schema_is_what_the_folder_says(vae):
+    expected = schema.AutoencoderKLConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1)
+    assert diffusers.load_first_stage(vae[0])[1] == expected
