@@ -5,7 +5,7 @@ import pytest
 import reference
 from PIL import Image
 
-from ldm_jax import cli, loading
+from ldm_jax import cli, loading, sampling, saving
 from ldm_jax.sample import common, main, text2img
 
 torch = pytest.importorskip("torch", reason="torch is the reference here")
@@ -109,10 +109,23 @@ def test_inpainting(made, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["v1", "v", "inpaint", "ldm"])
+def test_levels(made, kind):
+    """A timestep beside the right one changes these images by less than a grey level."""
+    folder, pipe = made(kind)
+    pipe.scheduler.set_timesteps(STEPS)
+    model = loading.load(folder, shapes_only=True)
+    levels = sampling.levels_of(model, STEPS, None)
+    np.testing.assert_array_equal(levels.t, pipe.scheduler.timesteps.numpy())
+    end = float(pipe.scheduler.final_alpha_cumprod)
+    assert (end == 1) == (kind == "ldm")
+    np.testing.assert_allclose(levels.alpha_next[-1] ** 2, end, rtol=1e-6)
+    table = pipe.scheduler.alphas_cumprod.numpy()
+    np.testing.assert_allclose(model.schedule.alphas_cumprod, table, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["v1", "v", "inpaint", "ldm"])
 def test_round_trip(made, tmp_path, kind):
     """Folder -> ours -> folder -> diffusers: the same bits."""
-    from ldm_jax import saving
-
     folder, pipe = made(kind)
     saving.save(loading.load(folder), tmp_path / "again", "diffusers")
     again = type(pipe).from_pretrained(tmp_path / "again")
