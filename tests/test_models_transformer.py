@@ -50,6 +50,35 @@ def test_without_context_the_image_attends_to_itself():
     np.testing.assert_array_equal(block.apply(params, x), block.apply(params, x, x))
 
 
+def test_upcast_attends_in_float32():
+    seen = []
+
+    def record(q_bqnd, k_blnd, v_blnd, precision=None):
+        seen.append({a.dtype for a in (q_bqnd, k_blnd, v_blnd)})
+        return v_blnd
+
+    x = jnp.asarray(draw(1, 6, 8), jnp.bfloat16)
+    for upcast in (False, True):
+        block = transformer.Attention(2, upcast, dtype=jnp.bfloat16, attention=record)
+        out = block.apply(fill(block, x), x)
+        assert out.dtype == jnp.bfloat16
+    assert seen[-1] == {np.dtype("float32")}
+    assert seen[0] == {np.dtype("bfloat16")}
+
+
+def test_only_cross_attention_reads_the_context_twice():
+    x, context = draw(1, 6, 32), draw(1, 5, 24)
+    block = transformer.TransformerBlock(2, only_cross_attention=True)
+    params = fill(block, x, context)
+    assert params["params"]["attn1"]["to_k"]["kernel"].shape == (24, 32)
+    # without another position to attend to, positions do not see each other
+    other = np.concatenate([x[:, :1], 2 * x[:, 1:]], axis=1)
+    apply = quick_jit(block.apply)
+    want, got = apply(params, x, context), apply(params, other, context)
+    np.testing.assert_allclose(got[:, 0], want[:, 0], atol=1e-5)
+    assert float(np.abs(got[:, 1:] - want[:, 1:]).max()) > 0.1
+
+
 def test_context_is_a_set_of_tokens():
     block, x, context = transformer.Attention(2), draw(2, 6, 8), draw(2, 5, 24, seed=2)
     params = fill(block, x, context)

@@ -12,7 +12,7 @@ from flax import traverse_util
 from reference import case, draw, filled, max_difference, quick_jit
 
 from ldm_jax import schema
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, compvis_config
 from ldm_jax.models import attention, unet
 
 KEY = jax.random.key(0)
@@ -216,6 +216,78 @@ def test_no_context_dim_attends_to_the_image():
     assert out.shape == (2, 8, 8, 3)
 
 
+def test_heads_of_each_level():
+    both = dataclasses.replace(TINY, attention_downsample=(1, 2))
+    by_width = dataclasses.replace(both, num_heads=None, num_head_channels=16)
+    by_level = dataclasses.replace(both, num_heads=(2, 4))
+    assert [unet.from_config(by_level).heads(level) for level in (0, 1, None)] == [2, 4, 4]
+
+    def program(config):
+        model = unet.from_config(config)
+        init = functools.partial(model.init_with_output, KEY)
+        return str(jax.make_jaxpr(init)(**inputs(TINY)))
+
+    assert program(by_level) == program(by_width)
+    assert program(by_level) != program(dataclasses.replace(both, num_heads=(4, 2)))
+
+
+def test_cross_attention_alone_at_the_levels_that_say_so():
+    config = dataclasses.replace(
+        TINY, attention_downsample=(1, 2), only_cross_attention=(True, False)
+    )
+    flat = traverse_util.flatten_dict(model_and_params(config)[1], sep="/")
+    widths = {
+        name.partition("/attentions_")[0]: x.shape[0]
+        for name, x in flat.items()
+        if name.endswith("attn1/to_k/kernel")
+    }
+    assert widths == {
+        "down_blocks_0": 24,
+        "down_blocks_1": 64,
+        "mid_block": 64,  # is no level
+        "up_blocks_0": 64,
+        "up_blocks_1": 24,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "millions", "kernel", "shape"),
+    [
+        (
+            schema.UNetConfig(num_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),
+            865.91,
+            "input_blocks.1.1.proj_in.weight",
+            (320, 320),
+        ),
+        (
+            schema.UNetConfig(
+                in_channels=7,
+                model_channels=256,
+                channel_mult=(1, 2, 2, 4),
+                attention_downsample=(2, 4, 8),
+                only_cross_attention=(True, True, True, False),
+                context_dim=1024,
+                linear_projection=True,
+                num_classes=1000,
+            ),
+            473.40,
+            "input_blocks.4.1.transformer_blocks.0.attn1.to_k.weight",
+            (512, 1024),
+        ),
+    ],
+    ids=["Stable Diffusion 2", "x4 upscaler"],
+)
+def test_names_and_sizes_of_stable_diffusion_2(config, millions, kernel, shape):
+    model = unet.from_config(config)
+    shapes = jax.eval_shape(model.init, KEY, *unet.example_inputs(model))["params"]
+    assert round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6, 2) == millions
+    tensors = compvis.unet_state_dict(model, shapes)
+    assert tensors[kernel].shape == shape
+    again, params = compvis.load_unet(compvis_config.unet_options(config, 64), tensors)
+    assert params == shapes
+    assert again.heads(1) == model.heads(1)
+
+
 @pytest.mark.parametrize(
     ("field", "label", "other"),
     [
@@ -238,6 +310,8 @@ def test_label_moves_its_own_row(field, label, other):
         ({"num_head_channels": 32}, {}, "num_heads=2 and num_head_channels=32: give one"),
         ({"num_heads": None}, {}, "num_heads=None and num_head_channels=None: give one"),
         ({"num_classes": 3, "vector_dim": 3}, {}, "num_classes=3 and vector_dim=3"),
+        ({"num_heads": (2, 4, 4)}, {}, r"num_heads=\(2, 4, 4\): give one value .* 2 levels"),
+        ({"only_cross_attention": (True,)}, {}, r"only_cross_attention=\(True,\): give one value"),
         ({"model_channels": 48}, {}, "48 channels cannot be normalized"),
         ({}, {"x": draw(2, 8, 8, 3)}, r"x of shape \(2, 8, 8, 3\).*width, 4\]"),
         ({}, {"x": draw(2, 8, 7, 4)}, "multiples of 2"),
