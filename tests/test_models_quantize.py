@@ -117,7 +117,7 @@ def test_beta_weighs_the_commitment_unless_legacy():
 
 def test_averages_are_those_of_the_reference():
     """`EmbeddingEMA` of taming: counts and sums decay, the codebook is their smoothed quotient."""
-    decay, epsilon = 0.9, 1e-5
+    decay, epsilon = 0.9, 0.1  # enough to show
     codebook = CODEBOOK
     averages = quantize.Assigned(jnp.zeros(10), codebook)  # where the reference starts
     count, total = np.zeros(10), CODEBOOK.astype(np.float64)
@@ -126,7 +126,7 @@ def test_averages_are_those_of_the_reference():
         indices = quantize.nearest(codebook, z)
         batch = quantize.assigned(z, indices, 10)
         averages = quantize.update_averages(averages, batch, decay)
-        codebook = quantize.codebook_from(averages)
+        codebook = quantize.codebook_from(averages, epsilon)
 
         one_hot = np.eye(10)[np.asarray(indices).ravel()]
         np.testing.assert_array_equal(batch.count_n, one_hot.sum(0))
