@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 import yaml
 from reference import released
@@ -9,6 +10,7 @@ from test_convert_single_file import FAMILIES, FIRST_STAGE, UNET
 
 from ldm_jax import bundle, schema
 from ldm_jax.convert import compvis_cond, compvis_yaml
+from ldm_jax.models import unet
 
 # config: (conditioning, side of an image, scale or None for "in the checkpoint")
 PUBLISHED = {
@@ -222,3 +224,110 @@ def test_a_guess_about_classes_is_told():
 def test_safe_dump_gives_what_plain_yaml_reads():
     text = compvis_yaml.dumps(CONFIGS["semantic"], 0.18215)
     assert yaml.safe_load(text)["model"]["params"]["scale_factor"] == 0.18215
+
+
+# --- Stable Diffusion 2, and inpainting of 1: options as their published files write them ---------
+
+SD2 = {
+    **{"use_checkpoint": True, "use_fp16": True, "image_size": 32, "legacy": False},
+    **{"in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": 2},
+    **{"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4]},
+    **{"num_head_channels": 64, "use_spatial_transformer": True, "context_dim": 1024},
+    **{"use_linear_in_transformer": True, "transformer_depth": 1},
+}
+UPSCALER_UNET = {
+    name: x for name, x in SD2.items() if name not in ("use_fp16", "num_head_channels")
+}
+UPSCALER_UNET |= {"num_classes": 1000, "image_size": 128, "in_channels": 7, "num_heads": 8}
+UPSCALER_UNET |= {"model_channels": 256, "attention_resolutions": [2, 4, 8]}
+UPSCALER_UNET |= {"channel_mult": [1, 2, 2, 4], "disable_middle_self_attn": False}
+UPSCALER_UNET |= {"disable_self_attentions": [True, True, True, False]}
+MIDAS = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}}
+LOW_SCALE = {
+    "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+    "params": {
+        "noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02},
+        "max_noise_level": 350,
+    },
+}
+
+
+def stability(kind, unet, ch_mult=(1, 2, 4, 4), **params):
+    ddconfig = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3}
+    ddconfig |= {"out_ch": 3, "ch": 128, "ch_mult": list(ch_mult), "num_res_blocks": 2}
+    ddconfig |= {"attn_resolutions": [], "dropout": 0.0}
+    encoder = {"freeze": True, "layer": "penultimate"}
+    options = {
+        **{"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps_cond": 1},
+        **{"log_every_t": 200, "timesteps": 1000, "first_stage_key": "jpg", "use_ema": False},
+        **{"cond_stage_key": "txt", "image_size": 64, "channels": 4},
+        **{"cond_stage_trainable": False, "conditioning_key": "hybrid", "scale_factor": 0.18215},
+        "unet_config": {"target": "openaimodel.UNetModel", "params": unet},
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                "embed_dim": 4,
+                "monitor": "val/rec_loss",
+                "ddconfig": ddconfig,
+                "lossconfig": {"target": "torch.nn.Identity"},
+            },
+        },
+        "cond_stage_config": {"target": "modules.FrozenOpenCLIPEmbedder", "params": encoder},
+    }
+    return {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": options | params}
+
+
+SECOND = {
+    "v2": (
+        stability("LatentDiffusion", SD2, conditioning_key="crossattn"),
+        (None, "eps", 0.18215, 512, 865.91),
+    ),
+    "v2-v": (
+        stability("LatentDiffusion", SD2, conditioning_key="crossattn", parameterization="v"),
+        (None, "v", 0.18215, 512, 865.91),
+    ),
+    "inpainting": (
+        stability("LatentInpaintDiffusion", SD2 | {"in_channels": 9}, finetune_keys=None),
+        (compvis_cond.SD_INPAINT, "eps", 0.18215, 512, 865.93),
+    ),
+    "depth": (
+        stability("LatentDepth2ImageDiffusion", SD2 | {"in_channels": 5}, depth_stage_config=MIDAS),
+        (schema.DepthCondConfig(), "eps", 0.18215, 512, 865.91),
+    ),
+    "upscaler": (
+        stability(
+            "LatentUpscaleDiffusion",
+            UPSCALER_UNET,
+            (1, 2, 4),
+            conditioning_key="hybrid-adm",
+            parameterization="v",
+            low_scale_config=LOW_SCALE,
+            low_scale_key="lr",
+            scale_factor=0.08333,
+            image_size=128,
+            linear_start=0.0001,
+            linear_end=0.02,
+        ),
+        (schema.UpscaleCondConfig(), "v", 0.08333, 512, 473.40),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_published_models_of_stability(name):
+    section, (beside, prediction, scale, size, millions) = SECOND[name]
+    config, found, guesses = compvis_yaml.model_config(section, {})
+    bundle.check(config)
+    vit_h = schema.CLIPTextConfig(49408, 77, 1024, 24, 16, 4096, "gelu", "penultimate")
+    text = schema.TextCondConfig(vit_h, trainable=False)
+    assert config.cond == (text if beside is None else schema.HybridCondConfig(text, beside))
+    assert (config.diffusion.prediction, found, config.size) == (prediction, scale, size)
+    assert guesses == ()
+    assert config.unet.linear_projection
+    assert config.unet.upcast_attention
+    net = unet.from_config(config.unet)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *unet.example_inputs(net))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert round(count / 1e6, 2) == millions
+    again = compvis_yaml.model_config(compvis_yaml.model_options(config, scale), {})
+    assert again == (config, scale, ())
