@@ -9,8 +9,8 @@ from ldm_jax import solvers
 def test_make_by_name():
     for name in solvers.SOLVERS:
         assert isinstance(solvers.make(name), solvers.Solver)
-    with pytest.raises(ValueError, match="'heun' is not one of ddim, ddpm"):
-        solvers.make("heun")
+    with pytest.raises(ValueError, match="'rk45' is not one of ddim, ddpm, plms"):
+        solvers.make("rk45")
 
 
 def test_eta_for_a_solver_that_takes_none():

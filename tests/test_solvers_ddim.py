@@ -85,7 +85,7 @@ def test_reaches_the_right_mean_and_variance(eta):
 
 def test_temperature_scales_the_fresh_noise_alone():
     table = solvers.levels(SD, 5)
-    level = solvers.Levels(*(column[2] for column in table))
+    level = jax.tree.map(lambda column: column[2], table)
     x = jnp.ones((2, 1, 1, 4))
     noise = diffusion.rowwise_normal(KEYS, (1, 1, 4))
     cold, half, full = (

@@ -16,7 +16,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 4)), jnp.float32)
 def one_step(t, **options):
     """x_{t-1} from X by one step of the full-length sampler."""
     table = solvers.levels(SD, 1000, "trailing")
-    level = solvers.Levels(*(column[999 - t] for column in table))
+    level = jax.tree.map(lambda column: column[999 - t], table)
     assert level.t == t
     return solvers.SOLVERS["ddpm"](**options).step(gaussian.denoise, (), X, level, KEYS)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -93,9 +94,72 @@ def test_final_level(spacing):
     ends = {"one": 1.0, "alphas_cumprod_0": np.sqrt(SD.alphas_cumprod[0]).astype(np.float32)}
     for final, alpha in ends.items():
         assert solvers.levels(SD, 8, spacing, final).alpha_next[-1] == alpha
-    default = "one" if spacing in ("trailing", "linspace") else "alphas_cumprod_0"
+    of_reference = ("leading", "quadratic", "time_uniform")
+    default = "alphas_cumprod_0" if spacing in of_reference else "one"
     assert solvers.levels(SD, 8, spacing).alpha_next[-1] == ends[default]
     assert solvers.levels(SD, 8, spacing, "one").sigma_next[-1] == 0
+
+
+def noise(table):
+    """sigma / alpha, float64."""
+    return table.sigma.astype(np.float64) / table.alpha
+
+
+def test_karras_and_exponential_follow_the_papers():
+    lowest, highest = np.sqrt(1 / SD.alphas_cumprod[[0, -1]] - 1)
+    ramp = np.linspace(1, 0, 8)
+    karras = (lowest ** (1 / 7) + ramp * (highest ** (1 / 7) - lowest ** (1 / 7))) ** 7
+    np.testing.assert_allclose(noise(solvers.levels(SD, 8, "karras")), karras, rtol=1e-6)
+    exponential = np.exp(np.log(lowest) + ramp * np.log(highest / lowest))
+    np.testing.assert_allclose(noise(solvers.levels(SD, 8, "exponential")), exponential, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_levels_by_noise_span_the_schedule(spacing):
+    table = solvers.levels(SD, 8, spacing)
+    assert table.t.dtype == np.float32
+    assert (table.t[0], table.t[-1]) == (999, 0)
+    log = np.interp(table.t, np.arange(1000), np.log(SD.alphas_cumprod))
+    np.testing.assert_allclose(2 * np.log(table.alpha), log, atol=1e-4)
+    # With timestep 0 as the end, it is where the last step leads to, and no level twice.
+    short, long = solvers.levels(SD, 8, spacing, "alphas_cumprod_0"), solvers.levels(SD, 9, spacing)
+    np.testing.assert_array_equal(short.alpha, long.alpha[:-1])
+    assert short.t[-1] > 0
+    assert len(solvers.levels(SD, 1, spacing).t) == 1
+
+
+def test_levels_by_noise_begin_below_pure_noise():
+    table = solvers.levels(diffusion.zero_terminal_snr(SD), 8, "karras")
+    assert table.t[0] == 999
+    np.testing.assert_allclose(noise(table)[0], 4096, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spacing", FINAL)
+def test_columns_about_the_step(spacing):
+    table = solvers.levels(SD, 8, spacing, "alphas_cumprod_0")
+    lam, lam_next = (np.log(a / s) for a, s in zip(table[1:5:2], table[2:5:2]))
+    np.testing.assert_allclose(table.h, lam_next - lam, atol=2e-5)
+    np.testing.assert_array_equal(table.t_next, [*table.t[1:], 0])
+    assert table.t_next.dtype == table.t.dtype
+    middle = np.log(table.alpha_mid / table.sigma_mid)
+    np.testing.assert_allclose(middle, (lam + lam_next) / 2, atol=2e-5)
+    np.testing.assert_allclose(table.alpha_mid**2 + table.sigma_mid**2, 1, rtol=1e-6)
+    log = np.interp(table.t_mid, np.arange(1000), np.log(SD.alphas_cumprod))
+    np.testing.assert_allclose(2 * np.log(table.alpha_mid), log, atol=1e-4)
+
+
+def test_inverted_levels_lead_back():
+    table = solvers.levels(SD, 8, "trailing", "alphas_cumprod_0")
+    back = solvers.inverted(table)
+    np.testing.assert_array_equal(back.t, [0, *table.t[:0:-1]])
+    np.testing.assert_array_equal(back.t_next, table.t[::-1])
+    np.testing.assert_array_equal(back.sigma_next, table.sigma[::-1])
+    np.testing.assert_array_equal(back.alpha, table.alpha_next[::-1])
+    np.testing.assert_allclose(back.beta, 1 - (back.alpha / back.alpha_next) ** 2, rtol=1e-4)
+    for column, same in zip(solvers.inverted(back)[:-1], table[:-1]):
+        np.testing.assert_allclose(column, same, rtol=1e-6)
+    with pytest.raises(ValueError, match="final='alphas_cumprod_0'"):
+        solvers.inverted(solvers.levels(SD, 8, "trailing"))
 
 
 def test_beta_keeps_its_digits():
@@ -110,7 +174,8 @@ def test_zero_terminal_snr_begins_in_pure_noise():
     assert table.sigma[0] == 1
     assert table.beta[0] == 1
     for spacing in FINAL:
-        assert all(np.all(np.isfinite(a)) for a in solvers.levels(shifted, 10, spacing))
+        table = jax.tree.leaves(solvers.levels(shifted, 10, spacing))
+        assert all(np.all(np.isfinite(a)) for a in table)
 
 
 @pytest.mark.parametrize(

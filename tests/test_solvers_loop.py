@@ -99,7 +99,7 @@ def test_start_skips_levels():
 def test_trace_holds_what_the_denoiser_said():
     x_0, (xs, denoised) = run(X, KEYS, eta=0.0, traced=True)
     np.testing.assert_array_equal(xs[0], X)
-    level = solvers.Levels(*(column[5] for column in LEVELS))
+    level = jax.tree.map(lambda column: column[5], LEVELS)
     np.testing.assert_allclose(denoised.x0[5], gaussian.denoise(xs[5], level).x0, atol=1e-6)
     last = LEVELS.alpha_next[-1] * denoised.x0[-1] + LEVELS.sigma_next[-1] * denoised.eps[-1]
     np.testing.assert_allclose(x_0, last, atol=1e-6)

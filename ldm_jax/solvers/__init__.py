@@ -2,19 +2,43 @@
 
 import jax
 
+from ldm_jax.solvers.adams import deis, lms
 from ldm_jax.solvers.ddim import ddim
 from ldm_jax.solvers.ddpm import ddpm
-from ldm_jax.solvers.levels import Levels, levels
+from ldm_jax.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde
+from ldm_jax.solvers.euler import euler, euler_ancestral
+from ldm_jax.solvers.heun import heun
+from ldm_jax.solvers.kdpm2 import kdpm2
+from ldm_jax.solvers.levels import Levels, inverted, levels
 from ldm_jax.solvers.loop import Solver, sample
+from ldm_jax.solvers.plms import plms
+from ldm_jax.solvers.unipc import unipc
 
-SOLVERS = {"ddim": ddim, "ddpm": ddpm}
+SOLVERS = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "plms": plms,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "lms": lms,
+    "kdpm2": kdpm2,
+    "unipc": unipc,
+    "deis": deis,
+}
 
-__all__ = ["SOLVERS", "Levels", "Solver", "levels", "make", "sample"]
+__all__ = ["SOLVERS", "Levels", "Solver", "inverted", "levels", "make", "sample"]
 
 
 def make(name: str, eta: jax.Array | float = 0.0) -> Solver:
     """The solver of this name; those that take no eta (all but "ddim") ignore a traced one.
 
+    The stochastic ones ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde") draw as much
+    noise as their papers do.
     ValueError for an unknown name, and for a Python eta other than 0 that the solver cannot use.
     """
     if name not in SOLVERS:

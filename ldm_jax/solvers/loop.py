@@ -18,6 +18,8 @@ class Solver(NamedTuple):
     """x_T -> carry."""
     step: Callable[..., tuple[Any, jax.Array, Denoised]]
     """(denoise, carry, x, level, keys [B]) -> (carry, x at the next level, denoised at this)."""
+    weights: Callable[[Levels], np.ndarray] | None = None
+    """Levels -> numbers [S, ...] made on the host, which `step` finds in `level.weights`."""
 
 
 def sample(
@@ -45,7 +47,9 @@ def sample(
     if fixed and not 0 <= start <= count:
         raise ValueError(f"start={start} is not in 0..{count}, the number of levels")
     first = start if fixed else 0
-    rows = (jnp.arange(first, count), Levels(*(column[first:] for column in levels)))
+    if solver.weights is not None:
+        levels = levels._replace(weights=solver.weights(levels).astype(np.float32))
+    rows = (jnp.arange(first, count), jax.tree.map(lambda column: column[first:], levels))
 
     def run(carry, x, i, level):
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)

@@ -1,0 +1,38 @@
+"""The midpoint rule: two calls of the model per level, the second halfway in log(alpha / sigma)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.solvers.heun import has_second_stage
+from ldm_jax.solvers.loop import Solver
+
+
+def kdpm2() -> Solver:
+    """k-diffusion `sample_dpm_2` without churn: the slope eps halfway, after DPM-Solver-2."""
+    return midpoint("eps")
+
+
+def midpoint(of: Literal["x0", "eps"]) -> Solver:
+    """The step of order one with x0 or eps as it is halfway.
+
+    A step from pure noise or to none has no second stage.
+    """
+
+    def step(denoise, carry, x, level, keys):
+        del keys
+        denoised = denoise(x, level)
+        x_half = level.alpha_mid * denoised.x0 + level.sigma_mid * denoised.eps
+
+        def correct(x):
+            half = level._replace(t=level.t_mid, alpha=level.alpha_mid, sigma=level.sigma_mid)
+            change = getattr(denoise(x_half, half), of) - getattr(denoised, of)
+            if of == "eps":
+                return x - level.sigma_next * jnp.expm1(level.h) * change
+            return x - level.alpha_next * jnp.expm1(-level.h) * change
+
+        x = level.alpha_next * denoised.x0 + level.sigma_next * denoised.eps
+        return carry, jax.lax.cond(has_second_stage(level), correct, lambda x: x, x), denoised
+
+    return Solver(init=lambda x: (), step=step)
