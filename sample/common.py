@@ -5,15 +5,28 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tqdm
 from etils import epath
+from PIL import Image, ImageOps
 
-from ldm_jax import bundle, cli, conditioning, images, latents, loading, sampling, schema, sharding
+from ldm_jax import (
+    bundle,
+    cli,
+    conditioning,
+    images,
+    latents,
+    loading,
+    sampling,
+    schema,
+    sharding,
+    solvers,
+)
+from ldm_jax.data import transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +42,11 @@ class Options:
     """Images per label or prompt."""
     steps: int = 50
     """Solver steps."""
-    solver: Literal["ddim", "ddpm"] = "ddim"
-    spacing: Literal["leading", "trailing", "linspace", "quadratic", "time_uniform"] | None = None
+    solver: str = "ddim"
+    """Name of a solver; an unknown one is answered with the list."""
+    spacing: str | None = None
     """Which timesteps are visited; default: as the model's own sampler, `leading` in the reference.
-    `trailing` gives any number."""
+    `trailing` gives any number; an unknown one is answered with the list."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
     guidance_scale: float = 1.5
@@ -71,6 +85,7 @@ def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any, Any]:
     """
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images}: give at least 1")
+    solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
     mesh = sharding.make_mesh(schema.MeshConfig())
     if options.batch_size < 1 or options.batch_size % mesh.devices.size:
         raise ValueError(
@@ -89,6 +104,7 @@ def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any, Any]:
     timesteps = len(model.schedule.betas)
     if not 1 <= options.steps <= timesteps:
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
+    sampling.levels_of(model, options.steps, options.spacing)  # refuses an unknown spacing
     spacing = options.spacing or model.config.sampling.spacing
     return model, mesh, dataclasses.replace(options, spacing=spacing)
 
@@ -113,6 +129,59 @@ def latent_shape(
             )
         sides.append(side // down)
     return (*sides, config.first_stage.embed_dim)
+
+
+def read_images(
+    paths: Sequence[str],
+    side: tuple[int | None, int | None] = (None, None),
+    *,
+    channels: int = 3,
+    flag: str = "--images",
+) -> np.ndarray:
+    """Image files as float32 [N, H, W, channels] in [-1, 1], all of one size.
+
+    side: (height, width) in pixels, of which one may be None: each image is scaled to cover it and
+    cut at the centre. With neither the images stay as they are, and must agree.
+    ValueError names the file that is missing, is no image, or has another size than the first.
+    """
+    if not paths:
+        raise ValueError(f"give {flag} FILE [FILE ...]")
+    read = [_resized(_open_image(path, channels), side) for path in paths]
+    for path, image in zip(paths, read, strict=True):
+        if image.size != read[0].size:
+            raise ValueError(
+                f"{path}: is {_size(image)} (height x width) and {paths[0]} is {_size(read[0])}:"
+                " give images of one size, or --height and --width"
+            )
+    stacked = np.stack([np.asarray(image, np.float32) for image in read])
+    return stacked.reshape(*stacked.shape[:3], channels) / 127.5 - 1
+
+
+def _open_image(path: str, channels: int) -> Image.Image:
+    if epath.Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; give image files")
+    try:
+        return transforms.decode_image(epath.Path(path).read_bytes(), channels)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: does not exist; give an image file") from error
+    except transforms.UndecodableError as error:
+        raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
+
+
+def _resized(image: Image.Image, side: tuple[int | None, int | None]) -> Image.Image:
+    if side == (None, None):
+        return image
+    for flag, pixels in zip(("--height", "--width"), side, strict=True):
+        if pixels is not None and pixels < 1:
+            raise ValueError(f"{flag} {pixels}: give at least 1 pixel")
+    ratio = image.height / image.width
+    height = side[0] or max(1, round(side[1] * ratio))
+    width = side[1] or max(1, round(height / ratio))
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.height}x{image.width}"
 
 
 def open_out(options: Options) -> epath.Path:
@@ -177,8 +246,7 @@ def generate(
             given = {**batch, "x_T": x_T} if x_T is not None else batch
             given = {name: jax.device_put(x[indices], rows) for name, x in given.items()}
             keys = jax.device_put(sampling.keys_of(options.seed, indices), rows)
-            eta = options.eta if options.solver == "ddim" else 0.0
-            arguments = (model.params, given, keys, options.guidance_scale, eta)
+            arguments = (model.params, given, keys, options.guidance_scale, options.eta)
             if compiled is None:
                 cli.say(f"compiling the sampler for batches of {size} ...")
                 began = time.perf_counter()
