@@ -114,7 +114,7 @@ def test_more_classes_than_the_config_says(refused, first_stage_run, tmp_path):
         f"ldm-train tiny:class --workdir {run} --first-stage.path {first_stage_run}"
         " --cond.num-classes 3"
     )
-    assert error == "the data have 4 classes, but cond.num_classes is 3"
+    assert error == "the data have 4 classes, but cond.num_classes is 3: set it to 4"
     assert not run.exists()
 
 

@@ -70,6 +70,14 @@ def test_as_a_flat_state_dict(tmp_path):
     assert "numbers/step" in info.left
 
 
+def test_a_name_in_two_places_is_refused(tmp_path):
+    tree = {"a": {"b": np.ones(1)}, "a/b": np.zeros(1)}
+    for twice in (tree, dict(reversed(tree.items()))):
+        (tmp_path / "x").write_bytes(serialization.msgpack_serialize(twice))
+        with pytest.raises(ValueError, match="x: 'a/b' stands there twice"):
+            files.open_state_dict(tmp_path / "x")
+
+
 def array(shape=(2,), dtype="float32", data=bytes(8), kind=1):
     inner = msgpack.packb((shape, dtype, data), use_bin_type=True)
     return msgpack.ExtType(kind, inner)

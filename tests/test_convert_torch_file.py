@@ -1,6 +1,7 @@
 """The reader of PyTorch files: against torch.save, and on pickles that want more than tensors."""
 
 import collections
+import copyreg
 import io
 import pickle
 import struct
@@ -360,6 +361,90 @@ def test_a_method_had_by_getattr_is_refused_when_called(tmp_path):
 def test_a_function_that_is_not_called_is_harmless(tmp_path):
     read = torch_file.read(save(tmp_path / "a", b"\x80\x02ctorch.nn.functional\ngelu\n."))
     assert read.name == "torch.nn.functional.gelu"
+
+
+class Reduced:
+    """Leaves a file when it is unpickled, as all of these: a function is called."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+class Built:
+    """By its state."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __setstate__(self, state: dict):
+        open(state["path"], "w").close()
+
+
+class Constructed:
+    """By `__new__`, with arguments in order."""
+
+    def __new__(cls, path: str):
+        open(path, "w").close()
+        made = super().__new__(cls)
+        made.path = path
+        return made
+
+    def __getnewargs__(self):
+        return (self.path,)
+
+
+class Named(Constructed):
+    """By `__new__`, with arguments by name."""
+
+    def __getnewargs_ex__(self):
+        return (), {"path": self.path}
+
+
+@pytest.mark.parametrize(
+    ("kind", "protocol"),
+    [(kind, n) for kind in (Reduced, Built) for n in range(6)]
+    + [(kind, n) for kind in (Constructed, Named) for n in range(2, 6)],
+)
+def test_what_runs_under_pickle_does_not_run_here(tmp_path, kind, protocol):
+    """Pickled by Python itself, which shows that the attack works."""
+    trace = tmp_path / "trace"
+    content = pickle.dumps(kind(str(trace)), protocol)
+    trace.unlink(missing_ok=True)
+    pickle.loads(content)
+    assert trace.exists()
+    trace.unlink()
+    for path in (save(tmp_path / "a", content), legacy(tmp_path / "b", content, [])):
+        if kind is Reduced:
+            with pytest.raises(ValueError, match=f"{path}: it asks for (_?io|__builtin__).open"):
+                torch_file.read(path)
+        else:
+            assert type(torch_file.read(path)) is unpickle.Opaque
+        assert not trace.exists()
+
+
+@pytest.mark.parametrize("opcode", [b"\x82\x07", b"\x83\x07\0", b"\x84\x07\0\0\0"])
+def test_extensions_of_the_running_program_are_not_looked_up(tmp_path, opcode):
+    """EXT1, EXT2 and EXT4 name what a program has registered with copyreg."""
+    copyreg.add_extension("os", "system", 7)
+    try:
+        with pytest.raises(ValueError, match=r"a: pickle opcode EXT\d is not supported"):
+            torch_file.read(save(tmp_path / "a", b"\x80\x02" + opcode + b"(" + b"K\x01tR."))
+    finally:
+        copyreg.remove_extension("os", "system", 7)
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    """Python takes the last silently: what is looked at and what is loaded could differ."""
+    twice = Pickle().add(b"}(", "w", 1, "w", 2, b"u").done()
+    one_by_one = Pickle().add(b"}", "w", 1, b"s", "w", 2, b"s").done()
+    ordered = Pickle().add(b"ccollections\nOrderedDict\n](](", "w", 1, b"e](", "w", 2)
+    ordered.add(b"ee\x85R")
+    for content in (twice, one_by_one, ordered.done()):
+        with pytest.raises(ValueError, match="a: 'w' stands there twice"):
+            torch_file.read(save(tmp_path / "a", content))
 
 
 def test_a_class_that_is_not_known_runs_nothing(tmp_path):

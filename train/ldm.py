@@ -233,7 +233,8 @@ def check(
         found = stream.source.num_classes
         if found is not None and found > config.cond.num_classes:
             raise ValueError(
-                f"the data have {found} classes, but cond.num_classes is {config.cond.num_classes}"
+                f"the data have {found} classes, but cond.num_classes is {config.cond.num_classes}:"
+                f" set it to {found}"
             )
     stream.made[0]  # images that do not fit
 

@@ -151,10 +151,12 @@ def _flat(tree: Any) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
             name = f"{where}{key}"
             if isinstance(value, Mapping):
                 walk(value, f"{name}/")
-            elif type(value) is not LazyTensor or name in found:
-                left.append(name)
-            else:
+            elif name in found:
+                raise ValueError(f"{name[:200]!r} stands there twice")
+            elif type(value) is LazyTensor:
                 found[name] = value
+            else:
+                left.append(name)
 
     walk(tree, "")
     return found, tuple(left)

@@ -121,7 +121,7 @@ class _Machine:
         if len(pairs) % 2:
             raise ValueError("a pickle with a key without a value")
         if type(target) is dict:
-            target.update((_key(k), v) for k, v in zip(pairs[::2], pairs[1::2]))
+            _fill(target, zip(pairs[::2], pairs[1::2]))
         elif type(target) is not Opaque:
             raise ValueError("a pickle sets items of what is no dict")
 
@@ -191,8 +191,17 @@ def _quick(part: Any) -> bool:
 def _dict(*args: Any) -> dict:
     """Of dict, OrderedDict, defaultdict (whose factory is dropped) and the like."""
     source = next((arg for arg in args if type(arg) in (dict, list, tuple)), ())
-    pairs = source.items() if type(source) is dict else source
-    return {_key(key): value for key, value in pairs}
+    found: dict = {}
+    _fill(found, source.items() if type(source) is dict else source)
+    return found
+
+
+def _fill(target: dict, pairs: Iterable) -> None:
+    """ValueError for a key that stands there already: no dict that was pickled has it twice."""
+    for key, value in pairs:
+        if _key(key) in target:
+            raise ValueError(f"{key!r:.200} stands there twice")
+        target[key] = value
 
 
 def _set(items: Iterable = ()) -> set:
