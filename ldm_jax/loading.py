@@ -184,7 +184,7 @@ def _load_run(
         known["scale"],
         dtype=dtype,
         attention=attention.choose(platform, mesh),
-        convolution=convolution.choose(platform),
+        convolution=convolution.choose(platform, mesh),
     )
     if text is None:
         return model

@@ -1,7 +1,8 @@
 """Where arrays live: a mesh, and rules from parameter names to PartitionSpecs.
 
 Mesh axes: `data` copies the model, `fsdp` also splits the parameters, `tensor` splits attention
-heads and hidden units. The batch is split over `data` and `fsdp`.
+heads and hidden units. The batch is split over `data` and `fsdp`. A mesh for sampling large images
+also has `space`, which splits their height.
 """
 
 import math
@@ -79,6 +80,34 @@ def make_mesh(config: schema.MeshConfig, devices: Sequence[jax.Device] | None = 
         )
     # the default of jax.make_mesh, Explicit axes, makes plain Linen layers raise ShardingTypeError
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spatial_mesh(space: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over `devices` (default: all) with axes `data`, `fsdp`, `tensor`, `space`.
+
+    `space` devices share an image (default: all of them), other images go over `data`. Give
+    `image_sharding` to x_T or to the images of a jitted sampler, and take attention and convolution
+    for this mesh (`load(path, mesh=...)` does). The compiler splits all between, exchanges the
+    rows at borders that convolutions need, sums norms over all devices, and gathers only keys and
+    values of self-attention. ValueError if `space` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    space = len(devices) if space == -1 else space
+    if space < 1 or len(devices) % space:
+        raise ValueError(f"space={space} does not divide the {len(devices)} devices of the mesh")
+    sizes = (len(devices) // space, 1, 1, space)
+    return jax.make_mesh(
+        sizes, (*AXES, "space"), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+    )
+
+
+def image_sharding(mesh: Mesh) -> NamedSharding:
+    """[B, h, w, c] with rows of the batch over `data` and `fsdp`, the height over `space`.
+
+    B must be a multiple of the former, h of the latter; a multiple of `space` times the model's
+    coarsest downsampling also splits its inner levels evenly.
+    """
+    return NamedSharding(mesh, P(("data", "fsdp"), "space"))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

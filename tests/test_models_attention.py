@@ -165,6 +165,17 @@ def test_split_moves_nothing_between_devices(small_chunks):
         assert collective not in text
 
 
+@pytest.mark.parametrize("queries", [36, 37])
+def test_queries_are_split_over_space(queries, small_chunks):
+    names = ("data", "fsdp", "tensor", "space")
+    mesh = jax.make_mesh((1, 1, 1, 4), names, axis_types=(AxisType.Auto,) * 4)
+    function = jax.jit(attention.choose("cpu", mesh, "chunked"))
+    args = qkv(queries=queries, heads=6)
+    got = function(*args)
+    assert got.sharding.shard_shape(got.shape)[1] == (9 if queries == 36 else 37)
+    np.testing.assert_allclose(got, formula(*args), atol=2e-6)
+
+
 def test_equal_choices_are_one_function():
     # a module that holds it is equal too, and hits the cache of a jit that takes it static
     first, second = (attention.choose("cpu", mesh_of(2, 1, 2), "chunked") for _ in range(2))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from reference import draw
 
+from ldm_jax import schema, sharding
 from ldm_jax.models import blocks, convolution
 
 SAME = ((1, 1), (1, 1))
@@ -69,3 +70,8 @@ def test_cpu_gathers_columns_for_few_pixels(shape, kernel_size, strides, expecte
 def test_other_platforms_use_xla():
     for platform in ("gpu", "cuda", "rocm", "tpu"):
         assert convolution.choose(platform) is convolution.xla
+
+
+def test_images_split_over_devices_use_xla():
+    assert convolution.choose("cpu", sharding.make_mesh(schema.MeshConfig())) is convolution.cpu
+    assert convolution.choose("cpu", sharding.spatial_mesh(4)) is convolution.xla

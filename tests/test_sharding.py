@@ -83,6 +83,15 @@ def test_make_mesh_refuses(config, message):
         sharding.make_mesh(config)
 
 
+def test_spatial_mesh_splits_the_height():
+    assert dict(sharding.spatial_mesh().shape) == {"data": 1, "fsdp": 1, "tensor": 1, "space": 4}
+    mesh = sharding.spatial_mesh(2)
+    images = jax.device_put(jnp.zeros((2, 8, 6, 3)), sharding.image_sharding(mesh))
+    assert {s.data.shape for s in images.addressable_shards} == {(1, 4, 6, 3)}
+    with pytest.raises(ValueError, match="space=3 does not divide the 4 devices"):
+        sharding.spatial_mesh(3)
+
+
 def test_batch_is_split_over_data_and_fsdp_only():
     mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=2, tensor=2))
     batch = jax.device_put(jnp.arange(8), sharding.batch_sharding(mesh))

@@ -183,7 +183,7 @@ def load(
         _take_scale(path, scale, tensors),
         dtype=jnp.dtype(dtype),
         attention=attention.choose(platform, mesh),
-        convolution=convolution.choose(platform),
+        convolution=convolution.choose(platform, mesh),
     )
     all_rows, shapes = model_rows(model), model_shapes(model)
     taken = _taken(path, tensors, info, all_rows, ema)

@@ -77,7 +77,7 @@ def load(
         scale,
         dtype=dtype,
         attention=attention.choose(platform, mesh),
-        convolution=convolution.choose(platform),
+        convolution=convolution.choose(platform, mesh),
     )
     text = schema.text_of(config.cond)
     if text is None or "tokenizer" not in index.components:

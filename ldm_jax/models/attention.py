@@ -111,8 +111,8 @@ def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> Atten
     `platform` is that of the target devices, which is not where a program is traced when it is
     compiled ahead of time. "auto" is `cpu` there, `cudnn` on CUDA GPUs, and `xla` elsewhere (TPUs
     have no kernel of their own here yet). What XLA cannot partition is split over the batch and the
-    heads with the axes `data`, `fsdp` and `tensor` of `mesh`. Equal arguments give the same
-    function, so modules that hold it compare equal.
+    heads with the axes `data`, `fsdp` and `tensor` of `mesh`, and over the queries with `space`.
+    Equal arguments give the same function, so modules that hold it compare equal.
 
     Raises ValueError for an unknown name, and for "cudnn" on anything but a GPU.
     """
@@ -128,19 +128,22 @@ def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> Atten
 
 
 def _split(function, mesh, q_bqnd, k_bknd, v_bknd, precision=None):
-    """`function` on each device's rows and heads; an axis that does not divide them is left out."""
+    """`function` on each device's rows, heads and queries; an axis that does not divide them is
+    left out."""
     rows, _, heads, _ = q_bqnd.shape
     row_axes: tuple[str, ...] = ()
     for axis in ("data", "fsdp"):
         if axis in mesh.shape and rows % mesh.shape[axis] == 0:
             row_axes, rows = (*row_axes, axis), rows // mesh.shape[axis]
     head_axis = "tensor" if "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0 else None
+    space = "space" in mesh.shape and q_bqnd.shape[1] % mesh.shape["space"] == 0
     spec = PartitionSpec(row_axes or None, None, head_axis, None)
+    q_spec = PartitionSpec(row_axes or None, "space" if space else None, head_axis, None)
     split = jax.shard_map(
         functools.partial(function, precision=precision),
         mesh=mesh,
-        in_specs=(spec, spec, spec),
-        out_specs=spec,
+        in_specs=(q_spec, spec, spec),
+        out_specs=q_spec,
         check_vma=False,
     )
     return split(q_bqnd, k_bknd, v_bknd)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
+from jax.sharding import Mesh
 
 ConvolutionFunction = Callable[..., jax.Array]
 
@@ -68,9 +69,11 @@ def cpu(x, kernel, window_strides, padding, *, precision: PrecisionLike = None, 
     return xla(x, kernel, window_strides, padding, precision=precision, **layout)
 
 
-def choose(platform: str) -> ConvolutionFunction:
+def choose(platform: str, mesh: Mesh | None = None) -> ConvolutionFunction:
     """The convolution to give to modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
 
-    `platform` is that of the target devices, as for `attention.choose`.
+    `platform` is that of the target devices, as for `attention.choose`. `xla` where `mesh` splits
+    images over `space`: the compiler would gather the pixels of `columns` on every device.
     """
-    return cpu if platform == "cpu" else xla
+    split = mesh is not None and "space" in mesh.shape
+    return cpu if platform == "cpu" and not split else xla
