@@ -13,6 +13,7 @@ def classifier_free(
     null: Any,
     scale: jax.Array | float,
     rescale: jax.Array | float = 0.0,
+    interval: tuple[jax.Array | float, jax.Array | float] | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`guided(x, t_b)` from `model(x, t_b, cond)`: away from `null` (Ho and Salimans 2022, eq. 6).
 
@@ -20,6 +21,8 @@ def classifier_free(
     [null, cond].
     scale: scalar or [B]; 1 is the plain conditional model, 0 the unconditional one.
     rescale: phi of `rescaled`, scalar or [B]; the Python number 0 leaves it out of the program.
+    interval: (lowest, highest) timestep with guidance, scalars (Kynkäänniemi et al. 2024);
+    outside of it the model is called once on `cond`. All rows of t_b must then be equal.
     """
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
 
@@ -31,7 +34,15 @@ def classifier_free(
             return out
         return rescaled(out, out_cond, rescale)
 
-    return guided
+    if interval is None:
+        return guided
+
+    def guided_within(x, t_b):
+        inside = (t_b[0] >= interval[0]) & (t_b[0] <= interval[1])
+        plain = lambda x, t_b: model(x, t_b, cond).astype(x.dtype)  # noqa: E731
+        return jax.lax.cond(inside, guided, plain, x, t_b)
+
+    return guided_within
 
 
 def rescaled(guided: jax.Array, conditional: jax.Array, phi: jax.Array | float) -> jax.Array:

@@ -92,3 +92,23 @@ def test_no_rescale_is_not_in_the_program():
 
     assert "sqrt" in program(0.7)
     assert "sqrt" not in program(0.0)
+
+
+def test_guidance_within_an_interval_of_timesteps():
+    calls = []
+
+    def spy(x, t_b, cond):
+        calls.append(x.shape[0])
+        return model(x, t_b, cond)
+
+    @jax.jit
+    def within(t, interval):
+        return classifier_free(spy, COND, NULL, 3.0, interval=interval)(X, jnp.full(2, t))
+
+    everywhere = classifier_free(model, COND, NULL, 3.0)
+    for t, inside in ((4, False), (5, True), (7, True), (9, True), (10, False)):
+        t_b = jnp.full(2, t)
+        expected = everywhere(X, t_b) if inside else model(X, t_b, COND)
+        np.testing.assert_allclose(within(t, (5, 9)), expected, rtol=1e-5, atol=1e-6)
+    assert np.allclose(within(4, (4, 4)), everywhere(X, jnp.full(2, 4)), atol=1e-5)
+    assert sorted(calls) == [2, 4]  # traced once, and outside without the null half

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # of a package see each other as long as there is no circle.
 LEVELS = (
     "schema serialize cli flops images diffusion sharding checkpoint rundir lora",
-    "guidance data models solvers metrics",
+    "guidance denoising data models solvers metrics",
     "latents conditioning losses train_state bundle windows tiling convert",
     "sampling loading saving compat",
     "configs",
