@@ -104,9 +104,9 @@ def from_batch(
     Reads from `batch`, by the kind of `config`, what stands left; right is its null condition:
     class: `label` [B] int; id num_classes.
     text, layout: `tokens` [B, L] int; `null_tokens` [B, L], the empty or a negative prompt.
-    embedding: `embedding` [B, l, c]; zeros.
+    embedding: `embedding` [B, l, c]; zeros, or `null_embedding` [B, l, c].
     inpaint: `image` [B, H, W, c] in [-1, 1], `mask` [B, H, W, 1], 1 = hole; zeros.
-    superres: `image`; zeros.
+    superres: `image`, made small here, or `low_res` [B, h, w, c] as large as the latent; zeros.
     semantic: `segmentation` [B, H, W] int; zeros.
     depth: `depth` [B, h, w, 1] as large as the latent, in any unit; zeros.
     upscale: `low_res` [B, h, w, c] in [-1, 1], `noise_level` [B] int, `low_res_noise` [B, h, w, c]
@@ -128,7 +128,9 @@ def from_batch(
         case schema.TextCondConfig() | schema.LayoutCondConfig():
             return Cond(context=cond_stage.apply({"params": params}, tokens(batch, dropped)))
         case schema.EmbeddingCondConfig():
-            return Cond(context=_zero_where(dropped, batch["embedding"]))
+            given = batch["embedding"]
+            null = batch.get("null_embedding", jnp.zeros_like(given))
+            return Cond(context=_where(dropped, null, given))
         case schema.HybridCondConfig():
             text = from_batch(config.text, cond_stage, params, batch, encode, dropped)
             beside = from_batch(config.concat, None, {}, batch, encode)
@@ -157,8 +159,13 @@ def tokens(batch: dict[str, jax.Array], dropped: jax.Array | bool) -> jax.Array:
 
 
 def _zero_where(dropped: jax.Array | bool, x: jax.Array) -> jax.Array:
-    keep = jnp.logical_not(jnp.broadcast_to(dropped, x.shape[:1]))
-    return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+    return _where(dropped, jnp.zeros_like(x), x)
+
+
+def _where(rows: jax.Array | bool, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The rows of x where `rows` ([B] bool or one bool), the others of y."""
+    rows = jnp.broadcast_to(rows, x.shape[:1])
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 def _concat(
@@ -168,6 +175,8 @@ def _concat(
         case schema.InpaintCondConfig():
             return masked_image(config, batch["image"], batch["mask"], encode)
         case schema.SuperResCondConfig():
+            if "low_res" in batch:
+                return batch["low_res"]
             return downsample(batch["image"], config.factor)
         case schema.SemanticCondConfig():
             module = cond_stage or embedders.SpatialRescaler(

@@ -1,0 +1,130 @@
+"""Super-resolution: `ldm-sample superres --model PATH --out DIR --images small.png`.
+
+For models that see the small image beside the latent (LDM-SR), and for Stable Diffusion's x4
+upscaler, which sees it with noise of a chosen level and also reads a text.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax import bundle, diffusion, sampling, schema
+from ldm_jax.sample import common, text2img
+
+NAME = "superres"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common.Options):
+    """Images enlarged as the model was trained to."""
+
+    images: tuple[str, ...] = ()
+    """Small images, all of one size; each gets num_images images and a row of the grid."""
+    height: int | None = None
+    """Pixels of the small image: it is scaled to cover height and width, and cut at its centre;
+    default: as it is."""
+    width: int | None = None
+    """Pixels of the small image; default: as it is."""
+    noise_level: int | None = None
+    """Noise added to the small image, by the upscaler only: 0..350 in the published one, where more
+    invents more; default: 20."""
+    prompt: str = ""
+    """What the images show, read by the upscaler only."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in the upscaler only."""
+    num_images: int = 1
+    """Images per small image."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 samples without it. Default: 9 in the upscaler, otherwise 1."""
+    batch_size: int = 4
+    """Most images per call of the compiled sampler, over all devices."""
+
+
+def main(options: Options) -> int:
+    """Writes num_images enlarged images of every small one."""
+    model, mesh, options = common.open_model(options)
+    options = with_defaults(model, options)
+    channels = model.config.first_stage.in_channels
+    low = common.read_images(options.images, (options.height, options.width), channels=channels)
+    shape = latent_shape(model, options, low.shape[1:3])
+    batch = inputs(model, options, np.repeat(low, options.num_images, axis=0))
+    out = common.open_out(options)
+    guided = options.guidance_scale != 1
+
+    every = [path for path in options.images for _ in range(options.num_images)]
+    parts = list(common.generate(model, mesh, options, batch, len(every), guided, shape))
+    stems = [epath.Path(path).stem for path in options.images]
+    files = [f"{i:05d}_{epath.Path(path).stem}_seed{options.seed}" for i, path in enumerate(every)]
+    details = [{"index": i, "image": path} for i, path in enumerate(every)]
+    common.save(out, options, NAME, parts, files, details, rows=[stem[:24] for stem in stems])
+    return 0
+
+
+def upscaler(model: bundle.LatentDiffusion) -> schema.UpscaleCondConfig | None:
+    """The conditioning of a model that reads a noised image and a text, or None."""
+    cond = model.config.cond
+    concat = cond.concat if isinstance(cond, schema.HybridCondConfig) else None
+    return concat if isinstance(concat, schema.UpscaleCondConfig) else None
+
+
+def with_defaults(model: bundle.LatentDiffusion, options: Options) -> Options:
+    """Options with what the kind of model decides; ValueError for what the model cannot use."""
+    concat, cond = upscaler(model), model.config.cond
+    if concat is None:
+        if not isinstance(cond, schema.SuperResCondConfig):
+            kind = type(cond).__name__ if cond else "no condition"
+            raise ValueError(f"{options.model}: is trained with {kind}, not for super-resolution")
+        for name in ("noise_level", "prompt", "negative_prompt"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(options, name)!r}: {options.model} sees"
+                    " the small image alone; leave it out"
+                )
+        scale = 1.0 if options.guidance_scale is None else options.guidance_scale
+        return dataclasses.replace(options, guidance_scale=scale)
+    common.check_tokenizer(model, options.model)
+    level = 20 if options.noise_level is None else options.noise_level
+    if not 0 <= level <= concat.max_noise_level:
+        raise ValueError(
+            f"--noise-level {level} is not in 0..{concat.max_noise_level}, the model's levels"
+        )
+    scale = 9.0 if options.guidance_scale is None else options.guidance_scale
+    return dataclasses.replace(options, guidance_scale=scale, noise_level=level)
+
+
+def latent_shape(
+    model: bundle.LatentDiffusion, options: Options, side: tuple[int, int]
+) -> tuple[int, int, int]:
+    """(h, w, c) of the latent, which is as large as the small image.
+
+    ValueError if the UNet cannot halve a side as often as it does.
+    """
+    step = 2 ** (len(model.config.unet.channel_mult) - 1)
+    near = [max(1, round(pixels / step)) * step for pixels in side]
+    if list(side) != near:
+        raise ValueError(
+            f"{options.images[0]}: is {side[0]}x{side[1]} (height x width), and the UNet needs"
+            f" multiples of {step}: give --height {near[0]} --width {near[1]}"
+        )
+    return (*side, model.config.first_stage.embed_dim)
+
+
+def inputs(model: bundle.LatentDiffusion, options: Options, low: np.ndarray) -> dict[str, Any]:
+    """What the conditioning reads, from small images [N, h, w, c] in [-1, 1]."""
+    count = len(low)
+    if upscaler(model) is None:
+        return {"low_res": low}
+    text = text2img.tokenize(model.tokenizer, [options.prompt], options.negative_prompt, count)
+    # folds 0 and 1 are what the sampler splits an image's key into, 2 is common.make_run's
+    keys = jax.vmap(jax.random.fold_in, (0, None))(
+        sampling.keys_of(options.seed, np.arange(count)), 3
+    )
+    return {
+        **text,
+        "low_res": low,
+        "noise_level": np.full(count, options.noise_level, np.int32),
+        "low_res_noise": np.asarray(diffusion.rowwise_normal(keys, low.shape[1:])),
+    }

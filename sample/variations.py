@@ -1,0 +1,234 @@
+"""Paths between images, and variations of one: `ldm-sample variations --seeds 3 8 --labels 7`.
+
+Noise, class and text are interpolated on the sphere (slerp), so that what the model sees between
+two of them is as likely as they are.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax import bundle, conditioning, diffusion, sampling, schema
+from ldm_jax.sample import common, text2img
+
+NAME = "variations"
+# solvers that draw noise at every step, of which a path would be as rough
+NOISY = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common.Options):
+    """Images on the way from one seed, class or prompt to the next, or near one image."""
+
+    seeds: tuple[int, ...] = ()
+    """Seeds whose first images the path passes; one is kept all along. Default: --seed."""
+    labels: tuple[int, ...] = ()
+    """Class ids that the path passes; one is kept all along."""
+    prompt: tuple[str, ...] = ()
+    """Texts that the path passes; one is kept all along."""
+    negative_prompt: str = ""
+    """What guidance leads away from; default: the empty text."""
+    strength: float | None = None
+    """Instead of a path, the first image of a seed and others near it: 0 is the image itself, 1 is
+    the seed's next images. Each label or prompt is a row."""
+    num_images: int = 8
+    """Images in a row: from one stop of the path to the next, both included."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 samples without it. Default: 7.5 for text, 1.5 for classes."""
+
+
+def main(options: Options) -> int:
+    """Writes num_images images for each leg of the path, or of each variation."""
+    check(options)
+    model, mesh, options = common.open_model(options)
+    scale = options.guidance_scale
+    if scale is None:
+        scale = {schema.TextCondConfig: 7.5, schema.ClassCondConfig: 1.5}.get(
+            type(model.config.cond), 1.0
+        )
+    options = dataclasses.replace(
+        options, guidance_scale=scale, seeds=options.seeds or (options.seed,)
+    )
+    guided = scale != 1 and model.config.cond is not None
+    stops, names, null = conditions(model, options, guided)
+    rows = legs(options, names)
+    batch = batch_of(model, options, rows, stops, null)
+    if "embedding" in batch:
+        model = of_embeddings(model)
+    out = common.open_out(options)
+
+    count = len(rows) * options.num_images
+    parts = list(common.generate(model, mesh, options, batch, count, guided))
+    files, details = [], []
+    for row, leg in enumerate(rows):
+        for i, t in enumerate(times(options)):
+            files.append(f"{len(files):05d}_leg{row}_{i:03d}")
+            details.append({"index": len(details), "from_to": leg.name, "position": float(t)})
+    common.save(out, options, NAME, parts, files, details, rows=[leg.name[:24] for leg in rows])
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """One row of images: seeds and numbers of the conditions at its two ends."""
+
+    seeds: tuple[int, int]
+    stops: tuple[int, int]
+    name: str
+
+
+def check(options: Options) -> None:
+    """ValueError for options that say no path, before anything is read."""
+    if options.labels and options.prompt:
+        raise ValueError("give --labels or --prompt, not both")
+    if options.init_latents is not None:
+        raise ValueError("--init-latents has no use here: the noise is that of --seeds")
+    if options.eta or options.solver in NOISY:
+        what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
+        raise ValueError(f"{what} draws new noise at every step; a path needs a solver without")
+    seeds, stops = len(options.seeds or (0,)), len(options.labels or options.prompt or (0,))
+    if options.strength is not None:
+        if not 0 <= options.strength <= 1:
+            raise ValueError(f"--strength {options.strength} is not in 0..1")
+        if seeds > 1:
+            raise ValueError(f"--strength varies one image: give one of --seeds, not {seeds}")
+        return
+    if options.num_images < 2:
+        raise ValueError(f"--num-images {options.num_images}: a path has at least 2")
+    if seeds == stops == 1:
+        raise ValueError(
+            "give two or more of --seeds, --labels or --prompt to pass from one to the next, or"
+            " --strength for variations of one image"
+        )
+    if seeds > 1 and stops > 1 and seeds != stops:
+        raise ValueError(
+            f"{seeds} of --seeds and {stops} of --labels or --prompt: give as many of both, or one"
+        )
+
+
+def times(options: Options) -> np.ndarray:
+    """Position of each image of a row between its ends; of a variation, how far it is moved."""
+    if options.strength is None:
+        return np.linspace(0, 1, options.num_images)
+    return np.r_[0.0, np.full(options.num_images - 1, options.strength)]
+
+
+def legs(options: Options, names: list[str]) -> list[Leg]:
+    """The rows; `names` are those of the conditions."""
+    if options.strength is not None:
+        seed = options.seeds[0]
+        return [Leg((seed, seed), (i, i), name or f"{seed}") for i, name in enumerate(names)]
+    count = max(len(options.seeds), len(names))
+    seeds = options.seeds * (count if len(options.seeds) == 1 else 1)
+    stops = range(count) if len(names) == count else (0,) * count
+    found = []
+    for i in range(count - 1):
+        pair, ends = (seeds[i], seeds[i + 1]), (stops[i], stops[i + 1])
+        first = names[ends[0]] if len(names) > 1 else f"{pair[0]}"
+        last = names[ends[1]] if len(names) > 1 else f"{pair[1]}"
+        found.append(Leg(pair, ends, f"{first} > {last}"))
+    return found
+
+
+def conditions(
+    model: bundle.LatentDiffusion, options: Options, guided: bool
+) -> tuple[np.ndarray | None, list[str], np.ndarray | None]:
+    """(contexts [stops, l, c] or ids [stops], names of the stops, null context [1, l, c] or None).
+
+    ValueError if the model is not conditioned on what is given, or its classes have no context.
+    """
+    cond = model.config.cond
+    if cond is None and not options.labels and not options.prompt:
+        return None, [""], None
+    if isinstance(cond, schema.TextCondConfig) and options.prompt:
+        text2img.check_model(model, options)
+        batch = text2img.tokenize(model.tokenizer, options.prompt, options.negative_prompt, 1)
+        names = list(options.prompt)
+    elif isinstance(cond, schema.ClassCondConfig) and options.labels:
+        for label in options.labels:
+            if not 0 <= label < cond.num_classes:
+                raise ValueError(
+                    f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
+                )
+        batch = {"label": np.asarray(options.labels, np.int32)}
+        names = [str(label) for label in options.labels]
+        if cond.via == "label" and len(names) > 1:
+            raise ValueError(f"{options.model}: adds class ids to the time; between ids is nothing")
+        if cond.via == "label":
+            return batch["label"], names, None
+    else:
+        kinds = {schema.TextCondConfig: "give --prompt", schema.ClassCondConfig: "give --labels"}
+        kind = type(cond).__name__ if cond else "no condition"
+        hint = kinds.get(type(cond), "leave out --labels and --prompt" if cond is None else "")
+        raise ValueError(
+            f"{options.model}: is trained with {kind}"
+            + (f": {hint}" if hint else ", not with classes, text or nothing")
+        )
+
+    def encode(params, batch):
+        arguments = (cond, model.cond_stage, params, batch)
+        null = conditioning.null_like(*arguments).context[:1] if guided else None
+        return conditioning.from_batch(*arguments).context, null
+
+    context, null = jax.device_get(jax.jit(encode)(model.params["cond_stage"], batch))
+    return context, names, null
+
+
+def batch_of(
+    model: bundle.LatentDiffusion,
+    options: Options,
+    rows: list[Leg],
+    stops: np.ndarray | None,
+    null: np.ndarray | None,
+) -> dict[str, Any]:
+    """x_T and condition of every image, row after row."""
+    shape, found = model.latent_shape, {"x_T": []}
+    for leg in rows:
+        first = noise_of(leg.seeds[0], 0, shape)
+        others = range(1) if options.strength is None else range(options.num_images)
+        lasts = [noise_of(leg.seeds[1], i, shape) for i in others]
+        for i, t in enumerate(times(options)):
+            found["x_T"].append(slerp(first, lasts[i % len(lasts)], t, axis=None))
+            if stops is not None and stops.ndim == 1:
+                found.setdefault("label", []).append(stops[leg.stops[0]])
+            elif stops is not None:
+                ends = (stops[stop] for stop in leg.stops)
+                found.setdefault("embedding", []).append(slerp(*ends, t))
+    batch = {name: np.stack(values) for name, values in found.items()}
+    if null is not None:
+        batch["null_embedding"] = np.repeat(null, len(batch["x_T"]), axis=0)
+    return batch
+
+
+def of_embeddings(model: bundle.LatentDiffusion) -> bundle.LatentDiffusion:
+    """The model with its context given, not encoded."""
+    _, width = conditioning.context_width(model.config.cond)
+    config = dataclasses.replace(model.config, cond=schema.EmbeddingCondConfig(width))
+    return dataclasses.replace(model, config=config, cond_stage=None)
+
+
+def noise_of(seed: int, index: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """x_T [h, w, c] of image number `index` of a seed, as `sampling.make_sampler` draws it."""
+    key = jax.random.split(sampling.keys_of(seed, [index])[0])[0]
+    return np.asarray(diffusion.rowwise_normal(key[None], shape))[0]
+
+
+def slerp(a: np.ndarray, b: np.ndarray, t: float, axis: int | None = -1) -> np.ndarray:
+    """From a (t = 0) to b (t = 1) along a great circle, float32; the norm goes evenly.
+
+    axis: that of the vectors; None: each array is one. Parallel vectors are passed straight.
+    """
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)
+    norms = [np.sqrt(np.sum(x * x, axis=axis, keepdims=True)) for x in (a64, b64)]
+    one, other = (x / np.where(n > 0, n, 1) for x, n in zip((a64, b64), norms, strict=True))
+    cosine = np.clip(np.sum(one * other, axis=axis, keepdims=True), -1, 1)
+    angle = np.arccos(cosine)
+    flat = np.sin(angle) < 1e-6
+    sine = np.where(flat, 1, np.sin(angle))
+    first = np.where(flat, 1 - t, np.sin((1 - t) * angle) / sine)
+    last = np.where(flat, t, np.sin(t * angle) / sine)
+    norm = (1 - t) * norms[0] + t * norms[1]
+    turned = norm * (first * one + last * other)
+    return np.where(flat, (1 - t) * a64 + t * b64, turned).astype(np.float32)
