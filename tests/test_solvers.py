@@ -1,9 +1,20 @@
-"""Solvers by name."""
+"""What holds for every solver: names, calls of the model, start, pure noise, gradients."""
 
+import gaussian
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ldm_jax import solvers
+from ldm_jax import diffusion, solvers
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SD = diffusion.make_schedule("scaled_linear")
+KEYS = jax.random.split(jax.random.key(0), 2)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 2, 4)), jnp.float32)
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
+WITH_HISTORY = ("plms", "dpmpp_2m", "dpmpp_3m_sde", "lms", "unipc", "deis")
 
 
 def test_make_by_name():
@@ -14,8 +25,9 @@ def test_make_by_name():
 
 
 def test_eta_for_a_solver_that_takes_none():
-    with pytest.raises(ValueError, match=r"eta=0.5: solver 'ddpm' takes none"):
-        solvers.make("ddpm", 0.5)
+    for name in set(solvers.SOLVERS) - {"ddim"}:
+        with pytest.raises(ValueError, match=f"eta=0.5: solver '{name}' takes none"):
+            solvers.make(name, 0.5)
 
     @jax.jit
     def traced(eta):
@@ -23,3 +35,101 @@ def test_eta_for_a_solver_that_takes_none():
         return eta
 
     traced(0.5)
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+@pytest.mark.parametrize("final", ["one", "alphas_cumprod_0"])
+def test_calls_of_the_model(name, final):
+    """And where they are: each x has the mean and spread of the level it is handed with."""
+    table = solvers.levels(SD, 4, "trailing", final)
+    called = []
+
+    def denoise(x, level):
+        called.append(float(level.t))
+        return gaussian.denoise(x, level)
+
+    with jax.disable_jit():
+        x = solvers.sample(solvers.make(name), denoise, table, X, KEYS)
+    assert np.all(np.isfinite(x))
+    end = [] if final == "one" else [0]
+    between = {
+        "plms": [999, 749, *table.t[1:]],
+        "heun": [999, 749, 749, 499, 499, 249, 249, *end],
+        "kdpm2": [*np.stack([table.t, table.t_mid], 1).ravel()][: 7 + len(end)],
+    }
+    between["dpmpp_2s"] = between["kdpm2"]
+    np.testing.assert_allclose(called, between.get(name, table.t), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", WITH_HISTORY)
+def test_history_begins_at_start(name):
+    """A traced start gives the trajectory over the levels from there on, as if alone."""
+    table = solvers.levels(SD, 22, "trailing")
+    rest = jax.tree.map(lambda column: column[5:], table)
+    solver = solvers.make(name)
+    if name == "dpmpp_3m_sde":  # keys belong to a level's number
+        solver = solvers.SOLVERS[name](eta=0.0)
+    run = jax.jit(
+        lambda start: solvers.sample(solver, gaussian.denoise, table, X, KEYS, start=start)
+    )
+    alone = solvers.sample(solver, gaussian.denoise, rest, X, KEYS)
+    np.testing.assert_allclose(run(5), alone, rtol=1e-5, atol=2e-6)
+    assert not np.allclose(run(0), alone, atol=0.05)
+    np.testing.assert_array_equal(run(22), X)
+
+
+@pytest.mark.parametrize("name", sorted(set(solvers.SOLVERS) - {"ddim", "ddpm"}))
+def test_zero_terminal_snr_is_finite_and_exact(name):
+    """A model that knows the one image there is arrives at it from pure noise."""
+    schedule = diffusion.zero_terminal_snr(SD)
+    table = solvers.levels(schedule, 6, "trailing")
+    assert table.alpha[0] == 0
+    image = X[:1]
+
+    def model(x, t_b):
+        alpha, sigma = diffusion.signal_and_noise(schedule, t_b, x.ndim)
+        x0 = jnp.broadcast_to(image, x.shape)
+        return diffusion.v_from_eps(diffusion.eps_from_x0(x, x0, alpha, sigma), x0, alpha, sigma)
+
+    x_T = diffusion.rowwise_normal(KEYS, X.shape[1:])
+    out = solvers.sample(solvers.make(name), diffusion.denoiser(model, "v"), table, x_T, KEYS)
+    np.testing.assert_allclose(out, jnp.broadcast_to(image, out.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC[1:])
+def test_reaches_the_right_mean_and_variance(name):
+    keys = jax.random.split(jax.random.key(1), 4)
+    z = diffusion.rowwise_normal(keys, (40, 40, 4))
+    table = solvers.levels(diffusion.zero_terminal_snr(SD), 200, "trailing")
+    x = solvers.sample(solvers.make(name), gaussian.denoise, table, z, keys)
+    scale = gaussian.STD.ravel()
+    mean = (np.mean(x, (0, 1, 2)) - gaussian.MEAN.ravel()) / scale
+    np.testing.assert_allclose(mean, np.zeros(4), atol=0.04)
+    np.testing.assert_allclose(np.std(x, (0, 1, 2)) / scale, np.ones(4), atol=0.04)
+    assert np.corrcoef(np.ravel(x[..., 0]), np.ravel(z[..., 0]))[0, 1] < 0.1  # fresh noise
+
+
+@pytest.mark.parametrize("spacing", ["quadratic", "linspace", "leading"])
+@pytest.mark.parametrize("name", WITH_HISTORY)
+def test_weights_are_finite_where_levels_repeat(name, spacing):
+    steps, final = (250, None) if spacing == "quadratic" else (10, "alphas_cumprod_0")
+    table = solvers.levels(SD, steps, spacing, final)
+    assert np.any(table.h == 0) == (spacing != "leading")
+    weights = solvers.make(name).weights(table)
+    assert np.all(np.isfinite(weights))
+    assert np.max(np.abs(weights)) < 10
+
+
+@pytest.mark.parametrize("name", ["plms", "unipc", "heun"])
+def test_gradient_equals_the_difference_quotient(name):
+    table = solvers.levels(SD, 20, "trailing")
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(x):
+        denoise = jax.checkpoint(gaussian.denoise)
+        return jnp.mean(solvers.sample(solvers.make(name), denoise, table, x, KEYS) ** 2)
+
+    along = jnp.asarray(np.random.default_rng(1).normal(size=X.shape), jnp.float32)
+    slope = (loss(X + 0.05 * along)[0] - loss(X - 0.05 * along)[0]) / 0.1
+    np.testing.assert_allclose(jnp.sum(loss(X)[1] * along), slope, rtol=5e-3)

@@ -11,6 +11,7 @@ from ldm_jax.solvers.heun import heun
 from ldm_jax.solvers.kdpm2 import kdpm2
 from ldm_jax.solvers.levels import Levels, inverted, levels
 from ldm_jax.solvers.loop import Solver, sample
+from ldm_jax.solvers.masked import composite, fresh_noise, masked
 from ldm_jax.solvers.plms import plms
 from ldm_jax.solvers.unipc import unipc
 
@@ -31,7 +32,18 @@ SOLVERS = {
     "deis": deis,
 }
 
-__all__ = ["SOLVERS", "Levels", "Solver", "inverted", "levels", "make", "sample"]
+__all__ = [
+    "SOLVERS",
+    "Levels",
+    "Solver",
+    "composite",
+    "fresh_noise",
+    "inverted",
+    "levels",
+    "make",
+    "masked",
+    "sample",
+]
 
 
 def make(name: str, eta: jax.Array | float = 0.0) -> Solver:

@@ -15,7 +15,7 @@ def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> 
 
     def step(denoise, carry, x, level, keys):
         denoised = denoise(x, level)
-        fresh = eta * level.sigma_next / level.sigma * jnp.sqrt(level.beta)  # eq. 16
+        fresh = eta * level.sigma_next / level.sigma * _sqrt(level.beta)  # eq. 16
         kept = _sqrt(level.sigma_next**2 - fresh**2)
         noise = temperature * rowwise_normal(keys, x.shape[1:])
         x = level.alpha_next * denoised.x0 + kept * denoised.eps + fresh * noise
@@ -25,5 +25,5 @@ def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> 
 
 
 def _sqrt(x: jax.Array) -> jax.Array:
-    """sqrt, 0 below 0 (rounding, eta above 1), with a finite derivative where it is 0."""
+    """sqrt, and 0 below 0 (rounding, eta > 1, inverted levels) with a finite derivative."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
