@@ -81,7 +81,9 @@ def test_a_run_killed_twice_ends_as_if_never_interrupted(tmp_path, ldm_run, firs
     assert_same_end(run, ldm_run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_stops_and_the_run_goes_on_elsewhere(
     tmp_path, ldm_run, first_stage_run, number, monkeypatch
 ):

@@ -29,7 +29,7 @@ def alone(quick_compilation):
     ("mesh", "accumulate"),
     [
         ({"data": 4}, 1),
-        ({"fsdp": 4}, 2),
+        pytest.param({"fsdp": 4}, 2, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 2}, 1),
         ({"fsdp": 2, "tensor": 2}, 4),
     ],
@@ -97,6 +97,7 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters(alone):
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_steps(alone):
     state, _ = recipes.steps(dataclasses.replace(CONFIG, remat=True), recipes.mesh_of(), 5)
     assert recipes.largest_difference(state, alone[0]) < TOLERANCE

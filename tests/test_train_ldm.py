@@ -37,7 +37,7 @@ def alone(quick_compilation):
         ({"fsdp": 4}, 1),
         ({"data": 2, "fsdp": 2}, 2),
         ({"fsdp": 2, "tensor": 2}, 1),
-        ({}, 4),
+        pytest.param({}, 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )

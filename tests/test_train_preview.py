@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "condition",
     [
-        "unconditional",
+        pytest.param("unconditional", marks=pytest.mark.slow),
         pytest.param("inpaint", marks=pytest.mark.slow),
         pytest.param("superres", marks=pytest.mark.slow),
         "semantic",

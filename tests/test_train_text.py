@@ -225,6 +225,7 @@ def write_clip(folder, seed):
     return params
 
 
+@pytest.mark.slow
 def test_a_frozen_clip_comes_from_a_folder_and_stays_with_the_run(
     tmp_path, first_stage_run, capsys
 ):
