@@ -24,6 +24,33 @@ def levels_of(bundle: LatentDiffusion, steps: int, spacing: str | None) -> solve
     return solvers.levels(bundle.schedule, steps, spacing)
 
 
+def start_of(strength: float, count: int) -> int:
+    """First of `count` levels that runs, for a strength in 0..1: the last int(strength * count) do.
+
+    The reference noises to the level before the one where it starts; here both are one, as in
+    diffusers.
+    """
+    return count - int(strength * count + 1e-6)  # 0.29 * 100 is below 29
+
+
+def noised(
+    init: jax.Array, levels: solvers.Levels, start: jax.Array | int, noise: jax.Array
+) -> jax.Array:
+    """`init` [B, h, w, c] with unit normal `noise` at the level `start`, an int or traced.
+
+    At 0 the noise alone, from which every sampler starts; at the number of levels `init` alone.
+    """
+    count = len(levels.t)
+    row = jnp.clip(jnp.asarray(start), 0, count - 1)
+    at_start = jnp.asarray(levels.alpha)[row] * init + jnp.asarray(levels.sigma)[row] * noise
+    return jnp.where(start == 0, noise, jnp.where(start == count, init, at_start))
+
+
+def _other(keys: jax.Array) -> jax.Array:
+    """Keys [B] for draws that must not repeat those of the levels, whose number is folded in."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 2**30)
+
+
 def make_sampler(
     bundle: LatentDiffusion,
     *,
@@ -35,15 +62,18 @@ def make_sampler(
     decode: bool = True,
     trace: Callable | None = None,
 ) -> Callable:
-    """sample(params, cond, null, keys, guidance_scale, eta=0.0, x_T=None, start=0) -> images.
+    """sample(params, cond, null, keys, guidance_scale, eta, x_T, start, init, hole) -> images.
 
     `shape` is the latent's (h, w, c). `spacing` is one of `solvers.levels`; by default the model's
     own (`config.sampling`). The function is pure: jit it with your own shardings.
     `params` are as in `bundle.params`; `cond` and `null` hold [B, ...] arrays (`null` and
     `guidance_scale` are unused unless `guided`); `keys` is [B] typed keys, one per image: its
     pixels depend on nothing else. `x_T` [B, h, w, c] is unit normal, drawn from the keys by
-    default; `start` is the first level that runs. Prompt, seed, guidance scale, eta and start are
-    traced: a new one never recompiles.
+    default; `start` is the first level that runs. `init` [B, h, w, c], a scaled latent, is what
+    sampling starts from: noised with x_T to the level `start`, so that 0 ignores it (x_T itself)
+    and the number of levels returns it. With `hole` [B, h, w, 1] `init` is also kept outside of
+    it: see `solvers.masked`. Prompt, seed, guidance scale, eta, start, init and hole are traced: a
+    new one never recompiles.
 
     Returns images [B, H, W, c] in about [-1, 1], not clipped; with `decode=False` the unscaled
     latents that the first stage decodes. With `trace(x, denoised)` a pair: that, and what `trace`
@@ -61,6 +91,8 @@ def make_sampler(
         eta: Any = 0.0,
         x_T: jax.Array | None = None,
         start: Any = 0,
+        init: jax.Array | None = None,
+        hole: jax.Array | None = None,
     ) -> Any:
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
@@ -70,9 +102,16 @@ def make_sampler(
         else:
             model = lambda x, t: net(x, t, cond)  # noqa: E731
         denoise = diffusion.denoiser(model, bundle.prediction)
+        if init is not None:
+            x_T = noised(init, levels, start, x_T)
+        if hole is not None:
+            noise = solvers.fresh_noise(_other(step_keys), shape)
+            denoise = solvers.masked(denoise, init, hole, noise)
         rule = solvers.make(solver, eta)
         out = solvers.sample(rule, denoise, levels, x_T, step_keys, start=start, trace=trace)
         latent, traced = out if trace is not None else (out, None)
+        if hole is not None:
+            latent = solvers.composite(latent, init, hole)
         if decode:
             image = latents.decode(
                 bundle.first_stage, params["first_stage"], latent, bundle.latent_scale

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import einops
 import jax
 import numpy as np
 import tqdm
@@ -110,11 +112,12 @@ def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any, Any]:
 
 
 def latent_shape(
-    model: bundle.LatentDiffusion, height: int | None, width: int | None
+    model: bundle.LatentDiffusion, height: int | None, width: int | None, where: str = "--"
 ) -> tuple[int, int, int]:
     """(h, w, c) of the latent of an image; None is the training size.
 
-    ValueError if the first stage and the UNet cannot halve a side as often as they do.
+    ValueError if the first stage and the UNet cannot halve a side as often as they do; it begins
+    with `where` the side comes from.
     """
     config = model.config
     down = config.first_stage.downsample
@@ -123,9 +126,11 @@ def latent_shape(
     for name, given in (("height", height), ("width", width)):
         side = config.size if given is None else given
         if side < step or side % step:
+            below, above = side // step * step, (side // step + 1) * step
+            nearest = f"{below} or {above}" if below > 0 else f"{max(above, step)}"
             raise ValueError(
-                f"--{name} {side} is not a multiple of {step}, by which the first stage and the"
-                f" UNet downsample: take {max(1, round(side / step)) * step}"
+                f"{where}{name} {side} is not a multiple of {step}, by which the first stage and"
+                f" the UNet downsample: take {nearest}"
             )
         sides.append(side // down)
     return (*sides, config.first_stage.embed_dim)
@@ -146,18 +151,19 @@ def read_images(
     """
     if not paths:
         raise ValueError(f"give {flag} FILE [FILE ...]")
-    read = [_resized(_open_image(path, channels), side) for path in paths]
+    read = [resized(open_image(path, channels), side) for path in paths]
     for path, image in zip(paths, read, strict=True):
         if image.size != read[0].size:
             raise ValueError(
-                f"{path}: is {_size(image)} (height x width) and {paths[0]} is {_size(read[0])}:"
-                " give images of one size, or --height and --width"
+                f"{path}: is {size_of(image)} (height x width), but {paths[0]} is"
+                f" {size_of(read[0])}: give images of one size, or --height and --width"
             )
     stacked = np.stack([np.asarray(image, np.float32) for image in read])
     return stacked.reshape(*stacked.shape[:3], channels) / 127.5 - 1
 
 
-def _open_image(path: str, channels: int) -> Image.Image:
+def open_image(path: str, channels: int) -> Image.Image:
+    """An image file, grey or RGB by its channels. ValueError as in `read_images`."""
     if epath.Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; give image files")
     try:
@@ -168,7 +174,10 @@ def _open_image(path: str, channels: int) -> Image.Image:
         raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
 
 
-def _resized(image: Image.Image, side: tuple[int | None, int | None]) -> Image.Image:
+def resized(
+    image: Image.Image, side: tuple[int | None, int | None], how: Any = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """`image` scaled and cut as in `read_images`."""
     if side == (None, None):
         return image
     for flag, pixels in zip(("--height", "--width"), side, strict=True):
@@ -177,10 +186,11 @@ def _resized(image: Image.Image, side: tuple[int | None, int | None]) -> Image.I
     ratio = image.height / image.width
     height = side[0] or max(1, round(side[1] * ratio))
     width = side[1] or max(1, round(height / ratio))
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (width, height), how)
 
 
-def _size(image: Image.Image) -> str:
+def size_of(image: Image.Image) -> str:
+    """`HEIGHTxWIDTH`."""
     return f"{image.height}x{image.width}"
 
 
@@ -206,6 +216,39 @@ def open_out(options: Options) -> epath.Path:
     return out
 
 
+def null_batch(model: bundle.LatentDiffusion, path: str) -> dict[str, np.ndarray]:
+    """One row of what `conditioning.from_batch` reads that asks for nothing in particular.
+
+    The null class or the empty text, nothing for an unconditional model. ValueError, naming the
+    path of the model, if it knows none of these.
+    """
+    match model.config.cond:
+        case None:
+            return {}
+        case schema.ClassCondConfig(null_class=True, num_classes=count):
+            return {"label": np.array([count], np.int32)}
+        case schema.ClassCondConfig(num_classes=count):
+            raise ValueError(f"{path}: has no null class; give --labels, each in 0..{count - 1}")
+        case schema.TextCondConfig() | schema.HybridCondConfig():
+            check_tokenizer(model, path)
+            tokens = model.tokenizer.encode([""])
+            return {"tokens": tokens, "null_tokens": tokens}
+    kind = type(model.config.cond).__name__
+    raise ValueError(
+        f"{path}: is trained with {kind} and draws nothing without; see the other tasks"
+    )
+
+
+def check_tokenizer(model: bundle.LatentDiffusion, path: str) -> None:
+    """ValueError if a model of text has come without its tokenizer."""
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{path}: comes without a tokenizer; give --tokenizer FOLDER with its files"
+            " (vocab.json and merges.txt for CLIP, vocab.txt for BERT), such as tokenizer/ of a"
+            " diffusers folder"
+        )
+
+
 def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> np.ndarray | None:
     """--init-latents as float32 [count, h, w, c]; ValueError if the file holds another shape."""
     if options.init_latents is None:
@@ -226,12 +269,14 @@ def generate(
     count: int,
     guided: bool,
     shape: tuple[int, int, int] | None = None,
+    start: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (indices, images float32, unscaled latents) of each batch; one program for all.
 
-    batch: what `conditioning.from_batch` reads, host arrays with `count` rows. They are arguments
-    of the program, as are seed, scale and eta: other values compile nothing anew.
+    batch: what `conditioning.from_batch` and `make_run` read, host arrays with `count` rows. They
+    are arguments of the program, as are seed, scale, eta and start: others compile nothing anew.
     shape: (h, w, c) of the latent; default: the model's.
+    start: first level that runs; None is all of them, in a program that cannot skip any.
     The last batch is filled up by repeating its last image, and cut.
     """
     shape = model.latent_shape if shape is None else shape
@@ -247,6 +292,7 @@ def generate(
             given = {name: jax.device_put(x[indices], rows) for name, x in given.items()}
             keys = jax.device_put(sampling.keys_of(options.seed, indices), rows)
             arguments = (model.params, given, keys, options.guidance_scale, options.eta)
+            arguments += () if start is None else (start,)
             if compiled is None:
                 cli.say(f"compiling the sampler for batches of {size} ...")
                 began = time.perf_counter()
@@ -260,9 +306,12 @@ def generate(
 def make_run(
     model: bundle.LatentDiffusion, options: Options, guided: bool, shape: tuple[int, int, int]
 ) -> Any:
-    """run(params, batch, keys, scale, eta) -> (images, unscaled latents): pure, to be jitted.
+    """run(params, batch, keys, scale, eta, start=0) -> (images, unscaled latents), to be jitted.
 
-    The conditioning is encoded once, before the scan over the levels.
+    The conditioning is encoded once, before the scan over the levels. Beside it `batch` may hold
+    x_T: [B, h, w, c], the noise to start from.
+    init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`.
+    hole: [B, H, W, 1], 1 where `init` is drawn anew; elsewhere it is kept.
     """
     sample = sampling.make_sampler(
         model,
@@ -274,7 +323,7 @@ def make_run(
         decode=False,
     )
 
-    def run(params, batch, keys, scale, eta):
+    def run(params, batch, keys, scale, eta, start=0):
         stage = params["first_stage"]
         encode = functools.partial(
             latents.encode, model.first_stage, stage, scale=model.latent_scale
@@ -282,7 +331,14 @@ def make_run(
         arguments = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
         cond = conditioning.from_batch(*arguments)
         null = conditioning.null_like(*arguments) if guided else None
-        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"))
+        init, hole = batch.get("init"), batch.get("hole")
+        if init is not None:
+            # a sample of the posterior, as in the reference; what is kept is its mode
+            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if hole is None else None
+            init = encode(init, keys=draws)
+        if hole is not None:  # a latent pixel is kept if all that it stands for is
+            hole = einops.reduce(hole, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
+        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"), start, init, hole)
         image = model.first_stage.apply({"params": stage}, z, method="decode")
         return image.astype("float32"), z
 
@@ -298,18 +354,25 @@ def save(
     details: list[dict],
     *,
     rows: list[str],
+    left: np.ndarray | None = None,
 ) -> None:
     """What `generate` gave, as single PNGs with their settings inside, grid and arrays.
 
-    names, details: of each image; rows: labels of the grid's rows.
+    names, details: of each image; rows: labels of the grid's rows, none for a square of images;
+    left: [rows, H, W, c] in [-1, 1], images that stand in the grid before the others of their row.
     """
     pictures = images.to_uint8(np.concatenate([image for _, image, _ in parts]))
     settings = {"task": task, **dataclasses.asdict(options)}
     for name, picture, detail in zip(names, pictures, details, strict=True):
         images.save_png(out / f"{name}.png", picture, {**settings, **detail})
-    columns = len(pictures) // len(rows)
+    columns = len(pictures) // len(rows) if rows else math.ceil(len(pictures) ** 0.5)
     labels = [row.encode("ascii", "replace").decode() for row in rows]  # what PIL's font has
-    sheet = images.grid(pictures, columns, scale=max(1, 48 // pictures.shape[1]), names=labels)
+    shown = pictures
+    if left is not None:
+        by_row = pictures.reshape(len(rows), columns, *pictures.shape[1:])
+        shown = np.concatenate([images.to_uint8(left)[:, None], by_row], axis=1)
+        shown, columns = shown.reshape(-1, *pictures.shape[1:]), columns + 1
+    sheet = images.grid(shown, columns, scale=max(1, 48 // pictures.shape[1]), names=labels)
     images.save_png(out / "grid.png", sheet, settings)
     if options.npz:
         with (out / "samples.npz").open("wb") as file:

@@ -6,9 +6,29 @@ from collections.abc import Sequence
 import tyro
 
 from ldm_jax import cli
-from ldm_jax.sample import class2img, text2img
+from ldm_jax.sample import (
+    class2img,
+    img2img,
+    inpaint,
+    layout2img,
+    semantic,
+    superres,
+    text2img,
+    unconditional,
+    variations,
+)
 
-TASKS = {"class2img": class2img, "text2img": text2img}
+TASKS = {
+    "unconditional": unconditional,
+    "class2img": class2img,
+    "text2img": text2img,
+    "img2img": img2img,
+    "inpaint": inpaint,
+    "superres": superres,
+    "semantic": semantic,
+    "layout2img": layout2img,
+    "variations": variations,
+}
 
 
 def sample(argv: Sequence[str]) -> int:

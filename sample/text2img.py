@@ -70,7 +70,7 @@ def read_prompts(options: Options) -> list[str]:
     return prompts
 
 
-def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
+def check_model(model: bundle.LatentDiffusion, options: common.Options) -> None:
     """ValueError if the model does not draw from text alone."""
     cond = model.config.cond
     if isinstance(cond, schema.HybridCondConfig):
@@ -81,12 +81,7 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     if not isinstance(cond, schema.TextCondConfig):
         kind = type(cond).__name__ if cond else "no condition"
         raise ValueError(f"{options.model}: is trained with {kind}, not with text")
-    if model.tokenizer is None:
-        raise ValueError(
-            f"{options.model}: comes without a tokenizer; give --tokenizer FOLDER with its files"
-            " (vocab.json and merges.txt for CLIP, vocab.txt for BERT), such as tokenizer/ of a"
-            " diffusers folder"
-        )
+    common.check_tokenizer(model, options.model)
 
 
 def tokenize(

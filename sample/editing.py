@@ -1,0 +1,145 @@
+"""What tasks share that begin with images of the user: files, and what to draw in them."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from ldm_jax import bundle, schema
+from ldm_jax.sample import common, text2img
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common.Options):
+    """Images, and prompts or labels to go with them: as many, or one for all."""
+
+    images: tuple[str, ...] = ()
+    """Image files. One goes with every prompt or label; several, with as many or with one."""
+    height: int | None = None
+    """Pixels to which the images are scaled and cut; default: as they are."""
+    width: int | None = None
+    """Pixels to which the images are scaled and cut; default: as they are."""
+    prompt: tuple[str, ...] = ()
+    """What to draw, for a model of text; default: the empty text."""
+    negative_prompt: str = ""
+    """What guidance leads away from; default: the empty text."""
+    labels: tuple[int, ...] = ()
+    """Class ids, for a model of classes; default: no class in particular."""
+    num_images: int = 1
+    """Images per pair of image and prompt or label."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; default: 7.5 with a prompt, 1.5 with a label, else 1, which samples
+    without."""
+
+
+class Asked(NamedTuple):
+    """What a model is asked to draw."""
+
+    rows: dict[str, np.ndarray]
+    """What `conditioning.from_batch` reads of it, one row for each."""
+    names: list[str]
+    """Of each, for files; empty for nothing in particular."""
+    labels: list[str]
+    """Of each, for people."""
+    scale: float
+    """Guidance; 1 is without."""
+
+
+def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
+    """The prompts or labels of the options, or nothing in particular.
+
+    ValueError for those that the model does not know.
+    """
+    cond, text = model.config.cond, schema.text_of(model.config.cond)
+    is_class = isinstance(cond, schema.ClassCondConfig)
+    for flag, given, known, of in (
+        ("--prompt", options.prompt, text, "text"),
+        ("--negative-prompt", options.negative_prompt, text, "text"),
+        ("--labels", options.labels, is_class, "classes"),
+    ):
+        if given and not known:
+            kind = type(cond).__name__ if cond else "no condition"
+            raise ValueError(f"{flag}: {options.model} is trained with {kind}, not with {of}")
+    if options.labels:
+        return _classes(cond, options)
+    if text is not None and (options.prompt or options.negative_prompt):
+        common.check_tokenizer(model, options.model)
+        prompts = options.prompt or ("",)
+        rows = text2img.tokenize(model.tokenizer, prompts, options.negative_prompt, 1)
+        scale = 7.5 if options.guidance_scale is None else options.guidance_scale
+        return Asked(rows, [text2img.slug(p) for p in prompts], [p[:24] for p in prompts], scale)
+    if options.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"--guidance-scale {options.guidance_scale}: nothing is asked for, so there is nothing"
+            " to guide; leave it at 1, or give --prompt or --labels to a model of text or classes"
+        )
+    beside = isinstance(cond, schema.InpaintCondConfig)
+    rows = {} if beside else common.null_batch(model, options.model)
+    return Asked(rows, [""], [""], 1.0)
+
+
+def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
+    for label in options.labels:
+        if not 0 <= label < cond.num_classes:
+            raise ValueError(
+                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
+            )
+    default = 1.5 if cond.null_class else 1.0
+    scale = default if options.guidance_scale is None else options.guidance_scale
+    if scale != 1 and not cond.null_class:
+        raise ValueError(
+            f"--guidance-scale {scale}: {options.model} has no null class; sample with 1"
+        )
+    rows = {"label": np.asarray(options.labels, np.int32)}
+    names = [f"class{label}" for label in options.labels]
+    return Asked(rows, names, [str(label) for label in options.labels], scale)
+
+
+class Pairs(NamedTuple):
+    """Which image goes with what is asked, for every picture to be made."""
+
+    image: np.ndarray
+    """Index of its image, int [N]."""
+    asked: np.ndarray
+    """Index of what is asked, int [N]."""
+    names: list[str]
+    """File names without ending, [N]."""
+    details: list[dict]
+    """What belongs into each PNG beside the options, [N]."""
+    rows: list[str]
+    """Labels of the grid's rows, one for each pair."""
+
+
+def pairs(options: Options, what: Asked) -> Pairs:
+    """Every image with its prompt or label, num_images times.
+
+    ValueError if there are several of both, and not as many.
+    """
+    images, count = len(options.images), len(what.names)
+    total = max(images, count)
+    if {images, count} - {1, total}:
+        raise ValueError(
+            f"{images} --images and {count} of --prompt or --labels: give as many, or one of either"
+        )
+    every = np.repeat(np.arange(total), options.num_images)
+    image, which = every % images, every % count
+    names, details = [], []
+    for i, (a, b) in enumerate(zip(image, which, strict=True)):
+        parts = (text2img.slug(epath.Path(options.images[a]).stem), what.names[b])
+        named = "_".join(part for part in parts if part)
+        names.append(f"{i:05d}_{named}_seed{options.seed}")
+        details.append({"index": i, "image": options.images[a], "asked": what.labels[b]})
+    return Pairs(
+        image, which, names, details, [what.labels[b] for b in range(count)] * (total // count)
+    )
+
+
+def side(options: Options) -> tuple[int | None, int | None]:
+    """--height and --width."""
+    return options.height, options.width
+
+
+def channels(model: bundle.LatentDiffusion) -> int:
+    """Channels of the images of a model."""
+    return getattr(model.config.first_stage, "in_channels", model.config.first_stage.embed_dim)

@@ -1,0 +1,117 @@
+"""Filling holes: `ldm-sample inpaint --model PATH --out DIR --images a.png --masks hole.png`.
+
+Three ways, told by the model: models that see image and mask (CompVis `inpainting_big`, the 9
+channels of Stable Diffusion's) sample as they were trained; with all others what is known is put
+back at every step. Outside of the hole every pixel of the result is the image's own, as in the
+reference's `inpaint.py`.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.ndimage
+from PIL import Image
+
+from ldm_jax import bundle, schema
+from ldm_jax.sample import common, editing
+
+NAME = "inpaint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(editing.Options):
+    """Images whose holes are filled, or that are continued beyond their edges."""
+
+    masks: tuple[str, ...] = ()
+    """Mask files as large as the images, white where to draw: one per image, or one for all."""
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Pixels to draw above, below, left and right of the images (outpainting)."""
+
+
+def main(options: Options) -> int:
+    """Writes num_images completions of every image."""
+    model, mesh, options = common.open_model(options)
+    beside = check_model(model, options)
+    what = editing.asked(model, options)
+    options = dataclasses.replace(options, guidance_scale=what.scale)
+    image = common.read_images(
+        options.images, editing.side(options), channels=editing.channels(model)
+    )
+    image, hole = padded(image, read_masks(options, image.shape[1:3]), options)
+    shape = common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
+    made = editing.pairs(options, what)
+    out = common.open_out(options)
+
+    batch = {name: x[made.asked] for name, x in what.rows.items()}
+    # The first stage sees around the hole, so that what is in it may not show through.
+    hidden = np.stack([filled(a, b) for a, b in zip(image, hole, strict=True)])
+    names = ("image", "mask") if beside else ("init", "hole")
+    batch |= dict(zip(names, (hidden[made.image], hole[made.image]), strict=True))
+    guided, count = what.scale != 1, len(made.names)
+    parts = [
+        (indices, np.where(hole[made.image[indices]] > 0.5, drawn, image[made.image[indices]]), z)
+        for indices, drawn, z in common.generate(model, mesh, options, batch, count, guided, shape)
+    ]
+    left = np.where(hole > 0.5, 0, image)[made.image[:: options.num_images]]
+    common.save(out, options, NAME, parts, made.names, made.details, rows=made.rows, left=left)
+    return 0
+
+
+def check_model(model: bundle.LatentDiffusion, options: Options) -> bool:
+    """Whether the model sees image and mask. ValueError if it needs something else."""
+    cond = model.config.cond
+    beside = cond.concat if isinstance(cond, schema.HybridCondConfig) else cond
+    if isinstance(beside, schema.InpaintCondConfig):
+        return True
+    if not isinstance(beside, schema.ClassCondConfig | schema.TextCondConfig | None):
+        raise ValueError(
+            f"{options.model}: is trained with {type(beside).__name__}; {NAME} takes models of"
+            " image and mask, of text, of classes, or without condition"
+        )
+    return False
+
+
+def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
+    """The holes of the images, float32 [N, H, W, 1], 1 = hole; zeros without --masks.
+
+    side: that of the images as they were read.
+    ValueError for a mask of another size than its image, without hole, or of nothing else.
+    """
+    images, masks = options.images, options.masks
+    if not masks and not any(options.pad):
+        raise ValueError("give --masks FILE [FILE ...] or --pad TOP BOTTOM LEFT RIGHT")
+    if masks and len(masks) not in (1, len(images)):
+        raise ValueError(f"{len(images)} --images and {len(masks)} --masks: give as many, or one")
+    holes = np.zeros((len(images), *side, 1), np.float32)
+    for i, path in enumerate(images if masks else ()):
+        name = masks[i % len(masks)]
+        mask, image = common.open_image(name, 1), common.open_image(path, 1)
+        if mask.size != image.size:
+            raise ValueError(
+                f"{name}: the mask is {common.size_of(mask)} (height x width), but its image {path}"
+                f" is {common.size_of(image)}"
+            )
+        mask = common.resized(mask, editing.side(options), Image.Resampling.NEAREST)
+        holes[i, ..., 0] = np.asarray(mask) >= 128
+        if not holes[i].any():
+            raise ValueError(f"{name}: is a mask without hole; white is where to draw")
+        if holes[i].all():
+            raise ValueError(f"{name}: is all hole; black is what to keep of {path}")
+    return holes
+
+
+def padded(image: np.ndarray, hole: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Image and hole with --pad pixels around them, all of them hole. ValueError if negative."""
+    if min(options.pad) < 0:
+        raise ValueError(f"--pad {' '.join(map(str, options.pad))}: give numbers from 0 on")
+    top, bottom, left, right = options.pad
+    around = ((0, 0), (top, bottom), (left, right), (0, 0))
+    return np.pad(image, around), np.pad(hole, around, constant_values=1)
+
+
+def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """[H, W, c] with the nearest known pixel in place of every one in the hole [H, W, 1]."""
+    nearest = scipy.ndimage.distance_transform_edt(
+        hole[..., 0] > 0.5, return_distances=False, return_indices=True
+    )
+    return image[tuple(nearest)]
