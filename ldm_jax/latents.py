@@ -22,7 +22,11 @@ def encode(
     With `keys` [B] a sample of the posterior (what trains), without them its mode (conditioning).
     A vector-quantized stage, or none, has no posterior: its latent, before quantization, is both.
     """
-    encoded = first_stage.apply({"params": params}, image, method="encode")
+    return draw(first_stage.apply({"params": params}, image, method="encode"), scale, keys)
+
+
+def draw(encoded: Any, scale: Any, keys: jax.Array | None = None) -> jax.Array:
+    """Scaled latent from what a first stage encodes to; `keys` as in `encode`."""
     if not isinstance(encoded, tuple):
         return scale * encoded.astype(jnp.float32)
     mean, logvar = (a.astype(jnp.float32) for a in encoded)

@@ -103,7 +103,10 @@ def _blocks(remat: bool):
 
 
 class Encoder(nn.Module):
-    """Image to `out_channels` feature maps at the latent's resolution (`model.Encoder`)."""
+    """Image to `out_channels` feature maps at the latent's resolution (`model.Encoder`).
+
+    `stop` ends before a level and gives what enters it; `start` goes on from that.
+    """
 
     channels: int
     channel_mult: tuple[int, ...]
@@ -118,27 +121,33 @@ class Encoder(nn.Module):
     precision: PrecisionLike = None
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x, train=False, start=None, stop=None):
         low = {"dtype": self.dtype, "precision": self.precision}
         block = {**low, "dropout": self.dropout, "attention": self.attention, "remat": self.remat}
-        x = conv(x.shape[-1], self.channels, name="conv_in", **low)(x)
+        if start is None:
+            x = conv(x.shape[-1], self.channels, name="conv_in", **low)(x)
         last = len(self.channel_mult) - 1
-        for level, mult in enumerate(self.channel_mult):
+        for level in range(last + 1)[start:stop]:
             x = Level(
-                channels=self.channels * mult,
+                channels=self.channels * self.channel_mult[level],
                 num_layers=self.num_res_blocks,
                 with_attention=2**level in self.attention_downsample,
                 resample="down" if level < last else None,
                 name=f"down_blocks_{level}",
                 **block,
             )(x, train)
+        if stop is not None:
+            return x
         x = MidBlock(self.mid_attention, name="mid_block", **block)(x, train)
         x = nn.silu(group_norm(x.shape[-1], 1e-6, name="conv_norm_out", dtype=self.dtype)(x))
         return conv(x.shape[-1], self.out_channels, name="conv_out", **low)(x)
 
 
 class Decoder(nn.Module):
-    """Feature maps at the latent's resolution to an image (`model.Decoder`)."""
+    """Feature maps at the latent's resolution to an image (`model.Decoder`).
+
+    `stop` ends before the upsampling to `up_blocks_{stop}`; `start` goes on from what that gives.
+    """
 
     channels: int
     channel_mult: tuple[int, ...]
@@ -153,20 +162,27 @@ class Decoder(nn.Module):
     precision: PrecisionLike = None
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x, train=False, start=None, stop=None):
         low = {"dtype": self.dtype, "precision": self.precision}
         block = {**low, "dropout": self.dropout, "attention": self.attention, "remat": self.remat}
-        x = conv(x.shape[-1], self.channels * self.channel_mult[-1], name="conv_in", **low)(x)
-        x = MidBlock(self.mid_attention, name="mid_block", **block)(x, train)
-        for i, level in enumerate(reversed(range(len(self.channel_mult)))):
+        if start is None:
+            x = conv(x.shape[-1], self.channels * self.channel_mult[-1], name="conv_in", **low)(x)
+            x = MidBlock(self.mid_attention, name="mid_block", **block)(x, train)
+        elif start > 0:
+            x = Level(x.shape[-1], 0, False, "up", name=f"up_blocks_{start - 1}", **block)(x)
+        levels = len(self.channel_mult)
+        for i in range(levels)[start:stop]:
+            level = levels - 1 - i
             x = Level(
                 channels=self.channels * self.channel_mult[level],
                 num_layers=self.num_res_blocks + 1,
                 with_attention=2**level in self.attention_downsample,
-                resample="up" if level > 0 else None,
+                resample="up" if level > 0 and i + 1 != stop else None,
                 name=f"up_blocks_{i}",
                 **block,
             )(x, train)
+        if stop is not None:
+            return x
         x = nn.silu(group_norm(x.shape[-1], 1e-6, name="conv_norm_out", dtype=self.dtype)(x))
         return conv(x.shape[-1], self.out_channels, name="conv_out", **low)(x)
 
@@ -206,9 +222,12 @@ class AutoencoderKL(nn.Module):
 
         `train` turns dropout on. Raises ValueError when the images do not fit the model.
         """
-        _check_images(self, x)
-        moments = self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        check_images(self, x)
+        return self.posterior(self.encoder(x, train))
+
+    def posterior(self, h):
+        """(mean, logvar), as of `encode`, from what the encoder gives."""
+        mean, logvar = jnp.split(self.quant_conv(h).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z, train=False):
@@ -259,8 +278,12 @@ class AutoencoderVQ(nn.Module):
 
         `train` turns dropout on. Raises ValueError when the images do not fit the model.
         """
-        _check_images(self, x)
-        return self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
+        check_images(self, x)
+        return self.posterior(self.encoder(x, train))
+
+    def posterior(self, h):
+        """The latent, as of `encode`, from what the encoder gives."""
+        return self.quant_conv(h).astype(jnp.float32)
 
     def quantize(self, z):
         """(codes nearest to latents z, like z; their indices, int32 [B, h, w])."""
@@ -287,7 +310,7 @@ class IdentityFirstStage(nn.Module):
 
     def encode(self, x, train=False):
         """The images. Raises ValueError when they do not have `in_channels`."""
-        _check_images(self, x)
+        check_images(self, x)
         return x.astype(jnp.float32)
 
     def decode(self, z, train=False):
@@ -309,7 +332,7 @@ def _half(model: AutoencoderKL | AutoencoderVQ, kind: type[Encoder | Decoder], o
     return kind(out_channels=out_channels, **{name: getattr(model, name) for name in shared + how})
 
 
-def _check_images(model: FirstStage, x) -> None:
+def check_images(model: FirstStage, x) -> None:
     size = _smallest_side(model)
     if x.shape[-1] != model.in_channels or x.shape[1] % size or x.shape[2] % size:
         raise ValueError(
