@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import einops
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -180,7 +179,8 @@ def placer(shapes: dict, mesh: Mesh | None) -> Place:
     It waits for each array, so that no queue of host copies builds up.
     """
     if mesh is None:
-        return lambda path, x: jnp.asarray(x).block_until_ready()
+        # jnp.asarray would compile, and keep, a program for each shape
+        return lambda path, x: jax.device_put(x).block_until_ready()
     shards = sharding.by_rules(shapes, sharding.RULES, mesh)
     shards = traverse_util.flatten_dict(shards, sep="/")
 
