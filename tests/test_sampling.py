@@ -140,4 +140,4 @@ def test_the_sampler_is_differentiable(model):
 
 def test_an_unknown_solver_is_refused_at_once(model):
     with pytest.raises(ValueError, match="ddim"):
-        sampling.make_sampler(model, shape=model.latent_shape, steps=2, solver="heun")
+        sampling.make_sampler(model, shape=model.latent_shape, steps=2, solver="rk45")
