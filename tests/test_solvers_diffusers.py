@@ -161,7 +161,13 @@ class ThirdOrder(diffusers.DPMSolverMultistepScheduler):
         return x + self._sigma_to_alpha_sigma_t(self.sigmas[i + 1])[0] * second / (r0 + r1)
 
 
-@pytest.mark.parametrize("steps", [10, 20])  # below 15 the last steps are of lower order
+@pytest.mark.parametrize(
+    ("steps", "spacing", "their_spacing"),
+    [
+        (10, "trailing", "trailing"),  # below 15 the last steps are of lower order
+        (27, "time_uniform", "linspace"),  # 27 steps of 37 timesteps each: nothing to round
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [
@@ -177,10 +183,11 @@ class ThirdOrder(diffusers.DPMSolverMultistepScheduler):
         ("deis", "DEISMultistepScheduler", {"solver_order": 3}),
     ],
 )
-def test_multistep(name, kind, options, steps, monkeypatch):
+def test_multistep(name, kind, options, steps, spacing, their_spacing, monkeypatch):
     low = kind == "DEISMultistepScheduler" or "final_sigmas_type" in options
-    table = solvers.levels(SD, steps, "trailing", "alphas_cumprod_0" if low else "one")
-    compare(solvers.make(name), scheduler_of(kind, **options, **TRAILING), table, monkeypatch)
+    table = solvers.levels(SD, steps, spacing, "alphas_cumprod_0" if low else "one")
+    scheduler = scheduler_of(kind, **options, timestep_spacing=their_spacing)
+    compare(solvers.make(name), scheduler, table, monkeypatch)
 
 
 def test_dpmpp_2s(monkeypatch):

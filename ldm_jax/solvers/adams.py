@@ -31,18 +31,17 @@ def _integrated(coordinate: Callable) -> Callable:
 
     u is sigma / alpha in units of this level's: 1 here, exp(behind) earlier, exp(-h) next.
     """
+    points, shares = np.polynomial.legendre.leggauss(16)
 
     def weigh(level, behind):
         nodes = coordinate(np.exp(np.append(0.0, behind)))
         noise = np.float64(level.sigma) / max(np.float64(level.alpha), 1e-15)
-        point, weight = np.polynomial.legendre.leggauss(16)
-        last = np.exp(-np.float64(level.h))
-        u = 1 + (last - 1) * (point + 1) / 2
-        at, weight = coordinate(u), weight * (last - 1) / 2
+        length = np.expm1(-np.float64(level.h))
+        at = coordinate(1 + length * (points + 1) / 2)
         integrals = []
         for j in range(1, len(nodes)):
             others = np.delete(nodes, j)[:, None]
-            integrals.append(np.sum(weight * np.prod((at - others) / (nodes[j] - others), axis=0)))
-        return level.alpha_next * noise * np.array(integrals)
+            integrals.append(np.sum(shares * np.prod((at - others) / (nodes[j] - others), axis=0)))
+        return level.alpha_next * noise * length / 2 * np.array(integrals)
 
     return weigh
