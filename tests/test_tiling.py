@@ -34,7 +34,7 @@ def test_decode_is_that_of_one_pass(config, record_property):
     first_stage, variables = model(config)
     z = uneven(2, 16, 10, config.embed_dim)
     full = quick_jit(lambda p: latents.decode(first_stage, p, z, SCALE))
-    tiled = quick_jit(lambda p: tiling.decode(first_stage, p, z, SCALE, tile=TILE, levels=2))
+    tiled = quick_jit(lambda p: tiling.decode(first_stage, p, z, SCALE, tile=TILE))
     expected, found = full(variables["params"]), tiled(variables["params"])
     difference = float(np.abs(found - expected).max())
     record_property("difference", difference)
@@ -47,9 +47,7 @@ def test_encode_is_that_of_one_pass(record_property):
     first_stage, variables = model(KL)
     image, keys = uneven(2, 64, 40, 3), jax.random.split(jax.random.key(1), 2)
     full = quick_jit(lambda p: latents.encode(first_stage, p, image, SCALE, keys))
-    tiled = quick_jit(
-        lambda p: tiling.encode(first_stage, p, image, SCALE, keys, tile=TILE, levels=2)
-    )
+    tiled = quick_jit(lambda p: tiling.encode(first_stage, p, image, SCALE, keys, tile=TILE))
     expected, found = full(variables["params"]), tiled(variables["params"])
     difference = float(np.abs(found - expected).max())
     record_property("difference", difference)
@@ -105,7 +103,7 @@ def test_levels_with_attention_are_not_tiled():
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        (KL, {"tile": (24, 32), "levels": 2}, r"tile \(24, 32\): .* 12 pixels .* at least 28"),
+        (KL, {"tile": (24, 32)}, r"tile \(24, 32\): .* 12 pixels .* at least 28"),
         (KL, {"tile": TILE, "levels": 0}, "levels=0 .* no level to tile"),
         (
             schema.AutoencoderKLConfig(**SMALL, attention_downsample=(1,)),

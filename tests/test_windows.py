@@ -57,7 +57,7 @@ def one_by_one(x, cond, tops, lefts, k, l, clip, tie_clip):  # noqa: E741
 
 
 @pytest.mark.parametrize("tie_clip", [None, (0.05, 0.4)])
-@pytest.mark.parametrize("at_once", [None, 1, 4])
+@pytest.mark.parametrize("at_once", [None, 1, 5])
 def test_equals_the_reference_loop(tie_clip, at_once):
     x, cond = inputs(12, 16)
     split = windows.windowed(
