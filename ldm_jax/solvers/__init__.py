@@ -1,4 +1,22 @@
-"""Samplers as pairs of pure functions under one scan."""
+"""Samplers as pairs of pure functions under one scan.
+
+    name              calls per level   order     fresh noise   earlier outputs used
+    ddim, euler       1                 1         ddim by eta   -
+    ddpm              1                 -         yes           -
+    euler_ancestral   1                 -         yes           -
+    plms              1, first level 2  2         -             3
+    lms               1                 4         -             3
+    deis              1                 3         -             2
+    dpmpp_2m          1                 2         -             1
+    dpmpp_2m_sde      1                 -         yes           1
+    dpmpp_3m_sde      1                 -         yes           2
+    unipc             1                 3         -             1
+    heun, kdpm2       2                 2         -             -
+    dpmpp_2s          2                 2         -             -
+
+The order is that of the error against the exact flow as steps shrink evenly in log(alpha / sigma);
+a step from pure noise or to none always has one call.
+"""
 
 import jax
 
