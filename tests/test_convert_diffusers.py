@@ -208,7 +208,7 @@ def test_unet_computes_the_same(name, saved_unet):
         assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["depth", "resnet"])
+@pytest.mark.parametrize("name", ["sd1", "depth", "upscaler", "resnet"])
 def test_every_layer_computes_the_same(name, saved_unet):
     theirs, model, params = saved_unet(name)
     given = unet_inputs(model, 3, 4, 6, 5)
