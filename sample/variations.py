@@ -230,5 +230,4 @@ def slerp(a: np.ndarray, b: np.ndarray, t: float, axis: int | None = -1) -> np.n
     first = np.where(flat, 1 - t, np.sin((1 - t) * angle) / sine)
     last = np.where(flat, t, np.sin(t * angle) / sine)
     norm = (1 - t) * norms[0] + t * norms[1]
-    turned = norm * (first * one + last * other)
-    return np.where(flat, (1 - t) * a64 + t * b64, turned).astype(np.float32)
+    return (norm * (first * one + last * other)).astype(np.float32)
