@@ -174,7 +174,7 @@ def _load_run(
     }
     params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype, copy=False), params)
     if mesh is None:
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.device_put(params)  # jnp.asarray would compile a program for each shape
     else:
         params = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
