@@ -10,6 +10,8 @@ import pytest
 
 from ldm_jax import diffusion, guidance, solvers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SD = diffusion.make_schedule("scaled_linear")
 GOLDEN = np.load(Path(__file__).parent / "golden" / "samplers.npz")
 KEYS = jax.random.split(jax.random.key(0), 2)
