@@ -16,6 +16,10 @@ class Options(common.Options):
 
     labels: tuple[int, ...] = ()
     """Class ids; default: every class of the model (the first 10 if it has more)."""
+    height: int | None = None
+    """Height in pixels; default: the training size."""
+    width: int | None = None
+    """Width in pixels; default: the training size."""
 
 
 def main(options: Options) -> int:
@@ -31,11 +35,12 @@ def main(options: Options) -> int:
             raise ValueError(
                 f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
             )
+    shape = common.latent_shape(model, options.height, options.width)
     out = common.open_out(options)
     every = np.repeat(np.asarray(labels, np.int32), options.num_images)
     guided = options.guidance_scale != 1
 
-    parts = list(common.generate(model, mesh, options, {"label": every}, len(every), guided))
+    parts = list(common.generate(model, mesh, options, {"label": every}, len(every), guided, shape))
     names = [f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)]
     details = [{"index": i, "label": int(label)} for i, label in enumerate(every)]
     common.save(out, options, NAME, parts, names, details, rows=[str(label) for label in labels])

@@ -202,13 +202,24 @@ def test_unet_computes_the_same(name, saved_unet):
     theirs, model, params = saved_unet(name)
     assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in jax.tree.leaves(params))
     run = quick_jit(lambda params, given: model.apply({"params": params}, **given))
-    shapes = [(3, 4, 6, 1)] + [(1, 6, 10, 7)] * (name in ("sd1", "superres"))
-    for batch, height, width, tokens in shapes:
-        given = unet_inputs(model, batch, height, width, tokens)
-        assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
+    given = unet_inputs(model, 3, 4, 6, 1)
+    assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["sd1", "depth", "upscaler", "resnet"])
+def some(names, quick):
+    """All names; those that are not in `quick` only where slow tests run."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", some(UNETS, ("sd1", "superres")))
+def test_unet_computes_the_same_alone_on_odd_shapes(name, saved_unet):
+    theirs, model, params = saved_unet(name)
+    run = quick_jit(lambda params, given: model.apply({"params": params}, **given))
+    given = unet_inputs(model, 1, 6, 10, 7)
+    assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", some(UNETS, ("sd1", "depth", "upscaler", "resnet")))
 def test_every_layer_computes_the_same(name, saved_unet):
     theirs, model, params = saved_unet(name)
     given = unet_inputs(model, 3, 4, 6, 5)
@@ -219,8 +230,16 @@ def test_every_layer_computes_the_same(name, saved_unet):
         assert max_difference(ours[layer], expected) <= 1e-5, layer
 
 
-@pytest.mark.parametrize("name", FIRST_STAGES)
-def test_first_stage_computes_the_same(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "batch", "height", "width"),
+    [
+        pytest.param(name, *shape, marks=() if quick else pytest.mark.slow)
+        for name in FIRST_STAGES
+        for shape in ((3, 4, 6), (1, 12, 4))
+        for quick in (shape[0] == 3 or name == "kl attention",)
+    ],
+)
+def test_first_stage_computes_the_same(name, batch, height, width, tmp_path):
     kind, options = FIRST_STAGES[name]
     theirs = made(kind, {**options, "scaling_factor": 0.3})
     theirs.save_pretrained(tmp_path)
@@ -233,19 +252,17 @@ def test_first_stage_computes_the_same(name, tmp_path):
         z = encoded[0] if kind == "AutoencoderKL" else encoded
         return encoded, model.apply({"params": params}, z, method="decode")
 
-    shapes = [(3, 4, 6)] + [(1, 12, 4)] * (name == "kl attention")
-    for batch, height, width in shapes:
-        image = draw(batch, height, width, config.in_channels)
-        with torch.no_grad():
-            found = theirs.encode(nchw(image))
-            if kind == "AutoencoderKL":
-                z = found.latent_dist.mean
-                expected = [z, found.latent_dist.logvar]
-            else:
-                expected = [z := found.latents]
-            expected = [nhwc(x.numpy()) for x in (*expected, theirs.decode(z).sample)]
-        encoded, decoded = quick_jit(both)(params, image)
-        assert max_difference([*jax.tree.leaves(encoded), decoded], expected) <= 1e-4
+    image = draw(batch, height, width, config.in_channels)
+    with torch.no_grad():
+        found = theirs.encode(nchw(image))
+        if kind == "AutoencoderKL":
+            z = found.latent_dist.mean
+            expected = [z, found.latent_dist.logvar]
+        else:
+            expected = [z := found.latents]
+        expected = [nhwc(x.numpy()) for x in (*expected, theirs.decode(z).sample)]
+    encoded, decoded = quick_jit(both)(params, image)
+    assert max_difference([*jax.tree.leaves(encoded), decoded], expected) <= 1e-4
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])

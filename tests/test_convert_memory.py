@@ -62,6 +62,7 @@ def paths(tmp_path_factory):
     return [str(root / name) for name in ("model.safetensors", "model.ckpt", "folder")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
 def test_a_model_takes_little_more_than_its_parameters(paths):
     command = [sys.executable, "-c", LOAD_ALL, *paths]

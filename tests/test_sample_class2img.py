@@ -65,6 +65,7 @@ def test_settings_in_the_png_make_the_image_again(made, ldm_run, tmp_path):
     assert kept["model"] == str(ldm_run)
 
 
+@pytest.mark.slow
 def test_given_noise_replaces_the_seeded_one(ldm_run, made, tmp_path):
     x_T = np.random.default_rng(0).standard_normal((4, 8, 8, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x_T)
@@ -77,6 +78,7 @@ def test_given_noise_replaces_the_seeded_one(ldm_run, made, tmp_path):
     assert np.any(first != pixels(made / "00000_class3_seed5.png"))
 
 
+@pytest.mark.slow
 def test_ancestral_steps_without_guidance(ldm_run, tmp_path):
     flags = ["--labels", 3, "--num-images", 2, "--solver", "ddpm", "--guidance-scale", 1, *FAST]
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):

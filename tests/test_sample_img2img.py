@@ -106,6 +106,7 @@ def test_files_of_a_model_of_classes(ldm_run, photos, tmp_path):
     assert (kept["strength"], kept["image"]) == (0.75, str(photos / "0.png"))
 
 
+@pytest.mark.slow
 def test_a_model_of_text_takes_prompts_and_sizes(photos, tmp_path):
     saving.save(text_model.make(), tmp_path / "run", "ldm_jax")
     flags = ["--images", photos / "0.png", photos / "2.png", "--height", 8, "--width", 12]
@@ -126,6 +127,7 @@ def test_nothing_in_particular_is_the_null_class_or_the_empty_text(model):
         common.null_batch(dataclasses.replace(text, tokenizer=None), "mute")
 
 
+@pytest.mark.slow
 def test_unconditional_is_the_null_class(model, ldm_run, tmp_path):
     flags = ["--num-images", 3, "--steps", 2, "--save-latents"]
     assert sample("unconditional", "--model", ldm_run, "--out", tmp_path, *flags) == 0

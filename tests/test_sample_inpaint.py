@@ -106,6 +106,7 @@ def test_a_model_that_sees_image_and_mask(concat_run, files, tmp_path):
     assert np.abs(first - second).max() > 0.01  # the model saw which
 
 
+@pytest.mark.slow
 def test_a_model_of_text_image_and_mask_and_pixels_around(files, tmp_path):
     """Stable Diffusion's way; without --masks only what --pad adds is drawn."""
     order = schema.InpaintCondConfig("mask_image", mask_range=(0.0, 1.0), fill=0.0)

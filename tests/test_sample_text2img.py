@@ -113,6 +113,7 @@ def test_lost_words_are_named(model, capsys):
     assert line.endswith("left out: ' of sand'")
 
 
+@pytest.mark.slow
 def test_negative_prompt_and_guidance(run, made, tmp_path, capsys):
     flags = ["--model", run, "--prompt", "a red square of sand", *FAST]
     assert sample(*flags, "--out", tmp_path / "n", "--negative-prompt", "a disc") == 0

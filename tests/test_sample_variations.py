@@ -88,6 +88,7 @@ def test_variations_lie_near_the_image(classes):
     np.testing.assert_array_equal(noise[1.0], diffusion.rowwise_normal(keys, (8, 8, 4)))
 
 
+@pytest.mark.slow
 def test_a_path_between_prompts():
     model = text_model.make()
     options = variations.Options(model="", out="", prompt=("a disc", "a square"), seeds=(2,))

@@ -52,7 +52,13 @@ def coupled(x, level):
     return diffusion.Denoised(diffusion.x0_from_eps(x, eps, level.alpha, level.sigma), eps)
 
 
-@pytest.mark.parametrize("name", solvers.SOLVERS)
+QUICK = ("ddim", "plms", "heun", "dpmpp_2m")  # one of each kind: the others are slow here
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in solvers.SOLVERS],
+)
 def test_what_is_outside_the_hole_in_x_never_matters(name):
     @jax.jit
     def draw(x_T):

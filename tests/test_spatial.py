@@ -97,6 +97,7 @@ def test_no_device_holds_a_whole_layer(both):
     assert "collective-permute" in four.as_text()
 
 
+@pytest.mark.slow
 def test_a_height_that_deeper_levels_cannot_split_evenly():
     mesh = sharding.spatial_mesh(4)
     # of 12 rows four devices have 3 each; of the 6 of the second level some have none

@@ -29,7 +29,7 @@ def uneven(*shape):
     return x
 
 
-@pytest.mark.parametrize("config", [KL, VQ], ids=["kl", "vq"])
+@pytest.mark.parametrize("config", [KL, pytest.param(VQ, marks=pytest.mark.slow)], ids=["kl", "vq"])
 def test_decode_is_that_of_one_pass(config, record_property):
     first_stage, variables = model(config)
     z = uneven(2, 16, 10, config.embed_dim)

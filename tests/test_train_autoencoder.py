@@ -31,7 +31,7 @@ def alone(quick_compilation):
         ({"data": 4}, 1),
         pytest.param({"fsdp": 4}, 2, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 2}, 1),
-        ({"fsdp": 2, "tensor": 2}, 4),
+        pytest.param({"fsdp": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )

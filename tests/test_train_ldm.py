@@ -36,7 +36,8 @@ def alone(quick_compilation):
         ({"data": 4}, 1),
         ({"fsdp": 4}, 1),
         ({"data": 2, "fsdp": 2}, 2),
-        ({"fsdp": 2, "tensor": 2}, 1),
+        # across processes in test_multiprocess
+        pytest.param({"fsdp": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
         pytest.param({}, 4, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -111,8 +112,8 @@ def _with(condition, unet=(), **diffusion):
     [
         _with("unconditional", learn_logvar=True, elbo_weight=0.1, logvar_init=0.5),
         _with("label", prediction="v", zero_terminal_snr=True),
-        _with("inpaint", offset_noise=0.1, loss="l1"),
-        _with("superres", prediction="x0", min_snr_gamma=5.0),
+        pytest.param(_with("inpaint", offset_noise=0.1, loss="l1"), marks=pytest.mark.slow),
+        pytest.param(_with("superres", prediction="x0", min_snr_gamma=5.0), marks=pytest.mark.slow),
         _with(
             "semantic",
             {"scale_shift_norm": False},

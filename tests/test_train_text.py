@@ -60,6 +60,7 @@ def test_text_beside_an_image_reaches_every_parameter_alike_on_every_mesh(record
     }  # which nothing reads
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_gives_the_same_loss_on_every_mesh():
     config = recipes.ldm_config("clip")
     one = [
