@@ -131,7 +131,7 @@ def test_two_processes_see_the_ordered_global_batch_of_one(tmp_path):
 
 @pytest.mark.parametrize(
     "mesh",
-    [MIXED, "--mesh.data 1 --mesh.tensor 4"],
+    [pytest.param(MIXED, marks=pytest.mark.slow), "--mesh.data 1 --mesh.tensor 4"],
     ids=["data,fsdp", "tensor across processes"],
 )
 def test_two_processes_train_as_one_and_one_goes_on(tmp_path, ldm_run, first_stage_run, mesh):

@@ -34,7 +34,7 @@ def alone(quick_compilation):
     ("mesh", "accumulate"),
     [
         ({"data": 4}, 1),
-        ({"fsdp": 4}, 1),
+        pytest.param({"fsdp": 4}, 1, marks=pytest.mark.slow),  # as in the next
         ({"data": 2, "fsdp": 2}, 2),
         # across processes in test_multiprocess
         pytest.param({"fsdp": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
