@@ -63,8 +63,9 @@ def main(folder: epath.Path) -> int:
     few = ("--masks", mask, "--num-images", 5, "--labels", *CLASSES)
     call("inpaint", "inpaint_picture", "--images", *one_of_each, *few)
     for strength in (0.1, 0.3, 0.5, 0.7, 0.9):
-        flags = ("--strength", strength, "--guidance-scale", 3, "--labels", *CLASSES)
-        made = call("img2img", f"img2img_{strength}", "--images", one_of_each[3], *flags)
+        flags = ("--strength", strength, "--guidance-scale", 3, "--num-images", 4)
+        files = ("--images", one_of_each[3], "--labels", *CLASSES)
+        made = call("img2img", f"img2img_{strength}", *files, *flags)
         report[f"img2img_{strength}"] = {"accuracy": accuracy(made, np.repeat(CLASSES, 4))}
     call("variations", "variations", "--labels", 3, 8, 0, "--num-images", 9)
     call("class2img", "twice_the_size", "--height", 2 * len(real[0]), "--width", 2 * len(real[0]))
