@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ldm_jax import conditioning, diffusion, schema
 from ldm_jax.conditioning import Cond
-from ldm_jax.models import autoencoder, unet
-from ldm_jax.models.convolution import xla
+from ldm_jax.models import attention, autoencoder, convolution, unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,11 @@ def build(
     *,
     dtype: Any = jnp.float32,
     attention: Callable | None = None,
-    convolution: Callable = xla,
+    convolution: Callable = convolution.xla,
 ) -> LatentDiffusion:
     """The bundle of a config: `params` as in `LatentDiffusion.params`.
 
-    `attention` and `convolution` are what `choose` of their modules gives for the target devices.
+    `attention` and `convolution` are those of `kernels` for the target devices.
     """
     execution = {"dtype": dtype} | ({} if attention is None else {"attention": attention})
     return LatentDiffusion(
@@ -61,6 +61,32 @@ def build(
         prediction=config.diffusion.prediction,
         latent_scale=latent_scale,
         config=config,
+    )
+
+
+def kernels(mesh: Mesh | None, name: str = "auto") -> dict[str, Callable]:
+    """`attention` and `convolution` of `build` for the mesh's devices, or for the default device.
+
+    name: the attention, as of `attention.choose`.
+    """
+    platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
+    return {
+        "attention": attention.choose(platform, mesh, name),
+        "convolution": convolution.choose(platform, mesh),
+    }
+
+
+def section(
+    config: schema.LatentDiffusionTrainConfig, first_stage: schema.FirstStageModelConfig
+) -> schema.LatentDiffusionConfig:
+    """The model that a training run makes, on the first stage that it has."""
+    return schema.LatentDiffusionConfig(
+        first_stage=first_stage,
+        unet=config.unet,
+        cond=config.cond,
+        diffusion=config.diffusion,
+        size=config.data.size,
+        sampling=config.sampling,
     )
 
 

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ldm_jax import bundle, checkpoint, rundir, schema, sharding
 from ldm_jax.convert import compvis, diffusers
 from ldm_jax.data import tokens
-from ldm_jax.models import attention, convolution
 
 CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 
@@ -158,14 +157,7 @@ def _load_run(
     if kept is None or known is None:
         raise FileNotFoundError(f"{run}: frozen/ or latents.json is missing: copy the whole run")
     first_stage, first_stage_config = kept
-    section = schema.LatentDiffusionConfig(
-        first_stage=first_stage_config,
-        unet=config.unet,
-        cond=config.cond,
-        diffusion=config.diffusion,
-        size=config.data.size,
-        sampling=config.sampling,
-    )
+    section = bundle.section(config, first_stage_config)
     text = schema.text_of(config.cond)
     params = {
         "unet": trained["unet"],
@@ -177,14 +169,12 @@ def _load_run(
         params = jax.device_put(params)  # jnp.asarray would compile a program for each shape
     else:
         params = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
-    platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     model = bundle.build(
         section,
         params,
         known["scale"],
         dtype=dtype,
-        attention=attention.choose(platform, mesh),
-        convolution=convolution.choose(platform, mesh),
+        **bundle.kernels(mesh),
     )
     if text is None:
         return model

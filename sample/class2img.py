@@ -30,11 +30,7 @@ def main(options: Options) -> int:
         kind = type(cond).__name__ if cond else "no condition"
         raise ValueError(f"{options.model}: is trained with {kind}, not with classes")
     labels = options.labels or tuple(range(min(10, cond.num_classes)))
-    for label in labels:
-        if not 0 <= label < cond.num_classes:
-            raise ValueError(
-                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
-            )
+    common.check_labels(cond, labels)
     shape = common.latent_shape(model, options.height, options.width)
     out = common.open_out(options)
     every = np.repeat(np.asarray(labels, np.int32), options.num_images)

@@ -194,6 +194,15 @@ def size_of(image: Image.Image) -> str:
     return f"{image.height}x{image.width}"
 
 
+def check_labels(cond: schema.ClassCondConfig, labels: Sequence[int]) -> None:
+    """ValueError for a label that the model does not know."""
+    for label in labels:
+        if not 0 <= label < cond.num_classes:
+            raise ValueError(
+                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
+            )
+
+
 def open_out(options: Options) -> epath.Path:
     """The output folder, writable and without samples in it unless --overwrite."""
     out = epath.Path(options.out)

@@ -80,11 +80,7 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
 
 
 def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
-    for label in options.labels:
-        if not 0 <= label < cond.num_classes:
-            raise ValueError(
-                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
-            )
+    common.check_labels(cond, options.labels)
     default = 1.5 if cond.null_class else 1.0
     scale = default if options.guidance_scale is None else options.guidance_scale
     if scale != 1 and not cond.null_class:

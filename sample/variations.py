@@ -147,11 +147,7 @@ def conditions(
         batch = text2img.tokenize(model.tokenizer, options.prompt, options.negative_prompt, 1)
         names = list(options.prompt)
     elif isinstance(cond, schema.ClassCondConfig) and options.labels:
-        for label in options.labels:
-            if not 0 <= label < cond.num_classes:
-                raise ValueError(
-                    f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
-                )
+        common.check_labels(cond, options.labels)
         batch = {"label": np.asarray(options.labels, np.int32)}
         names = [str(label) for label in options.labels]
         if cond.via == "label" and len(names) > 1:

@@ -9,7 +9,7 @@ import pytest
 
 from ldm_jax import bundle, conditioning, configs, schema, sharding
 from ldm_jax.configs import digits, tiny
-from ldm_jax.train import autoencoder, first_stage, ldm
+from ldm_jax.train import autoencoder, ldm
 
 STAGES = {
     "digits": ("first_stage", "ldm"),
@@ -62,7 +62,7 @@ def test_stages_fit_each_other(name, stage):
     model, config = (module(name).get_config(s) for s in ("first_stage", stage))
     assert type(model.data.source) is type(config.data.source)
     assert (model.data.size, model.data.channels) == (config.data.size, config.data.channels)
-    bundle.check(first_stage.model_section(config, model.model), config.data.channels)
+    bundle.check(bundle.section(config, model.model), config.data.channels)
 
 
 @pytest.mark.parametrize("name", STAGES)

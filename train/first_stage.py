@@ -35,20 +35,6 @@ class Frozen:
         return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
 
 
-def model_section(
-    config: schema.LatentDiffusionTrainConfig, first_stage: schema.FirstStageModelConfig
-) -> schema.LatentDiffusionConfig:
-    """What a snapshot says of the model."""
-    return schema.LatentDiffusionConfig(
-        first_stage=first_stage,
-        unet=config.unet,
-        cond=config.cond,
-        diffusion=config.diffusion,
-        size=config.data.size,
-        sampling=config.sampling,
-    )
-
-
 def find(
     config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
 ) -> tuple[dict, schema.FirstStageModelConfig]:

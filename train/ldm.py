@@ -215,7 +215,7 @@ def check(
     if config.steps < 1:
         raise ValueError(f"--steps {config.steps}: give at least 1")
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    bundle.check(first_stage.model_section(config, model), config.data.channels)
+    bundle.check(bundle.section(config, model), config.data.channels)
     if model.in_channels != config.data.channels:
         raise ValueError(
             f"data.channels is {config.data.channels}, but the first stage takes"
@@ -288,7 +288,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
     )
     every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
     due = lambda interval, step: interval and step % interval == 0  # noqa: E731
-    section = serialize.to_dict(first_stage.model_section(config, frozen.config))
+    section = serialize.to_dict(bundle.section(config, frozen.config))
 
     def averaged(state: TrainState) -> dict:
         return {**state.params, **state.ema_params}

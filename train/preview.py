@@ -20,7 +20,6 @@ from ldm_jax import (
     schema,
     sharding,
 )
-from ldm_jax.models import attention, convolution
 from ldm_jax.train import first_stage
 
 
@@ -36,15 +35,13 @@ def make(
     Classes take turns; captions and concat conditioning come from held-out images. Captions go to
     a text file beside the grid, one line per image.
     """
-    section = first_stage.model_section(config, frozen.config)
-    platform = mesh.devices.flat[0].platform
+    section = bundle.section(config, frozen.config)
     model = bundle.build(
         section,
         {},
         frozen.scale,
         dtype=jnp.dtype(config.dtype),
-        attention=attention.choose(platform, mesh, config.attention),
-        convolution=convolution.choose(platform),
+        **bundle.kernels(mesh, config.attention),
     )
     guided = config.cond is not None and config.cond.dropout > 0 and config.sample_guidance != 1
     sample = sampling.make_sampler(

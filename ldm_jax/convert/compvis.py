@@ -25,7 +25,7 @@ from ldm_jax.convert import (
     torch_writer,
 )
 from ldm_jax.convert.compvis_config import first_stage_config, unet_config
-from ldm_jax.models import attention, autoencoder, convolution, unet
+from ldm_jax.models import autoencoder, unet
 from ldm_jax.models.autoencoder import FirstStage
 from ldm_jax.models.unet import UNet
 
@@ -176,14 +176,12 @@ def load(
     found, info = files.open_state_dict(path)
     tensors = _with_text_model(found)
     config, scale = _config(path, yaml_path, variant, tensors)
-    platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     model = bundle.build(
         config,
         {},
         _take_scale(path, scale, tensors),
         dtype=jnp.dtype(dtype),
-        attention=attention.choose(platform, mesh),
-        convolution=convolution.choose(platform, mesh),
+        **bundle.kernels(mesh),
     )
     all_rows, shapes = model_rows(model), model_shapes(model)
     taken = _taken(path, tensors, info, all_rows, ema)

@@ -8,7 +8,6 @@ pipeline has (safety checker, depth estimator, ...) takes no part in sampling an
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -20,7 +19,6 @@ from ldm_jax.convert.diffusers_parts import TextConfig, read_json
 from ldm_jax.convert.diffusers_save import INDEX, INPAINT, UPSCALE_SCALE, save
 from ldm_jax.convert.diffusers_unet import unet_config
 from ldm_jax.data import tokens
-from ldm_jax.models import attention, convolution
 
 __all__ = [
     "first_stage_scale",
@@ -70,14 +68,12 @@ def load(
             )
         else:
             params[kind] = {}
-    platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     model = bundle.build(
         config,
         params,
         scale,
         dtype=dtype,
-        attention=attention.choose(platform, mesh),
-        convolution=convolution.choose(platform, mesh),
+        **bundle.kernels(mesh),
     )
     text = schema.text_of(config.cond)
     if text is None or "tokenizer" not in index.components:
