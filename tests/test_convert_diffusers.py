@@ -2,18 +2,14 @@
 
 import functools
 import json
-import re
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from diffusers_modules import FIRST_STAGES, LAYER, UNETS, made
 from flax import linen as nn
-from flax import serialization
-from reference import draw, max_difference, nhwc, quick_jit, weight
+from reference import draw, max_difference, nhwc, quick_jit
 
-from ldm_jax import schema
 from ldm_jax.convert import (
     diffusers,
     diffusers_config,
@@ -26,95 +22,6 @@ from ldm_jax.models import autoencoder, bert, clip, unet
 
 torch = pytest.importorskip("torch", reason="torch is the reference here")
 pytestmark = pytest.mark.torch
-
-COMMON = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-}
-CROSS = {
-    **COMMON,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 4,
-}
-PLAIN = {
-    **COMMON,
-    "in_channels": 6,
-    "out_channels": 3,
-    "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
-    "attention_head_dim": 8,
-}
-SD2 = {
-    **CROSS,
-    "use_linear_projection": True,
-    "attention_head_dim": (2, 4),
-    "upcast_attention": True,
-}
-UPSCALER = {
-    **SD2,
-    "in_channels": 7,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "only_cross_attention": (False, True),
-    "num_class_embeds": 20,
-}
-VECTOR = {
-    "class_embed_type": "projection",
-    "projection_class_embeddings_input_dim": 5,
-    "resnet_time_scale_shift": "scale_shift",
-}
-RESNET = {
-    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "attn_norm_num_groups": 32,
-    "attention_head_dim": None,
-}
-LAYER = re.compile(r"(resnets|attentions|transformer_blocks|samplers)\.\d+$")
-UNETS = {
-    "sd1": ("UNet2DConditionModel", CROSS),
-    "sd2": ("UNet2DConditionModel", SD2),
-    "inpaint": ("UNet2DConditionModel", {**CROSS, "in_channels": 9}),
-    "depth": ("UNet2DConditionModel", {**SD2, "in_channels": 5, **VECTOR}),
-    "upscaler": ("UNet2DConditionModel", UPSCALER),
-    "superres": ("UNet2DModel", PLAIN),
-    "resnet": ("UNet2DModel", {**PLAIN, **RESNET}),
-}
-AUTO = {
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "sample_size": 16,
-}
-ATTENDING = {
-    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-}
-FIRST_STAGES = {
-    "kl": ("AutoencoderKL", AUTO),
-    "kl attention": ("AutoencoderKL", {**AUTO, **ATTENDING, "in_channels": 1, "out_channels": 1}),
-    "kl no attention": ("AutoencoderKL", {**AUTO, "mid_block_add_attention": False}),
-    "vq": ("VQModel", {**AUTO, "num_vq_embeddings": 40, "vq_embed_dim": 2}),
-    "vq no attention": ("VQModel", {**AUTO, "mid_block_add_attention": False}),
-}
-
-
-def made(name, options):
-    """A module of diffusers or transformers with weights by formula."""
-    import diffusers as theirs
-
-    module = getattr(theirs, name)(**options).eval()
-    state = {k: torch.tensor(weight(k, tuple(x.shape))) for k, x in module.state_dict().items()}
-    module.load_state_dict(state)
-    return module
 
 
 def nchw(x):
@@ -372,97 +279,3 @@ def test_names_and_shapes_of_real_models(name):
         part = diffusers_parts.first_stage_part(config)
     ours = diffusers_parts.torch_shapes(part)
     assert ours == {k: tuple(x.shape) for k, x in module.state_dict().items()}
-
-
-# --- kinds of files ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    """(folder, state dict, our parameters) of a small AutoencoderKL."""
-    folder = tmp_path_factory.mktemp("vae")
-    module = made("AutoencoderKL", FIRST_STAGES["kl"][1])
-    module.save_pretrained(folder)
-    return folder, module.state_dict(), diffusers.load_first_stage(folder)[0]
-
-
-def copied(vae, folder):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text((vae[0] / "config.json").read_text())
-    return folder
-
-
-def same(tree, other):
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
-
-
-def test_shards_of_diffusers(vae, tmp_path):
-    made("AutoencoderKL", FIRST_STAGES["kl"][1]).save_pretrained(tmp_path, max_shard_size="1MB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    same(diffusers.load_first_stage(tmp_path)[0], vae[2])
-
-
-def test_bin_files_with_the_names_of_2022(vae, tmp_path):
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    old = {}
-    for name, x in vae[1].items():
-        for new, before in names.items():
-            name = name.replace(f".{new}.", f".{before}.")
-        old[name] = x
-    torch.save(old, copied(vae, tmp_path) / "diffusion_pytorch_model.bin")
-    same(diffusers.load_first_stage(tmp_path)[0], vae[2])
-
-
-def test_msgpack_of_flax(vae, tmp_path):
-    content = serialization.msgpack_serialize(vae[2])
-    (copied(vae, tmp_path) / "diffusion_flax_model.msgpack").write_bytes(content)
-    options = json.loads((tmp_path / "config.json").read_text())
-    options["_class_name"] = "FlaxAutoencoderKL"
-    (tmp_path / "config.json").write_text(json.dumps(options))
-    same(diffusers.load_first_stage(tmp_path)[0], vae[2])
-
-
-def test_variants_and_types(vae, tmp_path):
-    half = {name: x.half().numpy() for name, x in vae[1].items()}
-    safetensors_file.write(copied(vae, tmp_path) / "diffusion_pytorch_model.fp16.safetensors", half)
-    with pytest.raises(FileNotFoundError, match=r"variant=None, of .*model\.fp16\.safetensors"):
-        diffusers.load_first_stage(tmp_path)
-    params, _ = diffusers.load_first_stage(tmp_path, variant="fp16", param_dtype=jnp.bfloat16)
-    expected = jax.tree.map(lambda x: x.astype(np.float16).astype(ml_dtypes.bfloat16), vae[2])
-    assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
-    same(params, expected)
-
-
-def test_tensors_that_do_not_fit_are_named(vae, tmp_path):
-    tensors = {name: x.numpy() for name, x in vae[1].items()}
-    tensors["encoder.extra.weight"] = tensors.pop("quant_conv.bias")
-    path = copied(vae, tmp_path) / "diffusion_pytorch_model.safetensors"
-    safetensors_file.write(path, tensors)
-    with pytest.raises(ValueError, match=r"missing quant_conv\.bias; unknown encoder\.extra") as e:
-        diffusers.load_first_stage(tmp_path)
-    assert str(path) in str(e.value)
-
-
-def test_an_index_cannot_leave_its_folder(vae, tmp_path):
-    copied(vae, tmp_path / "vae")
-    index = {"weight_map": dict.fromkeys(vae[1], "../other.safetensors")}
-    path = tmp_path / "vae/diffusion_pytorch_model.safetensors.index.json"
-    path.write_text(json.dumps(index))
-    safetensors_file.write(
-        tmp_path / "other.safetensors", {name: x.numpy() for name, x in vae[1].items()}
-    )
-    with pytest.raises(ValueError, match=r"'\.\./other\.safetensors'"):
-        diffusers.load_first_stage(tmp_path / "vae")
-
-
-def test_a_config_is_needed(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json: does not exist"):
-        diffusers.load_unet(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json: is no JSON object"):
-        diffusers.load_unet(tmp_path)
-
-
-def test_schema_is_what_the_folder_says(vae):
-    expected = schema.AutoencoderKLConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1)
-    assert diffusers.load_first_stage(vae[0])[1] == expected
