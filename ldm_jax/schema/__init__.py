@@ -41,6 +41,7 @@ from ldm_jax.schema.models import (
 )
 from ldm_jax.schema.objectives import (
     DiffusionConfig,
+    DiscriminatorConfig,
     EMAConfig,
     FirstStageLossConfig,
     IntervalConfig,
@@ -68,6 +69,7 @@ __all__ = [
     "DataConfig",
     "DepthCondConfig",
     "DiffusionConfig",
+    "DiscriminatorConfig",
     "EMAConfig",
     "EmbeddingCondConfig",
     "FirstStageConfig",

@@ -3,17 +3,59 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ldm_jax.schema.mark import execution
+
 
 @dataclass(frozen=True)
 class FirstStageLossConfig:
-    """Objective of the first stage: reconstruction and KL (`contperceptual.py`)."""
+    """Objective of the first stage: reconstruction, regularization and an adversary's judgement.
+
+    With a KL latent errors and KL are summed over an image (`contperceptual.py`), with a quantized
+    one errors are averaged (`vqperceptual.py`).
+    """
 
     pixel: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-6
     """Weight of the KL, summed over the latent, beside the error summed over the image."""
     logvar_init: float = 0.0
-    """Log-variance of the reconstruction; the reference keeps it fixed."""
+    """Log-variance of the reconstruction; the reference keeps it fixed. Of KL latents."""
     learn_logvar: bool = False
+    perceptual_weight: float = 0.0
+    """Weight of LPIPS, added to the error of every pixel (the reference has 1.0); 0: left out."""
+    perceptual_vgg: str = execution("")
+    """File with the VGG16 that LPIPS compares features of (torch or safetensors); or "random":
+    features of random weights. Its hash is kept in the run."""
+    perceptual_lin: str = execution("")
+    """File with the weights of LPIPS on those features (`vgg.pth`, 5 layers); not with "random"."""
+    codebook_weight: float = 1.0
+    """Weight of the codebook's loss, of VQ latents (`AutoencoderVQConfig` has its terms)."""
+    revive_codes_after: int = 0
+    """Steps without use after which a code moves to a latent of the batch; 0: never."""
+    disc_start: int = 50001
+    """Optimizer steps made before the adversary trains and counts."""
+    disc_weight: float = 0.5
+    """Weight of the adversarial term, beside the adaptive one."""
+    disc_factor: float = 1.0
+    """Weight of both adversarial terms, the autoencoder's and the discriminator's."""
+    disc_loss: Literal["hinge", "vanilla"] = "hinge"
+    lecam_weight: float = 0.0
+    """Weight of LeCam regularization of the discriminator (Tseng et al. 2021); 0: off."""
+    r1_weight: float = 0.0
+    """Weight of the R1 penalty on the discriminator's gradient (Mescheder et al. 2018); 0: off."""
+    r1_interval: int = 16
+    """Steps between two R1 penalties, each that many times as heavy."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """PatchGAN (`NLayerDiscriminator`): logits of overlapping patches, 70 pixels wide with 3."""
+
+    width: int = 64
+    """Channels of the first layer (`ndf`), doubled by each of the next ones up to 8 times."""
+    layers: int = 3
+    """Strided convolutions (`n_layers`)."""
+    norm: Literal["batch", "act"] = "batch"
+    """BatchNorm over the global batch, or ActNorm (`use_actnorm`)."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from ldm_jax.schema.data import DataConfig
 from ldm_jax.schema.mark import execution
 from ldm_jax.schema.models import (
     AutoencoderKLConfig,
+    AutoencoderVQConfig,
     FirstStageModelConfig,
     UNetConfig,
 )
 from ldm_jax.schema.objectives import (
     DiffusionConfig,
+    DiscriminatorConfig,
     EMAConfig,
     FirstStageLossConfig,
     IntervalConfig,
@@ -26,13 +28,21 @@ class AutoencoderTrainConfig:
     """Training of a first stage: `train/autoencoder.py`."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: AutoencoderKLConfig = field(default_factory=AutoencoderKLConfig)
+    model: AutoencoderKLConfig | AutoencoderVQConfig = field(default_factory=AutoencoderKLConfig)
     loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)
+    discriminator: DiscriminatorConfig | None = None
+    """The adversary; None trains without."""
+    init_from: str = execution("")
+    """First stage to start from, of the same shape: a run, a diffusers folder or a checkpoint."""
+    train_only: Literal["all", "decoder"] = "all"
+    """`decoder` trains post_quant_conv and decoder, and leaves the latents of `init_from` alone."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=4.5e-6, b1=0.5, b2=0.9, weight_decay=0.0
         )
     )
+    disc_optimizer: OptimizerConfig | None = None
+    """That of the discriminator; None: like `optimizer`, its schedule counted from disc_start."""
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(parts=()))
     """Parts: ("autoencoder",); the reference keeps no average of a first stage."""
     batch_size: int = 12
