@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import diffusion, guidance, latents, solvers
+from ldm_jax import denoising, diffusion, guidance, latents, schema, solvers
 from ldm_jax.bundle import LatentDiffusion, bind
 from ldm_jax.conditioning import Cond
 
@@ -61,6 +61,13 @@ def make_sampler(
     guided: bool = True,
     decode: bool = True,
     trace: Callable | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    dynamic_threshold: float | None = None,
+    threshold_limit: float = 1.0,
+    quantize_x0: bool = False,
+    around: Callable | None = None,
+    remat: bool = False,
 ) -> Callable:
     """sample(params, cond, null, keys, guidance_scale, eta, x_T, start, init, hole) -> images.
 
@@ -75,12 +82,41 @@ def make_sampler(
     it: see `solvers.masked`. Prompt, seed, guidance scale, eta, start, init and hole are traced: a
     new one never recompiles.
 
+    guidance_rescale: phi in 0..1 of `guidance.rescaled`.
+    guidance_interval: (lowest, highest) timestep with guidance; see `guidance.classifier_free`.
+    dynamic_threshold: percentile in (0, 100] of `denoising.dynamic_threshold`, which brings the
+    predicted x0 into [-threshold_limit, threshold_limit] (scaled latents have a std of about 1).
+    quantize_x0: the predicted x0 becomes codes of the first stage, which must be a VQ one.
+    around: model(x, t, cond) -> the same; what it returns is guided. For example
+    `lambda model: windows.windowed(model, stride=(32, 32))`.
+    remat: a backward pass computes each step again instead of keeping what is in it.
+
     Returns images [B, H, W, c] in about [-1, 1], not clipped; with `decode=False` the unscaled
     latents that the first stage decodes. With `trace(x, denoised)` a pair: that, and what `trace`
     returned at every level, stacked: see `solvers.sample`.
+    Raises ValueError for an option that is out of its range or cannot apply.
     """
     solvers.make(solver)  # refuses an unknown name now, not at the first call
     levels = levels_of(bundle, steps, spacing)
+    _check_guidance(guided, guidance_rescale, guidance_interval, levels)
+    _check_x0(bundle, dynamic_threshold, threshold_limit, quantize_x0)
+
+    def denoiser(params, cond, null, guidance_scale):
+        """denoise(x, level) of one request."""
+        net = bind(bundle.unet, params["unet"])
+        net = net if around is None else around(net)
+        if guided:
+            model = guidance.classifier_free(
+                net, cond, null, guidance_scale, guidance_rescale, guidance_interval
+            )
+        else:
+            model = lambda x, t: net(x, t, cond)  # noqa: E731
+        denoise = diffusion.denoiser(model, bundle.prediction)
+        if dynamic_threshold is not None:
+            denoise = denoising.dynamic_threshold(denoise, dynamic_threshold / 100, threshold_limit)
+        if quantize_x0:
+            denoise = denoising.quantize_x0(denoise, _to_codes(bundle, params["first_stage"]))
+        return denoise
 
     def sample(
         params: dict,
@@ -96,19 +132,16 @@ def make_sampler(
     ) -> Any:
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
-        net = bind(bundle.unet, params["unet"])
-        if guided:
-            model = guidance.classifier_free(net, cond, null, guidance_scale)
-        else:
-            model = lambda x, t: net(x, t, cond)  # noqa: E731
-        denoise = diffusion.denoiser(model, bundle.prediction)
+        denoise = denoiser(params, cond, null, guidance_scale)
         if init is not None:
             x_T = noised(init, levels, start, x_T)
         if hole is not None:
             noise = solvers.fresh_noise(_other(step_keys), shape)
             denoise = solvers.masked(denoise, init, hole, noise)
         rule = solvers.make(solver, eta)
-        out = solvers.sample(rule, denoise, levels, x_T, step_keys, start=start, trace=trace)
+        out = solvers.sample(
+            rule, denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
+        )
         latent, traced = out if trace is not None else (out, None)
         if hole is not None:
             latent = solvers.composite(latent, init, hole)
@@ -121,3 +154,51 @@ def make_sampler(
         return image if trace is None else (image, traced)
 
     return sample
+
+
+def _to_codes(bundle: LatentDiffusion, params: dict) -> Callable[[jax.Array], jax.Array]:
+    """Scaled latents to the nearest codes of the first stage, scaled too."""
+
+    def codes(latent):
+        z = latent / bundle.latent_scale
+        nearest, _ = bundle.first_stage.apply({"params": params}, z, method="quantize")
+        return bundle.latent_scale * nearest
+
+    return codes
+
+
+def _check_guidance(
+    guided: bool, rescale: float, interval: tuple[float, float] | None, levels: solvers.Levels
+) -> None:
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale={rescale} is not in 0..1, the part that is rescaled")
+    if not guided and (rescale or interval is not None):
+        option = f"guidance_rescale={rescale}" if rescale else f"guidance_interval={interval}"
+        raise ValueError(
+            f"{option} changes guidance, and this sampler has none: leave it out, or sample with"
+            " a guidance scale other than 1"
+        )
+    if interval is None:
+        return
+    lowest, highest = interval
+    if not any(lowest <= t <= highest for t in levels.t):
+        raise ValueError(
+            f"guidance_interval={interval}: none of the {len(levels.t)} timesteps"
+            f" {levels.t[0]:g}..{levels.t[-1]:g} is in it; give (lowest, highest) around some"
+        )
+
+
+def _check_x0(
+    bundle: LatentDiffusion, percentile: float | None, limit: float, quantize: bool
+) -> None:
+    if percentile is not None and not 0 < percentile <= 100:
+        raise ValueError(
+            f"dynamic_threshold={percentile} is not in (0, 100]: it is a percentile, such as 99.5"
+        )
+    if not limit > 0:
+        raise ValueError(f"threshold_limit={limit} is not positive")
+    if quantize and not isinstance(bundle.config.first_stage, schema.AutoencoderVQConfig):
+        raise ValueError(
+            "quantize_x0 needs a first stage with codes (AutoencoderVQConfig), and this model has"
+            f" {type(bundle.config.first_stage).__name__}: leave it out"
+        )

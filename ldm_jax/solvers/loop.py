@@ -31,6 +31,7 @@ def sample(
     *,
     start: jax.Array | int = 0,
     trace: Callable[[jax.Array, Denoised], Any] | None = None,
+    remat: bool = False,
 ) -> Any:
     """x_0 [B, h, w, c] from x_T, unit normal float32 of the same shape.
 
@@ -40,6 +41,7 @@ def sample(
     traced one skips through `lax.cond`, so that another value does not recompile.
     trace: trace(x, denoised) of every level; the result is then (x_0, traces stacked to [S, ...]).
     Levels that a traced `start` skips have x = x0 = x_T and eps = 0.
+    remat: a backward pass keeps x and the carry of every level, and computes the rest again.
     ValueError for a Python `start` outside 0..S.
     """
     fixed = isinstance(start, int | np.integer)
@@ -66,5 +68,7 @@ def sample(
             carry, x, denoised = jax.lax.cond(row[0] >= start, run, skip, *state, *row)
         return (carry, x), None if trace is None else trace(state[1], denoised)
 
+    if remat:  # a scan needs no barrier against common subexpressions
+        body = jax.checkpoint(body, prevent_cse=False)
     (_, x), traces = jax.lax.scan(body, (solver.init(x_T), x_T), rows)
     return x if trace is None else (x, traces)
