@@ -1,0 +1,81 @@
+"""Files of the user as arrays: images, and noise to start from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+
+from ldm_jax.data import transforms
+from ldm_jax.sample.options import Options
+
+
+def read_images(
+    paths: Sequence[str],
+    side: tuple[int | None, int | None] = (None, None),
+    *,
+    channels: int = 3,
+    flag: str = "--images",
+) -> np.ndarray:
+    """Image files as float32 [N, H, W, channels] in [-1, 1], all of one size.
+
+    side: (height, width) in pixels, of which one may be None: each image is scaled to cover it and
+    cut at the centre. With neither the images stay as they are, and must agree.
+    ValueError names the file that is missing, is no image, or has another size than the first.
+    """
+    if not paths:
+        raise ValueError(f"give {flag} FILE [FILE ...]")
+    read = [resized(open_image(path, channels), side) for path in paths]
+    for path, image in zip(paths, read, strict=True):
+        if image.size != read[0].size:
+            raise ValueError(
+                f"{path}: is {size_of(image)} (height x width), but {paths[0]} is"
+                f" {size_of(read[0])}: give images of one size, or --height and --width"
+            )
+    stacked = np.stack([np.asarray(image, np.float32) for image in read])
+    return stacked.reshape(*stacked.shape[:3], channels) / 127.5 - 1
+
+
+def open_image(path: str, channels: int) -> Image.Image:
+    """An image file, grey or RGB by its channels. ValueError as in `read_images`."""
+    if epath.Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; give image files")
+    try:
+        return transforms.decode_image(epath.Path(path).read_bytes(), channels)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: does not exist; give an image file") from error
+    except transforms.UndecodableError as error:
+        raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
+
+
+def resized(
+    image: Image.Image, side: tuple[int | None, int | None], how: Any = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """`image` scaled and cut as in `read_images`."""
+    if side == (None, None):
+        return image
+    for flag, pixels in zip(("--height", "--width"), side, strict=True):
+        if pixels is not None and pixels < 1:
+            raise ValueError(f"{flag} {pixels}: give at least 1 pixel")
+    ratio = image.height / image.width
+    height = side[0] or max(1, round(side[1] * ratio))
+    width = side[1] or max(1, round(height / ratio))
+    return ImageOps.fit(image, (width, height), how)
+
+
+def size_of(image: Image.Image) -> str:
+    """`HEIGHTxWIDTH`."""
+    return f"{image.height}x{image.width}"
+
+
+def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """--init-latents as float32 [count, h, w, c]; ValueError if the file holds another shape."""
+    if options.init_latents is None:
+        return None
+    x_T = np.load(options.init_latents)
+    if x_T.shape != (count, *shape):
+        raise ValueError(
+            f"--init-latents {options.init_latents} holds {x_T.shape}, needed is {(count, *shape)}"
+        )
+    return x_T.astype(np.float32)

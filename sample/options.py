@@ -1,0 +1,167 @@
+"""Options of every sampling task, and what is asked of a model before it samples."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ldm_jax import bundle, loading, sampling, schema, sharding, solvers
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every sampling task."""
+
+    model: str
+    """Run directory, diffusers folder, CompVis .ckpt or .safetensors with its .yaml beside it, or
+    Stable Diffusion in a single file."""
+    out: str
+    """Folder for the images; made if missing."""
+    num_images: int = 4
+    """Images per label or prompt."""
+    steps: int = 50
+    """Solver steps."""
+    solver: str = "ddim"
+    """Name of a solver; an unknown one is answered with the list."""
+    spacing: str | None = None
+    """Which timesteps are visited; default: as the model's own sampler, `leading` in the reference.
+    `trailing` gives any number; an unknown one is answered with the list."""
+    eta: float = 0.0
+    """Noise of DDIM: 0 is deterministic, 1 ancestral."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 samples without it, at half the cost."""
+    guidance_rescale: float = 0.0
+    """Part of 0..1 by which the guided prediction is brought back to the contrast of the one
+    without guidance (Lin et al. 2023); 0.7 where colours are burnt at a high guidance scale."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); the others cost half.
+    Default: all of them."""
+    dynamic_threshold: float | None = None
+    """Percentile, as 99.5, of the predicted x0 beyond which it is cut (Saharia et al. 2022); for
+    models of pixels, or high guidance scales. Default: no cut."""
+    quantize_x0: bool = False
+    """The predicted x0 becomes codes of the first stage at every step; VQ models only."""
+    seed: int = 0
+    """Image number i depends on (seed, i) alone."""
+    batch_size: int = 16
+    """Most images per call of the compiled sampler, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type."""
+    step: int | None = None
+    """Training step of a run to take the weights of; default: the newest."""
+    ema: bool = True
+    """Averaged weights; --no-ema takes the raw ones."""
+    config: str | None = None
+    """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
+    variant: str | None = None
+    """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
+    where its tensors do not tell."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer's files, where the model comes without."""
+    init_latents: str | None = None
+    """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal."""
+    save_latents: bool = False
+    """Write latents.npy: the final latents after division by the scale, what decoding takes."""
+    npz: bool = False
+    """Write samples.npz too: arr_0 uint8 [N, H, W, c], as evaluation suites read it."""
+    overwrite: bool = False
+    """Write into a folder that already holds samples."""
+
+
+def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any, Any]:
+    """(bundle placed on all devices, mesh, options with the model's own solver settings).
+
+    Refuses what cannot work before weights are read.
+    """
+    if options.num_images < 1:
+        raise ValueError(f"--num-images {options.num_images}: give at least 1")
+    solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
+    mesh = sharding.make_mesh(schema.MeshConfig())
+    if options.batch_size < 1 or options.batch_size % mesh.devices.size:
+        raise ValueError(
+            f"--batch-size {options.batch_size} is not a multiple of {mesh.devices.size} devices"
+        )
+    model = loading.load(
+        options.model,
+        step=options.step,
+        ema=options.ema,
+        mesh=mesh,
+        dtype=options.dtype,
+        config=options.config,
+        variant=options.variant,
+        tokenizer=options.tokenizer,
+    )
+    timesteps = len(model.schedule.betas)
+    if not 1 <= options.steps <= timesteps:
+        raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
+    sampling.levels_of(model, options.steps, options.spacing)  # refuses an unknown spacing
+    spacing = options.spacing or model.config.sampling.spacing
+    return model, mesh, dataclasses.replace(options, spacing=spacing)
+
+
+def latent_shape(
+    model: bundle.LatentDiffusion, height: int | None, width: int | None, where: str = "--"
+) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image; None is the training size.
+
+    ValueError if the first stage and the UNet cannot halve a side as often as they do; it begins
+    with `where` the side comes from.
+    """
+    config = model.config
+    down = config.first_stage.downsample
+    step = down * 2 ** (len(config.unet.channel_mult) - 1)
+    sides = []
+    for name, given in (("height", height), ("width", width)):
+        side = config.size if given is None else given
+        if side < step or side % step:
+            below, above = side // step * step, (side // step + 1) * step
+            nearest = f"{below} or {above}" if below > 0 else f"{max(above, step)}"
+            raise ValueError(
+                f"{where}{name} {side} is not a multiple of {step}, by which the first stage and"
+                f" the UNet downsample: take {nearest}"
+            )
+        sides.append(side // down)
+    return (*sides, config.first_stage.embed_dim)
+
+
+def check_labels(cond: schema.ClassCondConfig, labels: Sequence[int]) -> None:
+    """ValueError for a label that the model does not know."""
+    for label in labels:
+        if not 0 <= label < cond.num_classes:
+            raise ValueError(
+                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
+            )
+
+
+def null_batch(model: bundle.LatentDiffusion, path: str) -> dict[str, np.ndarray]:
+    """One row of what `conditioning.from_batch` reads that asks for nothing in particular.
+
+    The null class or the empty text, nothing for an unconditional model. ValueError, naming the
+    path of the model, if it knows none of these.
+    """
+    match model.config.cond:
+        case None:
+            return {}
+        case schema.ClassCondConfig(null_class=True, num_classes=count):
+            return {"label": np.array([count], np.int32)}
+        case schema.ClassCondConfig(num_classes=count):
+            raise ValueError(f"{path}: has no null class; give --labels, each in 0..{count - 1}")
+        case schema.TextCondConfig() | schema.HybridCondConfig():
+            check_tokenizer(model, path)
+            tokens = model.tokenizer.encode([""])
+            return {"tokens": tokens, "null_tokens": tokens}
+    kind = type(model.config.cond).__name__
+    raise ValueError(
+        f"{path}: is trained with {kind} and draws nothing without; see the other tasks"
+    )
+
+
+def check_tokenizer(model: bundle.LatentDiffusion, path: str) -> None:
+    """ValueError if a model of text has come without its tokenizer."""
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{path}: comes without a tokenizer; give --tokenizer FOLDER with its files"
+            " (vocab.json and merges.txt for CLIP, vocab.txt for BERT), such as tokenizer/ of a"
+            " diffusers folder"
+        )
