@@ -56,6 +56,7 @@ RULES = (
     (r"quantize/embedding", P()),
     (r"embeddings/class_embedding", P()),  # a vector
     (r"logvar", P()),
+    (r"(mean|var|loc|initialized)", P()),  # of a discriminator's norms
     (r"(step|bad_steps|count)", P()),
 )
 

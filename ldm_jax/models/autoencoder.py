@@ -9,6 +9,7 @@ channels].
 import dataclasses
 
 import einops
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.lax import PrecisionLike
@@ -25,6 +26,8 @@ from ldm_jax.models.blocks import (
     group_norm,
 )
 from ldm_jax.models.quantize import VectorQuantizer
+
+LAST_FEATURES = "last_features"  # of the decoder, among the intermediates
 
 
 class AutoencoderAttention(nn.Module):
@@ -184,6 +187,7 @@ class Decoder(nn.Module):
         if stop is not None:
             return x
         x = nn.silu(group_norm(x.shape[-1], 1e-6, name="conv_norm_out", dtype=self.dtype)(x))
+        self.sow("intermediates", LAST_FEATURES, x)
         return conv(x.shape[-1], self.out_channels, name="conv_out", **low)(x)
 
 
@@ -364,6 +368,14 @@ def from_config(
                 del fields[name]
             return AutoencoderVQ(**fields, **execution)
     return AutoencoderKL(**fields, **execution)
+
+
+def last_features(state: dict) -> jax.Array:
+    """What the decoder's last convolution was given, [B, H, W, channels].
+
+    state: what `apply(..., method="decode", mutable=["intermediates"])` gives beside the images.
+    """
+    return state["intermediates"]["decoder"][LAST_FEATURES][0]
 
 
 def example_inputs(first_stage: FirstStage) -> tuple:
