@@ -68,6 +68,7 @@ def make_sampler(
     quantize_x0: bool = False,
     around: Callable | None = None,
     remat: bool = False,
+    levels: solvers.Levels | None = None,
 ) -> Callable:
     """sample(params, cond, null, keys, guidance_scale, eta, x_T, start, init, hole) -> images.
 
@@ -90,6 +91,8 @@ def make_sampler(
     around: model(x, t, cond) -> the same; what it returns is guided. For example
     `lambda model: windows.windowed(model, stride=(32, 32))`.
     remat: a backward pass computes each step again instead of keeping what is in it.
+    levels: others than those of `steps` and `spacing`, as `solvers.inverted`, which lead from a
+    scaled latent, given as x_T, to its noise.
 
     Returns images [B, H, W, c] in about [-1, 1], not clipped; with `decode=False` the unscaled
     latents that the first stage decodes. With `trace(x, denoised)` a pair: that, and what `trace`
@@ -97,7 +100,7 @@ def make_sampler(
     Raises ValueError for an option that is out of its range or cannot apply.
     """
     solvers.make(solver)  # refuses an unknown name now, not at the first call
-    levels = levels_of(bundle, steps, spacing)
+    levels = levels_of(bundle, steps, spacing) if levels is None else levels
     _check_guidance(guided, guidance_rescale, guidance_interval, levels)
     _check_x0(bundle, dynamic_threshold, threshold_limit, quantize_x0)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tqdm
 
-from ldm_jax import bundle, cli, conditioning, latents, sampling, sharding
+from ldm_jax import bundle, cli, conditioning, latents, sampling, sharding, solvers
 from ldm_jax.sample.inputs import start_latents
 from ldm_jax.sample.options import Options
 
@@ -28,6 +28,7 @@ def generate(
     *,
     around: Callable | None = None,
     decode: Callable | None = None,
+    levels: solvers.Levels | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (indices, images float32, unscaled latents) of each batch; one program for all.
 
@@ -35,15 +36,15 @@ def generate(
     are arguments of the program, as are seed, scale, eta and start: others compile nothing anew.
     shape: (h, w, c) of the latent; default: the model's.
     start: first level that runs; None is all of them, in a program that cannot skip any.
-    around, decode: see `make_run`.
+    around, decode, levels: see `make_run`.
     The last batch is filled up by repeating its last image, and cut.
     """
     shape = model.latent_shape if shape is None else shape
     x_T = start_latents(options, count, shape)
-    run = make_run(model, options, guided, shape, around=around, decode=decode)
+    run = make_run(model, options, guided, shape, around=around, decode=decode, levels=levels)
     run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-    rows, devices = sharding.batch_sharding(mesh), mesh.devices.size
-    size, compiled = min(options.batch_size, -(-count // devices) * devices), None
+    rows, split = sharding.batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    size, compiled = min(options.batch_size, -(-count // split) * split), None
     with tqdm.tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
         for first in range(0, count, size):
             real = np.arange(first, min(first + size, count))
@@ -57,10 +58,20 @@ def generate(
                 cli.say(f"compiling the sampler for batches of {size} ...")
                 began = time.perf_counter()
                 compiled = run.lower(*arguments).compile()
-                cli.say(f"compiled in {time.perf_counter() - began:.1f} s")
+                cli.say(f"compiled in {time.perf_counter() - began:.1f} s{planned(compiled)}")
             image, z = compiled(*arguments)
             bar.update(len(real))
             yield real, np.asarray(image)[: len(real)], np.asarray(z)[: len(real)]
+
+
+def planned(compiled: Any) -> str:
+    """What the compiler plans to hold on each device, for people; empty where it does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return ""
+    given = memory.argument_size_in_bytes / 1e9
+    peak = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
+    return f"; memory of each device: {peak:.3f} GB beside {given:.3f} GB of weights and inputs"
 
 
 def make_run(
@@ -71,6 +82,7 @@ def make_run(
     *,
     around: Callable | None = None,
     decode: Callable | None = None,
+    levels: solvers.Levels | None = None,
 ) -> Callable:
     """run(params, batch, keys, scale, eta, start=0) -> (images, unscaled latents), to be jitted.
 
@@ -82,6 +94,7 @@ def make_run(
     around: model -> model, inside of guidance, as `windows.windowed`.
     decode: decode(params of the first stage, unscaled latents) -> images; default: the first stage
     in one pass.
+    levels: see `sampling.make_sampler`.
     """
     sample = sampling.make_sampler(
         model,
@@ -96,6 +109,7 @@ def make_run(
         dynamic_threshold=options.dynamic_threshold,
         quantize_x0=options.quantize_x0,
         around=around,
+        levels=levels,
     )
     if decode is None:
         decode = lambda p, z: model.first_stage.apply({"params": p}, z, method="decode")  # noqa: E731

@@ -10,6 +10,7 @@ from ldm_jax.sample import (
     class2img,
     img2img,
     inpaint,
+    invert,
     layout2img,
     semantic,
     superres,
@@ -28,6 +29,7 @@ TASKS = {
     "semantic": semantic,
     "layout2img": layout2img,
     "variations": variations,
+    "invert": invert,
 }
 
 

@@ -69,19 +69,19 @@ class Options:
     """Write into a folder that already holds samples."""
 
 
-def open_model(options: Options) -> tuple[bundle.LatentDiffusion, Any, Any]:
+def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusion, Any, Any]:
     """(bundle placed on all devices, mesh, options with the model's own solver settings).
 
+    mesh: default: one that splits batches over all devices.
     Refuses what cannot work before weights are read.
     """
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images}: give at least 1")
     solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
-    mesh = sharding.make_mesh(schema.MeshConfig())
-    if options.batch_size < 1 or options.batch_size % mesh.devices.size:
-        raise ValueError(
-            f"--batch-size {options.batch_size} is not a multiple of {mesh.devices.size} devices"
-        )
+    mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if options.batch_size < 1 or options.batch_size % split:
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {split} devices")
     model = loading.load(
         options.model,
         step=options.step,

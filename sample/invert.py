@@ -1,0 +1,198 @@
+"""From images to their noise: `ldm-sample invert --model RUN --out DIR --images a.png`.
+
+DDIM inversion (Song et al. 2021, section 4.3; Dhariwal and Nichol 2021, appendix F), with any
+solver that draws no noise. `x_T.npy` is what `--init-latents` of the other tasks takes; the same
+settings then give the image again, and another prompt or label gives what it becomes.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax import bundle, cli, images, latents, schema, sharding, solvers
+from ldm_jax.sample import common, editing, variations
+
+NAME = "invert"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(editing.Options):
+    """Noise of images under a model of text, of classes, or of neither, and the images again."""
+
+    num_images: int = 1
+    """One: an image has one noise for each prompt or label."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance, both ways; 1 is without. Guidance bends the way, so that it takes
+    more steps to come back."""
+
+
+def main(options: Options) -> int:
+    """Writes x_T.npy, the image that sampling makes of it, and how far that is from the original.
+
+    inversion.json has for every image `image_psnr` (against the original), `first_stage_psnr` (what
+    encoding and decoding alone reach), `latent_psnr` (the way there and back alone), all in dB, and
+    mean and standard deviation of its noise, 0 and 1 where the model knows such images.
+    """
+    check(options)
+    model, mesh, options = common.open_model(options)
+    check_model(model, options)
+    what = editing.asked(model, options)
+    image = common.read_images(
+        options.images, editing.side(options), channels=editing.channels(model)
+    )
+    shape = common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
+    made = editing.pairs(options, what)
+    back = levels_back(model, options)
+    out = common.open_out(options)
+
+    batch = {name: x[made.asked] for name, x in what.rows.items()}
+    original, count, guided = image[made.image], len(made.names), what.scale != 1
+    arguments = (count, guided, shape)
+    z_0, alone = encoded(model, mesh, options, original)
+    there = {**batch, "x_T": z_0 * model.latent_scale}
+    x_T = of_parts(
+        common.generate(model, mesh, options, there, *arguments, levels=back, decode=keep), 2
+    )
+    x_T = x_T * model.latent_scale
+    refuse_overflow(x_T, options)
+    again = list(common.generate(model, mesh, options, {**batch, "x_T": x_T}, *arguments))
+    with (out / "x_T.npy").open("wb") as file:
+        np.save(file, x_T.astype(np.float32))
+
+    found = errors(original, alone, of_parts(again, 1), z_0, of_parts(again, 2), x_T)
+    details = [{**detail, **error} for detail, error in zip(made.details, found, strict=True)]
+    common.save(out, options, NAME, again, made.names, details, rows=made.rows, left=original)
+    (out / "inversion.json").write_text(json.dumps(details, indent=2) + "\n")
+    for detail in details:
+        cli.say(
+            f"{detail['image']}: latent {detail['latent_psnr']:.1f} dB, image"
+            f" {detail['image_psnr']:.1f} dB (first stage alone {detail['first_stage_psnr']:.1f});"
+            f" noise {detail['noise_mean']:+.3f} +- {detail['noise_std']:.3f}"
+        )
+    cli.say(f"{out / 'x_T.npy'}: give it to --init-latents of another task")
+    return 0
+
+
+def check(options: Options) -> None:
+    """ValueError for options that have no meaning on the way back, before anything is read."""
+    if options.num_images != 1:
+        raise ValueError(
+            f"--num-images {options.num_images}: an image has one noise; give 1, or more --labels"
+            " or --prompt"
+        )
+    if options.init_latents is not None:
+        raise ValueError("--init-latents has no use here: the noise is what is looked for")
+    if options.eta or options.solver in variations.NOISY:
+        what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
+        known = ", ".join(name for name in solvers.SOLVERS if name not in variations.NOISY)
+        raise ValueError(
+            f"{what} draws new noise at every step, which no way leads back from; use one of"
+            f" {known}, with --eta 0"
+        )
+
+
+def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
+    """ValueError if the model needs more than text or a class."""
+    cond = model.config.cond
+    if not isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
+        raise ValueError(
+            f"{options.model}: is trained with {type(cond).__name__}; {NAME} takes models of text,"
+            " of classes, or without condition"
+        )
+
+
+def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Levels:
+    """The sampler's levels from image to noise.
+
+    They begin at the noise of timestep 0 also where the sampler's own end in none; a step that
+    sampling takes from there to there is left out.
+    """
+    own = model.config.sampling
+    offset = own.steps_offset if options.spacing == own.spacing else 1
+    table = solvers.levels(
+        model.schedule, options.steps, options.spacing, "alphas_cumprod_0", offset
+    )
+    moves = table.alpha != table.alpha_next
+    if not moves.any():
+        raise ValueError(
+            f"--steps {options.steps} with --spacing {options.spacing} visits timestep 0 alone,"
+            " where there is nothing to invert; give more steps"
+        )
+    table = solvers.Levels(*(None if x is None else x[moves] for x in table))
+    return solvers.inverted(table)
+
+
+def keep(params: dict, z: jax.Array) -> jax.Array:
+    """Instead of decoding: noise shows nothing."""
+    del params
+    return z
+
+
+def encoded(
+    model: bundle.LatentDiffusion, mesh: Any, options: Options, image: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Unscaled latents, the posterior's mode; what the first stage alone makes of the images)."""
+
+    def run(params, image):
+        z = latents.encode(model.first_stage, params, image, 1.0)
+        return z, latents.decode(model.first_stage, params, z, 1.0)
+
+    run = jax.jit(run, out_shardings=sharding.replicated(mesh))
+    rows, found = mesh.shape["data"] * mesh.shape["fsdp"], []
+    size = min(options.batch_size, -(-len(image) // rows) * rows)
+    for first in range(0, len(image), size):
+        indices = np.minimum(np.arange(first, first + size), len(image) - 1)
+        given = jax.device_put(image[indices], sharding.batch_sharding(mesh))
+        made = run(model.params["first_stage"], given)
+        found.append([np.asarray(x)[: len(image) - first] for x in made])
+    z, alone = (np.concatenate(x) for x in zip(*found, strict=True))
+    return z, alone
+
+
+def of_parts(parts: Any, which: int) -> np.ndarray:
+    """Images (1) or unscaled latents (2) of what `common.generate` gives."""
+    return np.concatenate([part[which] for part in parts])
+
+
+def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
+    """ValueError if the way left the numbers."""
+    if not np.isfinite(x_T).all():
+        raise ValueError(
+            f"the noise is not finite: --solver {options.solver} does not lead back here; use ddim"
+            " or more --steps"
+        )
+
+
+def errors(
+    original: np.ndarray,
+    alone: np.ndarray,
+    again: np.ndarray,
+    z_0: np.ndarray,
+    z: np.ndarray,
+    x_T: np.ndarray,
+) -> list[dict[str, float]]:
+    """Of every image, as in `main`."""
+    found = []
+    for i, image in enumerate(original):
+        shown = images.to_uint8(image)
+        found.append(
+            {
+                "image_psnr": psnr(shown, images.to_uint8(again[i]), 255),
+                "first_stage_psnr": psnr(shown, images.to_uint8(alone[i]), 255),
+                "latent_psnr": psnr(z_0[i], z[i], float(np.ptp(z_0[i]))),
+                "noise_mean": float(x_T[i].mean()),
+                "noise_std": float(x_T[i].std()),
+            }
+        )
+    return found
+
+
+def psnr(a: np.ndarray, b: np.ndarray, peak: float) -> float:
+    """10 log10(peak^2 / mean squared difference) in dB; 100 at most, for equal arrays too."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    if error <= peak**2 * 1e-10:
+        return 100.0
+    return float(10 * np.log10(peak**2 / error))
