@@ -140,3 +140,54 @@ def usage(count_n: jax.Array) -> dict[str, jax.Array]:
         "perplexity": jnp.exp(-jnp.sum(share_n * jnp.log(share_n + 1e-10))),
         "used_codes": jnp.sum(count_n > 0),
     }
+
+
+# --- codes that nothing uses ---------------------------------------------------------------------
+
+
+class Revived(NamedTuple):
+    """A codebook after `revive`."""
+
+    codebook_nc: jax.Array
+    idle_n: jax.Array
+    """Steps since each code was last taken or replaced."""
+    replaced_n: jax.Array
+    """Which codes are new: their moments in the optimizer, and averages of them, are outdated."""
+
+
+def idle_steps(idle_n: jax.Array, count_n: jax.Array) -> jax.Array:
+    """Steps since each code was last taken, int32 [n], after a step that took them `count_n` times.
+
+    A new codebook has idle_n = 0.
+    """
+    return jnp.where(count_n > 0, 0, idle_n + 1)
+
+
+def revive(
+    key: jax.Array, codebook_nc: jax.Array, idle_n: jax.Array, z: jax.Array, after: int
+) -> Revived:
+    """Codes idle for `after` steps or more move to latents of z [..., c], drawn without repeats.
+
+    With fewer latents than such codes, the last of these wait. The draw depends on `key` and z
+    alone: every host and every mesh makes the same one.
+    """
+    z_pc = jax.lax.stop_gradient(z.astype(jnp.float32)).reshape(-1, z.shape[-1])
+    dead_n = idle_n >= after
+    order_n = jnp.cumsum(dead_n) - 1
+    replaced_n = dead_n & (order_n < len(z_pc))
+
+    def moved() -> jax.Array:
+        drawn_n = jax.random.permutation(key, len(z_pc))[jnp.where(replaced_n, order_n, 0)]
+        return jnp.where(replaced_n[:, None], z_pc[drawn_n], codebook_nc)
+
+    codebook_nc = jax.lax.cond(jnp.any(replaced_n), moved, lambda: codebook_nc)
+    return Revived(codebook_nc, jnp.where(replaced_n, 0, idle_n), replaced_n)
+
+
+def revive_averages(averages: Assigned, revived: Revived) -> Assigned:
+    """The averages of a codebook that follows them: a new code has been assigned itself, once."""
+    new_n = revived.replaced_n
+    return Assigned(
+        jnp.where(new_n, 1.0, averages.count_n),
+        jnp.where(new_n[:, None], revived.codebook_nc, averages.sum_nc),
+    )
