@@ -12,6 +12,7 @@ from ldm_jax.sample import (
     inpaint,
     invert,
     layout2img,
+    megapixel,
     semantic,
     superres,
     text2img,
@@ -30,6 +31,7 @@ TASKS = {
     "layout2img": layout2img,
     "variations": variations,
     "invert": invert,
+    "megapixel": megapixel,
 }
 
 

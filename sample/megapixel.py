@@ -1,0 +1,303 @@
+"""Images beyond the training size: `ldm-sample megapixel --model RUN --out DIR --height 2048 ...`.
+
+Three ways, for models of semantic maps, small images, text, classes, or of neither:
+
+    (no flag)         the whole image at once: UNet and decoder are convolutional
+    --window, --tile  overlapping windows, blended at every step; decoding tile by tile. For memory,
+                      and so that the UNet sees what it was trained on
+    --space N         one image over N devices, with the pixels of one device
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax import bundle, cli, schema, sharding, tiling, windows
+from ldm_jax.sample import common, editing, semantic, superres, text2img
+
+NAME = "megapixel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(editing.Options):
+    """Images larger than those a model was trained on. Sizes are in pixels of the result."""
+
+    height: int | None = None
+    """Pixels; default: the training size, or as --maps and --images say. Small --images are scaled
+    to cover what makes this height and width, and cut at their centre."""
+    width: int | None = None
+    """Pixels; default: as of height."""
+    images: tuple[str, ...] = ()
+    """Small images, for a model of super-resolution."""
+    maps: tuple[str, ...] = ()
+    """Segmentation maps as large as the result, for a model of semantic synthesis."""
+    palette: str | None = None
+    """JSON file with the colours of the classes in --maps, as in `ldm-sample semantic`."""
+    noise_level: int | None = None
+    """Noise added to the small images, by Stable Diffusion's upscaler only; default: 20."""
+    window: tuple[int, ...] = ()
+    """Height and width of overlapping windows, or one number for both. Default: no windows."""
+    stride: tuple[int, ...] = ()
+    """From one window to the next, down and across; default: half a window."""
+    at_once: int | None = None
+    """Windows of an image in one call of the UNet; fewer take less memory. Default: all."""
+    window_clip: tuple[float, float] = (0.01, 0.5)
+    """Least and greatest weight of a pixel, which falls towards the border of its window."""
+    tie_clip: tuple[float, float] | None = None
+    """Least and greatest weight of a window, which falls towards the border of the image; default:
+    all weigh the same."""
+    tile: tuple[int, ...] = ()
+    """Height and width of the tiles that are decoded one after another, overlaps included, or one
+    number for both. Default: decode in one pass."""
+    tile_levels: int = 2
+    """How many of the decoder's highest resolutions are tiled; the others run whole."""
+    space: int = 1
+    """Devices that share an image, split along its height; -1: all."""
+    batch_size: int | None = None
+    """Most images per call of the compiled sampler, over all devices; default: one for each device,
+    or for each --space of them."""
+
+
+def main(options: Options) -> int:
+    """Writes num_images images of every map, small image, prompt or label."""
+    check(options)
+    mesh = sharding.make_mesh(schema.MeshConfig())
+    if options.space != 1:
+        mesh = sharding.spatial_mesh(options.space)
+    if options.batch_size is None:
+        options = dataclasses.replace(options, batch_size=mesh.shape["data"] * mesh.shape["fsdp"])
+    model, mesh, options = common.open_model(options, mesh)
+    made = request(model, options)
+    options = dataclasses.replace(options, guidance_scale=made.scale)
+    around, decode = way(model, options, mesh, made.shape)
+    out = common.open_out(options)
+
+    count, guided = len(made.names), made.scale != 1
+    parts = list(
+        common.generate(
+            model, mesh, options, made.batch, count, guided, made.shape,
+            around=around, decode=decode,
+        )
+    )  # fmt: skip
+    common.save(out, options, NAME, parts, made.names, made.details, rows=made.rows)
+    return 0
+
+
+def check(options: Options) -> None:
+    """ValueError for ways that exclude each other, before anything is read."""
+    if options.space != 1 and (options.window or options.tile):
+        flag = "--window" if options.window else "--tile"
+        raise ValueError(
+            f"--space {options.space} with {flag}: an image over several devices is computed whole;"
+            " give one of them"
+        )
+    for name in ("stride", "at_once", "tie_clip"):
+        if getattr(options, name) and not options.window:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is of windows: give --window too")
+    for flag, (low, high) in (
+        ("--window-clip", options.window_clip),
+        ("--tie-clip", options.tie_clip or (0.1, 1)),
+    ):
+        if not 0 < low <= high:
+            raise ValueError(f"{flag} {low:g} {high:g}: give two positive weights, the least first")
+    if options.space < 1 and options.space != -1:
+        raise ValueError(f"--space {options.space}: give a number of devices, or -1 for all")
+    if options.maps and (options.height or options.width):
+        raise ValueError("--height and --width are those of --maps; leave them out")
+
+
+# --- how -----------------------------------------------------------------------------------------
+
+
+def way(
+    model: bundle.LatentDiffusion, options: Options, mesh: Any, shape: tuple[int, int, int]
+) -> tuple[Callable | None, Callable | None]:
+    """`around` and `decode` of `common.generate`. ValueError for sizes that do not fit."""
+    if options.space != 1:
+        return spread(model, mesh, shape)
+    around = decode = None
+    if options.window:
+        cut = windows_of(model, options)
+        windows.windowed(lambda x, t, cond: x, **cut)  # refuses what is impossible now
+        around = lambda net: windows.windowed(net, **cut)  # noqa: E731
+        count = windows.count(*shape[:2], cut["window"], cut["stride"])
+        cli.say(f"{count} windows at every step, {min(options.at_once or count, count)} at a time")
+    if options.tile:
+        how = {"tile": pair("--tile", options.tile), "levels": options.tile_levels}
+        stage = model.first_stage
+        decode = lambda params, z: tiling.decode(stage, params, z, 1.0, **how)  # noqa: E731
+    return around, decode
+
+
+def windows_of(model: bundle.LatentDiffusion, options: Options) -> dict[str, Any]:
+    """Arguments of `windows.windowed`, in pixels of the latent."""
+    down, side = model.config.first_stage.downsample, pair("--window", options.window)
+    *window, _ = common.latent_shape(model, *side, where="--window: ")
+    stride = pair("--stride", options.stride) if options.stride else None
+    if stride is None:
+        stride = tuple(max(1, n // 2) * down for n in window)
+    for pixels in stride:
+        if pixels < down or pixels % down:
+            near = max(1, round(pixels / down)) * down
+            raise ValueError(
+                f"--stride {pixels} is not a multiple of {down}, by which the first stage"
+                f" downsamples: take {near}"
+            )
+    return {
+        "window": tuple(window),
+        "stride": tuple(n // down for n in stride),
+        "clip": options.window_clip,
+        "tie_clip": options.tie_clip,
+        "at_once": options.at_once,
+    }
+
+
+def spread(
+    model: bundle.LatentDiffusion, mesh: Any, shape: tuple[int, int, int]
+) -> tuple[Callable, Callable]:
+    """As `way`, with the height of every image over the axis `space` of the mesh."""
+    space, down = mesh.shape["space"], model.config.first_stage.downsample
+    if shape[0] % space:
+        step = math.lcm(down * 2 ** (len(model.config.unet.channel_mult) - 1), down * space)
+        height = shape[0] * down
+        below, above = height // step * step, (height // step + 1) * step
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"--space {space}: the height {height} cannot be split among so many: take {near}"
+        )
+    where = sharding.image_sharding(mesh)
+    split = lambda x: jax.lax.with_sharding_constraint(x, where)  # noqa: E731
+
+    def around(net: Callable) -> Callable:
+        def run(x, t, cond):
+            concat = None if cond.concat is None else split(cond.concat)
+            return split(net(split(x), t, cond._replace(concat=concat)))
+
+        return run
+
+    def decode(params: dict, z: jax.Array) -> jax.Array:
+        return split(model.first_stage.apply({"params": params}, split(z), method="decode"))
+
+    cli.say(f"each of {space} devices has {shape[0] // space * down} rows of an image")
+    return around, decode
+
+
+def pair(flag: str, values: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of one or two numbers."""
+    if len(values) not in (1, 2) or min(values) < 1:
+        given = " ".join(map(str, values))
+        raise ValueError(f"{flag} {given}: give height and width, or one number for both")
+    return values if len(values) == 2 else values * 2
+
+
+# --- what ----------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What is drawn."""
+
+    batch: dict[str, np.ndarray]
+    """What `conditioning.from_batch` reads, a row for every image."""
+    shape: tuple[int, int, int]
+    """Of the latent."""
+    names: list[str]
+    """Of every image, for files."""
+    details: list[dict]
+    """Of every image, for its PNG."""
+    rows: list[str]
+    """Labels of the grid's rows."""
+    scale: float
+    """Guidance; 1 is without."""
+
+
+def request(model: bundle.LatentDiffusion, options: Options) -> Request:
+    """What the options ask of the model. ValueError for what it does not know."""
+    cond = model.config.cond
+    if isinstance(cond, schema.SemanticCondConfig):
+        refuse(options, "maps", "palette")
+        return of_maps(model, options)
+    if isinstance(cond, schema.SuperResCondConfig) or superres.upscaler(model) is not None:
+        refuse(options, "images", "noise_level", "prompt", "negative_prompt")
+        return of_images(model, options)
+    if isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
+        refuse(options, "prompt", "negative_prompt", "labels")
+        return of_asked(model, options)
+    raise ValueError(
+        f"{options.model}: is trained with {type(cond).__name__}; {NAME} takes models of semantic"
+        " maps, small images, text, classes, or without condition"
+    )
+
+
+def refuse(options: Options, *known: str) -> None:
+    """ValueError for a flag that another kind of model takes."""
+    every = ("images", "maps", "palette", "noise_level", "prompt", "negative_prompt", "labels")
+    for name in every:
+        if name not in known and getattr(options, name):
+            flag, flags = (
+                ", ".join("--" + n.replace("_", "-") for n in names) for names in ([name], known)
+            )
+            raise ValueError(f"{flag}: {options.model} is of another kind, which takes {flags}")
+
+
+def of_asked(model: bundle.LatentDiffusion, options: Options) -> Request:
+    """Of prompts, labels, or nothing in particular."""
+    what = editing.asked(model, options)
+    shape = common.latent_shape(model, options.height, options.width)
+    every = np.repeat(np.arange(len(what.names)), options.num_images)
+    details = [{"index": i, "asked": what.labels[j]} for i, j in enumerate(every)]
+    stems = [what.names[j] for j in every]
+    batch = {name: x[every] for name, x in what.rows.items()}
+    rows = what.labels if any(what.labels) else []
+    return Request(batch, shape, named(stems, options), details, rows, what.scale)
+
+
+def of_maps(model: bundle.LatentDiffusion, options: Options) -> Request:
+    """Of segmentation maps."""
+    if not options.maps:
+        raise ValueError("give --maps FILE.png")
+    colours = None if options.palette is None else semantic.read_palette(options.palette)
+    maps = [semantic.read_map(path, colours) for path in options.maps]
+    semantic.check(model, options, maps)
+    shape = common.latent_shape(model, *maps[0].shape, f"{options.maps[0]}: ")
+    batch = {"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)}
+    scale = 1.0 if options.guidance_scale is None else options.guidance_scale
+    return of_files(options, options.maps, "map", batch, shape, scale)
+
+
+def of_images(model: bundle.LatentDiffusion, options: Options) -> Request:
+    """Of small images, and a prompt for all of them where the model reads one."""
+    if len(options.prompt) > 1:
+        raise ValueError(f"{len(options.prompt)} of --prompt: one goes with all --images")
+    factor = model.config.first_stage.downsample
+    common.latent_shape(model, options.height, options.width)
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(superres.Options)}
+    fields["prompt"] = "".join(options.prompt)
+    small = superres.with_defaults(model, superres.Options(**fields))
+    side = tuple(None if n is None else n // factor for n in (options.height, options.width))
+    low = common.read_images(options.images, side, channels=model.config.first_stage.in_channels)
+    height, width = (n * factor for n in low.shape[1:3])
+    shape = common.latent_shape(model, height, width, f"{options.images[0]}: {factor} times its ")
+    batch = superres.inputs(model, small, np.repeat(low, options.num_images, axis=0))
+    return of_files(options, options.images, "image", batch, shape, small.guidance_scale)
+
+
+def of_files(
+    options: Options, paths: tuple[str, ...], kind: str, batch: dict, shape: tuple, scale: float
+) -> Request:
+    every = [path for path in paths for _ in range(options.num_images)]
+    details = [{"index": i, kind: path} for i, path in enumerate(every)]
+    stems = [text2img.slug(epath.Path(path).stem) for path in every]
+    rows = [epath.Path(path).stem[:24] for path in paths]
+    return Request(batch, shape, named(stems, options), details, rows, scale)
+
+
+def named(stems: list[str], options: Options) -> list[str]:
+    """File names without ending."""
+    every = (f"{i:05d}_{stem}_seed{options.seed}" for i, stem in enumerate(stems))
+    return [name.replace("__", "_") for name in every]
