@@ -16,7 +16,10 @@ from flax import traverse_util
 from ldm_jax import schema, train_state
 from ldm_jax.models import attention, convolution, unet
 
-PROJECTIONS = r"/(to_q|to_k|to_v|to_out_0|proj)/|/(net_2|linear_1|linear_2|time_emb_proj)/"
+PROJECTIONS = (
+    r"/(to_q|to_k|to_v|to_out_0|proj|query|key|value|proj_attn)/"
+    r"|/(net_2|linear_1|linear_2|time_emb_proj)/"
+)
 CONVOLUTIONS = r"conv_general_dilated|/(conv\d?|conv_in|conv_out|conv_shortcut)/"
 CONTAINERS = ("while", "call", "conditional")  # their parts are traced themselves
 
@@ -186,14 +189,15 @@ def kind_of(parts: list[tuple[str, str]]) -> str:
                 return "convolution"
             return "dense" if re.search(PROJECTIONS, where) else "attention"
     source = source or next((where for _, where in parts if where), "")
-    if "UNet" not in source:
+    if "UNet" not in source and "Autoencoder" not in source:
         return "AdamW" if source else "copies"
     if opcode in ("copy", "transpose", "concatenate", "slice", "pad", "broadcast", "bitcast"):
         return "copies"
-    if re.search(r"/attn\d/", source) and not re.search(PROJECTIONS, source):
-        return "attention"
-    if re.search(r"/(norm\d?|conv_norm_out)/", source):
+    if re.search(r"/(norm\d?|group_norm|conv_norm_out)/", source):
         return "norms"
+    own = r"/attn\d/" if "UNet" in source else r"/attentions_\d/"
+    if re.search(own, source) and not re.search(PROJECTIONS, source):
+        return "attention"
     return "elementwise"
 
 

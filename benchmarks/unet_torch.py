@@ -22,20 +22,24 @@ KINDS = {
 }
 
 
+def plain(model_channels: int) -> diffusers.UNet2DConditionModel:
+    """Stable Diffusion v1 at some width; 320 is its own."""
+    return diffusers.UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=tuple(model_channels * m for m in (1, 2, 4, 4)),
+        layers_per_block=2,
+        cross_attention_dim=unet_cases.CONTEXT[1],
+        attention_head_dim=8,  # which is the number of heads there
+    )
+
+
 def model(case: unet_cases.Case) -> diffusers.UNet2DConditionModel:
-    """Stable Diffusion v1 at the width of the case, with the parameters that both sides use."""
-    down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    """That of the case, with the parameters that both sides use."""
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            down_block_types=down,
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            block_out_channels=tuple(case.model_channels * m for m in (1, 2, 4, 4)),
-            layers_per_block=2,
-            cross_attention_dim=unet_cases.CONTEXT[1],
-            attention_head_dim=8,  # which is the number of heads there
-        )
+        unet = plain(case.model_channels)
     unet.to_empty(device="cpu")
     with torch.no_grad():
         for name, x in unet.named_parameters():
@@ -111,6 +115,9 @@ def split(run, device: str) -> dict[str, float]:
 
 
 def kind_of(operator: str) -> str:
+    """The kind of an ATen operator, or of a kernel that `torch.compile` made and named."""
+    if re.search(r"cpp_fused|triton", operator):
+        return "norms" if "norm" in operator else "elementwise"
     for kind, pattern in KINDS.items():
         if re.search(pattern, operator):
             return kind
