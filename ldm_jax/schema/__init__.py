@@ -25,6 +25,7 @@ from ldm_jax.schema.conds import (
 from ldm_jax.schema.data import (
     DataConfig,
     FolderConfig,
+    PhotosConfig,
     SourceConfig,
     SyntheticConfig,
     TFDSConfig,
@@ -85,6 +86,7 @@ __all__ = [
     "LayoutCondConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "PhotosConfig",
     "SamplingConfig",
     "SemanticCondConfig",
     "SourceConfig",

@@ -60,7 +60,17 @@ class SyntheticConfig:
     """Shapes: the label says which one was drawn."""
 
 
-SourceConfig = TFDSConfig | FolderConfig | SyntheticConfig
+@dataclass(frozen=True)
+class PhotosConfig:
+    """Crops of ten photos that come with scikit-learn and scikit-image."""
+
+    crop: int = 64
+    """Side of a crop in pixels, at most 128."""
+    stride: int = 8
+    """Pixels between two training crops; held-out ones lie side by side."""
+
+
+SourceConfig = TFDSConfig | FolderConfig | SyntheticConfig | PhotosConfig
 
 
 @dataclass(frozen=True)

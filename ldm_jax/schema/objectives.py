@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ldm_jax.schema.mark import execution
-
 
 @dataclass(frozen=True)
 class FirstStageLossConfig:
@@ -22,11 +20,11 @@ class FirstStageLossConfig:
     learn_logvar: bool = False
     perceptual_weight: float = 0.0
     """Weight of LPIPS, added to the error of every pixel (the reference has 1.0); 0: left out."""
-    perceptual_vgg: str = execution("")
-    """File with the VGG16 that LPIPS compares features of (torch or safetensors); or "random":
-    features of random weights. Its hash is kept in the run."""
-    perceptual_lin: str = execution("")
-    """File with the weights of LPIPS on those features (`vgg.pth`, 5 layers); not with "random"."""
+    perceptual_vgg: str = ""
+    """File with the VGG16 whose features LPIPS compares (torch or safetensors), read at the first
+    start and kept in the run's `frozen/`; or "random": features of random weights."""
+    perceptual_lin: str = ""
+    """File with the weights of LPIPS on those features (`vgg.pth`, 5 layers); none with "random"."""
     codebook_weight: float = 1.0
     """Weight of the codebook's loss, of VQ latents (`AutoencoderVQConfig` has its terms)."""
     revive_codes_after: int = 0

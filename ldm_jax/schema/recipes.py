@@ -35,14 +35,14 @@ class AutoencoderTrainConfig:
     init_from: str = execution("")
     """First stage to start from, of the same shape: a run, a diffusers folder or a checkpoint."""
     train_only: Literal["all", "decoder"] = "all"
-    """`decoder` trains post_quant_conv and decoder, and leaves the latents of `init_from` alone."""
+    """`decoder` trains decoder and post_quant_conv: the latents stay those of `init_from`."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=4.5e-6, b1=0.5, b2=0.9, weight_decay=0.0
         )
     )
     disc_optimizer: OptimizerConfig | None = None
-    """That of the discriminator; None: like `optimizer`, its schedule counted from disc_start."""
+    """That of the discriminator; None: the same, with the same rate at every step."""
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(parts=()))
     """Parts: ("autoencoder",); the reference keeps no average of a first stage."""
     batch_size: int = 12
