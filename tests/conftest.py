@@ -26,6 +26,24 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-of-each", action="store_true", help="of every test that has parameters, the first"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("one_of_each"):
+        return
+    seen, kept, left = set(), [], []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        (left if name in seen else kept).append(item)
+        seen.add(name)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """XLA compiles in half the time, to slower code: for large programs that run a few times."""
