@@ -2,6 +2,7 @@
 
 ldm-train tiny:first_stage --workdir runs/tiny_first_stage
 ldm-train tiny:class --workdir runs/tiny --first-stage.path runs/tiny_first_stage
+ldm-train tiny:gan --workdir runs/tiny_gan
 ldm-train tiny:text --workdir runs/tiny_text --first-stage.path runs/tiny_first_stage
 """
 
@@ -44,13 +45,13 @@ CONCAT = {"inpaint": LATENT + 1, "superres": 3, "semantic": 3, "hybrid": LATENT 
 
 
 def get_config(stage: str = "class") -> schema.TrainConfig:
-    """`first_stage`, or an LDM by its condition: `unconditional`, `class`, `label`, ..."""
-    if stage == "first_stage":
-        return first_stage()
+    """`first_stage`, `gan`, `vq`, or an LDM by its condition: `unconditional`, `class`, ..."""
+    first_stages = {"first_stage": first_stage, "gan": gan, "vq": vq}
+    if stage in first_stages:
+        return first_stages[stage]()
     if stage not in CONDITIONS:
-        raise ValueError(
-            f"tiny has no stage {stage!r}; it has first_stage, {', '.join(CONDITIONS)}"
-        )
+        names = ", ".join((*first_stages, *CONDITIONS))
+        raise ValueError(f"tiny has no stage {stage!r}; it has {names}")
     return ldm(stage)
 
 
@@ -67,6 +68,34 @@ def first_stage() -> schema.AutoencoderTrainConfig:
         intervals=EVERY,
         eval_batches=2,
         num_samples=4,
+    )
+
+
+def gan() -> schema.AutoencoderTrainConfig:
+    """The same with a discriminator from the fourth step on."""
+    return dataclasses.replace(
+        first_stage(),
+        loss=schema.FirstStageLossConfig(disc_start=3, lecam_weight=0.1),
+        discriminator=schema.DiscriminatorConfig(width=8, layers=2),
+        ema=schema.EMAConfig(decay=0.9, parts=("autoencoder",)),
+    )
+
+
+def vq() -> schema.AutoencoderTrainConfig:
+    """A codebook of 32 that follows its latents, and a discriminator from the first step on."""
+    return dataclasses.replace(
+        gan(),
+        model=schema.AutoencoderVQConfig(
+            channels=32,
+            channel_mult=(1, 1),
+            num_res_blocks=1,
+            embed_dim=LATENT,
+            z_channels=LATENT,
+            num_codes=32,
+            legacy=False,
+            codebook_decay=0.9,
+        ),
+        loss=schema.FirstStageLossConfig(disc_start=0, disc_weight=0.75, revive_codes_after=2),
     )
 
 

@@ -57,6 +57,8 @@ RULES = (
     (r"embeddings/class_embedding", P()),  # a vector
     (r"logvar", P()),
     (r"(mean|var|loc|initialized)", P()),  # of a discriminator's norms
+    # means of logits; use of codes, and averages of what they were taken for
+    (r"lecam/(real|fake)|codes/idle|averages/(count_n|sum_nc)", P()),
     (r"(step|bad_steps|count)", P()),
 )
 

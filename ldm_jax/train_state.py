@@ -35,10 +35,16 @@ class GanState:
 
     step: jax.Array
     params: dict
+    """{"autoencoder", "logvar"}: the latter only if it is learned."""
     ema_params: dict
     opt_state: Any
     disc_params: dict
+    disc_stats: dict
+    """{"batch_stats", "lecam"}: what the discriminator keeps of batches; the latter if used."""
     disc_opt_state: Any
+    codes: dict
+    """{"idle", "averages"} of a codebook: the former if codes are revived, the latter if it follows
+    a moving average."""
     bad_steps: jax.Array
 
 
@@ -48,11 +54,29 @@ def create(params: dict, tx: optax.GradientTransformation, ema: schema.EMAConfig
     return TrainState(zero, params, init_ema(ema, params), tx.init(params), jnp.copy(zero))
 
 
-def create_gan(params: dict, tx: optax.GradientTransformation, ema: schema.EMAConfig) -> GanState:
-    """The state of a first stage before the first step, without a discriminator."""
+def create_gan(
+    params: dict,
+    tx: optax.GradientTransformation,
+    ema: schema.EMAConfig,
+    *,
+    disc_params: dict | None = None,
+    disc_tx: optax.GradientTransformation | None = None,
+    disc_stats: dict | None = None,
+    codes: dict | None = None,
+) -> GanState:
+    """The state of a first stage before the first step; without `disc_tx` no discriminator."""
     zero = jnp.zeros((), jnp.int32)
-    opt_state = tx.init(params)
-    return GanState(zero, params, init_ema(ema, params), opt_state, {}, {}, jnp.copy(zero))
+    return GanState(
+        step=zero,
+        params=params,
+        ema_params=init_ema(ema, params),
+        opt_state=tx.init(params),
+        disc_params=disc_params or {},
+        disc_stats=disc_stats or {},
+        disc_opt_state=disc_tx.init(disc_params) if disc_tx is not None else {},
+        codes=codes or {},
+        bad_steps=jnp.copy(zero),
+    )
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -79,7 +103,8 @@ def gradients(
 
     `rows` is any tree of [B, ...] arrays (typed keys too). Microbatch a holds rows a::accumulate,
     so that a batch split over devices in blocks is cut inside every block and no row changes its
-    device. Gradient and metrics are means over the microbatches, which are equally large.
+    device. Gradient and metrics are means over the microbatches, which are equally large; but what
+    `metrics` holds under "rows", [B / accumulate, ...] arrays, comes back as [B, ...].
     ValueError if B is not a multiple of `accumulate`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -101,13 +126,23 @@ def gradients(
     def microbatch(a: jax.Array | int) -> Any:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, a, 1, keepdims=False), cut)
 
-    def add(total: Any, a: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(microbatch(a))), None
+    def parts(rows: Any) -> tuple[Any, Any]:
+        grads, metrics = one(rows)
+        return (grads, {n: m for n, m in metrics.items() if n != "rows"}), metrics.get("rows", {})
 
-    shapes = jax.eval_shape(lambda: one(microbatch(0)))
+    def add(total: Any, a: jax.Array) -> tuple[Any, Any]:
+        found, by_row = parts(microbatch(a))
+        return jax.tree.map(jnp.add, total, found), by_row
+
+    shapes, _ = jax.eval_shape(lambda: parts(microbatch(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, jnp.arange(accumulate))
-    return jax.tree.map(lambda x: x / accumulate, total)
+    total, by_row = jax.lax.scan(add, zeros, jnp.arange(accumulate))
+    grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+    if jax.tree.leaves(by_row):  # [accumulate, B / accumulate, ...]
+        metrics["rows"] = jax.tree.map(
+            lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), by_row
+        )
+    return grads, metrics
 
 
 def keep_if_finite(loss: jax.Array, grad_norm: jax.Array, new: Any, old: Any) -> Any:

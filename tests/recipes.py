@@ -42,6 +42,13 @@ def first_stage_config(**changes):
     )
 
 
+def gan_config(stage="gan", **changes):
+    """tiny:gan or tiny:vq with few blocks, in one level, and a well-conditioned optimizer."""
+    config = tiny.get_config(stage)
+    model = dataclasses.replace(config.model, num_res_blocks=0)
+    return dataclasses.replace(config, **{"model": model, "optimizer": OPTIMIZER, **changes})
+
+
 def mesh_of(**sizes):
     """A mesh of just as many devices as the sizes ask for; without any, of one."""
     config = schema.MeshConfig(**{"data": 1, **sizes})
@@ -83,11 +90,16 @@ def frozen(mesh, cond=None):
 def start(config, mesh):
     """The state before the first step, placed on the mesh."""
     recipe = _recipe(config)
-    create = train_state.create if recipe is ldm else train_state.create_gan
-    tx, _ = train_state.make_optimizer(config.optimizer)
     params = filled(jax.eval_shape(lambda: recipe.init_params(config, jax.random.key(0))))
-    state = jax.device_get(create(params, tx, config.ema))
-    return sharding.place(state, recipe.abstract_state(config, mesh)[1])
+    if recipe is ldm:
+        tx, _ = train_state.make_optimizer(config.optimizer)
+        state = train_state.create(params, tx, config.ema)
+    else:
+        state = autoencoder.fresh(config, jax.random.key(0))
+        ema = train_state.init_ema(config.ema, params)
+        disc_params = filled(jax.eval_shape(lambda: state.disc_params))
+        state = state.replace(params=params, ema_params=ema, disc_params=disc_params)
+    return sharding.place(jax.device_get(state), recipe.abstract_state(config, mesh)[1])
 
 
 @functools.cache

@@ -114,7 +114,7 @@ def test_evaluation_is_the_same_twice_and_draws_nothing(alone):
     batch = recipes.batch_of(CONFIG, mesh, 0)
     first, second = (jax.device_get(evaluate(alone[0].params, batch)) for _ in range(2))
     assert first == second
-    assert set(first) == {"loss", "error", "kl", "psnr"}
+    assert set(first) == {"loss", "rec_loss", "nll_loss", "kl", "psnr"}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""Trains a first stage: reconstruction and KL (`autoencoder.py`; section 3.1 of the paper)."""
+"""Trains a first stage: reconstruction, KL or codebook, LPIPS and a discriminator.
+
+`autoencoder.py` and `modules/losses` of the reference; section 3.1 of the paper.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -15,8 +17,7 @@ from ldm_jax import (
     checkpoint,
     cli,
     data,
-    diffusion,
-    images,
+    loading,
     losses,
     rundir,
     schema,
@@ -24,40 +25,67 @@ from ldm_jax import (
     sharding,
     train_state,
 )
-from ldm_jax.models import attention, autoencoder
-from ldm_jax.train import stop
+from ldm_jax.models import quantize
+from ldm_jax.train import adversary, checks, codebook, held_out, reconstruction, stop
 from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
 from ldm_jax.train_state import GanState
 
-DRAWS = ("encode", "dropout")  # one key per row for each
+DRAWS = ("encode", "dropout", "disc_encode", "disc_dropout")  # one key per row for each
+REVIVE = "revive"  # and one key for all that is revived
 INIT, TRAIN, EVALUATE = range(3)  # folded into the root key: one stream per purpose
-
-
-def module(config: schema.AutoencoderTrainConfig, mesh: Mesh | None = None) -> Any:
-    """The autoencoder as the recipe runs it on the mesh's devices."""
-    platform = mesh.devices.flat[0].platform if mesh is not None else "cpu"
-    return autoencoder.from_config(
-        config.model,
-        dtype=jnp.dtype(config.dtype),
-        attention=attention.choose(platform, mesh, config.attention),
-        remat=config.remat,
-    )
+DISCRIMINATOR = 1  # folded into the key of INIT
 
 
 def init_params(config: schema.AutoencoderTrainConfig, key: jax.Array) -> dict:
     """Fresh {"autoencoder", "logvar"}; the reference's fixed logvar is not a parameter."""
     side = config.model.downsample
     image = jnp.zeros((1, side, side, config.model.in_channels))
-    params = {"autoencoder": module(config).init(key, image)["params"]}
+    params = {"autoencoder": reconstruction.module(config).init(key, image)["params"]}
     if config.loss.learn_logvar:
         params["logvar"] = jnp.asarray(config.loss.logvar_init)
     return params
 
 
+class Optimizers(NamedTuple):
+    """Of the autoencoder and of the discriminator (None without one)."""
+
+    tx: optax.GradientTransformation
+    disc_tx: optax.GradientTransformation | None
+    learning_rate: Callable
+
+
+def make_optimizers(config: schema.AutoencoderTrainConfig) -> Optimizers:
+    """What moves the parameters; encoder and codebook stay where only the decoder trains."""
+    tx, learning_rate = train_state.make_optimizer(config.optimizer)
+    disc_tx = None
+    if config.discriminator is not None:
+        disc_tx, _ = train_state.make_optimizer(config.disc_optimizer or config.optimizer)
+    if config.train_only == "decoder":
+        tx = optax.partition({"trains": tx, "stays": optax.set_to_zero()}, _labels)
+    return Optimizers(tx, disc_tx, learning_rate)
+
+
+def _labels(params: dict) -> dict:
+    """Of every parameter "trains" or "stays", where only the decoder trains."""
+    parts = {n: "trains" if n in reconstruction.DECODER else "stays" for n in params["autoencoder"]}
+    stage = {n: jax.tree.map(lambda _, n=n: parts[n], p) for n, p in params["autoencoder"].items()}
+    return {n: stage if n == "autoencoder" else "trains" for n in params}
+
+
 def fresh(config: schema.AutoencoderTrainConfig, key: jax.Array) -> GanState:
     """A new state, on one device; without an adversary the discriminator's trees are empty."""
-    tx, _ = train_state.make_optimizer(config.optimizer)
-    return train_state.create_gan(init_params(config, key), tx, config.ema)
+    optimizers = make_optimizers(config)
+    params = init_params(config, key)
+    disc_params, disc_stats = adversary.fresh(config, jax.random.fold_in(key, DISCRIMINATOR))
+    return train_state.create_gan(
+        params,
+        optimizers.tx,
+        config.ema,
+        disc_params=disc_params,
+        disc_tx=optimizers.disc_tx,
+        disc_stats=disc_stats,
+        codes=codebook.start(config, params),
+    )
 
 
 def abstract_state(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> tuple[GanState, GanState]:
@@ -74,123 +102,234 @@ def init_state(
     return jax.jit(functools.partial(fresh, config), out_shardings=shardings)(key), shardings
 
 
-def make_loss(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
-    """loss(params, rows, train) -> (mean loss, metrics) of one microbatch.
+def start_from(
+    config: schema.AutoencoderTrainConfig, state: GanState, shardings: GanState, params: dict
+) -> GanState:
+    """A new state with the given autoencoder (host arrays): its weights, average and codes."""
+    host = {**jax.device_get(state.params), "autoencoder": params}
+    ema = {n: host[n] for n in state.ema_params}
+    codes = jax.device_get(codebook.start(config, host))
+    return state.replace(
+        params=sharding.place(host, shardings.params),
+        ema_params=sharding.place(ema, shardings.ema_params),
+        codes=sharding.place(codes, shardings.codes),
+    )
 
-    `rows` is {"batch": {"image"}, "keys": {draw: [B] keys}}. Training reconstructs a sample of the
-    posterior, evaluation its mode.
+
+def find_initial(
+    config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, shapes: GanState
+) -> dict | None:
+    """Host parameters of `init_from`; None without it, or in a run that has a checkpoint.
+
+    Only reads. ValueError if they are of another model, or if only the decoder should train and
+    there is nothing to start from.
     """
-    net = module(config, mesh)
+    if checkpoint.latest_step(workdir) is not None:
+        return None
+    if not config.init_from:
+        if config.train_only == "decoder":
+            raise ValueError(
+                "--train-only decoder: give --init-from, the first stage whose latents stay"
+            )
+        return None
+    params, model = loading.load_first_stage(config.init_from)
+    wanted, found = (
+        {sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (shapes.params["autoencoder"], params)
+    )
+    odd = [n for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)]
+    if odd:
+        raise ValueError(
+            f"--init-from {config.init_from}: is another first stage ({model}) than this config's:"
+            f" {len(odd)} arrays differ, as {odd[0]}: {found.get(odd[0], 'not there')} instead of"
+            f" {wanted.get(odd[0], 'nothing')}; set --model to fit"
+        )
+    return params
 
-    def loss(params: dict, rows: dict, train: bool) -> tuple[jax.Array, dict]:
+
+def place_perceptual(params: dict, mesh: Mesh) -> dict:
+    """LPIPS on the mesh, by the training rules."""
+    return sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
+
+
+def make_loss(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
+    """loss(frozen, params, rows, train) -> (mean loss, metrics) of one microbatch.
+
+    `frozen` is {"perceptual"} and, for an adversarial loss, {"disc_params", "disc_stats",
+    "disc_factor"}: arrays without a gradient. `rows` is {"batch": {"image"}, "keys": {draw: [B]
+    keys}}. Metrics hold "rows" of a quantized stage, and "batch_stats" of an adversarial one.
+    """
+    reconstruct, nll = reconstruction.make(config, mesh), reconstruction.make_nll(config)
+    judge = adversary.make_judge(config) if config.discriminator is not None else None
+
+    def loss(frozen: dict, params: dict, rows: dict, train: bool) -> tuple[jax.Array, dict]:
         image, keys = rows["batch"]["image"], rows["keys"]
-        rngs = {"dropout": keys["dropout"][0]}
-        apply = functools.partial(
-            net.apply, {"params": params["autoencoder"]}, train=train, rngs=rngs
-        )
-        mean, logvar = (a.astype(jnp.float32) for a in apply(image, method="encode"))
-        z = mean
-        if train:
-            noise = diffusion.rowwise_normal(keys["encode"], mean.shape[1:])
-            z = mean + jnp.exp(0.5 * logvar) * noise
-        reconstruction = apply(z, method="decode").astype(jnp.float32)
-        error_logvar = params.get("logvar", jnp.asarray(config.loss.logvar_init))
-        per_row, metrics = losses.first_stage(
-            config.loss, image, reconstruction, mean, logvar, error_logvar
-        )
-        return jnp.mean(per_row), metrics
+        found = reconstruct(params, image, keys["encode"], keys["dropout"][0], train)
+        logvar = params.get("logvar", jnp.asarray(config.loss.logvar_init))
+        likelihood = functools.partial(nll, frozen["perceptual"], image)
+        if judge is None or not train:
+            value, metrics = likelihood(found.image, logvar)
+            metrics = {**metrics, "nll_loss": value}
+        else:
+
+            def generator(image: jax.Array) -> tuple[jax.Array, dict]:
+                stats = frozen["disc_stats"]["batch_stats"]
+                logits, stats = judge(frozen["disc_params"], stats, image)
+                return losses.generator(logits), stats
+
+            value, terms, (metrics, batch_stats) = losses.adversarial(
+                likelihood,
+                generator,
+                found.image,
+                logvar,
+                found.features,
+                config.loss.disc_weight,
+                frozen["disc_factor"],
+            )
+            metrics = {**metrics, "nll_loss": terms["nll"], "g_loss": terms["generator"]}
+            metrics |= {"d_weight": terms["d_weight"], "batch_stats": batch_stats}
+        value += found.regularization
+        metrics |= {"loss": value, **found.metrics}
+        if found.indices is not None:
+            metrics["rows"] = {"z": found.z, "indices": found.indices}
+        return value, metrics
 
     return loss
 
 
-def make_train_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
-    """step(state, batch, key) -> (state, metrics), jitted; donates the state it is given."""
-    tx, learning_rate = train_state.make_optimizer(config.optimizer)
-    loss = make_loss(config, mesh)
+def make_train_step(
+    config: schema.AutoencoderTrainConfig, mesh: Mesh, perceptual: dict | None = None
+) -> Callable:
+    """step(state, batch, key) -> (state, metrics), jitted; donates the state it is given.
 
-    def step(state: GanState, batch: dict, key: jax.Array) -> tuple[GanState, dict]:
-        keys = train_state.step_keys(jax.random.fold_in(key, TRAIN), state.step, DRAWS)
+    `perceptual` are the parameters of LPIPS on the mesh, needed where it has a weight. The
+    discriminator learns after the autoencoder and sees what that makes of the batch by then.
+    """
+    optimizers = make_optimizers(config)
+    loss = make_loss(config, mesh)
+    judges = config.discriminator is not None
+    learn = make_discriminator_update(config, mesh, optimizers.disc_tx) if judges else None
+
+    def step(perceptual: dict, state: GanState, batch: dict, key: jax.Array) -> tuple:
+        key = jax.random.fold_in(key, TRAIN)
+        keys = train_state.step_keys(key, state.step, (*DRAWS, REVIVE))
+        revive = keys.pop(REVIVE)
         rows = {
             "batch": {"image": batch["image"]},
             "keys": {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()},
         }
+        frozen = {"perceptual": perceptual}
+        if judges:
+            weights = config.loss
+            factor = losses.adopted(weights.disc_factor, state.step, weights.disc_start)
+            frozen |= {
+                "disc_params": state.disc_params,
+                "disc_stats": state.disc_stats,
+                "disc_factor": factor,
+            }
         grads, metrics = train_state.gradients(
-            lambda params, rows: loss(params, rows, True), state.params, rows, config.accumulate
+            lambda params, rows: loss(frozen, params, rows, True),
+            state.params,
+            rows,
+            config.accumulate,
         )
+        by_row, batch_stats = metrics.pop("rows", None), metrics.pop("batch_stats", None)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizers.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = state.replace(
-            step=state.step + 1,
-            params=params,
-            ema_params=train_state.update_ema(config.ema, state.ema_params, params, state.step),
-            opt_state=opt_state,
-        )
-        new = train_state.keep_if_finite(metrics["loss"], norm, new, state)
-        metrics |= {
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        new, found = _after_update(config, state, new, by_row, revive)
+        metrics |= found | {
             "grad_norm": norm,
-            "learning_rate": learning_rate(state.step),
-            "bad_steps": new.bad_steps,
+            "learning_rate": optimizers.learning_rate(state.step),
         }
-        return new, metrics
+        finite = metrics["loss"] + norm
+        if judges:
+            new, found = learn(new, batch_stats, state.step, rows)
+            metrics |= found
+            finite += found["disc_loss"] + found["disc_grad_norm"]
+        new = train_state.keep_if_finite(finite, norm, new, state)
+        return new, {**metrics, "bad_steps": new.bad_steps}
 
     _, shardings = abstract_state(config, mesh)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    return functools.partial(jitted)
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
+    return functools.partial(jitted, perceptual or {})
 
 
-def make_eval_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
-    """evaluate(params, batch) -> metrics of the posterior's mode on held-out images."""
+def _after_update(
+    config: schema.AutoencoderTrainConfig, old: GanState, new: GanState, rows: dict, key: jax.Array
+) -> tuple[GanState, dict]:
+    """(state with its codebook and average brought up to date, metrics of the codebook)."""
+    if not codebook.trains(config):
+        ema = train_state.update_ema(config.ema, old.ema_params, new.params, old.step)
+        return new.replace(ema_params=ema), {}
+    found = codebook.update(config, new.params, new.opt_state, old.codes, rows, key)
+    ema = train_state.update_ema(config.ema, old.ema_params, found.params, old.step)
+    new = new.replace(
+        params=found.params,
+        ema_params=codebook.follow(ema, found),
+        opt_state=found.opt_state,
+        codes=found.codes,
+    )
+    return new, found.metrics
+
+
+def make_discriminator_update(
+    config: schema.AutoencoderTrainConfig, mesh: Mesh, tx: optax.GradientTransformation
+) -> Callable:
+    """learn(state, batch_stats, step, rows) -> (state, metrics): the discriminator's update.
+
+    `state` has the autoencoder's new parameters, `batch_stats` comes from its own loss. As in the
+    reference the reconstructions are made anew, of other samples of the posterior.
+    """
+    reconstruct, loss = reconstruction.make(config, mesh), adversary.make_loss(config)
+
+    def learn(state: GanState, batch_stats: dict, step: jax.Array, rows: dict) -> tuple:
+        before = adversary.take_in(state.disc_stats, batch_stats)
+
+        def disc_loss(params: dict, rows: dict) -> tuple[jax.Array, dict]:
+            image, keys = rows["batch"]["image"], rows["keys"]
+            dropout = keys["disc_dropout"][0]
+            found = reconstruct(state.params, image, keys["disc_encode"], dropout, True)
+            return loss(params, before, image, jax.lax.stop_gradient(found.image), step)
+
+        grads, metrics = train_state.gradients(
+            disc_loss, state.disc_params, rows, config.accumulate
+        )
+        del metrics["loss"]  # weighted
+        updates, opt_state = tx.update(grads, state.disc_opt_state, state.disc_params)
+        stats = adversary.take_in(before, metrics.pop("batch_stats"), metrics)
+        new = state.replace(
+            disc_params=optax.apply_updates(state.disc_params, updates),
+            disc_opt_state=opt_state,
+            disc_stats=stats,
+        )
+        return new, {**metrics, "disc_grad_norm": optax.tree.norm(grads)}
+
+    return learn
+
+
+def make_eval_step(
+    config: schema.AutoencoderTrainConfig, mesh: Mesh, perceptual: dict | None = None
+) -> Callable:
+    """evaluate(params, batch) -> metrics of held-out images, of a KL posterior's mode.
+
+    A quantized stage also gives "count_n", how often each code was taken.
+    """
     loss = make_loss(config, mesh)
 
-    def evaluate(params: dict, batch: dict) -> dict:
+    def evaluate(perceptual: dict, params: dict, batch: dict) -> dict:
         key = train_state.row_keys(jax.random.key(0), config.batch_size)  # drawn from by nothing
         rows = {"batch": {"image": batch["image"]}, "keys": dict.fromkeys(DRAWS, key)}
-        return loss(params, rows, False)[1]
+        _, metrics = loss({"perceptual": perceptual}, params, rows, False)
+        found = metrics.pop("rows", None)
+        if found is not None:
+            taken = quantize.assigned(found["z"], found["indices"], config.model.num_codes)
+            metrics["count_n"] = taken.count_n
+        return metrics
 
-    return jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
-
-
-def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: Any) -> Callable:
-    """draw(params, path): writes held-out images above their reconstructions."""
-    net = module(config, mesh)
-    image = np.stack([held_out[i]["image"] for i in range(config.num_samples)])
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def reconstruct(params: dict, image: jax.Array) -> jax.Array:
-        mean, _ = net.apply({"params": params["autoencoder"]}, image, method="encode")
-        return net.apply({"params": params["autoencoder"]}, mean, method="decode")
-
-    def draw(params: dict, path: epath.Path) -> None:
-        pictures = np.concatenate([image, np.asarray(reconstruct(params, image), np.float32)])
-        if jax.process_index() == 0:
-            sheet = images.grid(
-                images.to_uint8(pictures),
-                config.num_samples,
-                scale=max(1, 64 // image.shape[1]),
-                names=("image", "decoded"),
-            )
-            images.save_png(path, sheet)
-
-    return draw
-
-
-def check(config: schema.AutoencoderTrainConfig, stream: data.Stream, mesh: Mesh) -> None:
-    """ValueError if config, data and mesh do not fit each other."""
-    if config.steps < 1:
-        raise ValueError(f"--steps {config.steps}: give at least 1")
-    sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    if config.model.in_channels != config.data.channels:
-        raise ValueError(
-            f"data.channels is {config.data.channels}, but model.in_channels is"
-            f" {config.model.in_channels}"
-        )
-    if config.data.size % config.model.downsample:
-        raise ValueError(
-            f"data.size {config.data.size} is not a multiple of the first stage's downsampling"
-            f" {config.model.downsample}"
-        )
-    stream.made[0]  # images that do not fit
+    jitted = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
+    return functools.partial(jitted, perceptual or {})
 
 
 def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int:
@@ -199,51 +338,52 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
     batch_sharding = sharding.batch_sharding(mesh)
     root = jax.random.key(config.seed)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
-    held_out = data.stream(
+    eval_stream = data.stream(
         config.data, batch_size=config.batch_size, seed=config.seed, split="eval"
     )
-    check(config, stream, mesh)
+    checks.first_stage(config, stream, mesh)
     shapes, shardings = abstract_state(config, mesh)
+    perceptual = reconstruction.find_perceptual(config, workdir)
+    initial = find_initial(config, workdir, shapes)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
     for change in changes:
         cli.say(f"changed on resume: {change}")
 
+    reconstruction.keep_perceptual(config, run, perceptual)
+    perceptual = place_perceptual(perceptual, mesh)
     manager = checkpoint.manager(run, config.max_to_keep)
     saved = checkpoint.latest_step(manager)
     if saved is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
+        if initial is not None:
+            state = start_from(config, state, shardings, initial)
+            cli.say(f"starts from {config.init_from}; trains {config.train_only}")
     else:
         state = checkpoint.restore(manager, sharding.with_shardings(shapes, shardings))
         rundir.drop_metrics_after(run, int(state.step))
     first = int(state.step)
-    counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in state.params.items())
+    trees = state.params | ({"discriminator": state.disc_params} if state.disc_params else {})
+    counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in trees.items())
     cli.say(f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}")
     if first >= config.steps:
         cli.say(f"{run}: already at step {first} of {config.steps}; raise --steps to go on")
         return 0
 
-    evaluate_batch = make_eval_step(config, mesh)
-    draw = make_preview(config, mesh, held_out)
+    evaluate_batch = make_eval_step(config, mesh, perceptual)
+    evaluate = held_out.make_evaluate(config, mesh, evaluate_batch, eval_stream)
+    draw = held_out.make_preview(config, mesh, eval_stream)
     train_step = compile_step(
-        make_train_step(config, mesh), state, data.global_batch(stream, first, batch_sharding), root
+        make_train_step(config, mesh, perceptual),
+        state,
+        data.global_batch(stream, first, batch_sharding),
+        root,
     )
     every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
     due = lambda interval, step: interval and step % interval == 0  # noqa: E731
 
     def averaged(state: GanState) -> dict:
         return {**state.params, **state.ema_params}
-
-    def evaluate(state: GanState) -> dict[str, float]:
-        batches = [
-            data.global_batch(held_out, i, batch_sharding) for i in range(config.eval_batches)
-        ]
-        weights = {"": state.params} | ({"_ema": averaged(state)} if state.ema_params else {})
-        values = {}
-        for suffix, params in weights.items():
-            found = [jax.device_get(evaluate_batch(params, batch)) for batch in batches]
-            values |= {f"eval/{n}{suffix}": float(np.mean([f[n] for f in found])) for n in found[0]}
-        return values
 
     section = serialize.to_dict(config.model)
     code = 0
@@ -258,7 +398,10 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
             monitor.step(step, metrics, stream.bad_records, log=bool(due(every.log, step)) or last)
             stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
             if due(every.evaluate, step) or (last and every.evaluate):
-                monitor.write(step, evaluate(state), aloud=True)
+                values = evaluate(state.params, "")
+                if state.ema_params:
+                    values |= evaluate(averaged(state), "_ema")
+                monitor.write(step, values, aloud=True)
             if due(every.sample, step) or (last and every.sample):
                 draw(averaged(state), rundir.sample_path(run, step))
                 monitor.pause()

@@ -1,0 +1,101 @@
+"""Finetuning: a run that starts from another first stage, and trains its decoder alone."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import recipes
+
+from ldm_jax import checkpoint, cli, loading, schema
+from ldm_jax.configs import tiny
+from ldm_jax.models import autoencoder as models
+from ldm_jax.train import autoencoder, main, reconstruction
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def config_of(first_stage_run, **changes):
+    """tiny:gan on the decoder of the tiny first stage."""
+    return dataclasses.replace(
+        tiny.get_config("gan"),
+        init_from=str(first_stage_run),
+        train_only="decoder",
+        loss=schema.FirstStageLossConfig(disc_start=0),
+        optimizer=dataclasses.replace(tiny.get_config("gan").optimizer, weight_decay=0.1),
+        steps=4,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, first_stage_run, quick_compilation):
+    path = tmp_path_factory.mktemp("decoder") / "run"
+    assert autoencoder.train(config_of(first_stage_run), path) == 0
+    return path
+
+
+def test_the_decoder_moves_and_the_latents_stay(run, first_stage_run):
+    """With weight decay and an average, neither of which may touch what stays."""
+    before, model = loading.load_first_stage(first_stage_run)
+    parts = checkpoint.restore_parts(run, 4, ("params", "ema_params", "opt_state"))
+    after, _ = loading.load_first_stage(run)
+    for found in (parts["params"]["autoencoder"], parts["ema_params"]["autoencoder"], after):
+        for name, tree in found.items():
+            if name in reconstruction.DECODER:
+                assert recipes.largest_difference(tree, before[name]) > 1e-4
+            else:
+                recipes.assert_same_bits(tree, before[name])
+    recipes.assert_same_bits(after, parts["ema_params"]["autoencoder"])
+    assert recipes.largest_difference(after["decoder"], parts["params"]["autoencoder"]["decoder"])
+    image = np.stack([recipes.stream_of(config_of(run))[i]["image"] for i in range(2)])
+    module = models.from_config(model)
+    latents = [module.apply({"params": p}, image, method="encode") for p in (before, after)]
+    recipes.assert_same_bits(*latents)
+    moments = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(parts["opt_state"])
+    ]
+    assert any("'decoder'" in name for name in moments)
+    assert not any("'encoder'" in name or "'quant_conv'" in name for name in moments)
+
+
+def test_it_resumes_without_what_it_started_from(run, first_stage_run, tmp_path):
+    config = dataclasses.replace(config_of(first_stage_run), init_from="nowhere", steps=5)
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    assert autoencoder.train(config, moved) == 0
+    assert checkpoint.latest_step(moved) == 5
+
+
+def test_all_of_it_trains_on_from_a_first_stage(first_stage_run, tmp_path):
+    config = dataclasses.replace(
+        tiny.get_config("first_stage"), init_from=str(first_stage_run), steps=1
+    )
+    assert autoencoder.train(config, tmp_path / "run") == 0
+    before, _ = loading.load_first_stage(first_stage_run)
+    after = checkpoint.restore_parts(tmp_path / "run", 1, ("params",))["params"]["autoencoder"]
+    largest = recipes.largest_difference(after, before)
+    assert 1e-4 < largest < 2e-3  # one step of Adam at a rate of 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--train-only decoder", "--train-only decoder: give --init-from"),
+        ("--init-from /nowhere", "/nowhere: does not exist"),
+        (
+            "--init-from RUN --model.channels 64",
+            "is another first stage (AutoencoderKLConfig(",
+        ),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused(
+    first_stage_run, tmp_path, capsys, flags, complaint
+):
+    flags = flags.replace("RUN", str(first_stage_run)).split()
+    argv = ["tiny:gan", "--workdir", str(tmp_path / "run"), *flags]
+    assert cli.run("ldm-train", main.train, argv) == 1
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
