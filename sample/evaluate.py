@@ -1,0 +1,34 @@
+"""`ldm-eval TASK [...]`: figures of reconstructions and samples, and statistics to compare with."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from ldm_jax import cli
+from ldm_jax.sample import evaluate_reconstruct, evaluate_samples, evaluate_statistics
+
+TASKS = {
+    "reconstruct": evaluate_reconstruct,
+    "samples": evaluate_samples,
+    "statistics": evaluate_statistics,
+}
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Runs the task that the first argument names."""
+    argv = cli.join_processes(cli.enable_compilation_cache(argv))
+    name, rest = cli.split_first(argv, "ldm-eval", "TASK", f"one of {', '.join(TASKS)}")
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-eval {name}"))
+
+
+def main() -> None:
+    """Entry point of `ldm-eval`."""
+    sys.exit(cli.run("ldm-eval", evaluate, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

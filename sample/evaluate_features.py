@@ -1,0 +1,238 @@
+"""The feature networks of `ldm-eval`, and features in numbered parts, after which a run goes on."""
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ldm_jax import checkpoint, cli, rundir, schema, sharding
+from ldm_jax.convert import clip_folder, inception
+from ldm_jax.metrics import features, gaussian
+from ldm_jax.sample.evaluate_images import ImageSet
+
+PART = 1024  # images of a part at least; what an interrupted run loses at most
+Found = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every `ldm-eval` task."""
+
+    out: str
+    """Folder for result.json, row.md, and the features it goes on from when run again."""
+    features: Literal["inception", "clip", "random"] = "inception"
+    """Network that distances are taken in. `random` needs no weights and compares with nothing
+    published: for tests, demonstrations, and runs among each other."""
+    inception: str = ""
+    """Inception weights: pt_inception-2015-12-05-6726825d.pth of pytorch-fid."""
+    layer: str = "2048"
+    """Inception layer of FID, KID, precision and recall: 64, 192, 768 or 2048."""
+    preprocess: Literal["torch_fidelity", "pytorch_fid"] = "torch_fidelity"
+    """How pixels reach Inception: both resize to 299 without antialiasing, pytorch_fid with pixel
+    centres aligned."""
+    clip: str = ""
+    """Folder of a CLIPModel of transformers: FD in CLIP features, CLIP score."""
+    random_seed: int = 0
+    """Of the weights of random features."""
+    batch_size: int = 32
+    """Images per call, over all devices."""
+    overwrite: bool = False
+    """Start again where --out holds features of other settings."""
+
+
+class Opened(NamedTuple):
+    """What the options ask for."""
+
+    network: features.Network
+    mesh: Any
+    clip: clip_folder.CLIP | None
+
+
+def opened(options: Options) -> Opened:
+    """The feature network and a mesh of all devices.
+
+    ValueError and FileNotFoundError name the file that is wanted, with its checksum.
+    """
+    mesh = sharding.make_mesh(schema.MeshConfig())
+    if options.batch_size < 1 or options.batch_size % mesh.devices.size:
+        raise ValueError(
+            f"--batch-size {options.batch_size} is not a multiple of {mesh.devices.size} devices"
+        )
+    if options.features == "random":
+        return Opened(features.of_random(options.random_seed), mesh, None)
+    if options.features == "inception":
+        if not options.inception:
+            raise ValueError(
+                f"--features inception takes --inception FILE, {inception.PUBLISHED}; or take"
+                " --features clip, or random where no published figure is compared with"
+            )
+        params, digest = inception.load(options.inception)
+        network = features.of_inception(params, digest, options.layer, options.preprocess)
+        return Opened(network, mesh, None)
+    if not options.clip:
+        raise ValueError(
+            "--features clip takes --clip FOLDER, of a CLIPModel of transformers, as"
+            " openai/clip-vit-large-patch14: config.json and model.safetensors"
+        )
+    model = clip_folder.load(options.clip, place=lambda path, x: x)
+    params = model.params["vision"]
+    digest = rundir.params_hash(params)
+    network = features.of_clip(model.vision, params, digest, model.mean, model.std)
+    return Opened(network, mesh, model)
+
+
+def about(network: features.Network) -> dict[str, Any]:
+    """What has to be known of a network to repeat a figure."""
+    return {"features": network.name, "weights": network.digest, **network.details}
+
+
+def out_folder(options: Options) -> epath.Path:
+    """--out, made and writable. ValueError otherwise."""
+    out = checkpoint.absolute(options.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rundir.write_text(out / ".writable", "")
+        if jax.process_index() == 0:
+            (out / ".writable").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--out {out} cannot be written: {reason}; give another folder") from error
+    return out
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def of_images(
+    folder: epath.Path, opened: Opened, images: ImageSet, options: Options, what: str
+) -> Found:
+    """Features of a set, those in `folder` read and the others computed and kept there."""
+
+    def produce(first: int) -> Iterator[tuple[Found, int]]:
+        rows = sharding.batch_sharding(opened.mesh)
+        batches = ((r["image"], n) for r, n in images.batches(options.batch_size, first, rows))
+        for found in features.extract(opened.network, opened.mesh, batches):
+            yield found, len(found["features"])
+
+    settings = {**about(opened.network), "images": images.about}
+    return kept(folder, settings, images.count, produce, options, what)
+
+
+def kept(
+    folder: epath.Path,
+    settings: dict[str, Any],
+    count: int,
+    produce: Callable[[int], Iterator[tuple[Found, int]]],
+    options: Options,
+    what: str,
+) -> Found:
+    """What `produce` gives for `count` images, in parts that a later run goes on after.
+
+    produce(first) yields (arrays of a batch, its number of images) from batch `first` on; arrays
+    whose name begins with "total_" are summed, the others have a row for each image. They must be
+    the same in every process, of which the first writes; in the others the result is {}.
+    ValueError if the folder holds the parts of other `settings`, naming what differs.
+    """
+    settings = {**settings, "batch_size": options.batch_size, "count": count}
+    first = _begin(folder, json.loads(json.dumps(settings)), options)
+    rows = first * options.batch_size
+    with tqdm.tqdm(
+        total=count, initial=rows, desc=what, unit="image", disable=not sys.stderr.isatty()
+    ) as bar:
+        batches: list[Found] = []
+        done = part = rows
+        for found, number in produce(first) if rows < count else ():
+            for x in found.values():
+                if x.ndim == 2:
+                    gaussian.check_finite(x, done)
+            batches.append(found)
+            done += number
+            bar.update(number)
+            if done - part >= PART or done >= count:
+                _write_part(folder / f"{part:08d}.npz", _joined(batches))
+                batches, part = [], done
+    if jax.process_index() != 0:
+        return {}
+    return _joined([_read_part(path) for path in _parts(folder)])
+
+
+def _begin(folder: epath.Path, settings: dict[str, Any], options: Options) -> int:
+    """The first batch that is missing; the same in every process."""
+    first = 0
+    if jax.process_index() == 0:
+        meta = folder / "settings.json"
+        if meta.exists():
+            before = json.loads(meta.read_text())
+            names = sorted(n for n in before | settings if before.get(n) != settings.get(n))
+            if names and not options.overwrite:
+                shown = (
+                    f"{n}: {_short(before.get(n))} -> {_short(settings.get(n))}" for n in names
+                )
+                raise ValueError(
+                    f"{folder}: holds features of other settings ({'; '.join(shown)}); give another"
+                    " --out, or --overwrite to start again"
+                )
+            if names:
+                folder.rmtree()
+        folder.mkdir(parents=True, exist_ok=True)
+        rundir.write_text(meta, json.dumps(settings, indent=2) + "\n")
+        rows = 0
+        for path in _parts(folder):
+            rows = int(path.stem) + _rows_of(_read_part(path))
+        if 0 < rows < settings["count"]:
+            cli.say(f"{folder}: goes on after {rows} of {settings['count']} images")
+        first = -(-rows // options.batch_size)
+    if jax.process_count() > 1:
+        first = int(multihost_utils.broadcast_one_to_all(np.int32(first)))
+    return first
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 120 else f"{text[:117]}..."
+
+
+def _parts(folder: epath.Path) -> list[epath.Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix == ".npz" and p.stem.isdigit())
+
+
+def _write_part(path: epath.Path, found: Found) -> None:
+    """Under another name first, so that a part is whole or not there."""
+    if jax.process_index() != 0:
+        return
+    buffer = io.BytesIO()
+    np.savez(buffer, **found)
+    draft = path.parent / f".{path.name}"
+    draft.write_bytes(buffer.getvalue())
+    draft.replace(path)
+
+
+def _read_part(path: epath.Path) -> Found:
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            return dict(archive)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: is damaged ({error}); remove it and run again") from error
+
+
+def _rows_of(found: Found) -> int:
+    return next(len(x) for name, x in found.items() if not name.startswith("total_"))
+
+
+def _joined(batches: list[Found]) -> Found:
+    return {
+        name: sum(b[name] for b in batches)
+        if name.startswith("total_")
+        else np.concatenate([b[name] for b in batches])
+        for name in batches[0]
+    }

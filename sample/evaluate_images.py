@@ -1,0 +1,229 @@
+"""Sets of images that `ldm-eval` compares: a training pipeline's, a folder's, an archive's."""
+
+import dataclasses
+import itertools
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax import checkpoint, data, rundir, schema, serialize
+from ldm_jax.metrics import features
+from ldm_jax.sample import inputs
+
+NOT_SAMPLES = ("grid.png",)  # what ldm-sample and ldm-eval write beside them
+
+
+class ImageSet(NamedTuple):
+    """Images of one size, in one order.
+
+    batches(size, first, sharding): (rows, count) from batch number `first` on; rows is a dict of
+    global arrays [size, ...], "image" among them: uint8, or float32 in [-1, 1]; the last batch is
+    filled up, and `count` of it are meant.
+    about: what decides which images these are, and how they were prepared; JSON values.
+    caption(i): of image number i, or None.
+    """
+
+    count: int
+    shape: tuple[int, int, int]
+    batches: Callable[[int, int, Any], Iterator[tuple[dict[str, jax.Array], int]]]
+    about: dict[str, Any]
+    caption: Callable[[int], str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How a folder's images are cut and resized; None: as the training run of the model did."""
+
+    size: int | None = None
+    crop: Literal["center", "none"] | None = None
+    resize: Literal["area", "bicubic"] | None = None
+
+
+def config_of(path: str) -> schema.DataConfig | None:
+    """The data of the run at a path; None if no run is there."""
+    folder = checkpoint.absolute(path)
+    return rundir.read_config(folder).data if rundir.is_run(folder) else None
+
+
+def opened(
+    path: str,
+    split: Literal["train", "eval"],
+    base: schema.DataConfig | None,
+    how: Preparation,
+    *,
+    limit: int | None = None,
+    tokenizer: Any = None,
+    flag: str,
+) -> ImageSet:
+    """Images at a path: of a run, its data; of a folder, prepared as the data `base` and `how` say;
+    of an .npz, as they are. Without a path, the data `base`.
+
+    split: of a run's data; a folder is taken whole. limit: the first so many.
+    ValueError names `flag` and what is there instead.
+    """
+    if path and path.endswith(".npz"):
+        return of_npz(path, limit)
+    config = config_of(path) if path else base
+    if config is None and path:
+        folder = checkpoint.absolute(path)
+        if not folder.is_dir():
+            raise ValueError(f"{flag} {path}: is no run, folder of images or .npz")
+        source = schema.FolderConfig(path=str(folder), eval_path=str(folder))
+        base = base or schema.DataConfig(size=_size(how, path, flag))
+        config = dataclasses.replace(base, source=source)
+    elif config is None:
+        raise ValueError(f"give {flag}: a run, a folder of images or an .npz")
+    given = {name: x for name, x in dataclasses.asdict(how).items() if x is not None}
+    return of_pipeline(dataclasses.replace(config, **given), split, limit, tokenizer)
+
+
+def _size(how: Preparation, path: str, flag: str) -> int:
+    if how.size is None:
+        raise ValueError(f"{flag} {path}: give --size, the pixels that its images are resized to")
+    return how.size
+
+
+def of_pipeline(
+    config: schema.DataConfig,
+    split: Literal["train", "eval"],
+    limit: int | None = None,
+    tokenizer: Any = None,
+) -> ImageSet:
+    """Records of a split in their order, cut at the centre, resized as in training, not mirrored.
+
+    A FID against images resized in another way measures the filters too.
+    """
+    # `train=False`: in order and without chance, also for the split that trains
+    stream = lambda size: data.Stream(source, config, size, 0, False, tokenizer)  # noqa: E731
+    source = data.open_source(config, split)
+    count = len(source) if limit is None else limit
+    shape = (config.size, config.size, config.channels)
+
+    def batches(size: int, first: int, sharding: Any) -> Iterator:
+        with data.prefetch(stream(size), first, sharding) as ahead:
+            for step, rows in itertools.islice(ahead, -(-count // size) - first):
+                yield rows, min(size, count - step * size)
+
+    about = {"data": serialize.to_dict(config), "split": split, "images": count}
+    caption = stream(1).caption if "caption" in source.features else None
+    return ImageSet(count, shape, batches, about, caption)
+
+
+def of_folder(path: str, limit: int | None = None) -> ImageSet:
+    """Image files of a folder as they are, all of one size, grids left out."""
+    folder = checkpoint.absolute(path)
+    names = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in names)
+    files = [f for f in files if f.name not in NOT_SAMPLES][:limit]
+    if not files:
+        raise ValueError(f"{path}: holds no images")
+    first = _pixels(files[0])
+
+    def read(rows: range) -> np.ndarray:
+        found = [_pixels(files[i]) for i in rows]
+        for i, image in zip(rows, found):
+            if image.shape != first.shape:
+                raise ValueError(
+                    f"{files[i]}: is {_size_of(image.shape)}, but {files[0].name} is"
+                    f" {_size_of(first.shape)}: a set has images of one size"
+                )
+        return np.stack(found)
+
+    about = {"folder": str(folder), "images": len(files)}
+    return _of_reader(len(files), first.shape, read, about)
+
+
+def _pixels(path: epath.Path) -> np.ndarray:
+    return np.asarray(inputs.open_image(str(path), 3))
+
+
+def of_npz(path: str, limit: int | None = None) -> ImageSet:
+    """`arr_0` of an .npz as ldm-sample and the ADM suite write it: uint8 [N, H, W, 3 or 1].
+
+    Read from the file piece by piece. ValueError for other shapes and ranges of values.
+    """
+    file = checkpoint.absolute(path)
+    shape, dtype = _npy_header(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0]:
+        raise ValueError(
+            f"{path}: arr_0 is {dtype} {shape}; images are uint8 [N, H, W, 3], 0 to 255"
+        )
+    count = shape[0] if limit is None else min(limit, shape[0])
+
+    def read(rows: range) -> np.ndarray:
+        found = _npy_rows(file, shape, rows)
+        if found.max() <= 1:
+            raise ValueError(
+                f"{path}: images {rows[0]} to {rows[-1]} hold nothing above 1, on a scale of 0 to"
+                " 255: they were saved in 0..1; multiply them by 255"
+            )
+        return found
+
+    about = {"npz": str(file), "images": count}
+    return _of_reader(count, shape[1:], read, about)
+
+
+def of_array(images: np.ndarray, about: dict[str, Any]) -> ImageSet:
+    """uint8 [N, H, W, c] that lie in memory."""
+    read = lambda rows: images[rows.start : rows.stop]  # noqa: E731
+    return _of_reader(len(images), images.shape[1:], read, about)
+
+
+def _of_reader(count: int, shape: tuple, read: Callable, about: dict) -> ImageSet:
+    def batches(size: int, first: int, sharding: Any) -> Iterator:
+        for start in range(first * size, count, size):
+            images, real = features.padded(read(range(start, min(start + size, count))), size)
+            yield {"image": features.place(images, sharding)}, real
+
+    return ImageSet(count, tuple(shape), batches, about)
+
+
+def _npy_header(path: epath.Path) -> tuple[tuple[int, ...], np.dtype]:
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                held = ", ".join(archive.namelist()) or "nothing"
+                raise ValueError(f"{path}: holds no arr_0 but {held}")
+            with archive.open("arr_0.npy") as entry:
+                return _read_header(entry)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: is no .npz archive ({error})") from error
+
+
+def _read_header(entry: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(entry)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[version[0]](entry)
+    if fortran:
+        raise ValueError("arr_0 is stored column by column; save it with np.ascontiguousarray")
+    return shape, dtype
+
+
+def _npy_rows(path: epath.Path, shape: tuple[int, ...], rows: range) -> np.ndarray:
+    each = int(np.prod(shape[1:]))
+    with (
+        path.open("rb") as file,
+        zipfile.ZipFile(file) as archive,
+        archive.open("arr_0.npy") as entry,
+    ):
+        _read_header(entry)
+        entry.seek(entry.tell() + rows.start * each)
+        raw = entry.read(len(rows) * each)
+    return np.frombuffer(raw, np.uint8).reshape(len(rows), *shape[1:])
+
+
+def check_sizes(a: tuple[int, ...], b: tuple[int, ...], names: tuple[str, str]) -> None:
+    """ValueError if two sets have images of different sizes."""
+    if tuple(a[:2]) != tuple(b[:2]):
+        raise ValueError(
+            f"{names[0]} are {_size_of(a)} and {names[1]} are {_size_of(b)}: a network that resizes"
+            " both would measure that too; give both at one size (--size resizes a folder's)"
+        )
+
+
+def _size_of(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]}"

@@ -1,0 +1,61 @@
+"""Statistics of a data set: `ldm-eval statistics --data PATH --out DIR [...]`."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from ldm_jax import cli
+from ldm_jax.metrics import gaussian
+from ldm_jax.sample import evaluate_features, evaluate_figures, evaluate_images
+
+NAME = "statistics"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(evaluate_features.Options):
+    """statistics.npz of a data set, which `ldm-eval samples --reference`, pytorch-fid and the ADM
+    suite read."""
+
+    data: str
+    """Run whose data are meant, folder of images, or .npz with arr_0."""
+    split: Literal["train", "eval"] = "train"
+    """Of a run's data."""
+    count: int | None = None
+    """The first so many images; default: all."""
+    size: int | None = None
+    """Pixels that a folder's images are resized to; default: as the run's training does."""
+    crop: Literal["center", "none"] | None = None
+    """How a folder's images are cut to squares; default: center."""
+    resize: Literal["area", "bicubic"] | None = None
+    """Filter; default: bicubic, or that of the run."""
+
+
+def main(options: Options) -> int:
+    """Writes statistics.npz and result.json."""
+    images = evaluate_images.opened(
+        options.data,
+        options.split,
+        None,
+        evaluate_images.Preparation(options.size, options.crop, options.resize),
+        limit=options.count,
+        flag="--data",
+    )
+    opened = evaluate_features.opened(options)
+    out = evaluate_features.out_folder(options)
+    found = evaluate_features.of_images(
+        out / "features" / "data", opened, images, options, "features"
+    )
+    if jax.process_index() != 0:
+        return 0
+    reference = evaluate_figures.reference_of(found)
+    meta = {
+        **evaluate_features.about(opened.network),
+        "size": list(images.shape),
+        "images": images.about,
+    }
+    gaussian.write(out / "statistics.npz", reference.features, reference.spatial, meta)
+    facts = {**meta, "name": options.data, "count": images.count}
+    evaluate_figures.write(out, NAME, options, {}, facts)
+    cli.say(f"{out / 'statistics.npz'}: mean and covariance of {images.count} images")
+    return 0

@@ -1,0 +1,268 @@
+"""`ldm-eval` from the command line: figures, resuming, files for other programs, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ldm_jax import cli, data, images, latents, loading, rundir
+from ldm_jax.data import pipeline
+from ldm_jax.metrics import gaussian
+from ldm_jax.models import autoencoder
+from ldm_jax.sample import evaluate, evaluate_features, evaluate_images
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RANDOM = ["--features", "random", "--batch-size", "4"]
+SHORT = ["--steps", "2", "--count", "10", *RANDOM]
+FIGURES = {"fd_random_features", "kd_random_features", "precision", "recall"}
+
+
+def run(*flags):
+    """Exit code of the command."""
+    return cli.run("ldm-eval", evaluate.evaluate, [*map(str, flags)])
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reconstructed(first_stage_run, tmp_path_factory, quick_compilation):
+    out = tmp_path_factory.mktemp("reconstruct")
+    assert run("reconstruct", "--model", first_stage_run, "--out", out, *RANDOM) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def drawn(ldm_run, tmp_path_factory, quick_compilation):
+    out = tmp_path_factory.mktemp("samples")
+    assert run("samples", "--model", ldm_run, "--out", out, "--npz", *SHORT) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def statistics(ldm_run, tmp_path_factory, quick_compilation):
+    out = tmp_path_factory.mktemp("statistics")
+    assert run("statistics", "--data", ldm_run, "--out", out, *RANDOM) == 0
+    return out / "statistics.npz"
+
+
+# --- reconstruct ---------------------------------------------------------------------------------
+
+
+def test_reconstruction_figures_are_those_of_the_images(reconstructed, first_stage_run):
+    found = result(reconstructed)
+    config = rundir.read_config(first_stage_run)
+    params, model = loading.load_first_stage(first_stage_run)
+    held = data.stream(config.data, batch_size=1, seed=0, split="eval")
+    real = np.stack([held[i]["image"] for i in range(16)])
+    module = autoencoder.from_config(model)
+    z = latents.encode(module, params, real, 1.0)
+    decoded = images.to_uint8(latents.decode(module, params, z, 1.0)).astype(np.float64)
+    mse = np.mean((images.to_uint8(real) - decoded) ** 2, axis=(1, 2, 3))
+    psnr = np.mean(10 * np.log10(255**2 / mse))
+    assert found["count"] == 16  # a quarter of 64
+    assert found["figures"]["psnr"] == pytest.approx(psnr, rel=1e-3)
+    assert -1 <= found["figures"]["ssim"] <= 1
+    assert found["figures"]["r_fd_random_features"] > 0
+    assert (reconstructed / "reconstructions.png").exists()
+
+
+def test_everything_that_repeats_a_run_is_written(reconstructed):
+    found = result(reconstructed)
+    assert found["features"] == "random features"
+    assert found["weights"] == "random, seed 0"
+    assert found["images"]["data"]["resize"] == "bicubic"
+    assert found["options"]["posterior"] == "mode"
+    assert len(found["model"]) == 64
+    assert {"jax", "numpy", "pillow"} <= set(found["versions"])
+    head, _, row = (reconstructed / "row.md").read_text().splitlines()
+    assert "R-FD (random features)" in head
+    assert len(head.split("|")) == len(row.split("|"))
+
+
+def test_a_vector_quantized_stage_has_its_codes_counted(tmp_path):
+    """By the figures' own functions: no run of a VQ stage is trained for this."""
+    from ldm_jax.metrics import features
+    from ldm_jax.sample import evaluate_reconstruct
+
+    real = np.random.default_rng(0).normal(size=(2, 8, 3))
+    found = {"real_features": real[0], "other_features": real[1], "psnr": np.ones(8)}
+    found |= {"ssim": np.ones(8), "total_codes": np.array([3, 0, 3, 0])}
+    figures = evaluate_reconstruct.figures_of(features.of_random(), found)
+    assert figures["usage"] == 0.5
+    assert figures["perplexity"] == pytest.approx(2)
+
+
+# --- samples -------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_run_against_its_training_data(drawn, ldm_run):
+    found = result(drawn)
+    assert set(found["figures"]) >= FIGURES
+    assert found["sampler"]["steps"] == 2
+    assert found["reference"]["split"] == "train"
+    assert found["reference"]["images"] == 64
+    assert (drawn / "grid.png").exists()
+
+
+def test_the_same_samples_from_a_file_give_the_same_figures(drawn, ldm_run, tmp_path):
+    samples = ["--samples", drawn / "samples.npz", "--reference", ldm_run, *RANDOM]
+    assert run("samples", *samples, "--out", tmp_path) == 0
+    assert result(tmp_path)["figures"] == pytest.approx(result(drawn)["figures"], rel=1e-6)
+
+
+def test_saved_statistics_give_the_same_distance(drawn, statistics, tmp_path):
+    flags = ["--samples", drawn / "samples.npz", "--reference", statistics, *RANDOM]
+    assert run("samples", *flags, "--out", tmp_path) == 0
+    figures, expected = result(tmp_path)["figures"], result(drawn)["figures"]
+    assert figures["fd_random_features"] == pytest.approx(expected["fd_random_features"], rel=1e-9)
+    assert "recall" not in figures  # needs images
+    saved = gaussian.read(statistics)
+    assert (saved.features.count, saved.meta["size"]) == (64, [16, 16, 3])
+
+
+def test_a_folder_of_images(drawn, ldm_run, tmp_path):
+    with np.load(drawn / "samples.npz") as file:
+        pixels = file["arr_0"]
+    for i, image in enumerate(pixels):
+        images.save_png(tmp_path / "in" / f"{i:03d}.png", image)
+    images.save_png(tmp_path / "in" / "grid.png", images.grid(pixels, 2))
+    flags = ["--samples", tmp_path / "in", "--reference", ldm_run, *RANDOM]
+    assert run("samples", *flags, "--out", tmp_path / "out") == 0
+    expected = result(drawn)["figures"]
+    assert result(tmp_path / "out")["figures"] == pytest.approx(expected, rel=1e-6)
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on(drawn, ldm_run, tmp_path, monkeypatch, capsys):
+    """Stopped after two of three parts, it reads no image of these again."""
+    monkeypatch.setattr(evaluate_features, "PART", 4)
+    write, parts = evaluate_features._write_part, []
+
+    def stop(path, found):
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        write(path, found)
+        parts.append(path.name)
+
+    flags = ["--samples", drawn / "samples.npz", "--reference", ldm_run, *RANDOM]
+    flags += ["--reference-count", 12, "--out", tmp_path]
+    monkeypatch.setattr(evaluate_features, "_write_part", stop)
+    assert run("samples", *flags) == 130
+    assert parts == ["00000000.npz", "00000004.npz"]
+    monkeypatch.setattr(evaluate_features, "_write_part", write)
+    read = pipeline.local_rows
+    assert run("samples", *flags) == 0
+    assert "goes on after 8 of 12 images" in capsys.readouterr().err
+    assert len(list((tmp_path / "features" / "reference").glob("0*.npz"))) == 3
+    straight = tmp_path / "straight"
+    assert run("samples", *flags[:-1], straight) == 0
+    assert result(tmp_path)["figures"] == result(straight)["figures"]
+    assert read is pipeline.local_rows
+
+
+def test_other_settings_are_refused(reconstructed, first_stage_run, capsys):
+    flags = ["--model", first_stage_run, "--out", reconstructed, "--features", "random"]
+    assert run("reconstruct", *flags, "--batch-size", 8) == 1
+    assert "holds features of other settings (batch_size: 4 -> 8)" in capsys.readouterr().err
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def npz(path, array):
+    np.savez(path, arr_0=array)
+    return path
+
+
+def bad(name, tmp_path):
+    """A file that `--samples` should not take."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    arrays = {
+        "floats": pixels / np.float32(255),
+        "zero_to_one": (pixels > 127).astype(np.uint8),
+        "flat": pixels.reshape(8, -1),
+        "large": pixels.repeat(2, axis=1).repeat(2, axis=2),
+        "few": pixels[:1],
+    }
+    return npz(tmp_path / f"{name}.npz", arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("floats", "arr_0 is float32 (8, 16, 16, 3); images are uint8"),
+        ("zero_to_one", "hold nothing above 1, on a scale of 0 to 255"),
+        ("flat", "arr_0 is uint8 (8, 768)"),
+        ("large", "samples are 32x32 and reference images are 16x16"),
+        ("few", "1 images have no covariance"),
+    ],
+)
+def test_images_that_cannot_be_compared(ldm_run, tmp_path, capsys, name, message):
+    flags = ["--samples", bad(name, tmp_path), "--reference", ldm_run, "--reference-count", 8]
+    assert run("samples", *flags, "--out", tmp_path / "out", *RANDOM) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert error.startswith("ldm-eval: error: ")
+
+
+def test_fewer_images_than_features_are_warned_about(drawn, ldm_run, tmp_path, capsys):
+    flags = ["--samples", drawn / "samples.npz", "--reference", ldm_run, *RANDOM]
+    assert run("samples", *flags, "--out", tmp_path) == 0
+    assert "10 images are fewer than the 224 features" in capsys.readouterr().err
+    assert result(tmp_path)["figures"]["fd_random_features_bias"] > 0
+
+
+def test_statistics_of_another_network(drawn, statistics, tmp_path, capsys):
+    flags = ["--samples", drawn / "samples.npz", "--reference", statistics, *RANDOM]
+    assert run("samples", *flags, "--random-seed", 1, "--out", tmp_path / "a") == 1
+    assert "is of weights random, seed 0, and these are of random, seed 1" in (
+        capsys.readouterr().err
+    )
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    flags[3] = tmp_path / "fid.npz"
+    assert run("samples", *flags, "--out", tmp_path / "b") == 1
+    assert "has 2048 features and random features gives 224" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_stop_the_run(first_stage_run, tmp_path, capsys, monkeypatch):
+    from ldm_jax.metrics import features
+
+    network = features.of_random()
+    network.params["0"]["bias"][3] = np.nan
+    monkeypatch.setattr(features, "of_random", lambda seed: network)
+    assert run("statistics", "--data", first_stage_run, "--out", tmp_path, *RANDOM) == 1
+    assert "features of image 0 are not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "features" / "data").glob("*.npz"))  # none of it is kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["samples", "--samples", "x.npz"], "--inception FILE, pt_inception-2015-12-05-6726825d"),
+        (["samples", "--samples", "x.npz", "--features", "clip"], "takes --clip FOLDER"),
+        (["samples", *RANDOM], "give --model, to draw samples, or --samples"),
+        (["samples", "--samples", "nowhere", *RANDOM], "is no folder of images or .npz"),
+        (["statistics", "--data", "nowhere", *RANDOM], "--data nowhere: is no run, folder"),
+        (["statistics", "--data", ".", *RANDOM], "give --size, the pixels"),
+        (["reconstruct", "--model", "x", *RANDOM[:2], "--batch-size", "3"], "not a multiple of 4"),
+        (["fid"], "task 'fid' is not one of reconstruct, samples, statistics"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, capsys, flags, message):
+    assert run(*flags, *([] if flags == ["fid"] else ["--out", tmp_path])) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_an_archive_is_read_piece_by_piece(tmp_path):
+    pixels = np.random.default_rng(0).integers(2, 256, (9, 4, 4, 1)).astype(np.uint8)
+    path = npz(tmp_path / "x.npz", pixels)
+    shape, dtype = evaluate_images._npy_header(path)
+    assert (shape, dtype) == ((9, 4, 4, 1), np.uint8)
+    np.testing.assert_array_equal(evaluate_images._npy_rows(path, shape, range(3, 7)), pixels[3:7])
