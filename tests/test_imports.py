@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     "schema serialize cli flops images diffusion sharding checkpoint rundir lora",
     "guidance denoising data models solvers metrics",
-    "latents conditioning losses train_state bundle windows tiling convert",
+    "latents conditioning losses train_state bundle windows tiling convert neighbours",
     "sampling loading saving compat",
     "configs",
     "train sample",

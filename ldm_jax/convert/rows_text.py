@@ -77,6 +77,16 @@ def _clip_vision(config: schema.CLIPVisionConfig) -> Rows:
     yield from layer("visual_projection", "visual_projection", DENSE, bias=False)
 
 
+def clip(text: schema.CLIPTextConfig, vision: schema.CLIPVisionConfig) -> list[Row]:
+    """Both encoders with their projections, names as in transformers' CLIPModel, which also has a
+    `logit_scale`; ours begin with `text/` and `vision/`."""
+    projection = layer("text_projection", "text_projection", DENSE, bias=False)
+    return [
+        *prefixed([*_clip_text(text), *projection], "", "text/"),
+        *prefixed(clip_vision(vision), "", "vision/"),
+    ]
+
+
 def _clip_layers(model: str, count: int) -> Rows:
     for i in range(count):
         torch, ours = f"{model}.encoder.layers.{i}", f"{model}/encoder/layers/{i}"

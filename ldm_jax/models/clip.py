@@ -1,4 +1,4 @@
-"""CLIP's text transformer, and its image transformer with the projection.
+"""CLIP's text transformer, its image transformer, and their projections into a common space.
 
 The text encoder of Stable Diffusion: OpenAI's ViT-L/14 in version 1, OpenCLIP's ViT-H in version 2.
 Parameters are named as in transformers' Flax models. Axes: b batch, l tokens, c channels; images
@@ -278,6 +278,20 @@ def text_from_config(
     if config.num_layers < {"last": 1, "penultimate": 2}[config.layer]:
         raise ValueError(f"{config.num_layers} layers have no {config.layer} one")
     return CLIPText(**dataclasses.asdict(config), dtype=dtype, precision=precision)
+
+
+def embed_text(text: CLIPText, params: dict, ids_bl: jax.Array, end_id: int) -> jax.Array:
+    """Ids [B, l] in the space of CLIP's images: [B, projection_dim] float32, of any length.
+
+    params: those of `text`, which gives its last layer, and `text_projection/kernel`.
+    end_id: the token whose first occurrence stands for the whole text; 2, as configs of old say it,
+    is the highest id of each row (transformers, `modeling_clip.py`).
+    """
+    states_blc = text.apply({"params": {"text_model": params["text_model"]}}, ids_bl)
+    end_b = jnp.argmax(ids_bl if end_id == 2 else ids_bl == end_id, axis=1)
+    pooled_bc = jnp.take_along_axis(states_blc, end_b[:, None, None], axis=1)[:, 0]
+    kernel = params["text_projection"]["kernel"]
+    return jnp.matmul(pooled_bc, kernel, precision=text.precision).astype(jnp.float32)
 
 
 def vision_from_config(
