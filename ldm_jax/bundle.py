@@ -96,10 +96,29 @@ def bind(unet: Any, params: dict) -> Callable:
     def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
-        out = unet.apply({"params": params}, x, t, cond.context, cond.label)
+        variables = {"params": params}
+        if cond.projected is not None:
+            variables["context"] = cond.projected
+        out = unet.apply(variables, x, t, cond.context, cond.label)
         return out.astype(jnp.float32)
 
     return model
+
+
+def project(net: Any, params: dict, cond: Cond) -> Cond:
+    """`cond` with the keys and values that the cross-attentions of a UNet make of its context.
+
+    They depend on the context alone: made before a loop over levels, they stand outside of it in
+    the compiled program, where a branch in the loop would keep the compiler from moving them.
+    """
+    if cond.context is None:
+        return cond
+    rows = len(cond.context)
+    # what else this computes, of the smallest image, is not in the compiled program
+    x, t, _, _ = unet.example_inputs(net)
+    x, t = (jnp.broadcast_to(a, (rows, *a.shape[1:])) for a in (x, t))
+    _, made = net.apply({"params": params}, x, t, cond.context, cond.label, mutable=["context"])
+    return cond._replace(projected=made["context"])
 
 
 def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None:

@@ -21,6 +21,8 @@ class Cond(NamedTuple):
     """[B, h, w, c] channels beside the noised latent."""
     label: Any = None
     """[B] class ids or [B, v] vectors added to the time embedding."""
+    projected: Any = None
+    """Keys and values that a UNet's layers make of `context`, [B, ...] arrays: `bundle.project`."""
 
 
 def build(config: schema.CondConfig, dtype: Any = jnp.float32, remat: bool = False) -> Any:

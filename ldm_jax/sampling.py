@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax import denoising, diffusion, guidance, latents, schema, solvers
-from ldm_jax.bundle import LatentDiffusion, bind
+from ldm_jax.bundle import LatentDiffusion, bind, project
 from ldm_jax.conditioning import Cond
 
 
@@ -108,7 +108,9 @@ def make_sampler(
         """denoise(x, level) of one request."""
         net = bind(bundle.unet, params["unet"])
         net = net if around is None else around(net)
+        cond = project(bundle.unet, params["unet"], cond)
         if guided:
+            null = project(bundle.unet, params["unet"], null)
             model = guidance.classifier_free(
                 net, cond, null, guidance_scale, guidance_rescale, guidance_interval
             )

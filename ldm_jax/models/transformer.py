@@ -37,7 +37,11 @@ class AttentionBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention to `context_blc`, or to the image without one (`attention.CrossAttention`)."""
+    """Attention to `context_blc`, or to the image without one (`attention.CrossAttention`).
+
+    Keys and values of the context are saved in the collection "context" where that is mutable, and
+    taken from it where it is given.
+    """
 
     num_heads: int
     upcast: bool = False
@@ -56,7 +60,14 @@ class Attention(nn.Module):
             a = dense(a.shape[-1], channels, use_bias=False, name=f"to_{part}", **low)(a)
             return einops.rearrange(a, "b l (n d) -> b l n d", n=self.num_heads)
 
-        q_bqnd, k_blnd, v_blnd = project(x_bqc, "q"), project(source, "k"), project(source, "v")
+        q_bqnd = project(x_bqc, "q")
+        if context_blc is not None and self.has_variable("context", "keys_values"):
+            k_blnd, v_blnd = self.get_variable("context", "keys_values")
+        else:
+            k_blnd, v_blnd = project(source, "k"), project(source, "v")
+            if context_blc is not None and not self.is_initializing():
+                made = (k_blnd, v_blnd)
+                self.sow("context", "keys_values", made, reduce_fn=lambda _, new: new)
         if self.upcast:
             q_bqnd, k_blnd, v_blnd = (a.astype(jnp.float32) for a in (q_bqnd, k_blnd, v_blnd))
         out_bqnd = self.attention(q_bqnd, k_blnd, v_blnd, precision=self.precision)

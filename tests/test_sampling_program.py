@@ -1,0 +1,207 @@
+"""What stands in the compiled sampler: prompt projections before the loop, one call per step."""
+
+import collections
+import dataclasses
+import logging
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import task_models
+from reference import draw, max_difference, quick_jit
+
+from ldm_jax import bundle, flops, sampling, schema, windows
+from ldm_jax.conditioning import Cond
+
+SHAPE, ROWS, TOKENS = (4, 4, 4), 2, 3
+KEYS = jax.random.split(jax.random.key(0), ROWS)
+COND, NULL = Cond(context=draw(ROWS, TOKENS, 32)), Cond(context=draw(ROWS, TOKENS, 32, seed=2))
+INIT, HOLE = draw(ROWS, *SHAPE, seed=3), np.float32(draw(ROWS, 4, 4, 1, seed=4) > 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return task_models.make(
+        schema.ClassCondConfig(num_classes=4, embed_dim=32), **task_models.CONTEXT
+    )
+
+
+def made(model, steps=4, **options):
+    return sampling.make_sampler(model, shape=SHAPE, steps=steps, decode=False, **options)
+
+
+# --- cross-attention ----------------------------------------------------------------------------
+
+
+def loops(program):
+    """(lines within loops, other lines) of an optimized program."""
+    lines, name = collections.defaultdict(list), None
+    for line in program.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line)
+        if header:
+            name = header[1]
+        elif name is not None:
+            lines[name].append(line)
+    refers = {n: {*re.findall(r"[\w.-]+", "\n".join(lines[n]))} & lines.keys() for n in lines}
+    inside, found = set(), {*re.findall(r"body=%?([\w.-]+)", program)}
+    while found:
+        inside |= found
+        found = {other for name in found for other in refers[name]} - inside
+    return tuple(
+        "\n".join(line for n in lines if (n in inside) == within for line in lines[n])
+        for within in (True, False)
+    )
+
+
+WAYS = {
+    "plain": {"guided": False},
+    "guided": {},
+    "interval, start and hole": {"guidance_interval": (100, 700)},
+    "windows": {"around": lambda net: windows.windowed(net, window=(4, 2), stride=(4, 2))},
+    "recomputed": {"remat": True},
+}
+QUICK = ("plain", "interval, start and hole")
+
+
+@pytest.mark.parametrize(
+    "way", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow) for w in WAYS]
+)
+def test_keys_and_values_of_a_prompt_stand_outside_the_loop(model, way):
+    sample = made(model, **WAYS[way])
+
+    def run(params, cond, null, keys, start, init, hole):
+        given = (start, init, hole) if "start" in way else ()
+        return sample(params, cond, null, keys, 3.0, 0.0, None, *given)
+
+    arguments = (model.params, COND, NULL, KEYS, 1, INIT, HOLE)
+    program = quick_jit(run).lower(*arguments).compile().as_text()
+    inside, outside = loops(program)
+    for part in ("to_k", "to_v"):
+        assert f"attn2/{part}/" in outside
+        assert f"attn2/{part}/" not in inside
+        assert f"attn1/{part}/" in inside  # of the image: made at every level
+    assert "attn2/to_q/" in inside
+
+
+def test_projected_conditions_give_the_same_prediction(model):
+    x, t = draw(ROWS, *SHAPE), np.array([3, 700])
+
+    @quick_jit
+    def predictions(params):
+        predict, given = bundle.bind(model.unet, params), bundle.project(model.unet, params, COND)
+        # the context itself is not read any more
+        conditions = (COND, given, given._replace(context=NULL.context), NULL)
+        return [predict(x, t, cond) for cond in conditions]
+
+    plain, projected, elsewhere, other = predictions(model.params["unet"])
+    np.testing.assert_array_equal(projected, plain)
+    np.testing.assert_array_equal(elsewhere, plain)
+    assert np.abs(other - plain).max() > 1e-3
+    assert bundle.project(model.unet, model.params["unet"], Cond()) == Cond()
+
+
+def test_a_self_attention_that_reads_the_context_is_projected_too():
+    """`only_cross_attention`, as in the x4 upscaler."""
+    upscaler = task_models.make(
+        schema.ClassCondConfig(num_classes=4, embed_dim=32),
+        **task_models.CONTEXT,
+        only_cross_attention=(True,),
+    )
+    params = upscaler.params["unet"]
+    given = jax.eval_shape(lambda: bundle.project(upscaler.unet, params, COND)).projected
+    for kind, names in (("down_blocks_0", {"attn1", "attn2"}), ("mid_block", {"attn2"})):
+        block = given[kind]["attentions_0"]["transformer_blocks_0"]
+        assert block.keys() == names
+        for k, v in (block[name]["keys_values"] for name in names):
+            assert k.shape == v.shape == (ROWS, TOKENS, 2, 16)
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def test_a_step_costs_one_call_and_guidance_one_of_twice_the_rows(model):
+    net, params = model.unet, model.params["unet"]
+
+    def one_call(rows):
+        x, cond = jnp.zeros((rows, *SHAPE)), Cond(context=jnp.zeros((rows, TOKENS, 32)))
+        projected = jax.eval_shape(lambda cond: bundle.project(net, params, cond), cond)
+        call = lambda x, cond: bundle.bind(net, params)(x, jnp.zeros(rows), cond)  # noqa: E731
+        return flops.count(jax.make_jaxpr(call)(x, projected))
+
+    def one_step(**options):
+        def cost(steps):
+            sample = made(model, steps, **options)
+            return flops.count(jax.make_jaxpr(sample)(model.params, COND, NULL, KEYS, 3.0))
+
+        return cost(5) - cost(4)
+
+    assert one_step(guided=False) == one_call(ROWS)
+    assert one_step() == one_call(2 * ROWS)
+
+
+# --- compilations -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_one_compilation_for_every_request(model, guided, caplog):
+    sample = made(model, guided=guided)
+
+    @jax.jit
+    def sampler(params, context, keys, scale, eta, start, init, hole):
+        return sample(
+            params, Cond(context=context), NULL, keys, scale, eta, None, start, init, hole
+        )
+
+    first = [COND.context, KEYS, 3.0, 0.0, 1, INIT, HOLE]
+    names = ("prompt", "seed", "scale", "eta", "start", "init", "hole")
+    others = [NULL.context, jax.random.split(jax.random.key(1), ROWS), 7.5, 0.6, 2, -INIT, 1 - HOLE]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        expected = np.asarray(sampler(model.params, *first))
+        for i, name in enumerate(names):
+            request = [*first[:i], others[i], *first[i + 1 :]]
+            found = np.asarray(sampler(model.params, *request))
+            if guided or name != "scale":
+                assert np.abs(found - expected).max() > 1e-4, name
+        repeated = np.asarray(sampler(model.params, *first))
+    np.testing.assert_array_equal(repeated, expected)
+    compiled = [r for r in caplog.messages if re.match(r"Compiling (jit\()?sampler\b", r)]
+    assert len(compiled) == 1, compiled
+
+
+# --- memory and numbers -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_latent_takes_the_place_of_a_donated_buffer(model):
+    sample, x_T = made(model), jnp.array(INIT)
+
+    def run(name, params, given):
+        return sample(params, COND, NULL, KEYS, 3.0, **{"start": 1, name: given})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Some donated buffers were not usable"
+        for name in ("x_T", "init"):
+            jitted = jax.jit(run, static_argnums=0, donate_argnums=2)
+            program = jitted.lower(name, model.params, x_T)
+            assert program.as_text().count("tf.aliasing_output") == 1
+    compiled = program.compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == x_T.nbytes
+    assert np.isfinite(compiled(model.params, x_T)).all()
+    assert x_T.is_deleted()
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_bfloat16_computes_in_it_and_keeps_the_latent_in_float32(model):
+    unet = model.unet.clone(dtype=jnp.bfloat16)
+    low = dataclasses.replace(model, unet=unet)
+    arguments = (model.params, COND, NULL, KEYS, 3.0)
+    program = jax.make_jaxpr(made(low))(*arguments)
+    assert {*re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", str(program))} == {"bf16"}
+    found, expected = jax.jit(lambda *a: (made(low)(*a), made(model)(*a)))(*arguments)
+    assert found.dtype == jnp.float32
+    error = max_difference(found, expected) / float(np.abs(expected).max())
+    assert 0 < error < 0.03
