@@ -7,13 +7,14 @@ settings then give the image again, and another prompt or label gives what it be
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from ldm_jax import bundle, cli, images, latents, schema, sharding, solvers
-from ldm_jax.sample import common, editing, variations
+from ldm_jax.sample import common, editing, variations, write
 
 NAME = "invert"
 
@@ -36,6 +37,49 @@ def main(options: Options) -> int:
     encoding and decoding alone reach), `latent_psnr` (the way there and back alone), all in dB, and
     mean and standard deviation of its noise, 0 and 1 where the model knows such images.
     """
+    found = invert(options)
+    if options.export is not None:
+        return common.draw(found.plan)
+    common.draw(found.plan)
+    out = epath.Path(options.out)
+    with (out / "x_T.npy").open("wb") as file:
+        np.save(file, found.plan.batch["x_T"])
+    errors = [
+        {"image": image, "asked": detail["asked"], **error}
+        for detail, error in zip(found.plan.details, errors_of(found, out), strict=True)
+        for image in detail["images"]
+    ]
+    (out / "inversion.json").write_text(json.dumps(errors, indent=2) + "\n")
+    for error in errors:
+        cli.say(
+            f"{error['image']}: latent {error['latent_psnr']:.1f} dB, image"
+            f" {error['image_psnr']:.1f} dB (first stage alone {error['first_stage_psnr']:.1f});"
+            f" noise {error['noise_mean']:+.3f} +- {error['noise_std']:.3f}"
+        )
+    cli.say(f"{out / 'x_T.npy'}: for --init-latents of another task, at the same settings")
+    return 0
+
+
+class Inversion(NamedTuple):
+    """Images, and what is known of them when their noise has been found."""
+
+    plan: common.Plan
+    """Samples them again."""
+    image: np.ndarray
+    """float32 [N, H, W, c] in [-1, 1]."""
+    alone: np.ndarray
+    """What the first stage alone makes of them."""
+    z: np.ndarray
+    """Their unscaled latents [N, h, w, c]."""
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn: the images again, from their noise. ValueError as of `invert`."""
+    return invert(options).plan
+
+
+def invert(options: Options) -> Inversion:
+    """Finds the noise of the images. ValueError for what the options or the model do not allow."""
     check(options)
     model, mesh, options = common.open_model(options)
     check_model(model, options)
@@ -46,34 +90,34 @@ def main(options: Options) -> int:
     shape = common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
     made = editing.pairs(options, what)
     back = levels_back(model, options)
-    out = common.open_out(options)
+    common.open_out(options)
 
     batch = {name: x[made.asked] for name, x in what.rows.items()}
-    original, count, guided = image[made.image], len(made.names), what.scale != 1
-    arguments = (count, guided, shape)
-    z_0, alone = encoded(model, mesh, options, original)
-    there = {**batch, "x_T": z_0 * model.latent_scale}
-    x_T = of_parts(
-        common.generate(model, mesh, options, there, *arguments, levels=back, decode=keep), 2
-    )
-    x_T = x_T * model.latent_scale
+    image = image[made.image]
+    z, alone = encoded(model, mesh, options, image)
+    scale, guided = np.float32(model.latent_scale), what.scale != 1
+    there = dataclasses.replace(options, guidance_scale=what.scale, preview=0)
+    parts = common.generate(
+        model, mesh, there, {**batch, "x_T": scale * z}, len(z), guided, shape,
+        levels=back, decode=keep,
+    )  # fmt: skip
+    x_T = scale * np.concatenate([noise for _, _, noise in parts])
     refuse_overflow(x_T, options)
-    again = list(common.generate(model, mesh, options, {**batch, "x_T": x_T}, *arguments))
-    with (out / "x_T.npy").open("wb") as file:
-        np.save(file, x_T.astype(np.float32))
-
-    found = errors(original, alone, of_parts(again, 1), z_0, of_parts(again, 2), x_T)
-    details = [{**detail, **error} for detail, error in zip(made.details, found, strict=True)]
-    common.save(out, options, NAME, again, made.names, details, rows=made.rows, left=original)
-    (out / "inversion.json").write_text(json.dumps(details, indent=2) + "\n")
-    for detail in details:
-        cli.say(
-            f"{detail['image']}: latent {detail['latent_psnr']:.1f} dB, image"
-            f" {detail['image_psnr']:.1f} dB (first stage alone {detail['first_stage_psnr']:.1f});"
-            f" noise {detail['noise_mean']:+.3f} +- {detail['noise_std']:.3f}"
-        )
-    cli.say(f"{out / 'x_T.npy'}: give it to --init-latents of another task")
-    return 0
+    again = common.Plan(
+        NAME,
+        dataclasses.replace(options, guidance_scale=what.scale, save_latents=True),
+        model,
+        mesh,
+        shape=shape,
+        guided=guided,
+        batch={**batch, "x_T": x_T.astype(np.float32)},
+        names=made.names,
+        details=made.details,
+        rows=made.rows,
+        left=image,
+        files=("images",),
+    )
+    return Inversion(again, image, alone, z)
 
 
 def check(options: Options) -> None:
@@ -116,11 +160,6 @@ def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Leve
         model.schedule, options.steps, options.spacing, "alphas_cumprod_0", offset
     )
     moves = table.alpha != table.alpha_next
-    if not moves.any():
-        raise ValueError(
-            f"--steps {options.steps} with --spacing {options.spacing} visits timestep 0 alone,"
-            " where there is nothing to invert; give more steps"
-        )
     table = solvers.Levels(*(None if x is None else x[moves] for x in table))
     return solvers.inverted(table)
 
@@ -152,11 +191,6 @@ def encoded(
     return z, alone
 
 
-def of_parts(parts: Any, which: int) -> np.ndarray:
-    """Images (1) or unscaled latents (2) of what `common.generate` gives."""
-    return np.concatenate([part[which] for part in parts])
-
-
 def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
     """ValueError if the way left the numbers."""
     if not np.isfinite(x_T).all():
@@ -166,28 +200,22 @@ def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
         )
 
 
-def errors(
-    original: np.ndarray,
-    alone: np.ndarray,
-    again: np.ndarray,
-    z_0: np.ndarray,
-    z: np.ndarray,
-    x_T: np.ndarray,
-) -> list[dict[str, float]]:
-    """Of every image, as in `main`."""
-    found = []
-    for i, image in enumerate(original):
-        shown = images.to_uint8(image)
-        found.append(
+def errors_of(found: Inversion, out: epath.Path) -> list[dict[str, float]]:
+    """Of every image, as in `main`, from the images and latents in the folder `out`."""
+    latent, errors = np.load(out / "latents.npy"), []
+    for i, name in enumerate(found.plan.names):
+        shown, again = images.to_uint8(found.image[i]), write.read_picture(out, name)
+        noise = found.plan.batch["x_T"][i]
+        errors.append(
             {
-                "image_psnr": psnr(shown, images.to_uint8(again[i]), 255),
-                "first_stage_psnr": psnr(shown, images.to_uint8(alone[i]), 255),
-                "latent_psnr": psnr(z_0[i], z[i], float(np.ptp(z_0[i]))),
-                "noise_mean": float(x_T[i].mean()),
-                "noise_std": float(x_T[i].std()),
+                "image_psnr": psnr(shown, again, 255),
+                "first_stage_psnr": psnr(shown, images.to_uint8(found.alone[i]), 255),
+                "latent_psnr": psnr(found.z[i], latent[i], float(np.ptp(found.z[i]))),
+                "noise_mean": float(noise.mean()),
+                "noise_std": float(noise.std()),
             }
         )
-    return found
+    return errors
 
 
 def psnr(a: np.ndarray, b: np.ndarray, peak: float) -> float:

@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, cli, schema, sharding, tiling, windows
-from ldm_jax.sample import common, editing, semantic, superres, text2img
+from ldm_jax.sample import common, editing, semantic, superres
 
 NAME = "megapixel"
+WAY = ("window", "stride", "at_once", "window_clip", "tie_clip", "tile", "tile_levels", "space")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,27 +66,38 @@ class Options(editing.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every map, small image, prompt or label."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn, and how. ValueError for what the options or the model do not allow."""
     check(options)
     mesh = sharding.make_mesh(schema.MeshConfig())
     if options.space != 1:
         mesh = sharding.spatial_mesh(options.space)
+    alone = options.export is not None or options.from_export is not None
     if options.batch_size is None:
-        options = dataclasses.replace(options, batch_size=mesh.shape["data"] * mesh.shape["fsdp"])
+        size = 1 if alone else mesh.shape["data"] * mesh.shape["fsdp"]
+        options = dataclasses.replace(options, batch_size=size)
     model, mesh, options = common.open_model(options, mesh)
-    made = request(model, options)
-    options = dataclasses.replace(options, guidance_scale=made.scale)
-    around, decode = way(model, options, mesh, made.shape)
-    out = common.open_out(options)
-
-    count, guided = len(made.names), made.scale != 1
-    parts = list(
-        common.generate(
-            model, mesh, options, made.batch, count, guided, made.shape,
-            around=around, decode=decode,
-        )
-    )  # fmt: skip
-    common.save(out, options, NAME, parts, made.names, made.details, rows=made.rows)
-    return 0
+    asked = request(model, options)
+    around, decode = way(model, options, mesh, asked.shape)
+    return common.Plan(
+        NAME,
+        dataclasses.replace(options, guidance_scale=asked.scale),
+        model,
+        mesh,
+        shape=asked.shape,
+        guided=asked.scale != 1,
+        batch=asked.batch,
+        names=asked.names,
+        details=asked.details,
+        rows=asked.rows,
+        files=asked.files,
+        around=around,
+        decode=decode,
+        program={name: np.asarray(getattr(options, name)).tolist() for name in WAY},
+    )
 
 
 def check(options: Options) -> None:
@@ -214,6 +226,8 @@ class Request(NamedTuple):
     """Labels of the grid's rows."""
     scale: float
     """Guidance; 1 is without."""
+    files: tuple[str, ...]
+    """Options that name files."""
 
 
 def request(model: bundle.LatentDiffusion, options: Options) -> Request:
@@ -249,12 +263,14 @@ def of_asked(model: bundle.LatentDiffusion, options: Options) -> Request:
     """Of prompts, labels, or nothing in particular."""
     what = editing.asked(model, options)
     shape = common.latent_shape(model, options.height, options.width)
-    every = np.repeat(np.arange(len(what.names)), options.num_images)
-    details = [{"index": i, "asked": what.labels[j]} for i, j in enumerate(every)]
-    stems = [what.names[j] for j in every]
+    every = np.repeat(np.arange(len(what.names)), options.num_images).tolist()
+    alone = what.alone or [{}]
+    details = [{"asked": what.labels[j], **alone[j]} for j in every]
     batch = {name: x[every] for name, x in what.rows.items()}
     rows = what.labels if any(what.labels) else []
-    return Request(batch, shape, named(stems, options), details, rows, what.scale)
+    stems = [f"_{what.names[j]}" if what.names[j] else "" for j in every]
+    names = [f"{i:05d}{stem}_seed{options.seed}" for i, stem in enumerate(stems)]
+    return Request(batch, shape, names, details, rows, what.scale, ())
 
 
 def of_maps(model: bundle.LatentDiffusion, options: Options) -> Request:
@@ -267,37 +283,32 @@ def of_maps(model: bundle.LatentDiffusion, options: Options) -> Request:
     shape = common.latent_shape(model, *maps[0].shape, f"{options.maps[0]}: ")
     batch = {"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)}
     scale = 1.0 if options.guidance_scale is None else options.guidance_scale
-    return of_files(options, options.maps, "map", batch, shape, scale)
+    return of_files(options, "maps", batch, shape, scale, ("maps", "palette"))
 
 
 def of_images(model: bundle.LatentDiffusion, options: Options) -> Request:
     """Of small images, and a prompt for all of them where the model reads one."""
     if len(options.prompt) > 1:
         raise ValueError(f"{len(options.prompt)} of --prompt: one goes with all --images")
-    factor = model.config.first_stage.downsample
     common.latent_shape(model, options.height, options.width)
     fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(superres.Options)}
     fields["prompt"] = "".join(options.prompt)
     small = superres.with_defaults(model, superres.Options(**fields))
+    factor = model.config.first_stage.downsample
     side = tuple(None if n is None else n // factor for n in (options.height, options.width))
     low = common.read_images(options.images, side, channels=model.config.first_stage.in_channels)
     height, width = (n * factor for n in low.shape[1:3])
     shape = common.latent_shape(model, height, width, f"{options.images[0]}: {factor} times its ")
     batch = superres.inputs(model, small, np.repeat(low, options.num_images, axis=0))
-    return of_files(options, options.images, "image", batch, shape, small.guidance_scale)
+    return of_files(options, "images", batch, shape, small.guidance_scale, ("images",))
 
 
 def of_files(
-    options: Options, paths: tuple[str, ...], kind: str, batch: dict, shape: tuple, scale: float
+    options: Options, name: str, batch: dict, shape: tuple, scale: float, files: tuple[str, ...]
 ) -> Request:
+    """Of the files that the option `name` holds."""
+    paths = getattr(options, name)
     every = [path for path in paths for _ in range(options.num_images)]
-    details = [{"index": i, kind: path} for i, path in enumerate(every)]
-    stems = [text2img.slug(epath.Path(path).stem) for path in every]
+    details = [{"asked": path, name: [path]} for path in every]
     rows = [epath.Path(path).stem[:24] for path in paths]
-    return Request(batch, shape, named(stems, options), details, rows, scale)
-
-
-def named(stems: list[str], options: Options) -> list[str]:
-    """File names without ending."""
-    every = (f"{i:05d}_{stem}_seed{options.seed}" for i, stem in enumerate(stems))
-    return [name.replace("__", "_") for name in every]
+    return Request(batch, shape, superres.named(every, options.seed), details, rows, scale, files)

@@ -1,0 +1,232 @@
+"""Neighbours to image: `ldm-sample retrieval --model PATH --out DIR --clip FOLDER --prompt "..."`.
+
+Retrieval-augmented diffusion (Blattmann et al. 2022; the reference's `knn2img.py`): the model is
+conditioned on the CLIP embedding of a text or an image, and on those of the images of a folder that
+are nearest to it. All embeddings are divided by their length, and guidance leads away from zeros.
+"""
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from ldm_jax import bundle, neighbours, schema, sharding
+from ldm_jax.convert import clip_folder
+from ldm_jax.sample import common, editing, text2img
+
+NAME = "retrieval"
+NEIGHBOURS = 10  # the reference's --knn
+INDEX = ".ldm_jax_clip.npz"  # hidden, so that it is none of the folder's images
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common.Options):
+    """Images of texts or images and of their neighbours, by a model of CLIP embeddings."""
+
+    clip: str = ""
+    """Folder of transformers' CLIPModel that the model was trained with (config.json,
+    model.safetensors, tokenizer); ViT-L/14 for the published one."""
+    clip_tokenizer: str | None = None
+    """Folder with CLIP's tokenizer, where --clip has none."""
+    prompt: tuple[str, ...] = ()
+    """Texts to draw; each gets num_images images and a row of the grid."""
+    query_image: tuple[str, ...] = ()
+    """Images to draw others of, after the texts."""
+    database: str | None = None
+    """Folder of images, with all folders below, whose nearest ones are found."""
+    neighbours: int | None = None
+    """Images of --database beside the text or image itself; default: 10, or 0 without a folder."""
+    include_query: bool = True
+    """The embedding of the text or image stands before those of its neighbours;
+    --no-include-query leaves it out."""
+    index: str | None = None
+    """File with the embeddings of --database, made where there is none; default: a hidden file in
+    that folder."""
+    rebuild: bool = False
+    """Make the index again; one of other images or another CLIP model is refused otherwise."""
+    index_batch: int = 32
+    """Images of --database that are embedded at a time, over all devices."""
+    height: int | None = None
+    """Pixels; default: the size the model was trained at."""
+    width: int | None = None
+    """Pixels; default: the size the model was trained at."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance; 1 samples without it, at half the cost."""
+    batch_size: int = 8
+    """Most images per call of the compiled sampler, over all devices."""
+
+
+class Found(NamedTuple):
+    """What the model is conditioned on, for each text or image."""
+
+    context: np.ndarray
+    """Embeddings of length 1, float32 [Q, tokens, d]."""
+    files: list[list[str]]
+    """Neighbours, the nearest first."""
+    cosines: np.ndarray
+    """Of these, [Q, k]."""
+
+
+def main(options: Options) -> int:
+    """Writes num_images images of every text and image."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options, the model or the folder do not allow."""
+    options = check(options)
+    model, mesh, options = common.open_model(options)
+    towers = load_clip(options, mesh)
+    check_model(model, options, towers)
+    shape = common.latent_shape(model, options.height, options.width)
+    found = find(towers, options, mesh)
+    down = model.config.first_stage.downsample
+    side = (shape[0] * down, shape[1] * down)
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=shape,
+        guided=options.guidance_scale != 1,
+        batch={"embedding": np.repeat(found.context, options.num_images, axis=0)},
+        names=files_of(options),
+        details=details_of(options, found),
+        rows=[name[:24] for name in names_of(options)],
+        left=shown(options, found, editing.channels(model), side),
+        files=("query_image",),
+    )
+
+
+def check(options: Options) -> Options:
+    """Options with the number of neighbours; ValueError for what cannot work, before anything is
+    read."""
+    if not options.clip:
+        raise ValueError("give --clip FOLDER, the CLIP model that the model was trained with")
+    if not options.prompt and not options.query_image:
+        raise ValueError('give --prompt "..." or --query-image FILE')
+    count = options.neighbours
+    if count is None:
+        count = 0 if options.database is None else NEIGHBOURS
+    if count < 0:
+        raise ValueError(f"--neighbours {count}: give 0 or more")
+    if count and options.database is None:
+        raise ValueError(f"--neighbours {count}: give --database FOLDER to find them in")
+    if not count and not options.include_query:
+        raise ValueError("--no-include-query with no neighbours leaves nothing to draw")
+    if options.index_batch < 1:
+        raise ValueError(f"--index-batch {options.index_batch}: give at least 1")
+    return dataclasses.replace(options, neighbours=count)
+
+
+def check_model(model: bundle.LatentDiffusion, options: Options, towers: clip_folder.CLIP) -> None:
+    """ValueError if the model does not draw from embeddings of this CLIP."""
+    cond = model.config.cond
+    if not isinstance(cond, schema.EmbeddingCondConfig):
+        kind = type(cond).__name__ if cond else "no condition"
+        raise ValueError(f"{options.model}: is trained with {kind}, not with CLIP embeddings")
+    if cond.width != towers.width:
+        raise ValueError(
+            f"--clip {options.clip}: its embeddings have {towers.width} numbers, and those that"
+            f" {options.model} is trained with have {cond.width}: give its own CLIP model"
+        )
+
+
+def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) -> Found:
+    """Embeddings of the texts and images, and of the images of the folder nearest to them."""
+    queries = []
+    if options.prompt:
+        queries.append(neighbours.embed_texts(towers, options.prompt))
+    if options.query_image:
+        for path in options.query_image:
+            common.open_image(path, 3)  # refuses what is no image
+        made, _ = neighbours.embed_images(
+            towers, options.query_image, batch_size=options.index_batch, mesh=mesh
+        )
+        queries.append(made)
+    queries = neighbours.unit(np.concatenate(queries))
+    count = options.neighbours
+    if not count:
+        none = np.zeros((len(queries), 0), np.float32)
+        return Found(queries[:, None], [[]] * len(queries), none)
+    path = options.index or os.path.join(options.database, INDEX)
+    how = {"rebuild": options.rebuild, "batch_size": options.index_batch, "mesh": mesh}
+    index = neighbours.open_index(options.database, path, towers, **how)
+    if count > len(index.files):
+        raise ValueError(
+            f"--neighbours {count}: {options.database} has {len(index.files)} images; give at most"
+            " as many"
+        )
+    where, cosines = neighbours.nearest(queries, index.embeddings, count)
+    context = neighbours.unit(index.embeddings[where])
+    if options.include_query:
+        context = np.concatenate([queries[:, None], context], axis=1)
+    files = [[os.path.join(options.database, index.files[i]) for i in row] for row in where]
+    return Found(context.astype(np.float32), files, cosines)
+
+
+def load_clip(options: Options, mesh: jax.sharding.Mesh) -> clip_folder.CLIP:
+    """The CLIP model, a copy on every device."""
+    everywhere = sharding.replicated(mesh)
+    towers = clip_folder.load(
+        options.clip,
+        tokenizer=options.clip_tokenizer,
+        place=lambda path, x: jax.device_put(x, everywhere),
+    )
+    if options.prompt and towers.tokenizer is None:
+        raise ValueError(
+            f"--clip {options.clip}: comes without a tokenizer (vocab.json and merges.txt); give"
+            " --clip-tokenizer FOLDER"
+        )
+    return towers
+
+
+def shown(options: Options, found: Found, channels: int, side: tuple[int, int]) -> np.ndarray:
+    """What stands in the grid before the images: float32 [Q, n, H, W, c] in [-1, 1].
+
+    The image asked for, white for a text, where there is any image; then the neighbours.
+    """
+    blank = np.ones((*side, channels), np.float32)
+    rows = []
+    for i, files in enumerate(found.files):
+        number = i - len(options.prompt)
+        asked = [blank] if number < 0 else [picture(options.query_image[number], channels, side)]
+        asked = asked if options.query_image else []
+        rows.append([*asked, *(picture(file, channels, side) for file in files)])
+    return np.asarray(rows, np.float32).reshape(len(rows), -1, *side, channels)
+
+
+def picture(path: str, channels: int, side: tuple[int, int]) -> np.ndarray:
+    """An image file, scaled and cut to `side`: float32 [H, W, c] in [-1, 1]."""
+    image: Image.Image = common.resized(common.open_image(path, channels), side)
+    return np.asarray(image, np.float32).reshape(*side, channels) / 127.5 - 1
+
+
+def names_of(options: Options) -> list[str]:
+    """Of every text and image, for people."""
+    return [*options.prompt, *(epath.Path(path).name for path in options.query_image)]
+
+
+def details_of(options: Options, found: Found) -> list[dict]:
+    """Of every image, for its PNG."""
+    alone = [{"prompt": [text], "query_image": []} for text in options.prompt]
+    alone += [{"prompt": [], "query_image": [path]} for path in options.query_image]
+    details = []
+    for row, name in enumerate(names_of(options)):
+        near = [
+            {"file": file, "cosine": round(float(cosine), 4)}
+            for file, cosine in zip(found.files[row], found.cosines[row], strict=True)
+        ]
+        details += [{"asked": name, "nearest": near, **alone[row]}] * options.num_images
+    return details
+
+
+def files_of(options: Options) -> list[str]:
+    """File name of every image, without ending."""
+    stems = [*options.prompt, *(epath.Path(path).stem for path in options.query_image)]
+    every = [stem for stem in stems for _ in range(options.num_images)]
+    return [f"{i:05d}_{text2img.slug(x)}_seed{options.seed}" for i, x in enumerate(every)]
