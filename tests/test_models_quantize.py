@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import draw
 
-from ldm_jax import schema
+from ldm_jax import schema, sharding
 from ldm_jax.models import quantize
 
 CODEBOOK = draw(10, 3, seed=2)
@@ -157,3 +157,50 @@ def test_usage():
     counts = quantize.assigned(z, quantize.nearest(CODEBOOK, z), 10).count_n
     some = quantize.usage(counts)
     assert (float(some["perplexity"]), int(some["used_codes"])) == (pytest.approx(4, rel=1e-5), 4)
+
+
+def test_idle_codes_move_to_latents():
+    idle = quantize.idle_steps(jnp.array([4, 0, 2, 9]), jnp.array([0.0, 0, 3, 0]))
+    assert idle.tolist() == [5, 1, 0, 10]
+    codebook, z = CODEBOOK[:4], draw(2, 3, 3, seed=7)
+    revived = jax.jit(quantize.revive, static_argnums=4)(jax.random.key(0), codebook, idle, z, 5)
+    assert revived.replaced_n.tolist() == [True, False, False, True]
+    assert revived.idle_n.tolist() == [0, 1, 0, 0]
+    np.testing.assert_array_equal(revived.codebook_nc[1:3], codebook[1:3])
+    rows = [z.reshape(-1, 3).tolist().index(c) for c in revived.codebook_nc[::3].tolist()]
+    assert rows[0] != rows[1]
+    other = quantize.revive(jax.random.key(1), codebook, idle, z, 5)
+    assert not np.array_equal(other.codebook_nc, revived.codebook_nc)
+    none = quantize.revive(jax.random.key(0), codebook, idle, z, 11)
+    np.testing.assert_array_equal(none.codebook_nc, codebook)
+    assert none.idle_n.tolist() == idle.tolist()
+
+    averages = quantize.Assigned(jnp.arange(4.0), jnp.asarray(codebook) * 2)
+    averages = quantize.revive_averages(averages, revived)
+    assert averages.count_n.tolist() == [1, 1, 2, 1]
+    np.testing.assert_array_equal(averages.sum_nc[1:3], codebook[1:3] * 2)
+    np.testing.assert_array_equal(averages.sum_nc[::3], revived.codebook_nc[::3])
+
+
+def test_more_idle_codes_than_latents_wait():
+    idle, z = jnp.full(10, 7), draw(2, 2, 3, seed=8)
+    revived = quantize.revive(jax.random.key(0), CODEBOOK, idle, z, 7)
+    assert revived.idle_n.tolist() == [0] * 4 + [7] * 6
+    found = sorted(revived.codebook_nc[:4].tolist())
+    assert found == sorted(z.reshape(-1, 3).tolist())
+    np.testing.assert_array_equal(revived.codebook_nc[4:], CODEBOOK[4:])
+
+
+def test_codes_are_revived_alike_on_four_devices():
+    mesh = sharding.make_mesh(schema.MeshConfig(data=2, fsdp=2))
+    z, idle = draw(4, 5, 3, seed=9), jnp.arange(10)
+    run = jax.jit(quantize.revive, static_argnums=4)
+    alone = run(jax.random.key(5), CODEBOOK, idle, z, 4)
+    spread = run(
+        jax.random.key(5), CODEBOOK, idle, jax.device_put(z, sharding.batch_sharding(mesh)), 4
+    )
+    jax.tree.map(np.testing.assert_array_equal, spread, alone)
+    shards = [np.asarray(s.data) for s in spread.codebook_nc.addressable_shards]
+    assert len(shards) == 4
+    for shard in shards:
+        np.testing.assert_array_equal(shard, alone.codebook_nc)

@@ -11,8 +11,9 @@ from flax import linen as nn
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-"""(channels, convolutions) of VGG16 between its poolings."""
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
+"""(channels over `width`, convolutions) of VGG16 between its poolings."""
+WIDTH = 64
 SHIFT = np.float32([-0.030, -0.088, -0.188])
 SCALE = np.float32([0.458, 0.448, 0.450])
 EPSILON = 1e-10
@@ -23,18 +24,19 @@ SMALLEST = 16
 class VGG16(nn.Module):
     """Images to the features before each pooling and at the end: relu1_2, 2_2, 3_3, 4_3, 5_3."""
 
-    dtype: DTypeLike = jnp.float32
-    precision: PrecisionLike = None
+    dtype: DTypeLike
+    precision: PrecisionLike
+    width: int
 
     @nn.compact
     def __call__(self, x):
         features = []
-        for stage, (channels, count) in enumerate(STAGES, 1):
+        for stage, (mult, count) in enumerate(STAGES, 1):
             if features:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for i in range(1, count + 1):
                 conv = nn.Conv(
-                    channels,
+                    self.width * mult,
                     (3, 3),
                     padding=1,
                     kernel_init=nn.initializers.he_normal(),
@@ -66,11 +68,13 @@ class LPIPS(nn.Module):
 
     dtype: DTypeLike = jnp.float32
     precision: PrecisionLike = None
+    width: int = WIDTH
+    """Channels of the first stage; another than VGG16's for smaller random features."""
 
     @nn.compact
     def __call__(self, a, b):
         check(a.shape, b.shape)
-        vgg = VGG16(self.dtype, self.precision, name="vgg")
+        vgg = VGG16(self.dtype, self.precision, self.width, name="vgg")
         total_b = jnp.zeros(len(a))
         # two passes, not one of both batches: that would move rows between devices
         for i, (x, y) in enumerate(zip(vgg(_standardized(a)), vgg(_standardized(b)))):
@@ -80,15 +84,19 @@ class LPIPS(nn.Module):
         return total_b
 
 
-def random_params(key: jax.Array) -> dict:
+def random_params(key: jax.Array, width: int = WIDTH) -> dict:
     """Parameters without the published weights; distances in them are named "random features"."""
-    image = jnp.zeros((1, SMALLEST, SMALLEST, 3))
-    return jax.jit(LPIPS().init)(key, image, image)["params"]
+    return jax.jit(LPIPS(width=width).init)(key, *_images())["params"]
 
 
-def shapes() -> dict:
+def shapes(width: int = WIDTH) -> dict:
     """Shapes of the parameters."""
-    return jax.eval_shape(random_params, jax.random.key(0))
+    return jax.eval_shape(LPIPS(width=width).init, jax.random.key(0), *_images())["params"]
+
+
+def _images():
+    image = jnp.zeros((1, SMALLEST, SMALLEST, 3))
+    return image, image
 
 
 def check(a: tuple[int, ...], b: tuple[int, ...]) -> None:

@@ -171,7 +171,7 @@ def revive(
     With fewer latents than such codes, the last of these wait. The draw depends on `key` and z
     alone: every host and every mesh makes the same one.
     """
-    z_pc = jax.lax.stop_gradient(z.astype(jnp.float32)).reshape(-1, z.shape[-1])
+    z_pc = jax.lax.stop_gradient(jnp.asarray(z, jnp.float32)).reshape(-1, z.shape[-1])
     dead_n = idle_n >= after
     order_n = jnp.cumsum(dead_n) - 1
     replaced_n = dead_n & (order_n < len(z_pc))
