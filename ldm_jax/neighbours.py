@@ -191,7 +191,7 @@ def _write(path: epath.Path, index: Index, mark: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.savez(file, files=index.files, embeddings=index.embeddings, meta=np.array(meta))
-        part.rename(path)
+        part.replace(path)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be written: {error.strerror}; give another --index FILE"
