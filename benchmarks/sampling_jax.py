@@ -20,8 +20,8 @@ def load(job: sampling_cases.Job) -> bundle.LatentDiffusion:
 
     Without text encoder: both sides start from what it gives.
     """
-    unet, unet_config = diffusers.load_unet(job.weights, param_dtype=job.dtype)
-    stage, stage_config = diffusers.load_first_stage(job.weights, param_dtype=job.dtype)
+    unet, unet_config = diffusers.load_unet(f"{job.weights}/unet", param_dtype=job.dtype)
+    stage, stage_config = diffusers.load_first_stage(f"{job.weights}/vae", param_dtype=job.dtype)
     return bundle.build(
         schema.LatentDiffusionConfig(first_stage=stage_config, unet=unet_config, cond=None),
         {"unet": jax.device_put(unet), "first_stage": jax.device_put(stage), "cond_stage": {}},

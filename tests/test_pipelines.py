@@ -1,4 +1,7 @@
-"""Pipelines of torch diffusers against ours: the same folder, initial latents and prompt."""
+"""Pipelines of torch diffusers against ours: the same folder, initial latents and prompt.
+
+Those that begin with images: test_pipelines_editing.py.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import reference
 from PIL import Image
 
 from ldm_jax import cli, loading, sampling, saving
-from ldm_jax.sample import common, main, text2img
+from ldm_jax.sample import main
 
 torch = pytest.importorskip("torch", reason="torch is the reference here")
 import pipelines  # noqa: E402
@@ -85,27 +88,6 @@ def test_latent_diffusion(made, tmp_path):
         height=64, width=64,
     ).images  # fmt: skip
     assert same(drawn(folder, tmp_path, x_T), theirs) <= 1
-
-
-def test_inpainting(made, tmp_path):
-    """Through the functions that the command uses: it has no image options yet."""
-    folder, pipe = made("inpaint")
-    x_T, image = start(), np.clip(reference.draw(2, 16, 16, 3), -1, 1)
-    mask = np.zeros((2, 16, 16, 1), np.float32)
-    mask[0, 3:12, 5:] = mask[1, :7, :9] = 1
-    theirs = pipe(
-        PROMPTS, image=nchw(image / 2 + 0.5), mask_image=nchw(mask), latents=nchw(x_T),
-        num_inference_steps=STEPS, guidance_scale=SCALE, height=16, width=16, strength=1.0,
-    ).images  # fmt: skip
-    np.save(tmp_path / "x_T.npy", x_T)
-    options = text2img.Options(
-        model=str(folder), out="", steps=STEPS, init_latents=str(tmp_path / "x_T.npy")
-    )
-    model, mesh, options = common.open_model(options)
-    batch = text2img.tokenize(model.tokenizer, PROMPTS, "", 1) | {"image": image, "mask": mask}
-    (part,) = common.generate(model, mesh, options, batch, 2, guided=True)
-    ours = np.rint((np.clip(part[1], -1, 1) + 1) * 127.5).astype(int)
-    assert same(ours, theirs) <= 1
 
 
 @pytest.mark.parametrize("kind", ["v1", "v", "inpaint", "ldm"])
