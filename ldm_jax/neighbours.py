@@ -194,7 +194,7 @@ def _write(path: epath.Path, index: Index, mark: dict[str, str]) -> None:
         part.replace(path)
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be written: {error.strerror}; give another --index FILE"
+            f"{path}: cannot be written: {error.strerror}; give another --index-file FILE"
         ) from error
 
 
@@ -213,7 +213,7 @@ def _read(path: epath.Path, mark: dict[str, str], folder: str) -> Index:
     if stale:
         raise ValueError(
             f"{path}: was built from other {' and another '.join(stale)} than {folder} now has;"
-            " rebuild it (--rebuild), or give another --index FILE"
+            " rebuild it (--rebuild), or give another --index-file FILE"
         )
     return index
 

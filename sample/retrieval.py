@@ -43,7 +43,7 @@ class Options(common.Options):
     include_query: bool = True
     """The embedding of the text or image stands before those of its neighbours;
     --no-include-query leaves it out."""
-    index: str | None = None
+    index_file: str | None = None
     """File with the embeddings of --database, made where there is none; default: a hidden file in
     that folder."""
     rebuild: bool = False
@@ -153,7 +153,7 @@ def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) ->
     if not count:
         none = np.zeros((len(queries), 0), np.float32)
         return Found(queries[:, None], [[]] * len(queries), none)
-    path = options.index or os.path.join(options.database, INDEX)
+    path = options.index_file or os.path.join(options.database, INDEX)
     how = {"rebuild": options.rebuild, "batch_size": options.index_batch, "mesh": mesh}
     index = neighbours.open_index(options.database, path, towers, **how)
     if count > len(index.files):

@@ -102,15 +102,15 @@ def test_without_neighbours_the_text_stands_alone(model, flags, tmp_path):
         ("--prompt x --database {photos} --neighbours 6", "has 5 images; give at most as many"),
         ("--prompt x --database {photos}/none", "none' is not a folder here"),
         ("--query-image {photos}/none.png", "none.png: does not exist"),
-        ("--prompt x --database {photos} --index {text}", "text.txt: is no index of images"),
+        ("--prompt x --database {photos} --index-file {text}", "text.txt: is no index of images"),
         ("--prompt x --height 15", "--height 15 is not a multiple of 2"),
     ],
 )
 def test_bad_input_is_one_line(flags, photos, tmp_path, capsys, asked, message):
     (tmp_path / "text.txt").write_text("no index")
     asked = asked.format(photos=photos, text=tmp_path / "text.txt").split()
-    if "--database" in asked and "--index" not in asked:
-        asked += ["--index", tmp_path / "index.npz"]
+    if "--database" in asked and "--index-file" not in asked:
+        asked += ["--index-file", tmp_path / "index.npz"]
     assert task_models.sample("retrieval", *flags, "--out", tmp_path / "out", *asked) == 1
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("ldm-sample: error: ")
