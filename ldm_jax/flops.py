@@ -1,37 +1,77 @@
 """Floating-point operations of a traced function, counted in its jaxpr.
 
 XLA's own cost analysis counts the body of a loop once and a custom kernel as nothing; here a scan
-counts as often as it runs. Only contractions count: matrix products and convolutions.
+counts as often as it runs, and a Pallas kernel as often as its grid says. Only contractions count:
+matrix products and convolutions.
 """
 
 import math
 from typing import Any
 
+LANES, SUBLANES = 128, 8  # a TPU's matrix unit works on whole tiles of these
 
-def count(jaxpr: Any) -> float:
-    """Operations (a multiply-add is two) of a closed jaxpr, over all devices.
 
-    A `while` of unknown length counts once, a `cond` as its most expensive branch.
+def count(jaxpr: Any, padded: bool = False) -> float:
+    """Operations (a multiply-add is two) of a closed jaxpr; what is inside a `shard_map` counts
+    for one device.
+
+    A `while` of unknown length counts once, a `cond` as its most expensive branch. What a gradient
+    computes again counts again: for the operations that a model needs, count it without remat and
+    with plain attention.
+    padded: matrix products as a TPU executes them, in whole tiles.
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name = eqn.primitive.name
         if name == "dot_general":
-            total += _dot(eqn)
+            total += _dot(eqn, padded)
         elif name == "conv_general_dilated":
             total += _conv(eqn)
         elif name == "cond":
-            total += max(map(count, eqn.params["branches"]))
+            total += max(count(branch, padded) for branch in eqn.params["branches"])
         else:
-            times = eqn.params["length"] if name == "scan" else 1
-            total += times * sum(map(count, _inner(eqn)))
+            total += _times(eqn) * sum(count(inner, padded) for inner in _inner(eqn))
     return total
 
 
-def _dot(eqn: Any) -> float:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+def kernels(jaxpr: Any) -> dict[str, dict[tuple, float]]:
+    """Executed operations of one call of each Pallas kernel, padding included.
+
+    By the kernel's name, then by the shapes of its outputs: {"name": {((2, 8), (2,)): 1e9}}.
+    """
+    found: dict[str, dict[tuple, float]] = {}
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "pallas_call":
+            shapes = tuple(var.aval.shape for var in eqn.outvars)
+            operations = _times(eqn) * sum(count(inner, padded=True) for inner in _inner(eqn))
+            found.setdefault(eqn.params["name"] or "pallas_call", {})[shapes] = operations
+        else:
+            for inner in _inner(eqn):
+                for name, calls in kernels(inner).items():
+                    found.setdefault(name, {}).update(calls)
+    return found
+
+
+def _times(eqn: Any) -> int:
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(eqn.params["grid_mapping"].grid)
+    return eqn.params["length"] if eqn.primitive.name == "scan" else 1
+
+
+def _dot(eqn: Any, padded: bool) -> float:
+    (contracted, other), (batch, _) = eqn.params["dimension_numbers"]
+    lhs, rhs = (var.aval.shape for var in eqn.invars)
+    rest = math.prod(lhs) // math.prod(lhs[i] for i in (*contracted, *batch))
+    depth = math.prod(lhs[i] for i in contracted)
+    columns = math.prod(rhs) // math.prod(rhs[i] for i in other)
+    columns //= math.prod(lhs[i] for i in batch)
+    if padded:
+        rest, depth, columns = _up(rest, SUBLANES), _up(depth, LANES), _up(columns, LANES)
+    return 2.0 * math.prod(lhs[i] for i in batch) * rest * depth * columns
+
+
+def _up(n: int, size: int) -> int:
+    return -(-n // size) * size
 
 
 def _conv(eqn: Any) -> float:

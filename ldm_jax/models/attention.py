@@ -14,13 +14,17 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.sharding import Mesh, PartitionSpec
 
+from ldm_jax.models import attention_tpu
+
 AttentionFunction = Callable[..., jax.Array]
 
-NAMES = ("auto", "xla", "chunked", "cudnn")
+NAMES = ("auto", "xla", "chunked", "cudnn", "flash")
 CHUNK_LOGITS = 2**21
 """Logits of one head that `chunked` keeps at a time: 8 MiB."""
 CPU_LOGITS = 2**16
 """Logits of one head from which on `cpu` takes `chunked`: measured, forward and backward."""
+FLASH_LOGITS = 2**20
+"""Logits of one head from which on `flash` takes the kernel: estimated, see benchmarks/README.md."""
 
 
 def xla(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
@@ -98,6 +102,20 @@ def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     return out_bqnd[:, :queries]
 
 
+def flash(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
+    """The kernel of `attention_tpu` for long sequences, `xla` for short ones.
+
+    Also `xla` for a precision that the kernel's matrix products lack: "high", or a pair.
+    """
+    short = q_bqnd.shape[1] * k_bknd.shape[1] < FLASH_LOGITS
+    if short or precision not in attention_tpu.PRECISIONS:
+        return xla(q_bqnd, k_bknd, v_bknd, precision)
+    heads = q_bqnd.shape[2]
+    merged = (einops.rearrange(a, "b l n d -> b l (n d)") for a in (q_bqnd, k_bknd, v_bknd))
+    out_bqc = attention_tpu.flash(*merged, heads, precision)
+    return einops.rearrange(out_bqc, "b q (n d) -> b q n d", n=heads)
+
+
 def cpu(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     """`chunked` for long sequences, `xla` for short ones."""
     long = q_bqnd.shape[1] * k_bknd.shape[1] >= CPU_LOGITS
@@ -109,19 +127,23 @@ def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> Atten
     """The attention to give to modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
 
     `platform` is that of the target devices, which is not where a program is traced when it is
-    compiled ahead of time. "auto" is `cpu` there, `cudnn` on CUDA GPUs, and `xla` elsewhere (TPUs
-    have no kernel of their own here yet). What XLA cannot partition is split over the batch and the
-    heads with the axes `data`, `fsdp` and `tensor` of `mesh`, and over the queries with `space`.
+    compiled ahead of time. "auto" is `cpu` there, `cudnn` on CUDA GPUs, `flash` on TPUs and `xla`
+    elsewhere. What XLA cannot partition is split over the batch and the heads with the axes `data`,
+    `fsdp` and `tensor` of `mesh`, and over the queries with `space`.
     Equal arguments give the same function, so modules that hold it compare equal.
 
-    Raises ValueError for an unknown name, and for "cudnn" on anything but a GPU.
+    Raises ValueError for an unknown name, for "cudnn" on anything but a GPU, and for "flash" on
+    anything but a TPU.
     """
     if name not in NAMES:
         raise ValueError(f"attention {name!r} is unknown; choose one of {', '.join(NAMES)}")
     if name == "cudnn" and platform not in ("gpu", "cuda"):
         raise ValueError(f"attention 'cudnn' does not run on {platform!r}; use 'auto' there")
-    automatic = {"cpu": cpu, "gpu": cudnn, "cuda": cudnn}.get(platform, xla)
-    function = {"auto": automatic, "xla": xla, "chunked": chunked, "cudnn": cudnn}[name]
+    if name == "flash" and platform != "tpu":
+        raise ValueError(f"attention 'flash' does not run on {platform!r}; use 'auto' there")
+    automatic = {"cpu": cpu, "gpu": cudnn, "cuda": cudnn, "tpu": flash}.get(platform, xla)
+    functions = (automatic, xla, chunked, cudnn, flash)
+    function = dict(zip(NAMES, functions, strict=True))[name]
     if function is xla or mesh is None or mesh.size == 1:
         return function
     return functools.partial(_split, function, mesh)
