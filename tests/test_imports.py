@@ -14,7 +14,7 @@ LEVELS = (
     "schema serialize cli flops images diffusion sharding checkpoint rundir lora",
     "guidance denoising data models solvers metrics",
     "latents conditioning losses train_state bundle windows tiling convert neighbours",
-    "sampling loading saving compat",
+    "sampling loading saving compat export",
     "configs",
     "train sample",
 )

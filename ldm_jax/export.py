@@ -1,0 +1,269 @@
+"""Sampling programs lowered ahead of time: one file for several platforms, without weights.
+
+    model = export.portable(model, export.PLATFORMS)
+    program = export.lower(run, (params, batch, keys, scale, eta), export.PLATFORMS)
+    export.write("sampler.bin", program, {"model": export.identity(model)})
+    run, meta = export.read("sampler.bin", model=model)
+
+The file is `ldm_jax program 1`, the sha256 of what follows, one line of JSON (`meta`), each ended
+by a newline, and the compressed StableHLO of `jax.export`: `head -n 3` shows what it is.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import export as jax_export
+
+from ldm_jax import serialize
+from ldm_jax.bundle import LatentDiffusion
+from ldm_jax.models import attention, convolution
+
+FORMAT = 1
+MAGIC = b"ldm_jax program "
+PLATFORMS = ("cpu", "cuda", "tpu")
+CONSTANTS = 2**22
+"""Most bytes of arrays that a program may hold: tables of levels, but no weights."""
+
+
+class Program(NamedTuple):
+    """A lowered function, and what it is called with."""
+
+    exported: jax_export.Exported
+    arguments: tuple[str, ...]
+    """Their names."""
+    inputs: tuple[dict, ...]
+    """{"name", "shape", "dtype"} of every array in them; the dtype of typed keys is `key<fry>`."""
+
+
+# --- before lowering ----------------------------------------------------------------------------
+
+
+def portable(model: LatentDiffusion, platforms: Sequence[str] = PLATFORMS) -> LatentDiffusion:
+    """`model` with the attention and the convolution of every platform, chosen when it is compiled.
+
+    They are those of `attention.choose` and `convolution.choose`, but where this process has no
+    CUDA device, `cuda` attends with `attention.xla`: cuDNN's kernel can only be traced beside one.
+    ValueError for a platform that is not one of PLATFORMS.
+    """
+    attend = _by_platform({p: attention.choose(p, None, _attention_name(p)) for p in platforms})
+    convolve = _by_platform({p: convolution.choose(p) for p in platforms})
+    parts = {}
+    for name in ("unet", "first_stage"):
+        module = getattr(model, name)
+        fields = {f.name for f in dataclasses.fields(module)}
+        kernels = {"attention": attend, "convolution": convolve}
+        parts[name] = module.clone(**{k: v for k, v in kernels.items() if k in fields})
+    return dataclasses.replace(model, **parts)
+
+
+def identity(model: LatentDiffusion) -> str:
+    """Hash of all that a program takes from a model but its weights: config and latent scale."""
+    text = serialize.to_json(model.config) + repr(float(model.latent_scale))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _attention_name(platform: str) -> str:
+    """Of `attention.choose`; ValueError for a platform that is not one of PLATFORMS."""
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform {platform!r} is not one of {', '.join(PLATFORMS)}")
+    if platform != "cuda":
+        return "auto"
+    try:
+        return "auto" if jax.devices("cuda") else "xla"
+    except RuntimeError:  # no such device here
+        return "xla"
+
+
+def _by_platform(functions: dict[str, Callable]) -> Callable:
+    """The function of the platform that a program is compiled for, of arrays and keywords."""
+    if len(set(functions.values())) == 1:
+        return next(iter(functions.values()))
+
+    def chosen(*arguments, **keywords):
+        arrays = tuple(a for a in arguments if isinstance(a, jax.Array | np.ndarray))
+        rest = arguments[len(arrays) :]
+        bound = {p: lambda *a, f=f: f(*a, *rest, **keywords) for p, f in functions.items()}
+        return jax.lax.platform_dependent(*arrays, **bound)
+
+    return chosen
+
+
+# --- lowering -----------------------------------------------------------------------------------
+
+
+def lower(run: Callable, arguments: Sequence[Any], platforms: Sequence[str] = PLATFORMS) -> Program:
+    """`run(*arguments)` lowered for the platforms, none of which need be here.
+
+    arguments: pytrees of arrays, numbers, typed keys or `jax.ShapeDtypeStruct`: their values are
+    not kept. What `run` returns is arrays in tuples, lists and dicts.
+    ValueError if `run` holds large arrays that are not among its arguments.
+    """
+    leaves, tree = jax.tree.flatten(tuple(arguments))
+    names = tuple(inspect.signature(run).parameters)[: len(arguments)]
+    keys = [_is_key(leaf) for leaf in leaves]
+
+    def flat(*arrays):
+        wrapped = [jax.random.wrap_key_data(a) if k else a for a, k in zip(arrays, keys)]
+        return run(*jax.tree.unflatten(tree, wrapped))
+
+    plain = [jax.ShapeDtypeStruct(*_plain(leaf)) for leaf in leaves]
+    jitted = jax.jit(flat)
+    held = sum(np.size(c) * np.dtype(c.dtype).itemsize for c in jitted.trace(*plain).jaxpr.consts)
+    if held > CONSTANTS:
+        raise ValueError(
+            f"the program holds {held / 2**20:.1f} MiB of arrays that are not among its arguments:"
+            " pass weights as arguments"
+        )
+    # cuDNN's attention: XLA keeps it, but the StableHLO rules do not promise it for old files
+    cudnn = [jax_export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{n}") for n in CUDNN]
+    return Program(
+        jax_export.export(jitted, platforms=tuple(platforms), disabled_checks=cudnn)(*plain),
+        names,
+        _inputs(names, arguments),
+    )
+
+
+CUDNN = ("Softmax", "SoftmaxBackward", "ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward")
+
+
+def _inputs(names: Sequence[str], arguments: Sequence[Any]) -> tuple[dict, ...]:
+    def described(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape, dtype = (leaf.shape, leaf.dtype) if _is_key(leaf) else _plain(leaf)
+        return {"name": name, "shape": list(shape), "dtype": str(dtype)}
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(dict(zip(names, arguments, strict=True)))
+    return tuple(described(*leaf) for leaf in leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf in the program, where keys are their data."""
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return np.shape(leaf), jax.dtypes.result_type(leaf)
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def write(path: epath.PathLike, program: Program, meta: dict[str, Any]) -> None:
+    """One file of the program; `meta` (JSON values) says what it samples with.
+
+    `meta["model"]`, from `identity`, is what `read` compares. The file also holds "platforms",
+    "arguments", "inputs" and "jax", the version that wrote it.
+    """
+    facts = {
+        **meta,
+        "jax": jax.__version__,
+        "platforms": list(program.exported.platforms),
+        "arguments": list(program.arguments),
+        "inputs": list(program.inputs),
+    }
+    body = json.dumps(facts).encode() + b"\n" + zlib.compress(bytes(program.exported.serialize()))
+    head = MAGIC + b"%d\n" % FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n"
+    path = epath.Path(path)
+    part = path.parent / f"{path.name}.part"  # never half a file under this name
+    part.write_bytes(head + body)
+    part.rename(path)
+
+
+def read(
+    path: epath.PathLike, *, model: LatentDiffusion | None = None, platform: str | None = None
+) -> tuple[Callable, dict[str, Any]]:
+    """(run, meta) of a file of `write`; `run` takes the arguments that were lowered, to be jitted.
+
+    model: the bundle that is to run; one of another config or latent scale is refused.
+    platform: cpu, cuda or tpu; default: that of this process.
+    ValueError, naming the file, if it is no program, damaged, of a newer format or unknown to this
+    version of JAX, or not for this model or platform. What `run` is called with must fit, too.
+    """
+    meta, blob = _split(path)
+    if model is not None and meta.get("model") != identity(model):
+        raise ValueError(
+            f"{path}: was exported from another model (config and latent scale have the hash"
+            f" {meta.get('model')}, here {identity(model)}): give that one, or export again"
+        )
+    platform = _platform() if platform is None else platform
+    if platform not in meta["platforms"]:
+        raise ValueError(
+            f"{path}: was lowered for {', '.join(meta['platforms'])}, not for {platform}: export it"
+            " again for this platform"
+        )
+    try:
+        exported = jax_export.deserialize(bytearray(zlib.decompress(blob)))
+    except Exception as error:  # whatever a reader of another version raises
+        raise ValueError(
+            f"{path}: was written by jax {meta['jax']} and cannot be read by {jax.__version__}"
+            f" ({error}): export it again"
+        ) from error
+    return functools.partial(_call, str(path), exported, meta), meta
+
+
+def _call(where: str, exported: jax_export.Exported, meta: dict, *arguments: Any) -> Any:
+    names, expected = meta["arguments"], meta["inputs"]
+    if len(arguments) != len(names):
+        raise ValueError(
+            f"{where}: takes arguments {', '.join(names)}, and was given {len(arguments)}"
+        )
+    given = _inputs(names, arguments)
+    known, found = ({i["name"]: i for i in inputs} for inputs in (expected, given))
+    for name in [*known, *found]:
+        if known.get(name) != found.get(name):
+            raise ValueError(
+                f"{where}: takes {_text(known, name)}, and was given {_text(found, name)}: give"
+                " that, or export it again for this"
+            )
+    leaves = jax.tree.leaves(arguments)
+    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+    return exported.call(*(jnp.asarray(leaf, _plain(leaf)[1]) for leaf in leaves))
+
+
+def _text(arrays: dict[str, dict], name: str) -> str:
+    if name not in arrays:
+        return f"no {name}"
+    return f"{name} {arrays[name]['dtype']} {arrays[name]['shape']}"
+
+
+def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
+    """What the file says of itself, and the compressed program."""
+    try:
+        data = epath.Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: does not exist; give a file that was exported") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: is a folder; give a file that was exported") from error
+    first, _, rest = data.partition(b"\n")
+    number = first.removeprefix(MAGIC)
+    if first == number or not number.isdigit():
+        raise ValueError(f"{path}: is not an exported sampler")
+    if int(number) > FORMAT:
+        raise ValueError(
+            f"{path}: format {int(number)} is newer than {FORMAT}; install a newer ldm_jax"
+        )
+    digest, _, body = rest.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise ValueError(f"{path}: is damaged, its hash is wrong: copy it or export it again")
+    facts, _, blob = body.partition(b"\n")
+    return json.loads(facts), blob
+
+
+def _platform() -> str:
+    """cpu, tpu, cuda or rocm."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version else "cuda"

@@ -1,0 +1,204 @@
+"""Programs in files: the same pixels, no weights, three platforms; what does not fit is refused."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import task_models
+from reference import draw
+
+from ldm_jax import export, sampling, schema
+from ldm_jax.conditioning import Cond
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SHAPE, ROWS = (4, 4, 4), 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return task_models.make(
+        schema.ClassCondConfig(num_classes=4, embed_dim=32), **task_models.CONTEXT
+    )
+
+
+def make_run(model):
+    """run as a command's: images and latents of a batch."""
+    sample = sampling.make_sampler(
+        model, shape=SHAPE, steps=2, trace=lambda x, denoised: denoised.x0
+    )
+
+    def run(params, batch, keys, scale, eta, start=0):
+        cond, null = Cond(context=batch["context"]), Cond(context=jnp.zeros_like(batch["context"]))
+        images, previews = sample(params, cond, null, keys, scale, eta, None, start)
+        return {"images": images, "previews": previews}
+
+    return run
+
+
+def arguments(model, seed=0):
+    keys = sampling.keys_of(seed, range(ROWS))
+    return model.params, {"context": draw(ROWS, 3, 32, seed=seed)}, keys, 3.0, 0.5, 1
+
+
+@pytest.fixture(scope="module")
+def program(model):
+    return export.lower(make_run(export.portable(model)), arguments(model))
+
+
+@pytest.fixture(scope="module")
+def file(model, program, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "sampler.bin"
+    export.write(path, program, {"model": export.identity(model), "steps": 2})
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(model, file):
+    return jax.jit(export.read(file, model=model)[0])
+
+
+def test_the_program_in_a_file_draws_the_same_pixels(model, run):
+    expected = jax.jit(make_run(model))
+    for seed in (0, 1):
+        given = arguments(model, seed)
+        one, other = expected(*given), run(*given)
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(one["images"], other["images"], atol=1e-5)
+        np.testing.assert_allclose(one["previews"], other["previews"], atol=1e-5)
+    changed = jax.tree.map(lambda a: 0.9 * a, model.params)  # weights are an argument
+    other = run(changed, *arguments(model)[1:])["images"]
+    assert np.abs(other - run(*arguments(model))["images"]).max() > 1e-3
+
+
+def test_a_file_holds_the_program_and_no_weights(model, file, program):
+    weights = sum(a.nbytes for a in jax.tree.leaves(model.params))
+    assert file.stat().st_size < weights / 2
+    assert os.listdir(file.parent) == [file.name]
+    head = file.read_bytes().split(b"\n")
+    assert head[0] == b"ldm_jax program 1"
+    meta = json.loads(head[2])
+    assert meta["steps"] == 2
+    assert meta["jax"] == jax.__version__
+    assert meta["platforms"] == ["cpu", "cuda", "tpu"]
+    inputs = {i["name"]: (i["shape"], i["dtype"]) for i in meta["inputs"]}
+    assert inputs["batch/context"] == ([ROWS, 3, 32], "float32")
+    assert inputs["keys"] == ([ROWS], "key<fry>")
+    assert inputs["scale"] == ([], "float32")
+    assert inputs["start"] == ([], "int32")
+    assert "params/unet/conv_in/kernel" in inputs
+    assert program.exported.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_weights_that_are_no_arguments_are_refused(model):
+    big = jnp.ones(export.CONSTANTS // 4 + 1)
+    with pytest.raises(ValueError, match=r"holds 4.0 MiB .* pass weights as arguments"):
+        export.lower(lambda x: x + big, (jnp.ones(1),), ("cpu",))
+
+
+def test_each_platform_gets_its_own_kernels(model):
+    """What only one platform can compile is in the program of that one alone."""
+
+    def cpu(q, k, v, precision=None):
+        return q + jax.lax.erf(k)
+
+    def other(q, k, v, precision=None):
+        return jax.ffi.ffi_call("kernel_of_no_cpu", jax.ShapeDtypeStruct(q.shape, q.dtype))(q, k, v)
+
+    chosen = export._by_platform({"cpu": cpu, "cuda": other, "tpu": other})
+    x = jnp.ones((1, 2, 1, 4))
+    np.testing.assert_allclose(jax.jit(chosen)(x, 2 * x, x), cpu(x, 2 * x, x), rtol=1e-6)
+    unstable = jax.export.DisabledSafetyCheck.custom_call("kernel_of_no_cpu")
+    lowered = jax.export.export(
+        jax.jit(chosen), platforms=export.PLATFORMS, disabled_checks=[unstable]
+    )(x, x, x)
+    assert "kernel_of_no_cpu" in lowered.mlir_module()
+    np.testing.assert_allclose(jax.jit(lowered.call)(x, 2 * x, x), cpu(x, 2 * x, x), rtol=1e-6)
+    with pytest.raises(Exception, match="kernel_of_no_cpu"):
+        jax.jit(other)(x, x, x)
+    assert export._by_platform({"cpu": other, "tpu": other}) is other
+
+
+def test_a_program_runs_on_many_devices(model, run):
+    """Lowered for one device, it takes arrays that are spread over four."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    given = jax.device_put(arguments(model), everywhere)
+    found = run(*given)["images"]
+    assert len(found.sharding.device_set) == 4
+    np.testing.assert_allclose(found, run(*arguments(model))["images"], atol=1e-5)
+
+
+def changed(path, tmp_path, edit):
+    new = tmp_path / "changed.bin"
+    new.write_bytes(edit(path.read_bytes()))
+    return new
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: b"PNG" + data, "is not an exported sampler"),
+        (lambda data: b"", "is not an exported sampler"),
+        (lambda data: data[:-1], "is damaged, its hash is wrong"),
+        (lambda data: data[:300] + b"0" + data[300:], "is damaged"),
+        (lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], "is damaged"),
+        (lambda data: data.replace(b"program 1", b"program 2", 1), "format 2 is newer than 1"),
+    ],
+)
+def test_a_file_that_is_wrong_or_damaged_is_refused(file, tmp_path, edit, message):
+    with pytest.raises(ValueError, match=rf"changed.bin: {message}"):
+        export.read(changed(file, tmp_path, edit))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"gone.bin: does not exist"):
+        export.read(tmp_path / "gone.bin")
+    with pytest.raises(ValueError, match="is a folder"):
+        export.read(tmp_path)
+
+
+def test_another_model_and_another_platform_are_refused(model, file):
+    scaled = dataclasses.replace(model, latent_scale=0.51)
+    config = dataclasses.replace(model.config, size=32)
+    for other in (scaled, dataclasses.replace(model, config=config)):
+        with pytest.raises(ValueError, match=r"sampler.bin: was exported from another model"):
+            export.read(file, model=other)
+    with pytest.raises(ValueError, match=r"lowered for cpu, cuda, tpu, not for rocm: export it"):
+        export.read(file, platform="rocm")
+    with pytest.raises(ValueError, match=r"'metal' is not one of cpu, cuda, tpu"):
+        export.portable(model, ("cpu", "metal"))
+
+
+def test_a_program_of_an_unknown_version_of_jax_is_refused(model, tmp_path, program):
+    class Later:
+        platforms = ("cpu",)
+
+        def serialize(self):
+            return b"from the future"
+
+    path = tmp_path / "later.bin"
+    export.write(path, program._replace(exported=Later()), {})
+    with pytest.raises(ValueError, match=r"later.bin: was written by jax .* export it again"):
+        export.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: (a[0], {"context": a[1]["context"][:, :2]}, *a[2:]),
+         r"takes batch/context float32 \[2, 3, 32\], and was given batch/context .*\[2, 2, 32\]"),
+        (lambda a: (*a[:2], jax.random.key_data(a[2]), *a[3:]), r"takes keys key<fry> \[2\]"),
+        (lambda a: (*a[:5], 0.5), r"takes start int32 \[\], and was given start float32"),
+        (lambda a: a[:5], "takes arguments params, batch, keys, scale, eta, start, and .* 5"),
+        (lambda a: ({**a[0], "zzz": np.ones(2)}, *a[1:]), "takes no params/zzz, and was given"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(model, file, change, message):
+    run, _ = export.read(file)
+    with pytest.raises(ValueError, match=message):
+        run(*change(arguments(model)))
