@@ -43,9 +43,10 @@ def first_stage_config(**changes):
 
 
 def gan_config(stage="gan", **changes):
-    """tiny:gan or tiny:vq with few blocks, in one level, and a well-conditioned optimizer."""
+    """tiny:gan or tiny:vq with few blocks in one level, and a well-conditioned optimizer."""
     config = tiny.get_config(stage)
-    model = dataclasses.replace(config.model, num_res_blocks=0)
+    sizes = {"channel_mult": (1,), "num_res_blocks": 0, "mid_attention": False}
+    model = dataclasses.replace(config.model, **sizes)
     return dataclasses.replace(config, **{"model": model, "optimizer": OPTIMIZER, **changes})
 
 

@@ -103,7 +103,7 @@ def by_hand(config, step, state, batch):
     return moved, optax.apply_updates(state.disc_params, updates), after, {**metrics, **norms}
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_step_is_that_written_by_hand(step):
     """Before the discriminator starts, and after it with both of its regularizations."""
     mesh = recipes.mesh_of()
@@ -138,11 +138,8 @@ def test_steps_move_every_parameter_and_statistic(alone):
     assert [m["r1"] > 0 for m in metrics] == [False, False, True]  # steps 0 (too early), 1, 2
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [{"data": 2, "fsdp": 2}, pytest.param({"fsdp": 4}, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"fsdp": 4}], ids=str)
 def test_steps_on_four_devices_equal_those_on_one(alone, mesh, record_property):
     """BatchNorm's statistics are those of the whole batch."""
     state, metrics = recipes.steps(CONFIG, recipes.mesh_of(**mesh), STEPS)
@@ -200,6 +197,7 @@ def test_a_poisoned_batch_leaves_the_discriminator_as_it_was():
 # --- the run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_ends_as_one_in_one(tmp_path):
     """Bit for bit: weights, average, discriminator, its statistics, both optimizers, metrics."""
     every = schema.IntervalConfig(log=1, save=2, snapshot=0, evaluate=4, sample=4)

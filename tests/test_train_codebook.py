@@ -1,6 +1,7 @@
 """Quantized first stages in training: the codebook's average, codes that revive, usage."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def alone(quick_compilation):
     return recipes.steps(CONFIG, recipes.mesh_of(), 4)
 
 
+@pytest.mark.slow
 def test_metrics_of_a_step_are_those_of_the_whole_batch(alone):
     _, metrics = alone
     assert {"codebook", "perplexity", "used_codes", "code_usage", "revived"} <= set(metrics[0])
@@ -39,6 +41,7 @@ def test_metrics_of_a_step_are_those_of_the_whole_batch(alone):
     assert metrics[1]["revived"] > 0  # idle for two steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_on_four_devices_and_in_microbatches_equal_those_on_one(alone, accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
@@ -50,7 +53,8 @@ def test_steps_on_four_devices_and_in_microbatches_equal_those_on_one(alone, acc
 
 def update(config, params, opt_state, codes, z, indices):
     rows = {"z": z, "indices": indices}
-    return codebook.update(config, params, opt_state, codes, rows, jax.random.key(5))
+    changed = jax.jit(functools.partial(codebook.update, config))
+    return changed(params, opt_state, codes, rows, jax.random.key(5))
 
 
 def test_idle_codes_move_to_latents_and_are_forgotten():
@@ -83,7 +87,7 @@ def test_idle_codes_move_to_latents_and_are_forgotten():
     assert not np.asarray(second.codes["idle"]).any() or int(second.codes["idle"].max()) == 0
 
 
-def test_a_codebook_with_an_average_follows_it(alone):
+def test_a_codebook_with_an_average_follows_it():
     config = dataclasses.replace(
         CONFIG, loss=dataclasses.replace(CONFIG.loss, revive_codes_after=0)
     )
@@ -96,13 +100,16 @@ def test_a_codebook_with_an_average_follows_it(alone):
     averages = quantize.update_averages(quantize.start_averages(codes_nc), batch, 0.9)
     np.testing.assert_allclose(embedding(found.params), quantize.codebook_from(averages))
     assert found.replaced_n is None
-    # in a run too
+
+
+@pytest.mark.slow
+def test_in_a_step_too(alone):
     state, _ = alone
-    np.testing.assert_allclose(
-        embedding(state.params), quantize.codebook_from(state.codes["averages"]), rtol=2e-2
-    )
+    expected = quantize.codebook_from(state.codes["averages"])
+    np.testing.assert_allclose(embedding(state.params), expected, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_codes_and_counts_usage_over_all_that_is_held_out(tmp_path):
     every = schema.IntervalConfig(log=1, save=2, snapshot=0, evaluate=4, sample=4)
     config = dataclasses.replace(CONFIG, intervals=every, steps=4)

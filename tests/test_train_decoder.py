@@ -36,6 +36,7 @@ def run(tmp_path_factory, first_stage_run, quick_compilation):
     return path
 
 
+@pytest.mark.slow
 def test_the_decoder_moves_and_the_latents_stay(run, first_stage_run):
     """With weight decay and an average, neither of which may touch what stays."""
     before, model = loading.load_first_stage(first_stage_run)
@@ -61,6 +62,7 @@ def test_the_decoder_moves_and_the_latents_stay(run, first_stage_run):
     assert not any("'encoder'" in name or "'quant_conv'" in name for name in moments)
 
 
+@pytest.mark.slow
 def test_it_resumes_without_what_it_started_from(run, first_stage_run, tmp_path):
     config = dataclasses.replace(config_of(first_stage_run), init_from="nowhere", steps=5)
     moved = tmp_path / "moved"
@@ -69,6 +71,7 @@ def test_it_resumes_without_what_it_started_from(run, first_stage_run, tmp_path)
     assert checkpoint.latest_step(moved) == 5
 
 
+@pytest.mark.slow
 def test_all_of_it_trains_on_from_a_first_stage(first_stage_run, tmp_path):
     config = dataclasses.replace(
         tiny.get_config("first_stage"), init_from=str(first_stage_run), steps=1

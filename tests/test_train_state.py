@@ -231,6 +231,19 @@ def test_microbatch_a_holds_rows_a_modulo_accumulate():
     assert float(metrics["loss"]) == float(grad)
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_belongs_to_rows_comes_back_in_their_order(accumulate):
+    def products(params, rows):
+        by_row = {"double": 2 * rows, "row": rows.astype(jnp.int32)}
+        return params * jnp.prod(rows), {"largest": jnp.max(rows), "rows": by_row}
+
+    x = np.arange(1, 7, dtype=np.float32)
+    _, metrics = jax.jit(lambda x: train_state.gradients(products, 1.0, x, accumulate))(x)
+    np.testing.assert_array_equal(metrics["rows"]["double"], 2 * x)
+    np.testing.assert_array_equal(metrics["rows"]["row"], x.astype(int))
+    assert float(metrics["largest"]) == {1: 6, 3: (4 + 5 + 6) / 3}[accumulate]
+
+
 def test_no_row_leaves_its_device():
     mesh = sharding.make_mesh(schema.MeshConfig(data=2, fsdp=2))
     rows = jax.device_put(make_rows(16), sharding.batch_sharding(mesh))

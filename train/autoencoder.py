@@ -298,6 +298,8 @@ def make_discriminator_update(
         )
         del metrics["loss"]  # weighted
         updates, opt_state = tx.update(grads, state.disc_opt_state, state.disc_params)
+        started = step >= config.loss.disc_start  # before it, weight decay would go on alone
+        updates = jax.tree.map(lambda u: jnp.where(started, u, 0.0), updates)
         stats = adversary.take_in(before, metrics.pop("batch_stats"), metrics)
         new = state.replace(
             disc_params=optax.apply_updates(state.disc_params, updates),

@@ -24,7 +24,8 @@ def start(config: schema.AutoencoderTrainConfig, params: dict) -> dict:
     if config.loss.revive_codes_after:
         codes["idle"] = jnp.zeros(len(codebook_nc), jnp.int32)
     if config.model.codebook_decay is not None:
-        codes["averages"] = quantize.start_averages(codebook_nc)
+        # copies: the step donates its state, and one buffer cannot be given away twice
+        codes["averages"] = jax.tree.map(jnp.copy, quantize.start_averages(codebook_nc))
     return codes
 
 
