@@ -39,7 +39,10 @@ def grid(
 
 
 def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None:
-    """Writes uint8 [H, W, c] with `settings` as JSON in the PNG text field "ldm_jax"."""
+    """Writes uint8 [H, W, c] with `settings` as JSON in the PNG text field "ldm_jax".
+
+    Whoever looks sees the whole file, or none under this name.
+    """
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("ldm_jax", json.dumps(settings))
@@ -48,7 +51,9 @@ def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None
     Image.fromarray(squeezed).save(buffer, "PNG", pnginfo=text)
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    draft = path.parent / f".{path.name}.part"
+    draft.write_bytes(buffer.getvalue())
+    draft.replace(path)
 
 
 def read_settings(path: Any) -> dict:

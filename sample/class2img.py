@@ -24,6 +24,11 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every label."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError if the model knows no such classes."""
     model, mesh, options = common.open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig):
@@ -31,13 +36,16 @@ def main(options: Options) -> int:
         raise ValueError(f"{options.model}: is trained with {kind}, not with classes")
     labels = options.labels or tuple(range(min(10, cond.num_classes)))
     common.check_labels(cond, labels)
-    shape = common.latent_shape(model, options.height, options.width)
-    out = common.open_out(options)
     every = np.repeat(np.asarray(labels, np.int32), options.num_images)
-    guided = options.guidance_scale != 1
-
-    parts = list(common.generate(model, mesh, options, {"label": every}, len(every), guided, shape))
-    names = [f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)]
-    details = [{"index": i, "label": int(label)} for i, label in enumerate(every)]
-    common.save(out, options, NAME, parts, names, details, rows=[str(label) for label in labels])
-    return 0
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, options.height, options.width),
+        guided=options.guidance_scale != 1,
+        batch={"label": every},
+        names=[f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)],
+        details=[{"label": label, "labels": [label]} for label in every.tolist()],
+        rows=[str(label) for label in labels],
+    )

@@ -1,5 +1,6 @@
 """What every sampling task shares: options, batches through one compiled program, files."""
 
+from ldm_jax.sample.draw import draw
 from ldm_jax.sample.generate import generate, make_run
 from ldm_jax.sample.inputs import open_image, read_images, resized, size_of, start_latents
 from ldm_jax.sample.options import (
@@ -10,12 +11,16 @@ from ldm_jax.sample.options import (
     null_batch,
     open_model,
 )
-from ldm_jax.sample.write import open_out, save
+from ldm_jax.sample.plan import Plan
+from ldm_jax.sample.save import save
+from ldm_jax.sample.write import open_out
 
 __all__ = [
     "Options",
+    "Plan",
     "check_labels",
     "check_tokenizer",
+    "draw",
     "generate",
     "latent_shape",
     "make_run",

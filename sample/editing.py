@@ -1,6 +1,7 @@
 """What tasks share that begin with images of the user: files, and what to draw in them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,8 @@ class Asked(NamedTuple):
     """Of each, for people."""
     scale: float
     """Guidance; 1 is without."""
+    alone: Sequence[dict] = ()
+    """Of each, the options that ask for it alone."""
 
 
 def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
@@ -68,7 +71,9 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
         prompts = options.prompt or ("",)
         rows = text2img.tokenize(model.tokenizer, prompts, options.negative_prompt, 1)
         scale = 7.5 if options.guidance_scale is None else options.guidance_scale
-        return Asked(rows, [text2img.slug(p) for p in prompts], [p[:24] for p in prompts], scale)
+        alone = [{"prompt": [p]} for p in prompts]
+        names = [text2img.slug(p) for p in prompts]
+        return Asked(rows, names, [p[:24] for p in prompts], scale, alone)
     if options.guidance_scale not in (None, 1):
         raise ValueError(
             f"--guidance-scale {options.guidance_scale}: nothing is asked for, so there is nothing"
@@ -89,7 +94,8 @@ def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
         )
     rows = {"label": np.asarray(options.labels, np.int32)}
     names = [f"class{label}" for label in options.labels]
-    return Asked(rows, names, [str(label) for label in options.labels], scale)
+    alone = [{"labels": [label]} for label in options.labels]
+    return Asked(rows, names, [str(label) for label in options.labels], scale, alone)
 
 
 class Pairs(NamedTuple):
@@ -125,7 +131,11 @@ def pairs(options: Options, what: Asked) -> Pairs:
         parts = (text2img.slug(epath.Path(options.images[a]).stem), what.names[b])
         named = "_".join(part for part in parts if part)
         names.append(f"{i:05d}_{named}_seed{options.seed}")
-        details.append({"index": i, "image": options.images[a], "asked": what.labels[b]})
+        path = options.images[a]
+        alone = what.alone[b] if what.alone else {}
+        details.append(
+            {"index": i, "image": path, "images": [path], "asked": what.labels[b], **alone}
+        )
     return Pairs(
         image, which, names, details, [what.labels[b] for b in range(count)] * (total // count)
     )

@@ -18,6 +18,11 @@ class Options(editing.Options):
 
 def main(options: Options) -> int:
     """Writes num_images variants of every image."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
     model, mesh, options = common.open_model(options)
@@ -27,19 +32,24 @@ def main(options: Options) -> int:
     image = common.read_images(
         options.images, editing.side(options), channels=editing.channels(model)
     )
-    shape = common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
     made = editing.pairs(options, what)
-    out = common.open_out(options)
-
     batch = {name: x[made.asked] for name, x in what.rows.items()}
-    batch["init"] = image[made.image]
     levels = sampling.levels_of(model, options.steps, options.spacing)
-    start = sampling.start_of(options.strength, len(levels.t))
-    guided, count = what.scale != 1, len(made.names)
-    parts = list(common.generate(model, mesh, options, batch, count, guided, shape, start))
-    left = image[made.image[:: options.num_images]]
-    common.save(out, options, NAME, parts, made.names, made.details, rows=made.rows, left=left)
-    return 0
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
+        guided=what.scale != 1,
+        batch={**batch, "init": image[made.image]},
+        names=made.names,
+        details=made.details,
+        rows=made.rows,
+        left=image[made.image[:: options.num_images]],
+        files=("images",),
+        start=sampling.start_of(options.strength, len(levels.t)),
+    )
 
 
 def check_model(model: bundle.LatentDiffusion, options: Options) -> None:

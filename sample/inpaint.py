@@ -30,6 +30,11 @@ class Options(editing.Options):
 
 def main(options: Options) -> int:
     """Writes num_images completions of every image."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
     model, mesh, options = common.open_model(options)
     beside = check_model(model, options)
     what = editing.asked(model, options)
@@ -38,23 +43,41 @@ def main(options: Options) -> int:
         options.images, editing.side(options), channels=editing.channels(model)
     )
     image, hole = padded(image, read_masks(options, image.shape[1:3]), options)
-    shape = common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
     made = editing.pairs(options, what)
-    out = common.open_out(options)
 
-    batch = {name: x[made.asked] for name, x in what.rows.items()}
     # The first stage sees around the hole, so that what is in it may not show through.
     hidden = np.stack([filled(a, b) for a, b in zip(image, hole, strict=True)])
     names = ("image", "mask") if beside else ("init", "hole")
+    batch = {name: x[made.asked] for name, x in what.rows.items()}
     batch |= dict(zip(names, (hidden[made.image], hole[made.image]), strict=True))
-    guided, count = what.scale != 1, len(made.names)
-    parts = [
-        (indices, np.where(hole[made.image[indices]] > 0.5, drawn, image[made.image[indices]]), z)
-        for indices, drawn, z in common.generate(model, mesh, options, batch, count, guided, shape)
-    ]
-    left = np.where(hole > 0.5, 0, image)[made.image[:: options.num_images]]
-    common.save(out, options, NAME, parts, made.names, made.details, rows=made.rows, left=left)
-    return 0
+
+    def finish(places, drawn):
+        known = made.image[places]
+        return np.where(hole[known] > 0.5, drawn, image[known])
+
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
+        guided=what.scale != 1,
+        batch=batch,
+        names=made.names,
+        details=[
+            {**detail, "masks": mask_of(options, which)}
+            for detail, which in zip(made.details, made.image, strict=True)
+        ],
+        rows=made.rows,
+        left=np.where(hole > 0.5, 0, image)[made.image[:: options.num_images]],
+        files=("images", "masks"),
+        finish=finish,
+    )
+
+
+def mask_of(options: Options, which: int) -> list[str]:
+    """The mask of image number `which`, if there are any."""
+    return [options.masks[which % len(options.masks)]] if options.masks else []
 
 
 def check_model(model: bundle.LatentDiffusion, options: Options) -> bool:

@@ -70,12 +70,14 @@ def size_of(image: Image.Image) -> str:
 
 
 def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """--init-latents as float32 [count, h, w, c]; ValueError if the file holds another shape."""
+    """--init-latents as float32 [count, h, w, c]; ValueError if the file holds no such rows."""
     if options.init_latents is None:
         return None
     x_T = np.load(options.init_latents)
-    if x_T.shape != (count, *shape):
+    first = options.first_index
+    if x_T.shape[1:] != shape or len(x_T) < first + count:
         raise ValueError(
-            f"--init-latents {options.init_latents} holds {x_T.shape}, needed is {(count, *shape)}"
+            f"--init-latents {options.init_latents} holds {x_T.shape}, needed is"
+            f" {(first + count, *shape)}"
         )
-    return x_T.astype(np.float32)
+    return x_T[first : first + count].astype(np.float32)

@@ -7,7 +7,7 @@ from etils import epath
 
 from ldm_jax import schema
 from ldm_jax.data import boxes
-from ldm_jax.sample import common
+from ldm_jax.sample import common, superres
 
 NAME = "layout2img"
 
@@ -35,6 +35,11 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every layout."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
     if not options.boxes:
         raise ValueError("give --boxes FILE.json")
     names = None if options.class_names is None else boxes.read_names(options.class_names)
@@ -44,18 +49,20 @@ def main(options: Options) -> int:
     if not isinstance(cond, schema.LayoutCondConfig):
         kind = type(cond).__name__ if cond else "no condition"
         raise ValueError(f"{options.model}: is trained with {kind}, not with layouts")
-    shape = common.latent_shape(model, options.height, options.width)
-    batch = tokenize(cond.encoder, options.boxes, layouts, options.num_images)
-    out = common.open_out(options)
-    guided = options.guidance_scale != 1
-
     every = [path for path in options.boxes for _ in range(options.num_images)]
-    parts = list(common.generate(model, mesh, options, batch, len(every), guided, shape))
-    stems = [epath.Path(path).stem for path in options.boxes]
-    files = [f"{i:05d}_{epath.Path(path).stem}_seed{options.seed}" for i, path in enumerate(every)]
-    details = [{"index": i, "layout": path} for i, path in enumerate(every)]
-    common.save(out, options, NAME, parts, files, details, rows=[stem[:24] for stem in stems])
-    return 0
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, options.height, options.width),
+        guided=options.guidance_scale != 1,
+        batch=tokenize(cond.encoder, options.boxes, layouts, options.num_images),
+        names=superres.named(every, options.seed),
+        details=[{"layout": path, "boxes": [path]} for path in every],
+        rows=[epath.Path(path).stem[:24] for path in options.boxes],
+        files=("boxes",) if options.class_names == "coco" else ("boxes", "class_names"),
+    )
 
 
 def tokenize(

@@ -1,4 +1,4 @@
-"""`ldm-sample TASK --model PATH --out DIR [...]`."""
+"""`ldm-sample TASK --model PATH --out DIR [...]`, `ldm-sample again IMAGE.png`."""
 
 import sys
 from collections.abc import Sequence
@@ -7,12 +7,14 @@ import tyro
 
 from ldm_jax import cli
 from ldm_jax.sample import (
+    again,
     class2img,
     img2img,
     inpaint,
     invert,
     layout2img,
     megapixel,
+    retrieval,
     semantic,
     superres,
     text2img,
@@ -32,15 +34,18 @@ TASKS = {
     "variations": variations,
     "invert": invert,
     "megapixel": megapixel,
+    "retrieval": retrieval,
 }
 
 
 def sample(argv: Sequence[str]) -> int:
     """Runs the task that the first argument names."""
-    argv = cli.enable_compilation_cache(argv)
-    name, rest = cli.split_first(argv, "ldm-sample", "TASK", f"one of {', '.join(TASKS)}")
+    argv, names = cli.enable_compilation_cache(argv), (*TASKS, "again")
+    name, rest = cli.split_first(argv, "ldm-sample", "TASK", f"one of {', '.join(names)}")
+    if name == "again":
+        return again.main(tyro.cli(again.Options, args=rest, prog="ldm-sample again"), TASKS)
     if name not in TASKS:
-        raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
+        raise ValueError(f"task {name!r} is not one of {', '.join(names)}")
     task = TASKS[name]
     return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-sample {name}"))
 

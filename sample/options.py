@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from ldm_jax import bundle, loading, sampling, schema, sharding, solvers
@@ -44,6 +45,8 @@ class Options:
     """The predicted x0 becomes codes of the first stage at every step; VQ models only."""
     seed: int = 0
     """Image number i depends on (seed, i) alone."""
+    first_index: int = 0
+    """Number of the first image: 8 goes on where 8 images of the same seed have ended."""
     batch_size: int = 16
     """Most images per call of the compiled sampler, over all devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,13 +63,30 @@ class Options:
     tokenizer: str | None = None
     """Folder with the tokenizer's files, where the model comes without."""
     init_latents: str | None = None
-    """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal."""
+    """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image
+    number i starts from row i."""
     save_latents: bool = False
     """Write latents.npy: the final latents after division by the scale, what decoding takes."""
     npz: bool = False
     """Write samples.npz too: arr_0 uint8 [N, H, W, c], as evaluation suites read it."""
+    preview: int = 0
+    """Pictures of the predicted x0 at so many levels, from noise to image: previews/NAME.png."""
     overwrite: bool = False
     """Write into a folder that already holds samples."""
+    resume: bool = False
+    """Go on with a list that was interrupted: keep the images that are there, if their settings are
+    the same."""
+    progress: Literal["auto", "steps", "images", "none"] = "auto"
+    """What the bars count. A program that reports its steps is not kept in the compilation cache:
+    auto is steps on a CPU, where compiling is the smaller part, else images; none without a
+    terminal."""
+    export: str | None = None
+    """File for the compiled sampler's program without weights, for batches of --batch-size. Draws
+    nothing then."""
+    export_platforms: tuple[str, ...] = ()
+    """Platforms that the file is for, of cpu, cuda, tpu; default: all."""
+    from_export: str | None = None
+    """Sample with the program of such a file; --model still gives the weights."""
 
 
 def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusion, Any, Any]:
@@ -77,7 +97,15 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
     """
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images}: give at least 1")
+    if options.first_index < 0:
+        raise ValueError(f"--first-index {options.first_index}: numbers count from 0")
+    if not 0 <= options.preview <= options.steps:
+        raise ValueError(f"--preview {options.preview} is not in 0..{options.steps}, the --steps")
     solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
+    if options.export is not None or options.from_export is not None:
+        if mesh is not None and mesh.devices.size > 1:
+            raise ValueError("--export and --from-export are for one device; leave out --space")
+        mesh = sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1])
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.batch_size < 1 or options.batch_size % split:

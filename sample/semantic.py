@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from ldm_jax import bundle, schema
-from ldm_jax.sample import common
+from ldm_jax.sample import common, superres
 
 NAME = "semantic"
 LOSSY = ("JPEG", "MPO", "WEBP")
@@ -33,24 +33,31 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every map."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
     if not options.maps:
         raise ValueError("give --maps FILE.png")
     colours = None if options.palette is None else read_palette(options.palette)
     maps = [read_map(path, colours) for path in options.maps]
     model, mesh, options = common.open_model(options)
     check(model, options, maps)
-    shape = common.latent_shape(model, *maps[0].shape, f"{options.maps[0]}: ")
-    out = common.open_out(options)
-    guided = options.guidance_scale != 1
-
-    batch = {"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)}
     every = [path for path in options.maps for _ in range(options.num_images)]
-    parts = list(common.generate(model, mesh, options, batch, len(every), guided, shape))
-    stems = [epath.Path(path).stem for path in options.maps]
-    files = [f"{i:05d}_{epath.Path(path).stem}_seed{options.seed}" for i, path in enumerate(every)]
-    details = [{"index": i, "map": path} for i, path in enumerate(every)]
-    common.save(out, options, NAME, parts, files, details, rows=[stem[:24] for stem in stems])
-    return 0
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, *maps[0].shape, f"{options.maps[0]}: "),
+        guided=options.guidance_scale != 1,
+        batch={"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)},
+        names=superres.named(every, options.seed),
+        details=[{"map": path, "maps": [path]} for path in every],
+        rows=[epath.Path(path).stem[:24] for path in options.maps],
+        files=("maps", "palette"),
+    )
 
 
 def check(model: bundle.LatentDiffusion, options: Options, maps: list[np.ndarray]) -> None:

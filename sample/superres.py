@@ -45,22 +45,34 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images enlarged images of every small one."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
     model, mesh, options = common.open_model(options)
     options = with_defaults(model, options)
     channels = model.config.first_stage.in_channels
     low = common.read_images(options.images, (options.height, options.width), channels=channels)
-    shape = latent_shape(model, options, low.shape[1:3])
-    batch = inputs(model, options, np.repeat(low, options.num_images, axis=0))
-    out = common.open_out(options)
-    guided = options.guidance_scale != 1
-
     every = [path for path in options.images for _ in range(options.num_images)]
-    parts = list(common.generate(model, mesh, options, batch, len(every), guided, shape))
-    stems = [epath.Path(path).stem for path in options.images]
-    files = [f"{i:05d}_{epath.Path(path).stem}_seed{options.seed}" for i, path in enumerate(every)]
-    details = [{"index": i, "image": path} for i, path in enumerate(every)]
-    common.save(out, options, NAME, parts, files, details, rows=[stem[:24] for stem in stems])
-    return 0
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=latent_shape(model, options, low.shape[1:3]),
+        guided=options.guidance_scale != 1,
+        batch=inputs(model, options, np.repeat(low, options.num_images, axis=0)),
+        names=named(every, options.seed),
+        details=[{"image": path, "images": [path]} for path in every],
+        rows=[epath.Path(path).stem[:24] for path in options.images],
+        files=("images",),
+    )
+
+
+def named(paths: list[str], seed: int) -> list[str]:
+    """File names of images that are made from files."""
+    return [f"{i:05d}_{epath.Path(path).stem}_seed{seed}" for i, path in enumerate(paths)]
 
 
 def upscaler(model: bundle.LatentDiffusion) -> schema.UpscaleCondConfig | None:
@@ -120,7 +132,7 @@ def inputs(model: bundle.LatentDiffusion, options: Options, low: np.ndarray) -> 
     text = text2img.tokenize(model.tokenizer, [options.prompt], options.negative_prompt, count)
     # folds 0 and 1 are what the sampler splits an image's key into, 2 is common.make_run's
     keys = jax.vmap(jax.random.fold_in, (0, None))(
-        sampling.keys_of(options.seed, np.arange(count)), 3
+        sampling.keys_of(options.seed, options.first_index + np.arange(count)), 3
     )
     return {
         **text,

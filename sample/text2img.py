@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from ldm_jax import bundle, cli, schema
-from ldm_jax.sample import common
+from ldm_jax.sample import common, prompts
 
 NAME = "text2img"
 
@@ -21,7 +20,8 @@ class Options(common.Options):
     prompt: tuple[str, ...] = ()
     """What to draw; each gets num_images images and a row of the grid."""
     prompt_file: str | None = None
-    """Text file with one prompt per line, drawn after those of --prompt."""
+    """Text file with one prompt per line, or .csv or .jsonl with prompt, negative_prompt, seed,
+    guidance_scale and num_images for each; drawn after those of --prompt."""
     negative_prompt: str = ""
     """What guidance leads away from; default: the empty text."""
     height: int | None = None
@@ -36,38 +36,75 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every prompt."""
-    prompts = read_prompts(options)
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
+    rows, problems = read_prompts(options)
     model, mesh, options = common.open_model(options)
     check_model(model, options)
-    shape = common.latent_shape(model, options.height, options.width)
-    batch = tokenize(model.tokenizer, prompts, options.negative_prompt, options.num_images)
-    out = common.open_out(options)
-    guided = options.guidance_scale != 1
+    every = [row for row in rows for _ in range(row.num_images)]
+    guided = any(row.guidance_scale != 1 for row in rows)
     if options.negative_prompt and not guided:
         cli.say("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
+    seeds, indices = numbered(rows, options)
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, options.height, options.width),
+        guided=guided,
+        batch=encoded(model.tokenizer, rows),
+        names=[
+            f"{i:05d}_{slug(row.prompt)}_seed{seed}"
+            for i, (row, seed) in enumerate(zip(every, seeds, strict=True))
+        ],
+        details=[
+            {
+                "prompt": row.prompt,
+                "negative_prompt": row.negative_prompt,
+                "guidance_scale": row.guidance_scale,
+                "prompt_file": None,
+            }
+            for row in every
+        ],
+        rows=[row.prompt[:24] for row in rows],
+        columns=[row.num_images for row in rows],
+        seeds=np.asarray(seeds),
+        indices=np.asarray(indices),
+        scales=np.asarray([row.guidance_scale for row in every]),
+        problems=tuple(problems),
+    )
 
-    every = [prompt for prompt in prompts for _ in range(options.num_images)]
-    parts = list(common.generate(model, mesh, options, batch, len(every), guided, shape))
-    names = [f"{i:05d}_{slug(text)}_seed{options.seed}" for i, text in enumerate(every)]
-    details = [{"index": i, "prompt": text} for i, text in enumerate(every)]
-    common.save(out, options, NAME, parts, names, details, rows=[text[:24] for text in prompts])
-    return 0
 
-
-def read_prompts(options: Options) -> list[str]:
-    """The texts of --prompt, then the lines of --prompt-file that are not empty."""
-    prompts = list(options.prompt)
+def read_prompts(options: Options) -> tuple[list[prompts.Row], list[str]]:
+    """(rows of --prompt and --prompt-file, what is wrong with lines of the latter)."""
+    default = prompts.Row(
+        "", options.negative_prompt, None, options.guidance_scale, options.num_images
+    )
+    rows, problems = [default._replace(prompt=text) for text in options.prompt], []
     if options.prompt_file is not None:
-        try:
-            lines = epath.Path(options.prompt_file).read_text().splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt-file {options.prompt_file}: is not UTF-8 text") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompt-file {options.prompt_file}: holds no prompt")
-    if not prompts:
+        found, problems = prompts.read(options.prompt_file, default)
+        rows += found
+        for problem in problems:
+            cli.say(f"warning: {problem}; goes on without")
+    if not rows:
         raise ValueError('give --prompt "..." or --prompt-file FILE')
-    return prompts
+    if options.init_latents is not None and any(row.seed is not None for row in rows):
+        raise ValueError("--init-latents replaces the noise of all seeds, also of --prompt-file's")
+    return rows, problems
+
+
+def numbered(rows: list[prompts.Row], options: Options) -> tuple[list[int], list[int]]:
+    """Seed of each image, and its number under it."""
+    seeds, indices = [], []
+    for row in rows:
+        first = options.first_index + len(seeds) if row.seed is None else 0
+        seeds += [options.seed if row.seed is None else row.seed] * row.num_images
+        indices += range(first, first + row.num_images)
+    return seeds, indices
 
 
 def check_model(model: bundle.LatentDiffusion, options: common.Options) -> None:
@@ -88,16 +125,31 @@ def tokenize(
     tokenizer: Any, prompts: Sequence[str], negative: str, num_images: int
 ) -> dict[str, np.ndarray]:
     """`tokens` and `null_tokens`, int32 [prompts * num_images, L]; says which words do not fit."""
-    for name, text in [("--negative-prompt", negative), *(("prompt", p) for p in prompts)]:
+    say_lost(tokenizer, prompts, [negative])
+    tokens = np.repeat(tokenizer.encode(list(prompts)), num_images, axis=0)
+    null_tokens = np.repeat(tokenizer.encode([negative]), len(tokens), axis=0)
+    return {"tokens": tokens, "null_tokens": null_tokens}
+
+
+def encoded(tokenizer: Any, rows: list[prompts.Row]) -> dict[str, np.ndarray]:
+    """As `tokenize`, with a negative prompt and a number of images for each."""
+    texts, negatives = ([getattr(row, name) for row in rows] for name in prompts.COLUMNS[:2])
+    say_lost(tokenizer, texts, dict.fromkeys(negatives))
+    counts = [row.num_images for row in rows]
+    found = {"tokens": texts, "null_tokens": negatives}
+    return {name: np.repeat(tokenizer.encode(x), counts, axis=0) for name, x in found.items()}
+
+
+def say_lost(tokenizer: Any, texts: Iterable[str], negatives: Iterable[str]) -> None:
+    """Warns of words that the text encoder has no room for."""
+    named = [("--negative-prompt", text) for text in negatives] + [("prompt", t) for t in texts]
+    for name, text in named:
         lost = tokenizer.lost(text)
         if lost:
             cli.say(
                 f"warning: {name} {text[:24]!r}... is longer than the text encoder's"
                 f" {tokenizer.max_length} tokens; left out: {lost!r}"
             )
-    tokens = np.repeat(tokenizer.encode(list(prompts)), num_images, axis=0)
-    null_tokens = np.repeat(tokenizer.encode([negative]), len(tokens), axis=0)
-    return {"tokens": tokens, "null_tokens": null_tokens}
 
 
 def slug(text: str) -> str:

@@ -26,6 +26,11 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError if there is something to guide, or the model needs a condition."""
     if options.guidance_scale != 1:
         raise ValueError(
             f"--guidance-scale {options.guidance_scale}: without a condition there is nothing to"
@@ -35,13 +40,15 @@ def main(options: Options) -> int:
     if isinstance(model.config.cond, schema.HybridCondConfig):
         kind = type(model.config.cond.concat).__name__
         raise ValueError(f"{options.model}: takes an image ({kind}), which {NAME} does not give")
-    count = options.num_images
-    row = common.null_batch(model, options.model)
-    shape = common.latent_shape(model, options.height, options.width)
-    out = common.open_out(options)
-    batch = {name: np.repeat(x, count, axis=0) for name, x in row.items()}
-    parts = list(common.generate(model, mesh, options, batch, count, False, shape))
-    names = [f"{i:05d}_seed{options.seed}" for i in range(count)]
-    details = [{"index": i} for i in range(count)]
-    common.save(out, options, NAME, parts, names, details, rows=[])
-    return 0
+    row, count = common.null_batch(model, options.model), options.num_images
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=common.latent_shape(model, options.height, options.width),
+        guided=False,
+        batch={name: np.repeat(x, count, axis=0) for name, x in row.items()},
+        names=[f"{i:05d}_seed{options.seed}" for i in range(count)],
+        details=[{}] * count,
+    )

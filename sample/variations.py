@@ -41,6 +41,11 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images for each leg of the path, or of each variation."""
+    return common.draw(plan(options))
+
+
+def plan(options: Options) -> common.Plan:
+    """What is drawn. ValueError for what the options or the model do not allow."""
     check(options)
     model, mesh, options = common.open_model(options)
     scale = options.guidance_scale
@@ -57,17 +62,21 @@ def main(options: Options) -> int:
     batch = batch_of(model, options, rows, stops, null)
     if "embedding" in batch:
         model = of_embeddings(model)
-    out = common.open_out(options)
-
-    count = len(rows) * options.num_images
-    parts = list(common.generate(model, mesh, options, batch, count, guided))
-    files, details = [], []
-    for row, leg in enumerate(rows):
-        for i, t in enumerate(times(options)):
-            files.append(f"{len(files):05d}_leg{row}_{i:03d}")
-            details.append({"index": len(details), "from_to": leg.name, "position": float(t)})
-    common.save(out, options, NAME, parts, files, details, rows=[leg.name[:24] for leg in rows])
-    return 0
+    places = [(row, i) for row in range(len(rows)) for i in range(options.num_images)]
+    t = times(options)
+    return common.Plan(
+        NAME,
+        options,
+        model,
+        mesh,
+        shape=model.latent_shape,
+        guided=guided,
+        batch=batch,
+        names=[f"{place:05d}_leg{row}_{i:03d}" for place, (row, i) in enumerate(places)],
+        details=[{"from_to": rows[row].name, "position": float(t[i])} for row, i in places],
+        alone=False,
+        rows=[leg.name[:24] for leg in rows],
+    )
 
 
 @dataclasses.dataclass(frozen=True)

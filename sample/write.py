@@ -1,23 +1,51 @@
-"""Images with their settings inside, grids and arrays, in the folder that --out names."""
+"""Images with their settings inside, grids and arrays, in the folder that --out names.
 
-import dataclasses
+OUT/NAME.png            as soon as its batch is done; whole, or not there
+OUT/previews/NAME.png   with --preview
+OUT/latents/00000.npy   with --save-latents: of one batch, until all are in latents.npy
+OUT/grid.png, samples.npz, latents.npy
+"""
+
+import hashlib
+import importlib.metadata
 import json
 import math
+import zipfile
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
-from ldm_jax import cli, images
+from ldm_jax import images
+from ldm_jax.sample import plan as plans
+from ldm_jax.sample.generate import Made
 from ldm_jax.sample.options import Options
+from ldm_jax.sample.plan import Call, Plan
+
+GRID = 400
+"""Most images in a grid."""
+# options that say what is written and shown, but not what an image looks like
+OUTPUT = (
+    "out", "save_latents", "npz", "overwrite", "resume", "export", "export_platforms",
+)  # fmt: skip
 
 
 def open_out(options: Options) -> epath.Path:
-    """The output folder, writable and without samples in it unless --overwrite."""
+    """The output folder, writable and without samples in it unless --overwrite or --resume."""
     out = epath.Path(options.out)
+    if options.resume and options.overwrite:
+        raise ValueError("--resume keeps what --overwrite replaces: give one of them")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    if out.exists() and not options.overwrite and any(out.glob("*.png")):
-        raise ValueError(f"--out {out} already holds images; give another folder or --overwrite")
+    keeps = options.overwrite or options.resume
+    if out.exists() and not keeps and any(out.glob("*.png")):
+        raise ValueError(
+            f"--out {out} already holds images; --resume goes on with them; or give another folder"
+            " or --overwrite"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,40 +61,175 @@ def open_out(options: Options) -> epath.Path:
     return out
 
 
-def save(
-    out: epath.Path,
-    options: Options,
-    task: str,
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    names: list[str],
-    details: list[dict],
-    *,
-    rows: list[str],
-    left: np.ndarray | None = None,
-) -> None:
-    """What `generate` gave, as single PNGs with their settings inside, grid and arrays.
+# --- settings -------------------------------------------------------------------------------------
 
-    names, details: of each image; rows: labels of the grid's rows, none for a square of images;
-    left: [rows, H, W, c] in [-1, 1], images that stand in the grid before the others of their row.
+
+def settings_of(plan: Plan, calls: Iterable[Call]) -> list[dict[str, Any]]:
+    """What the PNG of each image carries: enough to draw it again, and alone.
+
+    The task, the options that matter to this image, its number under its seed, "call" (rows of the
+    program's batch, and which of them it was), "files" ({path: sha256} of what it was made from)
+    and "made_with".
     """
-    pictures = images.to_uint8(np.concatenate([image for _, image, _ in parts]))
-    settings = {"task": task, **dataclasses.asdict(options)}
-    for name, picture, detail in zip(names, pictures, details, strict=True):
-        images.save_png(out / f"{name}.png", picture, {**settings, **detail})
-    columns = len(pictures) // len(rows) if rows else math.ceil(len(pictures) ** 0.5)
-    labels = [row.encode("ascii", "replace").decode() for row in rows]  # what PIL's font has
-    shown = pictures
-    if left is not None:
-        by_row = pictures.reshape(len(rows), columns, *pictures.shape[1:])
-        shown = np.concatenate([images.to_uint8(left)[:, None], by_row], axis=1)
-        shown, columns = shown.reshape(-1, *pictures.shape[1:]), columns + 1
-    sheet = images.grid(shown, columns, scale=max(1, 48 // pictures.shape[1]), names=labels)
-    images.save_png(out / "grid.png", sheet, settings)
-    if options.npz:
-        with (out / "samples.npz").open("wb") as file:
-            np.savez(file, arr_0=pictures)
-    if options.save_latents:
-        z = np.concatenate([z for _, _, z in parts])
-        with (out / "latents.npy").open("wb") as file:
-            np.save(file, z.astype(np.float32))
-    cli.say(f"{len(pictures)} images and {out / 'grid.png'}; settings: {json.dumps(settings)}")
+    shared = {name: x for name, x in vars(plan.options).items() if name not in OUTPUT}
+    shared = {"task": plan.task, **shared, "guided": plan.guided, "made_with": made_with()}
+    where = {
+        place: [len(call.places), int(row)]
+        for call in calls
+        for row, place in zip(call.rows, call.places[call.rows].tolist(), strict=True)
+    }
+    known: dict[str, str] = {}
+    found = []
+    numbers = zip(plans.seeds_of(plan).tolist(), plans.indices_of(plan).tolist(), strict=True)
+    for place, (seed, index) in enumerate(numbers):
+        own = {**shared, "seed": seed, **plan.details[place], "index": index, "call": where[place]}
+        if plan.alone:
+            own |= {"num_images": 1, "first_index": index}
+        paths = [path for name in (*plan.files, "init_latents") for path in listed(own[name])]
+        for path in paths:
+            known.setdefault(path, sha256(path))
+        own["files"] = {path: known[path] for path in paths}
+        found.append(json.loads(json.dumps(own)))
+    return found
+
+
+def made_with() -> dict[str, str]:
+    """What else the last bit of an image may depend on."""
+    device = jax.devices()[0]
+    return {
+        "ldm_jax": importlib.metadata.version("ldm_jax"),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} {device.device_kind}",
+    }
+
+
+def listed(value: str | Sequence[str] | None) -> list[str]:
+    """The paths that an option of one, several or none holds."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def sha256(path: str) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def part(out: epath.Path, plan: Plan, made: Made, settings: list[dict[str, Any]]) -> None:
+    """Files of the images of one call; the PNGs last, so that whoever sees one has the others."""
+    if plan.options.save_latents:
+        path = latents_path(out, made.call)
+        path.parent.mkdir(exist_ok=True)
+        draft = path.parent / f".{path.name}.part"
+        with draft.open("wb") as file:
+            np.save(file, made.latent.astype(np.float32))
+        draft.replace(path)
+    if made.previews is not None:
+        for place, shown in zip(made.places, images.to_uint8(made.previews), strict=True):
+            strip = images.grid(shown, len(shown))
+            images.save_png(out / "previews" / f"{plan.names[place]}.png", strip)
+    for place, picture in zip(made.places, images.to_uint8(made.image), strict=True):
+        images.save_png(out / f"{plan.names[place]}.png", picture, settings[place])
+
+
+def latents_path(out: epath.Path, call: Call) -> epath.Path:
+    """Latents of one call, until those of all are in one file."""
+    return out / "latents" / f"{call.places[call.rows[0]]:05d}.npy"
+
+
+def finish(out: epath.Path, plan: Plan, calls: list[Call]) -> None:
+    """Grid and arrays, from the files of the images, a few in memory at a time."""
+    write_grid(out, plan)
+    if plan.options.npz:
+        write_npz(out, plan)
+    if plan.options.save_latents and (out / "latents").exists():
+        write_latents(out, plan, calls)
+
+
+def read_picture(out: epath.Path, name: str) -> np.ndarray:
+    """uint8 [H, W, c] of an image that was written."""
+    with (out / f"{name}.png").open("rb") as file, Image.open(file) as image:
+        picture = np.asarray(image)
+    return picture if picture.ndim == 3 else picture[..., None]
+
+
+def write_grid(out: epath.Path, plan: Plan) -> None:
+    """grid.png of the first images, a row for each of the plan's, or a square."""
+    table = grid_of(plan)
+    first, columns = read_picture(out, plan.names[0]), table.shape[1]
+    blank = np.full_like(first, 255)
+    shown = [blank if i < 0 else read_picture(out, plan.names[i]) for i in table.flat]
+    if plan.left is not None:
+        left = images.to_uint8(plan.left[: len(table)])
+        left = left[:, None] if left.ndim == 4 else left
+        rows = [[*a, *shown[i * columns : (i + 1) * columns]] for i, a in enumerate(left)]
+        shown, columns = [picture for row in rows for picture in row], columns + left.shape[1]
+    # PIL's font has no other letters
+    labels = [row.encode("ascii", "replace").decode() for row in plan.rows[: len(table)]]
+    scale = max(1, 48 // first.shape[0])
+    sheet = images.grid(np.stack(shown), columns, scale=scale, names=labels)
+    shared = {name: x for name, x in vars(plan.options).items() if name not in OUTPUT}
+    images.save_png(out / "grid.png", sheet, {"task": plan.task, **shared, "grid": plan.count})
+
+
+def grid_of(plan: Plan) -> np.ndarray:
+    """Places of the images in the grid, int [rows, columns], at most GRID; -1 where nothing is."""
+    count = plan.count
+    if not plan.rows:
+        columns = math.ceil(min(count, GRID) ** 0.5)
+        lengths = [columns] * (count // columns) + ([count % columns] if count % columns else [])
+    else:
+        lengths = plan.columns or [count // len(plan.rows)] * len(plan.rows)
+    table = np.full((len(lengths), max(lengths)), -1)
+    first = 0
+    for row, length in enumerate(lengths):
+        table[row, :length] = np.arange(first, first + length)
+        first += length
+    table = table[:, :GRID]
+    return table[: GRID // table.shape[1]]
+
+
+def write_npz(out: epath.Path, plan: Plan) -> None:
+    """samples.npz: arr_0 uint8 [N, H, W, c]."""
+    shape = (plan.count, *read_picture(out, plan.names[0]).shape)
+    with (
+        (out / "samples.npz").open("wb") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
+    ):
+        write_header(member, shape, np.uint8)
+        for name in plan.names:
+            member.write(read_picture(out, name).tobytes())
+
+
+def write_latents(out: epath.Path, plan: Plan, calls: list[Call]) -> None:
+    """latents.npy, float32 [N, h, w, c], of the files of the calls, which go."""
+    draft = out / ".latents.npy.part"
+    with draft.open("wb") as file:
+        write_header(file, (plan.count, *plan.shape), np.float32)
+        for call in calls:
+            file.write(read_latents(out, call).tobytes())
+    draft.replace(out / "latents.npy")
+    (out / "latents").rmtree()
+
+
+def has_latents(out: epath.Path, call: Call) -> bool:
+    """Whether those of a call have been written."""
+    return latents_path(out, call).exists() or (out / "latents.npy").exists()
+
+
+def read_latents(out: epath.Path, call: Call) -> np.ndarray:
+    """Those of a call, also if all were in one file before and the list goes on."""
+    path = latents_path(out, call)
+    if path.exists():
+        return np.load(path)
+    return np.load(out / "latents.npy")[call.places[call.rows]]
+
+
+def write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Of an .npy file whose values follow."""
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)

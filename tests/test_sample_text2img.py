@@ -140,7 +140,7 @@ def test_sides_are_those_asked_for(run, tmp_path):
     [
         ([], 'give --prompt "..." or --prompt-file FILE'),
         (["--prompt-file", "{tmp}/empty.txt"], "empty.txt: holds no prompt"),
-        (["--prompt-file", "{tmp}/binary.txt"], "binary.txt: is not UTF-8 text"),
+        (["--prompt-file", "{tmp}/binary.txt"], "binary.txt:1: is not UTF-8 text"),
         (["--prompt-file", "{tmp}/none.txt"], "none.txt"),
         (["--prompt", "x", "--height", "15"], "--height 15 is not a multiple of 2, by which"),
         (["--prompt", "x", "--width", "0"], "--width 0 is not a multiple of 2, by which"),

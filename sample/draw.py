@@ -1,0 +1,89 @@
+"""From a plan to files: what every sampling task does when it knows what to draw."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from ldm_jax import cli, images
+from ldm_jax.sample import generate, plan, write
+
+# facts of a PNG that may differ from those of a list that goes on with it
+CHANGES = ("made_with", "progress")
+
+
+def draw(what: plan.Plan) -> int:
+    """Writes the images of a plan, batch by batch, then grid and arrays; or exports its program.
+
+    With --resume, batches whose images are all there are left out, and the result is as if nothing
+    had been interrupted. ValueError, when all is done, for what the plan could not read.
+    """
+    options, run, size = what.options, None, None
+    if options.export is not None:
+        generate.write(what)
+        return 0
+    if options.from_export is not None:
+        run, size = generate.read(what)
+    else:
+        generate.program_of(what, what.model)  # refuses options that the sampler cannot use
+    calls = plan.calls_of(what, size)
+    settings = write.settings_of(what, calls)
+    out = write.open_out(options)
+    left = missing(out, what, calls, settings) if options.resume else calls
+    written = what.count - sum(len(call.rows) for call in left)
+    if options.resume:
+        cli.say(f"{written} of {what.count} images are in {out} already")
+    try:
+        for part in generate.made(what, left, run) if left else ():
+            write.part(out, what, part, settings)
+            written += len(part.places)
+    except KeyboardInterrupt:
+        cli.say(f"{written} of {what.count} images are in {out}; go on with --resume")
+        raise
+    write.finish(out, what, calls)
+    shown = (write.grid_of(what) >= 0).sum()
+    of = "" if shown == what.count else f" of {shown} of them"
+    cli.say(f"{what.count} images and {out / 'grid.png'}{of}; ldm-sample again IMAGE repeats one")
+    if what.problems:
+        raise ValueError("; ".join(what.problems))
+    return 0
+
+
+def missing(
+    out: epath.Path, what: plan.Plan, calls: list[plan.Call], settings: list[dict[str, Any]]
+) -> list[plan.Call]:
+    """Calls that must run again or for the first time.
+
+    ValueError, naming the file and the setting, for an image of another list.
+    """
+    there = {path.stem for path in out.glob("*.png")} - {"grid"}
+    places = {name: place for place, name in enumerate(what.names)}
+    for name in sorted(there):
+        if name not in places:
+            raise ValueError(
+                f"--resume: {out / name}.png is none of the images of this list, which begins with"
+                f" {what.names[0]}.png: repeat the command as it was, or give another --out"
+            )
+        check_same(out / f"{name}.png", settings[places[name]])
+
+    def done(call: plan.Call) -> bool:
+        names = [what.names[place] for place in call.places[call.rows]]
+        latents = not what.options.save_latents or write.has_latents(out, call)
+        previews = [out / "previews" / f"{name}.png" for name in names if what.options.preview]
+        shown = all(path.exists() for path in previews)
+        return latents and shown and all(name in there for name in names)
+
+    return [call for call in calls if not done(call)]
+
+
+def check_same(path: epath.Path, wanted: dict[str, Any]) -> None:
+    """ValueError if an image was made with other settings than `wanted`, naming the first."""
+    found = images.read_settings(path)
+    for name in {**wanted, **found}:
+        here, there = wanted.get(name), found.get(name)
+        if name not in CHANGES and here != there:
+            raise ValueError(
+                f"--resume: {path} was made with {name.replace('_', ' ')} {json.dumps(there)}, and"
+                f" here it is {json.dumps(here)}: repeat the command as it was, or give another"
+                " --out"
+            )

@@ -1,0 +1,46 @@
+"""Bars on a terminal: images, and steps where the program reports them."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import tqdm
+
+from ldm_jax.sample.options import Options
+
+
+class Bars(NamedTuple):
+    """Functions to call."""
+
+    images: Callable[[int], None]
+    """When this many images are done."""
+    step: Callable[[], None] | None
+    """At every step of the solver, from inside the program; None: nobody wants to know."""
+
+
+def resolved(options: Options) -> str:
+    """What `auto` means here: steps are worth a bar where they take long, and someone is there."""
+    if options.progress != "auto":
+        return options.progress
+    if not sys.stderr.isatty():
+        return "none"
+    return "steps" if jax.default_backend() == "cpu" else "images"
+
+
+@contextlib.contextmanager
+def bars(mode: str, images: int, done: int, steps: int) -> Iterator[Bars]:
+    """Bars for `images` of which `done` stand already, and for `steps` in all calls together.
+
+    mode: as of `resolved`.
+    """
+    with contextlib.ExitStack() as stack:
+        hidden = mode == "none"
+        whole = tqdm.tqdm(total=images, initial=done, unit="image", position=0, disable=hidden)
+        stack.enter_context(whole)
+        if mode != "steps":
+            yield Bars(whole.update, None)
+            return
+        each = stack.enter_context(tqdm.tqdm(total=steps, unit="step", position=1, leave=False))
+        yield Bars(whole.update, lambda: each.update(1))

@@ -1,0 +1,161 @@
+"""Lists of prompts: lines of text, or tables with settings for each prompt.
+
+    a.txt      one prompt per line
+    a.csv      columns of prompt, negative_prompt, seed, guidance_scale, num_images
+    a.jsonl    one object per line with these names
+
+What is left out or empty is as on the command line. A bad line is named, and the others are read.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+COLUMNS = ("prompt", "negative_prompt", "seed", "guidance_scale", "num_images")
+
+
+class Row(NamedTuple):
+    """A prompt and what goes with it."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int | None
+    """Its images are numbers 0, 1, ... of this seed; None: they count on under that of the list."""
+    guidance_scale: float
+    num_images: int
+
+
+def read(path: str, default: Row) -> tuple[list[Row], list[str]]:
+    """(rows, what is wrong with the others, each with its file and line).
+
+    ValueError if no line can be read, or the file is none of prompts.
+    """
+    kind = epath.Path(path).suffix.lower()
+    if kind in (".json", ".tsv"):
+        raise ValueError(f"--prompt-file {path}: give .csv, .jsonl, or text with a prompt per line")
+    lines, problems = lines_of(path)
+    reader = {".csv": of_csv, ".jsonl": of_jsonl, ".ndjson": of_jsonl}.get(kind, of_text)
+    rows = []
+    for number, values in reader(path, lines):
+        try:
+            if isinstance(values, ValueError):
+                raise values
+            rows.append(row_of(values, default))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if not rows and problems:
+        raise ValueError(f"--prompt-file: {'; '.join(problems)}")
+    if not rows:
+        raise ValueError(f"--prompt-file {path}: holds no prompt")
+    return rows, problems
+
+
+def lines_of(path: str) -> tuple[list[str], list[str]]:
+    """(lines, problems): a line that is not UTF-8 is empty, and among the problems."""
+    lines, problems = [], []
+    data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Excel's mark of UTF-8
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            lines.append("")
+            problems.append(f"{path}:{number}: is not UTF-8 text")
+    return lines, problems
+
+
+def of_text(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
+    """(line, values) of lines of text."""
+    del path
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def of_jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
+    """(line, values or ValueError) of lines of JSON."""
+    del path
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, ValueError(f"is not JSON ({error.msg} at column {error.colno})")
+            continue
+        if isinstance(values, dict):
+            yield number, values
+        else:
+            yield number, ValueError(f'is {json.dumps(values)[:40]}, not {{"prompt": ...}}')
+
+
+def of_csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
+    """(line, values or ValueError) of a table; ValueError for a header without prompts."""
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    header, number = None, 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, ValueError(f"is not CSV ({error})")
+            number = reader.line_num + 1
+            continue
+        if any(cell.strip() for cell in cells):
+            if header is None:
+                header = header_of(path, number, cells)
+            elif len(cells) > len(header):
+                yield number, ValueError(f"has {len(cells)} cells, the header {len(header)}")
+            else:
+                yield number, dict(zip(header, (cell.strip() for cell in cells), strict=False))
+        number = reader.line_num + 1
+
+
+def header_of(path: str, number: int, cells: list[str]) -> list[str]:
+    """Names of the columns. ValueError for one that is not known, twice there, or missing."""
+    names = [cell.strip() for cell in cells]
+    wrong = [name for i, name in enumerate(names) if name not in COLUMNS or name in names[:i]]
+    if wrong or "prompt" not in names:
+        raise ValueError(
+            f"{path}:{number}: the first line names columns of {', '.join(COLUMNS)}, prompt among"
+            f" them; here it is {', '.join(names)[:80]!r}"
+        )
+    return names
+
+
+def row_of(values: dict[str, Any], default: Row) -> Row:
+    """A row of what a line says. ValueError says what is wrong with it."""
+    unknown = [name for name in values if name not in COLUMNS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(COLUMNS)}")
+    given = {name: value for name, value in values.items() if value not in ("", None)}
+    for name in ("prompt", "negative_prompt"):
+        if not isinstance(given.get(name, ""), str):
+            raise ValueError(f"{name} {given[name]!r} is not text")
+    if not given.get("prompt", "").strip():
+        raise ValueError("has no prompt")
+    for name, kind in (("seed", int), ("guidance_scale", float), ("num_images", int)):
+        if name in given:
+            given[name] = number_of(name, given[name], kind)
+    row = default._replace(**given)
+    if row.num_images < 1:
+        raise ValueError(f"num_images {row.num_images}: give at least 1")
+    if row.seed is not None and not -(2**63) <= row.seed < 2**63:
+        raise ValueError(f"seed {row.seed} has more than 64 bits")
+    return row
+
+
+def number_of(name: str, value: Any, kind: type) -> Any:
+    """`value` as an int or a float; ValueError if it is none."""
+    what = "a whole number" if kind is int else "a number"
+    try:
+        number = kind(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not math.isfinite(number) or (kind is int and number != float(value)):
+        raise ValueError(f"{name} {value!r} is not {what}")
+    return number
