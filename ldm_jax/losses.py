@@ -70,32 +70,6 @@ def codebook(
     return quantize.codebook_loss(config, codebook_nc, z, indices), metrics, count_n
 
 
-def first_stage(
-    config: schema.FirstStageLossConfig,
-    image: jax.Array,
-    reconstruction: jax.Array,
-    mean: jax.Array,
-    logvar: jax.Array,
-    error_logvar: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of every row [B] and scalar metrics; images [B, H, W, c] in [-1, 1].
-
-    Error and KL are *summed* over an image, as the reference does for KL: kl_weight 1e-6 stands
-    beside about 2e5 pixel values. `error_logvar` is the scalar log-variance of the error.
-    """
-    error = reconstruction_error(config.pixel, image, reconstruction)
-    kl = gaussian_kl(mean, logvar)
-    mse = jnp.mean(jnp.square(image - reconstruction), axis=(1, 2, 3))
-    loss = summed_nll(error, error_logvar) + config.kl_weight * kl
-    metrics = {
-        "loss": jnp.mean(loss),
-        "error": jnp.mean(error),
-        "kl": jnp.mean(kl),
-        "psnr": jnp.mean(psnr(mse)),
-    }
-    return loss, metrics
-
-
 def psnr(mse: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB from the mean squared error of images in [-1, 1]."""
     return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12))

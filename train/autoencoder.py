@@ -17,7 +17,6 @@ from ldm_jax import (
     checkpoint,
     cli,
     data,
-    loading,
     losses,
     rundir,
     schema,
@@ -26,7 +25,7 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import quantize
-from ldm_jax.train import adversary, checks, codebook, held_out, reconstruction, stop
+from ldm_jax.train import adversary, checks, codebook, held_out, initial, reconstruction, stop
 from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
 from ldm_jax.train_state import GanState
 
@@ -100,56 +99,6 @@ def init_state(
     """(state, its shardings): born sharded."""
     _, shardings = abstract_state(config, mesh)
     return jax.jit(functools.partial(fresh, config), out_shardings=shardings)(key), shardings
-
-
-def start_from(
-    config: schema.AutoencoderTrainConfig, state: GanState, shardings: GanState, params: dict
-) -> GanState:
-    """A new state with the given autoencoder (host arrays): its weights, average and codes."""
-    host = {**jax.device_get(state.params), "autoencoder": params}
-    ema = {n: host[n] for n in state.ema_params}
-    codes = jax.device_get(codebook.start(config, host))
-    return state.replace(
-        params=sharding.place(host, shardings.params),
-        ema_params=sharding.place(ema, shardings.ema_params),
-        codes=sharding.place(codes, shardings.codes),
-    )
-
-
-def find_initial(
-    config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, shapes: GanState
-) -> dict | None:
-    """Host parameters of `init_from`; None without it, or in a run that has a checkpoint.
-
-    Only reads. ValueError if they are of another model, or if only the decoder should train and
-    there is nothing to start from.
-    """
-    if checkpoint.latest_step(workdir) is not None:
-        return None
-    if not config.init_from:
-        if config.train_only == "decoder":
-            raise ValueError(
-                "--train-only decoder: give --init-from, the first stage whose latents stay"
-            )
-        return None
-    params, model = loading.load_first_stage(config.init_from)
-    wanted, found = (
-        {sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (shapes.params["autoencoder"], params)
-    )
-    odd = [n for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)]
-    if odd:
-        raise ValueError(
-            f"--init-from {config.init_from}: is another first stage ({model}) than this config's:"
-            f" {len(odd)} arrays differ, as {odd[0]}: {found.get(odd[0], 'not there')} instead of"
-            f" {wanted.get(odd[0], 'nothing')}; set --model to fit"
-        )
-    return params
-
-
-def place_perceptual(params: dict, mesh: Mesh) -> dict:
-    """LPIPS on the mesh, by the training rules."""
-    return sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
 
 
 def make_loss(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
@@ -346,20 +295,20 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
     checks.first_stage(config, stream, mesh)
     shapes, shardings = abstract_state(config, mesh)
     perceptual = reconstruction.find_perceptual(config, workdir)
-    initial = find_initial(config, workdir, shapes)
+    given = initial.find(config, workdir, shapes)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
     for change in changes:
         cli.say(f"changed on resume: {change}")
 
     reconstruction.keep_perceptual(config, run, perceptual)
-    perceptual = place_perceptual(perceptual, mesh)
+    perceptual = sharding.place(perceptual, sharding.by_rules(perceptual, sharding.RULES, mesh))
     manager = checkpoint.manager(run, config.max_to_keep)
     saved = checkpoint.latest_step(manager)
     if saved is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
-        if initial is not None:
-            state = start_from(config, state, shardings, initial)
+        if given is not None:
+            state = initial.start(config, state, shardings, given)
             cli.say(f"starts from {config.init_from}; trains {config.train_only}")
     else:
         state = checkpoint.restore(manager, sharding.with_shardings(shapes, shardings))

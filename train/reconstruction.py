@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import diffusion, losses, rundir, schema
 from ldm_jax.convert import auxiliary
-from ldm_jax.models import attention, autoencoder, lpips, quantize
+from ldm_jax.models import attention, autoencoder, lpips
 
 DECODER = ("post_quant_conv", "decoder")  # what `train_only: decoder` trains
 
@@ -67,8 +67,9 @@ def make(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
         codes, indices = net.apply(
             {"params": {"quantize": {"embedding": codebook_nc}}}, z, method="quantize"
         )
-        loss = jnp.mean(quantize.codebook_loss(config.model, codebook_nc, z, indices))
-        return z, codes, config.loss.codebook_weight * loss, {"codebook": loss}, indices
+        loss_b, usage, _ = losses.codebook(config.model, codebook_nc, z, indices)
+        loss = jnp.mean(loss_b)
+        return z, codes, config.loss.codebook_weight * loss, {"codebook": loss, **usage}, indices
 
     def reconstruct(
         params: dict, image: jax.Array, keys: jax.Array, dropout_key: jax.Array, train: bool
