@@ -91,7 +91,7 @@ def opened(options: Options) -> Opened:
 
 def about(network: features.Network) -> dict[str, Any]:
     """What has to be known of a network to repeat a figure."""
-    return {"features": network.name, "weights": network.digest, **network.details}
+    return {"features": network.name, "feature_weights": network.digest, **network.details}
 
 
 def out_folder(options: Options) -> epath.Path:
@@ -168,33 +168,41 @@ def kept(
 
 def _begin(folder: epath.Path, settings: dict[str, Any], options: Options) -> int:
     """The first batch that is missing; the same in every process."""
-    first = 0
+    first, refused = 0, None
     if jax.process_index() == 0:
-        meta = folder / "settings.json"
-        if meta.exists():
-            before = json.loads(meta.read_text())
-            names = sorted(n for n in before | settings if before.get(n) != settings.get(n))
-            if names and not options.overwrite:
-                shown = (
-                    f"{n}: {_short(before.get(n))} -> {_short(settings.get(n))}" for n in names
-                )
-                raise ValueError(
-                    f"{folder}: holds features of other settings ({'; '.join(shown)}); give another"
-                    " --out, or --overwrite to start again"
-                )
-            if names:
-                folder.rmtree()
-        folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_text(meta, json.dumps(settings, indent=2) + "\n")
-        rows = 0
-        for path in _parts(folder):
-            rows = int(path.stem) + _rows_of(_read_part(path))
-        if 0 < rows < settings["count"]:
-            cli.say(f"{folder}: goes on after {rows} of {settings['count']} images")
-        first = -(-rows // options.batch_size)
-    if jax.process_count() > 1:
+        try:
+            first = _look(folder, settings, options)
+        except ValueError as error:
+            first, refused = -1, error
+    if jax.process_count() > 1:  # also when refused: the others would wait for ever
         first = int(multihost_utils.broadcast_one_to_all(np.int32(first)))
+    if first < 0:
+        raise refused or ValueError(f"{folder}: the first process refuses it")
     return first
+
+
+def _look(folder: epath.Path, settings: dict[str, Any], options: Options) -> int:
+    """Makes the folder ready; the first batch that is missing in it."""
+    meta, rows = folder / "settings.json", 0
+    if meta.exists():
+        before = json.loads(meta.read_text())
+        names = sorted(n for n in before | settings if before.get(n) != settings.get(n))
+        if names and not options.overwrite:
+            pairs = [(n, _short(before.get(n)), _short(settings.get(n))) for n in names]
+            shown = "; ".join(f"{n}: {old} -> {new}" for n, old, new in pairs)
+            raise ValueError(
+                f"{folder}: holds features of other settings ({shown}); give another --out, or"
+                " --overwrite to start again"
+            )
+        if names:
+            folder.rmtree()
+    folder.mkdir(parents=True, exist_ok=True)
+    rundir.write_text(meta, json.dumps(settings, indent=2) + "\n")
+    for path in _parts(folder):
+        rows = int(path.stem) + _rows_of(_read_part(path))
+    if 0 < rows < settings["count"]:
+        cli.say(f"{folder}: goes on after {rows} of {settings['count']} images")
+    return -(-rows // options.batch_size)
 
 
 def _short(value: Any) -> str:

@@ -66,7 +66,7 @@ def reference_of(found: dict[str, np.ndarray]) -> Reference:
 
 def reference_of_file(saved: gaussian.Saved, network: features.Network, path: str) -> Reference:
     """Of a file of statistics. ValueError if they are of another network, as far as it tells."""
-    made_with, digest = saved.meta.get("features"), saved.meta.get("weights")
+    made_with, digest = saved.meta.get("features"), saved.meta.get("feature_weights")
     if made_with is None:
         cli.say(
             f"{path}: does not say which network it is of; taken for {network.name}"
@@ -74,7 +74,7 @@ def reference_of_file(saved: gaussian.Saved, network: features.Network, path: st
         )
     for name, there, here in (
         ("features", made_with, network.name),
-        ("weights", digest, network.digest),
+        ("feature weights", digest, network.digest),
         *((n, saved.meta.get(n), x) for n, x in network.details.items()),
     ):
         if there is not None and there != here:

@@ -57,12 +57,14 @@ def opened(
     *,
     limit: int | None = None,
     tokenizer: Any = None,
+    captions: Literal["none", "sidecar", "metadata"] = "none",
     flag: str,
 ) -> ImageSet:
     """Images at a path: of a run, its data; of a folder, prepared as the data `base` and `how` say;
     of an .npz, as they are. Without a path, the data `base`.
 
     split: of a run's data; a folder is taken whole. limit: the first so many.
+    tokenizer: makes tokens of captions; captions: where a folder has them.
     ValueError names `flag` and what is there instead.
     """
     if path and path.endswith(".npz"):
@@ -72,11 +74,14 @@ def opened(
         folder = checkpoint.absolute(path)
         if not folder.is_dir():
             raise ValueError(f"{flag} {path}: is no run, folder of images or .npz")
-        source = schema.FolderConfig(path=str(folder), eval_path=str(folder))
+        source = schema.FolderConfig(str(folder), eval_path=str(folder), captions=captions)
         base = base or schema.DataConfig(size=_size(how, path, flag))
         config = dataclasses.replace(base, source=source)
-    elif config is None:
-        raise ValueError(f"give {flag}: a run, a folder of images or an .npz")
+    elif config is None or config.source == schema.SyntheticConfig():  # as of a converted model
+        raise ValueError(
+            f"give {flag}, a run, a folder of images or an .npz: {path or 'the model'} does not say"
+            " what it was trained on"
+        )
     given = {name: x for name, x in dataclasses.asdict(how).items() if x is not None}
     return of_pipeline(dataclasses.replace(config, **given), split, limit, tokenizer)
 
@@ -100,6 +105,11 @@ def of_pipeline(
     # `train=False`: in order and without chance, also for the split that trains
     stream = lambda size: data.Stream(source, config, size, 0, False, tokenizer)  # noqa: E731
     source = data.open_source(config, split)
+    if tokenizer is not None and "caption" not in source.features:
+        raise ValueError(
+            "the model is asked with texts, but the data have no captions: give --captions, or"
+            " --data with a run whose data have some"
+        )
     count = len(source) if limit is None else limit
     shape = (config.size, config.size, config.channels)
 

@@ -76,7 +76,7 @@ def main(options: Options) -> int:
     weights = rundir.params_hash(jax.device_get(stage.params))
     settings = {
         **evaluate_features.about(opened.network),
-        "model": weights,
+        "model_weights": weights,
         "images": given.about,
         "lpips": None if perceptual is None else perceptual[1],
         **{name: getattr(options, name) for name in ("posterior", "seed", "dtype")},

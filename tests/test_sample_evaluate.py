@@ -2,11 +2,14 @@
 
 import json
 
+import clip_model
 import numpy as np
 import pytest
+import task_models
+import text_model
+from test_multiprocess import codes, logs, two
 
 from ldm_jax import cli, data, images, latents, loading, rundir
-from ldm_jax.data import pipeline
 from ldm_jax.metrics import gaussian
 from ldm_jax.models import autoencoder
 from ldm_jax.sample import evaluate, evaluate_features, evaluate_images
@@ -72,10 +75,10 @@ def test_reconstruction_figures_are_those_of_the_images(reconstructed, first_sta
 def test_everything_that_repeats_a_run_is_written(reconstructed):
     found = result(reconstructed)
     assert found["features"] == "random features"
-    assert found["weights"] == "random, seed 0"
+    assert found["feature_weights"] == "random, seed 0"
     assert found["images"]["data"]["resize"] == "bicubic"
     assert found["options"]["posterior"] == "mode"
-    assert len(found["model"]) == 64
+    assert len(found["model_weights"]) == 64
     assert {"jax", "numpy", "pillow"} <= set(found["versions"])
     head, _, row = (reconstructed / "row.md").read_text().splitlines()
     assert "R-FD (random features)" in head
@@ -135,11 +138,36 @@ def test_a_folder_of_images(drawn, ldm_run, tmp_path):
     assert result(tmp_path / "out")["figures"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_model_of_text_is_asked_with_the_captions_of_the_data(tmp_path, capsys):
+    """FD in CLIP features and the CLIP score, of a model that brings no data of its own."""
+    model = task_models.save(text_model.make(), tmp_path)
+    clip_folder = clip_model.save(tmp_path / "clip")
+    rng = np.random.default_rng(0)
+    for i, text in enumerate(("red square", "blue", "a blue disc", "red")):
+        pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+        images.save_png(tmp_path / "data" / f"{i}.png", pixels)
+        (tmp_path / "data" / f"{i}.txt").write_text(text)
+    flags = ["--model", model, "--features", "clip", "--clip", clip_folder, "--batch-size", 4]
+    flags += ["--steps", 1, "--count", 6, "--guidance-scale", 2, "--out", tmp_path / "out"]
+    flags += ["--data", tmp_path / "data"]
+    assert run("samples", *flags) == 1
+    assert "but the data have no captions: give --captions" in capsys.readouterr().err
+    flags += ["--captions", "sidecar"]
+    assert run("samples", *flags) == 1
+    assert "the model does not say what it was trained on" in capsys.readouterr().err
+    assert run("samples", *flags, "--reference", tmp_path / "data") == 0
+    found = result(tmp_path / "out")
+    assert {"fd_clip", "kd_clip", "clip_score", "recall"} <= set(found["figures"])
+    assert 0 <= found["figures"]["clip_score"] <= 100
+    assert "FD (CLIP)" in (tmp_path / "out" / "row.md").read_text()
+    assert found["conditions"]["data"]["source"]["captions"] == "sidecar"
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_goes_on(drawn, ldm_run, tmp_path, monkeypatch, capsys):
-    """Stopped after two of three parts, it reads no image of these again."""
+    """Stopped after two of three parts, which stay."""
     monkeypatch.setattr(evaluate_features, "PART", 4)
     write, parts = evaluate_features._write_part, []
 
@@ -154,21 +182,44 @@ def test_an_interrupted_run_goes_on(drawn, ldm_run, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(evaluate_features, "_write_part", stop)
     assert run("samples", *flags) == 130
     assert parts == ["00000000.npz", "00000004.npz"]
-    monkeypatch.setattr(evaluate_features, "_write_part", write)
-    read = pipeline.local_rows
+    parts.clear()
+    monkeypatch.setattr(
+        evaluate_features, "_write_part", lambda p, x: (parts.append(p), write(p, x))
+    )
     assert run("samples", *flags) == 0
+    assert [part.name for part in parts[:1]] == ["00000008.npz"]
     assert "goes on after 8 of 12 images" in capsys.readouterr().err
     assert len(list((tmp_path / "features" / "reference").glob("0*.npz"))) == 3
     straight = tmp_path / "straight"
     assert run("samples", *flags[:-1], straight) == 0
     assert result(tmp_path)["figures"] == result(straight)["figures"]
-    assert read is pipeline.local_rows
 
 
 def test_other_settings_are_refused(reconstructed, first_stage_run, capsys):
     flags = ["--model", first_stage_run, "--out", reconstructed, "--features", "random"]
     assert run("reconstruct", *flags, "--batch-size", 8) == 1
     assert "holds features of other settings (batch_size: 4 -> 8)" in capsys.readouterr().err
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_measure_as_one(drawn, ldm_run, tmp_path):
+    """Two processes of two devices each; the first one writes."""
+
+    def command(address):
+        flags = ["--model", ldm_run, "--out", tmp_path / "out", "--npz", *SHORT]
+        program = ("-m", "ldm_jax.sample.evaluate", "samples", "--distributed", address)
+        return [*program, *map(str, flags)]
+
+    with two(tmp_path, command) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    expected = result(drawn)["figures"]
+    assert result(tmp_path / "out")["figures"] == pytest.approx(expected, rel=1e-3)
+    with np.load(drawn / "samples.npz") as one, np.load(tmp_path / "out" / "samples.npz") as other:
+        apart = one["arr_0"].astype(int) - other["arr_0"]
+    assert np.abs(apart).max() <= 1
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -220,7 +271,7 @@ def test_fewer_images_than_features_are_warned_about(drawn, ldm_run, tmp_path, c
 def test_statistics_of_another_network(drawn, statistics, tmp_path, capsys):
     flags = ["--samples", drawn / "samples.npz", "--reference", statistics, *RANDOM]
     assert run("samples", *flags, "--random-seed", 1, "--out", tmp_path / "a") == 1
-    assert "is of weights random, seed 0, and these are of random, seed 1" in (
+    assert "is of feature weights random, seed 0, and these are of random, seed 1" in (
         capsys.readouterr().err
     )
     np.savez(tmp_path / "fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))

@@ -96,6 +96,7 @@ def test_commands_run_from_an_empty_directory(installed, tmp_path):
     assert "digits" in run(installed / "ldm-train", "--help", cwd=tmp_path)
     assert "class2img" in run(installed / "ldm-sample", "--help", cwd=tmp_path)
     assert "--check" in run(installed / "ldm-convert", "--help", cwd=tmp_path)
+    assert "reconstruct" in run(installed / "ldm-eval", "--help", cwd=tmp_path)
     text = run(installed / "ldm-train", "digits", "--help", cwd=tmp_path)
     assert "--workdir" in text
     assert "--first-stage.path" in text

@@ -84,8 +84,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6).
 
     The trace of the root is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: its eigenvalues
-    are real and those below zero are rounding. The root of A B itself need not exist in numbers
-    where there are fewer rows than features. ValueError if the widths differ.
+    are real, and those of the size of rounding are zero. The root of A B itself need not exist in
+    numbers where there are fewer rows than features. ValueError if the widths differ.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
@@ -95,7 +95,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     values, vectors = np.linalg.eigh(a.cov)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     inner = root @ b.cov @ root
-    shared = np.sqrt(np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0)).sum()
+    squares = np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0)
+    rounding = squares.max() * len(squares) * np.finfo(np.float64).eps
+    shared = np.sqrt(squares[squares > rounding]).sum()
     apart = a.mean - b.mean
     return float(apart @ apart + np.trace(a.cov) + np.trace(b.cov) - 2 * shared)
 

@@ -32,12 +32,13 @@ def ssim(real: jax.Array, other: jax.Array, *, gaussian: bool = False) -> jax.Ar
         )
     factor = 1.0 if gaussian else side**2 / (side**2 - 1)
     # Covariances do not see a shift, and float32 keeps their digits only about zero.
-    x, y = real / RANGE - 0.5, other / RANGE - 0.5
+    shift_x, shift_y = (jnp.mean(i / RANGE, axis=(1, 2), keepdims=True) for i in (real, other))
+    x, y = real / RANGE - shift_x, other / RANGE - shift_y
     mean_x, mean_y = _blur(x, window), _blur(y, window)
     var_x = factor * (_blur(x * x, window) - mean_x**2)
     var_y = factor * (_blur(y * y, window) - mean_y**2)
     cov = factor * (_blur(x * y, window) - mean_x * mean_y)
-    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    mean_x, mean_y = mean_x + shift_x, mean_y + shift_y
     c1, c2 = 0.01**2, 0.03**2
     same = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     return jnp.mean(same / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)), axis=(1, 2, 3))
