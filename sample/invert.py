@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, cli, images, latents, schema, sharding, solvers
+from ldm_jax.metrics import pixels
 from ldm_jax.sample import common, editing, variations, write
 
 NAME = "invert"
@@ -219,8 +220,6 @@ def errors_of(found: Inversion, out: epath.Path) -> list[dict[str, float]]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, peak: float) -> float:
-    """10 log10(peak^2 / mean squared difference) in dB; 100 at most, for equal arrays too."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    if error <= peak**2 * 1e-10:
-        return 100.0
-    return float(10 * np.log10(peak**2 / error))
+    """That of `metrics.pixels` for two [h, w, c] with values in a range of `peak`; 100 at most."""
+    one, other = (x[None].astype(np.float32) * (pixels.RANGE / peak) for x in (a, b))
+    return min(100.0, float(pixels.psnr(one, other)[0]))
