@@ -14,8 +14,8 @@ import dataclasses
 from ldm_jax import schema
 
 DATA = schema.DataConfig(source=schema.PhotosConfig(crop=64), size=64, crop="none", flip=True)
-STEPS = 3000
-WIDTHS = {4: (1, 2, 2), 8: (1, 2, 2, 2)}  # of each level over 32
+STEPS = 1500
+WIDTHS = {4: (1, 1, 2), 8: (1, 1, 2, 2)}  # of each level over 32
 CHANNELS = {4: 3, 8: 4}  # of a latent
 
 

@@ -103,7 +103,8 @@ def by_hand(config, step, state, batch):
     return moved, optax.apply_updates(state.disc_params, updates), after, {**metrics, **norms}
 
 
-@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 2])
 def test_a_step_is_that_written_by_hand(step):
     """Before the discriminator starts, and after it with both of its regularizations."""
     mesh = recipes.mesh_of()
