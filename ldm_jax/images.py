@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -57,9 +57,12 @@ def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None
 
 
 def read_settings(path: Any) -> dict:
-    """The settings that `save_png` wrote. ValueError if the file carries none."""
-    with epath.Path(path).open("rb") as file, Image.open(file) as image:
-        text = image.info.get("ldm_jax")
+    """The settings that `save_png` wrote. ValueError if the file carries none, or is no image."""
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+            text = image.info.get("ldm_jax")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: is not an image, or a broken one") from error
     if text is None:
         raise ValueError(f"{path}: carries no ldm_jax settings; it was not written by ldm-sample")
     return json.loads(text)

@@ -5,6 +5,7 @@ import types
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 from etils import epath
@@ -49,6 +50,9 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
             raise ValueError(f"{options.image}: was made from {path}, which has changed since")
     size, row = kept["call"]
     asked = restored(task.Options, kept, options)
+    if write.made_with()["device"] != kept["made_with"]["device"]:  # as many rows on each
+        size = -(-size // jax.device_count()) * jax.device_count()
+        asked = dataclasses.replace(asked, batch_size=size)
     what = dataclasses.replace(task.plan(asked), guided=kept["guided"])
     place = kept["index"] - what.options.first_index
     call = plan.Call(np.full(size, place), np.array([row]))

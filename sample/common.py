@@ -1,8 +1,8 @@
-"""What every sampling task shares: options, batches through one compiled program, files."""
+"""What every sampling task shares: from options to a plan, from a plan to files."""
 
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.generate import generate, make_run
-from ldm_jax.sample.inputs import open_image, read_images, resized, size_of, start_latents
+from ldm_jax.sample.inputs import open_image, read_images, resized, size_of
 from ldm_jax.sample.options import (
     Options,
     check_labels,
@@ -12,7 +12,6 @@ from ldm_jax.sample.options import (
     open_model,
 )
 from ldm_jax.sample.plan import Plan
-from ldm_jax.sample.save import save
 from ldm_jax.sample.write import open_out
 
 __all__ = [
@@ -30,7 +29,5 @@ __all__ = [
     "open_out",
     "read_images",
     "resized",
-    "save",
     "size_of",
-    "start_latents",
 ]

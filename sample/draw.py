@@ -10,6 +10,7 @@ from ldm_jax.sample import generate, plan, write
 
 # facts of a PNG that may differ from those of a list that goes on with it
 CHANGES = ("made_with", "progress")
+TERMS = {"call": "batch size and row", "index": "number", "files": "sha256 of files"}
 
 
 def draw(what: plan.Plan) -> int:
@@ -83,7 +84,7 @@ def check_same(path: epath.Path, wanted: dict[str, Any]) -> None:
         here, there = wanted.get(name), found.get(name)
         if name not in CHANGES and here != there:
             raise ValueError(
-                f"--resume: {path} was made with {name.replace('_', ' ')} {json.dumps(there)}, and"
+                f"--resume: {path} was made with {TERMS.get(name, name)} {json.dumps(there)}, and"
                 f" here it is {json.dumps(here)}: repeat the command as it was, or give another"
                 " --out"
             )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ldm_jax import bundle, loading, sampling, schema, sharding, solvers
+from ldm_jax import bundle, checkpoint, loading, sampling, schema, sharding, solvers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,6 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
         raise ValueError(f"--num-images {options.num_images}: give at least 1")
     if options.first_index < 0:
         raise ValueError(f"--first-index {options.first_index}: numbers count from 0")
-    if not 0 <= options.preview <= options.steps:
-        raise ValueError(f"--preview {options.preview} is not in 0..{options.steps}, the --steps")
     solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
     if options.export is not None or options.from_export is not None:
         if mesh is not None and mesh.devices.size > 1:
@@ -110,6 +108,8 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.batch_size < 1 or options.batch_size % split:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {split} devices")
+    if options.step is None:
+        options = dataclasses.replace(options, step=newest_step(options))
     model = loading.load(
         options.model,
         step=options.step,
@@ -123,9 +123,20 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
     timesteps = len(model.schedule.betas)
     if not 1 <= options.steps <= timesteps:
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
+    if not 0 <= options.preview <= options.steps:
+        raise ValueError(f"--preview {options.preview} is not in 0..{options.steps}, the --steps")
     sampling.levels_of(model, options.steps, options.spacing)  # refuses an unknown spacing
     spacing = options.spacing or model.config.sampling.spacing
     return model, mesh, dataclasses.replace(options, spacing=spacing)
+
+
+def newest_step(options: Options) -> int | None:
+    """Training step of a run that is loaded without --step; None for other models."""
+    path, kind = loading.recognise(options.model)
+    if kind != "run":
+        return None
+    snapshots = checkpoint.snapshot_steps(path) if options.ema else []
+    return max([*snapshots, *checkpoint.saved_steps(path)], default=None)
 
 
 def latent_shape(

@@ -21,12 +21,18 @@ class Bars(NamedTuple):
 
 
 def resolved(options: Options) -> str:
-    """What `auto` means here: steps are worth a bar where they take long, and someone is there."""
+    """What `auto` means here: steps are worth a bar where they take long, and someone is there.
+
+    A program from a file reports no steps.
+    """
+    images = "images" if options.from_export is not None else "steps"
+    if options.progress == "steps":
+        return images
     if options.progress != "auto":
         return options.progress
     if not sys.stderr.isatty():
         return "none"
-    return "steps" if jax.default_backend() == "cpu" else "images"
+    return images if jax.default_backend() == "cpu" else "images"
 
 
 @contextlib.contextmanager

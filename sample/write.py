@@ -26,7 +26,9 @@ from ldm_jax.sample.options import Options
 from ldm_jax.sample.plan import Call, Plan
 
 GRID = 400
-"""Most images in a grid."""
+"""Most images in a grid,"""
+COLUMNS = 40
+"""and in one of its rows."""
 # options that say what is written and shown, but not what an image looks like
 OUTPUT = (
     "out", "save_latents", "npz", "overwrite", "resume", "export", "export_platforms",
@@ -176,7 +178,7 @@ def write_grid(out: epath.Path, plan: Plan) -> None:
 
 
 def grid_of(plan: Plan) -> np.ndarray:
-    """Places of the images in the grid, int [rows, columns], at most GRID; -1 where nothing is."""
+    """Places of the images in the grid, int [rows, columns], cut to GRID; -1 where none is."""
     count = plan.count
     if not plan.rows:
         columns = math.ceil(min(count, GRID) ** 0.5)
@@ -188,7 +190,7 @@ def grid_of(plan: Plan) -> np.ndarray:
     for row, length in enumerate(lengths):
         table[row, :length] = np.arange(first, first + length)
         first += length
-    table = table[:, :GRID]
+    table = table[:, :COLUMNS]
     return table[: GRID // table.shape[1]]
 
 

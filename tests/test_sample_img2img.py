@@ -31,6 +31,8 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for i, shape in enumerate(((16, 16), (16, 16), (15, 16))):
         images.save_png(folder / f"{i}.png", picture(i, *shape))
+    (folder / "text.png").write_text("no image")
+    (folder / "half.png").write_bytes((folder / "0.png").read_bytes()[:300])
     return folder
 
 
@@ -158,6 +160,10 @@ def test_images_and_labels_pair_up():
         ("--images {p}/0.png --strength -0.1", "--strength -0.1 is not in 0..1"),
         ("", "give --images FILE"),
         ("--images {p}/gone.png", "gone.png: does not exist"),
+        ("--images {p}/text.png", "text.png: is not an image, or a broken one"),
+        ("--images {p}/half.png", "half.png: is not an image, or a broken one"),
+        ("--images {p}/0.png --eta 0.5 --solver unipc", "eta=0.5: solver 'unipc' takes none"),
+        ("--images {p}/0.png --steps 1001", "--steps 1001 is not in 1..1000"),
         ("--images {p}/2.png", "2.png: height 15 is not a multiple of 2, by which the first stage"),
         ("--images {p}/2.png", "take 14 or 16"),
         ("--images {p}/0.png --labels 4", "--labels 4 is not in 0..3"),

@@ -62,6 +62,11 @@ def test_images_of_a_layout(run, files, tmp_path):
         ([[0, 0, 1, 1]] * 3, [], "scene.json: 3 objects, but the model takes at most 2"),
         ([[0, 0, 1, 2]], [], "scene.json: object 1: box [0, 0, 1, 2] lies outside the picture"),
         ([[0, 0, 1, 1]], ["--height", "15"], "--height 15 is not a multiple of 2"),
+        (
+            {"objects": [{"class": "dgo", "box": [0, 0, 1, 1]}]},
+            ["--class-names", "coco"],
+            "scene.json: object 1: unknown class 'dgo'",
+        ),
         (None, [], "give --boxes FILE.json"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
