@@ -4,8 +4,11 @@
     ldm-train digits --workdir runs/ldm --first-stage.path runs/first_stage
     ldm-sample class2img --model runs/ldm --out runs/samples
 
-`make demo` runs all of it and measures the samples.
+`make demo` runs all of it and measures the samples. `digits:gan` is the first stage against a
+discriminator in the second half of its training.
 """
+
+import dataclasses
 
 from ldm_jax import schema
 
@@ -15,12 +18,11 @@ DATA = schema.DataConfig(
 
 
 def get_config(stage: str = "ldm") -> schema.TrainConfig:
-    """`first_stage` or `ldm`."""
-    if stage == "first_stage":
-        return first_stage()
-    if stage == "ldm":
-        return ldm()
-    raise ValueError(f"digits has no stage {stage!r}; it has first_stage and ldm")
+    """`first_stage`, `gan` or `ldm`."""
+    stages = {"first_stage": first_stage, "gan": gan, "ldm": ldm}
+    if stage not in stages:
+        raise ValueError(f"digits has no stage {stage!r}; it has {', '.join(stages)}")
+    return stages[stage]()
 
 
 def first_stage() -> schema.AutoencoderTrainConfig:
@@ -49,6 +51,17 @@ def first_stage() -> schema.AutoencoderTrainConfig:
         steps=800,
         intervals=schema.IntervalConfig(log=20, save=400, snapshot=0, evaluate=200, sample=400),
         eval_batches=12,
+    )
+
+
+def gan() -> schema.AutoencoderTrainConfig:
+    """The same against a discriminator of patches of 16 pixels, from half of its steps on."""
+    config = first_stage()
+    return dataclasses.replace(
+        config,
+        loss=schema.FirstStageLossConfig(disc_start=config.steps // 2, disc_weight=0.5),
+        discriminator=schema.DiscriminatorConfig(width=32, layers=1),
+        disc_optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4),
     )
 
 

@@ -154,7 +154,7 @@ def test_without_arguments_usage_says_what_to_give(jax_calls, capsys, command, p
     ("name", "complaint"),
     [
         ("nope", r"config 'nope' is not one of digits, .*tiny, nor a path to a \.py file"),
-        ("digits:nope", "digits has no stage 'nope'; it has first_stage and ldm"),
+        ("digits:nope", "digits has no stage 'nope'; it has first_stage, gan, ldm"),
         ("gone.py", r"config file gone\.py does not exist"),
     ],
 )

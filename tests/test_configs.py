@@ -14,7 +14,7 @@ from ldm_jax.convert import compvis_config
 from ldm_jax.train import autoencoder, ldm
 
 STAGES = {
-    "digits": ("first_stage", "ldm"),
+    "digits": ("first_stage", "gan", "ldm"),
     "first_stages": (*first_stages.KL, *first_stages.VQ),
     "folder": ("first_stage", "ldm", "class", "text", "clip"),
     "photos": ("first_stage", "kl_f8", "vq_f4", "vq_f8", "ldm"),
