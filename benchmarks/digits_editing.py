@@ -1,19 +1,24 @@
 """Edits held-out digits after `make demo`: `python benchmarks/digits_editing.py runs/demo`.
 
 Fills the lower half of held-out digits with `ldm-sample inpaint`, turns one into every other with
-`img2img`, walks between classes with `variations`, draws at twice the training size; writes
-DIR/editing/report.json and pictures. A classifier trained on the real training split judges.
+`img2img`, walks between classes with `variations`, draws at twice the training size, leads digits
+to a slant with docs/guide_digits.py; writes DIR/editing/report.json and pictures. A classifier
+trained on the real training split judges.
 """
 
+import importlib.util
 import json
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 from demo_report import small
 from etils import epath
 from sklearn.svm import SVC
 
-from ldm_jax import cli, data, images, rundir
+import ldm_jax
+from ldm_jax import cli, data, images, rundir, sampling
 from ldm_jax.sample import main as sample
 
 COUNT = 80  # held-out digits that are completed
@@ -69,9 +74,39 @@ def main(folder: epath.Path) -> int:
         report[f"img2img_{strength}"] = {"accuracy": accuracy(made, np.repeat(CLASSES, 4))}
     call("variations", "variations", "--labels", 3, 8, 0, "--num-images", 9)
     call("class2img", "twice_the_size", "--height", 2 * len(real[0]), "--width", 2 * len(real[0]))
+    report["slant"] = slanted(folder / "ldm", out, train, accuracy)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     cli.say(json.dumps(report, indent=2))
     return 0 if report["completed"]["accuracy"] >= TARGET else 1
+
+
+def slanted(run: epath.Path, out: epath.Path, real: np.ndarray, accuracy) -> dict:
+    """Figures and picture of docs/guide_digits.py: each class four times, led to two slants."""
+    where = Path(__file__).parents[1] / "docs" / "guide_digits.py"
+    spec = importlib.util.spec_from_file_location(where.stem, where)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    model, labels = ldm_jax.load(run), np.tile(CLASSES, 8)
+    goals = np.repeat([-0.3, 0.3], len(labels) // 2)
+    keys = sampling.keys_of(0, np.arange(len(labels)) % (len(labels) // 2))
+    began = time.perf_counter()
+    before, after = map(np.asarray, script.guide(model, labels, goals, keys))
+    found = {"seconds": time.perf_counter() - began}
+    own = script.slant(real / np.float32(127.5) - 1)
+    found["real"] = {"mean": float(np.mean(own)), "std": float(np.std(own))}
+    for name, pictures, which in (
+        ("as drawn", before, goals > 0),
+        ("led to -0.3", after, goals < 0),
+        ("led to 0.3", after, goals > 0),
+    ):
+        slants = script.slant(pictures[which])
+        found[name] = {
+            "mean": float(np.mean(slants)),
+            "std": float(np.std(slants)),
+            "accuracy": accuracy(images.to_uint8(pictures[which]), labels[which]),
+        }
+    script.main(str(run), str(out / "gradient.png"))
+    return found
 
 
 def write_inputs(folder: epath.Path, pixels: np.ndarray) -> tuple[list[epath.Path], epath.Path]:

@@ -37,7 +37,8 @@ def run_case(job: sampling_cases.Job, case: sampling_cases.Case) -> tuple[dict, 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     model = load(job)
     params = model.params
-    given = jax.tree.map(jnp.array, sampling_cases.inputs(case))
+    inputs = sampling_cases.inputs(case)
+    given = [jnp.asarray(inputs[name]) for name in ("x_T", "context", "null")]
     keys = sampling.keys_of(0, np.arange(case.batch))
     sampler = sampling.make_sampler(
         model,
@@ -60,10 +61,10 @@ def run_case(job: sampling_cases.Job, case: sampling_cases.Case) -> tuple[dict, 
         compiled, compiling = unet_cases.timed(lambda: traced.lower().compile())
         return compiled, tracing + compiling, flops.count(traced.jaxpr)
 
-    sample_program, sample_compile, sample_flops = program(sample, params, *given.values())
-    z = jax.ShapeDtypeStruct(given["x_T"].shape, jnp.float32)
+    sample_program, sample_compile, sample_flops = program(sample, params, *given)
+    z = jax.ShapeDtypeStruct(given[0].shape, jnp.float32)
     decode_program, decode_compile, decode_flops = program(decode, params, z)
-    steps = lambda: jax.block_until_ready(sample_program(params, *given.values()))  # noqa: E731
+    steps = lambda: jax.block_until_ready(sample_program(params, *given))  # noqa: E731
     one = lambda z: jax.block_until_ready(decode_program(params, z))  # noqa: E731
     figures, image = sampling_cases.parts(job, case, steps, one)
     figures["steps"] |= {"compile": sample_compile, "flops": sample_flops}

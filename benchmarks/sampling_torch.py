@@ -34,11 +34,10 @@ def run_case(job: sampling_cases.Job, case: sampling_cases.Case) -> tuple[dict, 
     torch.set_num_threads(job.threads)
     device, dtype = {"cpu": "cpu", "gpu": "cuda"}[job.platform], getattr(torch, job.dtype)
     synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(
-        f"{job.weights}/unet", torch_dtype=dtype
-    ).to(device)
-    vae = diffusers.AutoencoderKL.from_pretrained(f"{job.weights}/vae", torch_dtype=dtype)
-    vae = vae.to(device)
+    how = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    unet = diffusers.UNet2DConditionModel.from_pretrained(f"{job.weights}/unet", **how)
+    vae = diffusers.AutoencoderKL.from_pretrained(f"{job.weights}/vae", **how)
+    unet, vae = unet.to(device), vae.to(device)
     predict, draw = compiled(job, unet, vae)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,

@@ -1,4 +1,4 @@
-"""The two scripts of docs/ run as they are, on the tiny config."""
+"""The scripts of docs/ run as they are, on the tiny config."""
 
 import dataclasses
 import importlib.util
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import checkpoint, rundir, schema
+from ldm_jax import checkpoint, rundir, sampling, schema
 from ldm_jax.configs import tiny
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -63,6 +63,24 @@ def test_sampling_script_draws_every_label(trained, tmp_path):
     assert np.abs(first - second).max() > 1
 
 
-@pytest.mark.parametrize(("name", "most"), [("train_multihost", 60), ("sample", 25)])
+def test_slant_of_a_line():
+    y, x = np.mgrid[:32, :32]
+    ink = np.exp(-((x - 16 + np.array([0.5, 0, -0.25])[:, None, None] * (y - 16)) ** 2) / 4)
+    slants = script("guide_digits").slant(2 * ink[..., None] - 1)
+    np.testing.assert_allclose(slants, [0.5, 0, -0.25], atol=0.02)
+
+
+def test_guiding_script_moves_every_picture_to_its_goal(trained):
+    guide = script("guide_digits")
+    model = ldm_jax.load(trained)
+    goals, keys = np.array([0.3, -0.3]), sampling.keys_of(0, range(2))
+    before, after = guide.guide(model, [3, 1], goals, keys, steps=4, updates=4)
+    moved = np.asarray(guide.slant(after) - guide.slant(before))
+    assert moved[0] > 0.01 > -0.01 > moved[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("train_multihost", 60), ("sample", 25), ("guide_digits", 85)]
+)
 def test_scripts_are_short(name, most):
     assert len((DOCS / f"{name}.py").read_text().splitlines()) <= most
