@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from reference import draw, filled, max_difference
 
 from ldm_jax import schema, sharding
@@ -143,6 +144,7 @@ def test_sizes_are_those_of_the_reference(layers, millions):
     count = sum(x.size for x in jax.tree.leaves(variables["params"]))
     assert count / 1e6 == pytest.approx(millions, abs=0.005)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    sharding.by_rules(variables, sharding.RULES, AbstractMesh((2, 8, 2), sharding.AXES))
     logits = jax.eval_shape(model.apply, variables, image)
     side = 256 // 2**layers - 2
     assert (logits.shape, logits.dtype) == ((2, side, side, 1), jnp.float32)

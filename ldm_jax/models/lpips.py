@@ -116,10 +116,7 @@ def _standardized(image):
 
 
 def _unit(x):
-    """Features of length one at every pixel; where all are zero, zero, with a gradient of zero.
-
-    (torch's square root gives that gradient as NaN.)
-    """
+    """Features of length one at every pixel; where all are zero, zero with a gradient of zero."""
     x = x.astype(jnp.float32)
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     some = squared > 0
