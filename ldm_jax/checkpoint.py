@@ -249,6 +249,7 @@ def _facts(tree: Any) -> dict[str, tuple[int, int]]:
 
 @jax.jit
 def _device_facts(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x  # whose bits XLA does not give
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
     return jnp.stack([bad, jnp.sum(bits, dtype=jnp.uint32)])

@@ -357,3 +357,10 @@ def test_a_snapshot_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"snapshots/4: not written.* params/unet/bias"):
         checkpoint.save_snapshot(tmp_path, 4, params, {})
     assert checkpoint.snapshot_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
+def test_a_checksum_is_the_same_on_device_and_host(dtype):
+    x = jnp.asarray([0, 1, 1, 0, 1], dtype)
+    assert checkpoint._checksum({"a": x}) == checkpoint._checksum({"a": np.asarray(x)})
+    assert checkpoint._checksum({"a": x}) != checkpoint._checksum({"a": x[:-1]})

@@ -199,10 +199,13 @@ def test_a_poisoned_batch_leaves_the_discriminator_as_it_was():
 
 
 @pytest.mark.slow
-def test_a_run_in_two_parts_ends_as_one_in_one(tmp_path):
+@pytest.mark.parametrize("norm", ["batch", "act"])
+def test_a_run_in_two_parts_ends_as_one_in_one(tmp_path, norm):
     """Bit for bit: weights, average, discriminator, its statistics, both optimizers, metrics."""
     every = schema.IntervalConfig(log=1, save=2, snapshot=0, evaluate=4, sample=4)
-    config = recipes.gan_config(loss=LOSS, intervals=every, steps=4, max_to_keep=9)
+    disc = schema.DiscriminatorConfig(width=8, layers=2, norm=norm)
+    changes = {"discriminator": disc, "intervals": every, "steps": 4, "max_to_keep": 9}
+    config = recipes.gan_config(loss=LOSS, **changes)
     assert autoencoder.train(config, tmp_path / "whole") == 0
     assert autoencoder.train(dataclasses.replace(config, steps=2), tmp_path / "parts") == 0
     parts = ("params", "ema_params", "opt_state", "disc_params", "disc_stats", "disc_opt_state")
