@@ -1,7 +1,7 @@
 """What every sampling task shares: from options to a plan, from a plan to files."""
 
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.generate import generate, make_run
+from ldm_jax.sample.generate import generate
 from ldm_jax.sample.inputs import open_image, read_images, resized, size_of
 from ldm_jax.sample.options import (
     Options,
@@ -12,6 +12,7 @@ from ldm_jax.sample.options import (
     open_model,
 )
 from ldm_jax.sample.plan import Plan
+from ldm_jax.sample.program import make_run
 from ldm_jax.sample.write import open_out
 
 __all__ = [

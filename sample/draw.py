@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from ldm_jax import cli, images
-from ldm_jax.sample import generate, plan, write
+from ldm_jax.sample import exported, generate, plan, program, write
 
 # facts of a PNG that may differ from those of a list that goes on with it
 CHANGES = ("made_with", "progress")
@@ -21,12 +21,12 @@ def draw(what: plan.Plan) -> int:
     """
     options, run, size = what.options, None, None
     if options.export is not None:
-        generate.write(what)
+        exported.write(what)
         return 0
     if options.from_export is not None:
-        run, size = generate.read(what)
+        run, size = exported.read(what)
     else:
-        generate.program_of(what, what.model)  # refuses options that the sampler cannot use
+        program.program_of(what, what.model)  # refuses options that the sampler cannot use
     calls = plan.calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)

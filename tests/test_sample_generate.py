@@ -9,7 +9,7 @@ import task_models
 from PIL import Image
 
 from ldm_jax import cli, export, images, schema
-from ldm_jax.sample import common, generate, img2img, main, plan, progress
+from ldm_jax.sample import common, generate, img2img, main, plan, program, progress
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,9 +58,9 @@ def test_a_call_is_dispatched_before_the_one_before_it_is_fetched():
 def test_what_an_image_starts_from_is_donated(what):
     (call,) = plan.calls_of(what)
     arguments = generate.arguments_of(what, generate.batch_of(what), call)
-    program = generate.compiled(what, generate.program_of(what, what.model), arguments)
+    run = program.compiled(what, program.program_of(what, what.model), arguments)
     assert set(arguments[1]) == {"init"}
-    image, _ = program(*arguments)
+    image, _ = run(*arguments)
     assert arguments[1]["init"].is_deleted()
     assert image.shape == (4, 16, 16, 3)
 
@@ -68,7 +68,7 @@ def test_what_an_image_starts_from_is_donated(what):
 def test_steps_are_reported_and_change_nothing(what, capsys):
     ticks = []
     (plain,) = generate.made(what)
-    run = generate.program_of(what, what.model, lambda: ticks.append(1))
+    run = program.program_of(what, what.model, lambda: ticks.append(1))
     (told,) = generate.made(what, run=run)
     jax.effects_barrier()
     assert len(ticks) == 3
@@ -100,7 +100,7 @@ def test_previews_end_with_the_image(what):
     ],
 )
 def test_previews_are_of_levels_that_ran(start, count, number, expected):
-    assert generate.preview_levels(start, count, number).tolist() == expected
+    assert program.preview_levels(start, count, number).tolist() == expected
 
 
 def test_an_image_of_a_photo_is_drawn_again(run, photo, tmp_path, capsys):

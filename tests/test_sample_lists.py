@@ -119,7 +119,7 @@ def test_resume_completes_an_interrupted_list(stopped, made, command, capsys):
     for flags, message in (
         ((), "already holds images; --resume goes on with them"),
         (("--resume", "--overwrite"), "--resume keeps what --overwrite replaces"),
-        (("--resume", "--steps", 3), f"{NAMES[0]}.png was made with steps 2, and here it is 3"),
+        (("--resume", "--steps", 4), f"{NAMES[0]}.png was made with steps 2, and here it is 4"),
         (("--resume", "--negative-prompt", "x"), 'was made with negative_prompt "", and here'),
         (("--resume", "--seed", 3), f"{NAMES[2]}.png is none of the images of this list"),
     ):

@@ -1,0 +1,159 @@
+"""The program of a plan: conditioning, solver and decoder as one function, compiled once."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from ldm_jax import bundle, cli, conditioning, latents, sampling, sharding, solvers
+from ldm_jax.sample import progress
+from ldm_jax.sample.options import Options
+from ldm_jax.sample.plan import Plan
+
+
+def program_of(
+    plan: Plan, model: bundle.LatentDiffusion, step: Callable[[], None] | None = None
+) -> Callable:
+    """run(params, donated rows, other rows, keys, scales, eta[, start]): `make_run` of a plan.
+
+    model: that of the plan, or its portable copy; its weights are not used.
+    ValueError for options that the sampler cannot use.
+    """
+    run = make_run(
+        model,
+        plan.options,
+        plan.guided,
+        plan.shape,
+        around=plan.around,
+        decode=plan.decode,
+        levels=plan.levels,
+        step=step,
+    )
+
+    def program(params, donated, batch, keys, scales, eta, *start):
+        return run(params, {**batch, **donated}, keys, scales, eta, *start)
+
+    return program
+
+
+def compiled(plan: Plan, run: Callable, arguments: tuple) -> Callable:
+    """`run` compiled for arguments like these, which takes a while and says so."""
+    # rows stay where they are, on one host; several hosts write the same files
+    alone = jax.process_count() == 1
+    out = sharding.batch_sharding(plan.mesh) if alone else sharding.replicated(plan.mesh)
+    jitted = jax.jit(run, out_shardings=out, donate_argnums=(1,) if alone else ())
+    where = jax.config.jax_compilation_cache_dir
+    if progress.resolved(plan.options) == "steps":
+        kept = "not kept for the next time: --progress images is"
+    elif where is None:
+        kept = "not kept for the next time"
+    else:
+        kept = f"kept in {where} for the next time; --no-compilation-cache turns that off"
+    cli.say(f"compiling the sampler for batches of {len(arguments[3])} ({kept}) ...")
+    began = time.perf_counter()
+    program = jitted.lower(*arguments).compile()
+    cli.say(f"compiled in {time.perf_counter() - began:.1f} s{planned(program)}")
+    return program
+
+
+def planned(program: Any) -> str:
+    """What the compiler plans to hold on each device, for people; empty where it does not tell."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return ""
+    given = memory.argument_size_in_bytes / 1e9
+    peak = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
+    return f"; memory of each device: {peak:.3f} GB beside {given:.3f} GB of weights and inputs"
+
+
+def make_run(
+    model: bundle.LatentDiffusion,
+    options: Options,
+    guided: bool,
+    shape: tuple[int, int, int],
+    *,
+    around: Callable | None = None,
+    decode: Callable | None = None,
+    levels: solvers.Levels | None = None,
+    step: Callable[[], None] | None = None,
+) -> Callable:
+    """run(params, batch, keys, scale, eta, start=0) -> (images, unscaled latents[, previews]).
+
+    To be jitted. The conditioning is encoded once, before the scan over the levels. Beside it
+    `batch` may hold
+    x_T: [B, h, w, c], the noise to start from.
+    init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`.
+    hole: [B, H, W, 1], 1 where `init` is drawn anew; elsewhere it is kept.
+
+    around: model -> model, inside of guidance, as `windows.windowed`.
+    decode: decode(params of the first stage, unscaled latents) -> images; default: the first stage
+    in one pass.
+    levels: see `sampling.make_sampler`.
+    step: called on the host at every step.
+    previews: [B, options.preview, H, W, c], the predicted x0 at as many levels, if not 0.
+    """
+    trace = None
+    if options.preview or step is not None:
+        trace = functools.partial(_look, step, options.preview > 0)
+    sample = sampling.make_sampler(
+        model,
+        shape=shape,
+        steps=options.steps,
+        solver=options.solver,
+        spacing=options.spacing,
+        guided=guided,
+        decode=False,
+        trace=trace,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+        dynamic_threshold=options.dynamic_threshold,
+        quantize_x0=options.quantize_x0,
+        around=around,
+        levels=levels,
+    )
+    if decode is None:
+        decode = lambda p, z: model.first_stage.apply({"params": p}, z, method="decode")  # noqa: E731
+
+    def run(params, batch, keys, scale, eta, start=0):
+        stage = params["first_stage"]
+        encode = functools.partial(
+            latents.encode, model.first_stage, stage, scale=model.latent_scale
+        )
+        arguments = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
+        cond = conditioning.from_batch(*arguments)
+        null = conditioning.null_like(*arguments) if guided else None
+        init, hole = batch.get("init"), batch.get("hole")
+        if init is not None:
+            # a sample of the posterior, as in the reference; what is kept is its mode
+            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if hole is None else None
+            init = encode(init, keys=draws)
+        if hole is not None:  # a latent pixel is kept if all that it stands for is
+            hole = einops.reduce(hole, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
+        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"), start, init, hole)
+        z, x0 = z if trace is not None else (z, None)
+        image = decode(stage, z).astype("float32")
+        if not options.preview:
+            return image, z
+        shown = preview_levels(start, len(x0), options.preview)
+        previews = jax.lax.map(lambda x: decode(stage, x / model.latent_scale), x0[shown])
+        return image, z, jnp.moveaxis(previews.astype("float32"), 0, 1)
+
+    return run
+
+
+def _look(step: Callable[[], None] | None, kept: bool, x: jax.Array, denoised: Any) -> Any:
+    """A `trace` of `make_sampler`: tells the host, and keeps the predicted x0."""
+    del x
+    if step is not None:
+        jax.debug.callback(step)
+    return denoised.x0 if kept else None
+
+
+def preview_levels(start: Any, count: int, number: int) -> jax.Array:
+    """Int [number]: levels of start..count - 1, evenly, the last one included; start is traced."""
+    ran = count - jnp.asarray(start)
+    return jnp.clip(start + jnp.arange(1, number + 1) * ran // number - 1, 0, count - 1)
