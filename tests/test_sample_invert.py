@@ -3,15 +3,19 @@
 import dataclasses
 import json
 
+import gaussian
 import jax
 import numpy as np
 import pytest
+import reference
 import task_models
 
-from ldm_jax import bundle, cli, images, loading, schema, solvers
-from ldm_jax.sample import invert, main
+from ldm_jax import bundle, cli, diffusion, images, loading, schema, solvers
+from ldm_jax.sample import invert, main, variations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SD = diffusion.make_schedule("scaled_linear")
 
 
 def sample(task, *flags):
@@ -84,6 +88,34 @@ def test_more_steps_come_closer_with_guidance_too(ldm_run, photos, tmp_path):
         assert sample("invert", "--model", ldm_run, "--out", out, *flags) == 0
         reached.append(errors(out)[0]["latent_psnr"])
     assert reached[0] + 6 < reached[1] < reached[2] - 6, reached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in solvers.SOLVERS if n not in variations.NOISY])
+def test_every_solver_without_noise_leads_back(name):
+    table = solvers.levels(SD, 50, "trailing", "alphas_cumprod_0")
+    z, keys = reference.draw(2, 4, 4, 4), jax.random.split(jax.random.key(0), 2)
+    image = gaussian.exact(z, table.alpha_next[-1], table.sigma_next[-1])
+
+    @jax.jit
+    def there_and_back(image):
+        way = (solvers.make(name), gaussian.denoise)
+        x_T = solvers.sample(*way, solvers.inverted(table), image, keys)
+        return x_T, solvers.sample(*way, table, x_T, keys)
+
+    x_T, again = there_and_back(image)
+    exact = gaussian.exact(z, table.alpha[0], table.sigma[0])
+    limit = 0.07 if name in ("ddim", "euler") else 0.03
+    assert np.sqrt(np.mean((x_T - exact) ** 2)) < limit
+    assert np.sqrt(np.mean((again - image) ** 2)) < limit
+
+
+@pytest.mark.slow
+def test_again_repeats_an_image(inverted, tmp_path, capsys):
+    path = inverted / "00001_b_class3_seed0.png"
+    assert sample("again", path, "--out", tmp_path) == 0
+    said = capsys.readouterr().err
+    assert "pixel for pixel" in said or "by up to 1 of 255" in said
 
 
 def options(**changes):

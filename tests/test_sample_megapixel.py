@@ -1,7 +1,6 @@
 """`ldm-sample megapixel`: windows, tiles and devices give what the public functions give."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -10,9 +9,9 @@ import pytest
 import reference
 import task_models
 
-from ldm_jax import latents, sampling, schema, windows
+from ldm_jax import cli, images, latents, sampling, schema, sharding, windows
 from ldm_jax.conditioning import Cond
-from ldm_jax.sample import megapixel
+from ldm_jax.sample import main, megapixel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -50,7 +49,7 @@ def whole(run, tmp_path_factory):
 
 def test_without_flags_and_with_one_window_it_is_the_plain_sampler(run, whole, tmp_path, capsys):
     assert whole[0].shape == (2, 16, 12, 4)
-    for name, flags in (("plain", []), ("window", ["--window", 32]), ("tile", ["--tile", 64])):
+    for name, flags in (("plain", []), ("window", ["--window", 32])):
         found = drawn(tmp_path / name, run, *sized(32, 24, *flags))
         np.testing.assert_array_equal(found, whole[0])
         picture = task_models.pixels(tmp_path / name / "00000_class2_seed0.png")
@@ -76,20 +75,26 @@ def test_windows_are_blended_at_every_step(plain, run, whole, tmp_path):
     assert np.abs(found - whole[0]).max() > 0.01
 
 
-def test_tiles_are_decoded_to_the_same_image(plain, run, whole, tmp_path):
-    found = drawn(tmp_path, run, *sized(32, 24, "--tile", 20, "--tile-levels", 1))
-    np.testing.assert_allclose(found, whole[0], atol=1e-5)
-    picture = task_models.pixels(tmp_path / "00000_class2_seed0.png")
-    assert np.abs(picture - whole[1]).max() <= 1
+def test_tiles_are_decoded_to_the_same_image(plain):
     options = megapixel.Options(model="", out="", tile=(20,), tile_levels=1)
     _, decode = megapixel.way(plain, options, None, (16, 12, 4))
-    stage = plain.params["first_stage"]
-    expected = latents.decode(plain.first_stage, stage, whole[0], 1.0)
-    np.testing.assert_allclose(decode(stage, whole[0]), expected, atol=1e-4)
+    stage, z = plain.params["first_stage"], reference.draw(1, 16, 12, 4)
+    expected = reference.quick_jit(
+        lambda p, z: latents.decode(plain.first_stage, p, z, 1.0)
+    )(stage, z)  # fmt: skip
+    np.testing.assert_allclose(reference.quick_jit(decode)(stage, z), expected, atol=1e-4)
+    _, small = megapixel.way(plain, dataclasses.replace(options, tile=(8,)), None, (16, 12, 4))
     with pytest.raises(ValueError, match="tiles reach"):
-        megapixel.way(plain, dataclasses.replace(options, tile=(8,)), None, (16, 12, 4))[1](
-            stage, whole[0]
-        )
+        jax.eval_shape(small, stage, z)
+
+
+@pytest.mark.slow
+def test_tiles_from_the_command_line(run, whole, tmp_path):
+    for name, flags in (("many", ["--tile", 20, "--tile-levels", 1]), ("one", ["--tile", 64])):
+        found = drawn(tmp_path / name, run, *sized(32, 24, *flags))
+        np.testing.assert_allclose(found, whole[0], atol=1e-5)
+        picture = task_models.pixels(tmp_path / name / "00000_class2_seed0.png")
+        assert np.abs(picture - whole[1]).max() <= 1
 
 
 def test_an_image_over_four_devices_has_the_same_pixels(run, whole, tmp_path, capsys):
@@ -105,8 +110,6 @@ def test_an_image_over_four_devices_has_the_same_pixels(run, whole, tmp_path, ca
 def test_space_splits_every_layer(plain):
     """No array of the program on a device has the height of the image or its latent, but what
     comes out."""
-    from ldm_jax import sharding
-
     mesh = sharding.spatial_mesh(4)
     around, decode = megapixel.spread(plain, mesh, (32, 8, 4))
     net = around(lambda x, t, cond: jax.numpy.tanh(x) * t[:, None, None, None])
@@ -130,15 +133,14 @@ def maps(tmp_path_factory):
     return task_models.write_png(tmp_path_factory.mktemp("maps") / "street.png", values)
 
 
+@pytest.mark.slow
 def test_maps_are_cut_like_the_image(maps, tmp_path):
     cond = schema.SemanticCondConfig(num_classes=3, out_channels=None, stages=1)
     model = task_models.make(cond, in_channels=7)
     run = task_models.save(model, tmp_path)
     flags = ["--maps", maps, "--window", 16, "--stride", 8]
     found = drawn(tmp_path / "out", run, *flags)
-    with np.errstate(all="ignore"):
-        ids = task_models.pixels(maps)
-    onehot = np.eye(3, dtype=np.float32)[ids]
+    onehot = np.eye(3, dtype=np.float32)[task_models.pixels(maps)]
     concat = onehot.reshape(1, 12, 2, 8, 2, 3).mean((2, 4))
     how = {"window": (8, 8), "stride": (4, 4)}
     sample = sampling.make_sampler(
@@ -151,6 +153,7 @@ def test_maps_are_cut_like_the_image(maps, tmp_path):
     assert (tmp_path / "out" / "00000_street_seed0.png").exists()
 
 
+@pytest.mark.slow
 def test_small_images_are_enlarged_window_by_window(tmp_path):
     model = task_models.make(schema.SuperResCondConfig(factor=2), in_channels=7)
     run = task_models.save(model, tmp_path)
@@ -194,10 +197,13 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_are_in_the_pictures(run, tmp_path):
-    from ldm_jax import images
-
-    drawn(tmp_path, run, *sized(16, 16, "--window", 16))
-    kept = images.read_settings(tmp_path / "00001_class2_seed0.png")
+@pytest.mark.slow
+def test_a_picture_says_how_to_draw_it_again(run, tmp_path, capsys):
+    drawn(tmp_path / "out", run, *sized(32, 16, "--window", 16, "--stride", 8))
+    path = tmp_path / "out" / "00001_class2_seed0.png"
+    kept = images.read_settings(path)
     assert (kept["task"], kept["window"], kept["asked"]) == ("megapixel", [16], "2")
-    assert json.dumps(kept)
+    argv = ["again", str(path), "--out", str(tmp_path / "again")]
+    assert cli.run("ldm-sample", main.sample, argv) == 0
+    said = capsys.readouterr().err
+    assert "pixel for pixel" in said or "by up to 1 of 255" in said

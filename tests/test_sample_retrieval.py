@@ -6,9 +6,10 @@ import pytest
 import reference
 import task_models
 
-from ldm_jax import images, neighbours, sampling, schema
+from ldm_jax import cli, images, neighbours, sampling, schema
 from ldm_jax.conditioning import Cond
 from ldm_jax.convert import clip_folder
+from ldm_jax.sample import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -78,6 +79,18 @@ def test_the_context_is_the_query_and_its_neighbours(model, flags, photos, tmp_p
     for column in (0, 1):
         at = left + column * step + 24
         np.testing.assert_allclose(sheet[2 + step + 24, at], colour, atol=1)
+
+
+@pytest.mark.slow
+def test_again_repeats_an_image(flags, photos, tmp_path, capsys):
+    asked = ["--prompt", "red", "--query-image", photos / "c.png", "--database", photos]
+    asked += ["--neighbours", 2, "--num-images", 1, "--index-file", tmp_path / "index.npz"]
+    assert task_models.sample("retrieval", *flags, "--out", tmp_path / "out", *asked) == 0
+    path = str(tmp_path / "out" / "00001_c_seed0.png")
+    argv = ["again", path, "--out", str(tmp_path / "again")]
+    assert cli.run("ldm-sample", main.sample, argv) == 0
+    said = capsys.readouterr().err
+    assert "pixel for pixel" in said or "by up to 1 of 255" in said
 
 
 @pytest.mark.slow
