@@ -37,12 +37,13 @@ def count(jaxpr: Any, padded: bool = False) -> float:
 def kernels(jaxpr: Any) -> dict[str, dict[tuple, float]]:
     """Executed operations of one call of each Pallas kernel, padding included.
 
-    By the kernel's name, then by the shapes of its outputs: {"name": {((2, 8), (2,)): 1e9}}.
+    By the kernel's name, then by the shapes of what it takes and returns, in this order:
+    {"name": {((2, 8), (8,), (2,)): 1e9}}.
     """
     found: dict[str, dict[tuple, float]] = {}
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "pallas_call":
-            shapes = tuple(var.aval.shape for var in eqn.outvars)
+            shapes = tuple(var.aval.shape for var in (*eqn.invars, *eqn.outvars))
             operations = _times(eqn) * sum(count(inner, padded=True) for inner in _inner(eqn))
             found.setdefault(eqn.params["name"] or "pallas_call", {})[shapes] = operations
         else:

@@ -121,8 +121,8 @@ class Estimate:
 def estimate(text: str, chip: Chip, kernels: dict[str, dict] | None = None) -> Estimate:
     """The cost of the program whose `compiled.as_text()` is `text`.
 
-    kernels: operations of Pallas kernels by name and output shapes, as `flops.kernels` gives them
-    for the traced program; a kernel that is not there counts with the cost its call states.
+    kernels: operations of Pallas kernels by name and shapes, as `flops.kernels` gives them for the
+    traced program; a kernel that is not there counts with the cost its call states.
     Raises ValueError when `text` is no HLO.
     """
     found = Estimate([], {}, 0.0, [], [])
@@ -184,7 +184,7 @@ def _charge(module, computation, op, runs, chip, kernels, found) -> None:
     if cycles and int(cycles.group(1)) < SENTINEL:
         seconds, source = int(cycles.group(1)) / chip.clock, "cycles"
     else:
-        operations = _operations(module, op, kernels)
+        operations = _operations(module, computation, op, kernels)
         if operations is None:
             found.unknown_kernels.append(op.scope or op.name)
         size = _hbm_bytes(op.shape) + sum(
@@ -213,10 +213,11 @@ def _hbm_bytes(arrays) -> int:
 # --- operations ----------------------------------------------------------------------------------
 
 
-def _operations(module, op, kernels) -> float | None:
+def _operations(module, computation, op, kernels) -> float | None:
     """Executed matrix operations of an op without an estimate; None for a kernel nobody knows."""
     if op.opcode == "custom-call":
-        shapes = tuple(array.dims for array in op.shape)
+        given = [array for name in op.operands for array in computation[name].shape]
+        shapes = tuple(array.dims for array in (*given, *op.shape))
         for name, calls in kernels.items():
             if shapes in calls and re.search(rf"\b{re.escape(name)}\b", op.scope):
                 return calls[shapes]

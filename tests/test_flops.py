@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from ldm_jax import flops
 
@@ -40,6 +41,33 @@ def test_cond_counts_its_dearest_branch():
     w = jnp.ones((4, 4))
     f = lambda p, x: jax.lax.cond(p, lambda x: x @ w @ w, lambda x: x @ w, x)  # noqa: E731
     assert count(f, True, jnp.ones((4, 4))) == 2 * 2 * 4**3
+
+
+def test_tpu_tiles_pad_columns_and_depth_to_128_and_rows_to_8():
+    a, b = jnp.ones((3, 4, 40)), jnp.ones((3, 40, 130))
+    jaxpr = jax.make_jaxpr(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))(a, b)
+    assert flops.count(jaxpr) == 2 * 3 * 4 * 40 * 130
+    assert flops.count(jaxpr, padded=True) == 2 * 3 * 8 * 128 * 256
+
+
+def test_a_pallas_kernel_counts_as_often_as_its_grid_and_its_loops_say():
+    def kernel(x_ref, out_ref):
+        def turn(_, x):
+            return jnp.dot(x, x_ref[...])
+
+        out_ref[...] = jax.lax.fori_loop(0, 5, turn, x_ref[...])
+
+    def call(x):
+        spec = pl.BlockSpec((None, 8, 8), lambda i: (i, 0, 0))
+        return pl.pallas_call(
+            kernel, out_shape=x, grid=(3,), in_specs=[spec], out_specs=spec, name="power"
+        )(x)
+
+    x = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
+    jaxpr = jax.make_jaxpr(jax.jit(call))(x)
+    assert flops.count(jaxpr) == 3 * 5 * 2 * 8**3
+    padded = 3 * 5 * 2 * 8 * 128 * 128
+    assert flops.kernels(jaxpr) == {"power": {((3, 8, 8), (3, 8, 8)): padded}}
 
 
 def test_gradient_of_a_dense_layer_costs_three_products():

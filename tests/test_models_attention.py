@@ -115,18 +115,21 @@ def test_cudnn_masks_the_padding_of_odd_lengths(queries, keys, monkeypatch):
         ("gpu", "auto", attention.cudnn),
         ("cuda", "auto", attention.cudnn),
         ("rocm", "auto", attention.xla),
-        ("tpu", "auto", attention.xla),
+        ("tpu", "auto", attention.flash),
         ("cpu", "xla", attention.xla),
         ("tpu", "chunked", attention.chunked),
         ("gpu", "cudnn", attention.cudnn),
+        ("tpu", "flash", attention.flash),
     ],
 )
 def test_choose(platform, name, function):
     assert attention.choose(platform, name=name) is function
 
 
-def test_choose_refuses_unknown_names_and_cudnn_off_gpus():
-    with pytest.raises(ValueError, match="'flash' is unknown; choose one of auto, xla"):
+def test_choose_refuses_unknown_names_and_what_the_platform_lacks():
+    with pytest.raises(ValueError, match="'splash' is unknown; choose one of auto, xla"):
+        attention.choose("cpu", name="splash")
+    with pytest.raises(ValueError, match="'flash' does not run on 'cpu'"):
         attention.choose("cpu", name="flash")
     with pytest.raises(ValueError, match="does not run on 'tpu'"):
         attention.choose("tpu", name="cudnn")

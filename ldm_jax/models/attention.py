@@ -23,8 +23,8 @@ CHUNK_LOGITS = 2**21
 """Logits of one head that `chunked` keeps at a time: 8 MiB."""
 CPU_LOGITS = 2**16
 """Logits of one head from which on `cpu` takes `chunked`: measured, forward and backward."""
-FLASH_LOGITS = 2**20
-"""Logits of one head from which on `flash` takes the kernel: estimated, see benchmarks/README.md."""
+FLASH_LOGITS = 2**18
+"""Logits of one head from which on `flash` takes the kernel: estimated (`tpu_cost`)."""
 
 
 def xla(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):

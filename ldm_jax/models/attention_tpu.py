@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 BLOCK = 512
 """Queries that are worked on at a time."""
-CHUNK = 512
+CHUNK = 256
 """Keys that are worked on at a time."""
 KEY_BYTES = 8 * 2**20
 """Most bytes of keys and values that are held on the chip at a time."""

@@ -4,13 +4,15 @@ Axes: b batch, q image positions, l context tokens, c channels, n heads, d width
 """
 
 import einops
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ldm_jax.models.attention import AttentionFunction, xla
-from ldm_jax.models.blocks import conv, dense, group_norm
+from ldm_jax.models.blocks import conv, dense, group_norm, initializers, one_pass
 
 
 class AttentionBlock(nn.Module):
@@ -75,6 +77,35 @@ class Attention(nn.Module):
         return dense(channels, channels, name="to_out_0", **low)(out_bqc)
 
 
+class TwoHalves(nn.Module):
+    """A dense layer whose output is returned in two halves.
+
+    In bfloat16 they are two products: on a TPU the second then ends in what follows it, and the
+    whole width is never written. In float32 one, because a CPU would copy the weights for two.
+    """
+
+    channels: int
+    """Of each half."""
+    dtype: DTypeLike = jnp.float32
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x):
+        kernel_init, bias_init = initializers(x.shape[-1])
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], 2 * self.channels))
+        bias = self.param("bias", bias_init, (2 * self.channels,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+
+        def product(kernel, bias):
+            out = jnp.einsum("bqc,cd->bqd", x, kernel, precision=self.precision)
+            return out + bias[None, None]
+
+        if x.dtype != jnp.bfloat16:
+            return jnp.split(product(kernel, bias), 2, axis=-1)
+        kernels, biases = jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)
+        return [product(*half) for half in zip(kernels, biases)]
+
+
 class GEGLU(nn.Module):
     """Linear layer to twice the width; the second half, through an exact GELU, gates the first."""
 
@@ -84,15 +115,12 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        proj = dense(
-            x.shape[-1],
-            2 * self.channels,
-            name="proj",
-            dtype=self.dtype,
-            precision=self.precision,
-        )
-        value, gate = jnp.split(proj(x), 2, axis=-1)
-        return value * nn.gelu(gate, approximate=False)
+        low = {"dtype": self.dtype, "precision": self.precision}
+        value, gate = TwoHalves(self.channels, name="proj", **low)(x)
+        # the erf of PyTorch's GELU: jax.nn.gelu has erfc, which takes twice as long
+        gate = gate.astype(jnp.float32)
+        gate *= 0.5 * (1 + jax.lax.erf(gate * np.float32(np.sqrt(0.5))))
+        return value * gate.astype(value.dtype)
 
 
 class FeedForward(nn.Module):
@@ -134,7 +162,8 @@ class TransformerBlock(nn.Module):
         first = context_blc if self.only_cross_attention else None
 
         def norm(name):
-            return nn.LayerNorm(1e-5, use_fast_variance=False, dtype=self.dtype, name=name)
+            fast = one_pass(x_bqc)
+            return nn.LayerNorm(1e-5, use_fast_variance=fast, dtype=self.dtype, name=name)
 
         x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc), first)
         x_bqc += Attention(name="attn2", **heads, **low)(norm("norm2")(x_bqc), context_blc)
