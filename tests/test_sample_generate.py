@@ -32,8 +32,8 @@ def photo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def what(run, photo):
-    """The plan of two images from a photo, of which two of three levels run."""
-    flags = {"steps": 3, "strength": 0.67, "labels": (1, 3), "images": (str(photo),)}
+    """The plan of two images from a photo, of which two of four levels run."""
+    flags = {"steps": 4, "strength": 0.5, "labels": (1, 3), "images": (str(photo),)}
     return img2img.plan(img2img.Options(model=str(run), out="", **flags))
 
 
@@ -71,7 +71,7 @@ def test_steps_are_reported_and_change_nothing(what, capsys):
     run = program.program_of(what, what.model, lambda: ticks.append(1))
     (told,) = generate.made(what, run=run)
     jax.effects_barrier()
-    assert len(ticks) == 3
+    assert len(ticks) == 4
     np.testing.assert_array_equal(told.image, plain.image)
     capsys.readouterr()
     steps = dataclasses.replace(what.options, progress="steps")
@@ -104,7 +104,7 @@ def test_previews_are_of_levels_that_ran(start, count, number, expected):
 
 
 def test_an_image_of_a_photo_is_drawn_again(run, photo, tmp_path, capsys):
-    flags = ["--model", run, "--out", tmp_path / "out", "--steps", 3, "--images", photo]
+    flags = ["--model", run, "--out", tmp_path / "out", "--steps", 2, "--images", photo]
     assert sample("img2img", *flags, "--labels", 1, 3, "--num-images", 3, "--batch-size", 4) == 0
     one = tmp_path / "out" / "00004_photo_class3_seed0.png"
     again = ["again", one, "--model"]
@@ -144,7 +144,7 @@ def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
         assert np.abs(a - b).max() <= 1  # one device and four
     capsys.readouterr()
     for more, message in (
-        (("--steps", 3), "was exported with steps 2, and here it is 3"),
+        (("--steps", 4), "was exported with steps 2, and here it is 4"),
         (("--guidance-scale", 1), "was exported with guided True, and here it is False"),
         (("--height", 32), "was exported with latent [8, 8, 4], and here it is [16, 8, 4]"),
     ):

@@ -6,7 +6,7 @@ import text_model
 from PIL import Image
 
 from ldm_jax import cli, images, saving
-from ldm_jax.sample import generate, main, write
+from ldm_jax.sample import main, program, write
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -87,13 +87,12 @@ def test_a_bad_line_is_named_and_the_others_are_drawn(made, run):
     assert pixels(out / "previews" / f"{NAMES[0]}.png").shape == (16 + 4, 2 * 18 + 2, 3)
 
 
-def test_an_image_of_a_list_is_drawn_again(made, tmp_path, capsys):
+@pytest.mark.parametrize("name", [NAMES[5], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+def test_an_image_of_a_list_is_drawn_again(made, tmp_path, capsys, name):
     out, _ = made
-    for name in (NAMES[1], NAMES[5]):
-        assert main.sample(["again", f"{out / name}.png", "--out", str(tmp_path / name)]) == 0
-        assert capsys.readouterr().err.endswith("pixel for pixel\n")
-        np.testing.assert_array_equal(pixels(tmp_path / name / f"{name}.png"),
-                                      pixels(out / f"{name}.png"))  # fmt: skip
+    assert main.sample(["again", f"{out / name}.png", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.endswith("pixel for pixel\n")
+    np.testing.assert_array_equal(pixels(tmp_path / f"{name}.png"), pixels(out / f"{name}.png"))
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +132,10 @@ def test_resume_completes_an_interrupted_list(stopped, made, command, capsys):
 
 
 def test_ctrl_c_says_how_to_go_on(command, tmp_path, monkeypatch, capsys):
-    def interrupted(array):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "fetched", interrupted)
+    monkeypatch.setattr(program, "compiled", interrupted)
     assert command(tmp_path / "out") == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2:] == [
