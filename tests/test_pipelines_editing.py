@@ -240,11 +240,11 @@ def test_thresholding_of_dpm_solver(made, model, record_property):
 
     pipe = made[1]
     config = {k: v for k, v in pipe.scheduler.config.items() if k != "set_alpha_to_one"}
-    config["timestep_spacing"] = "trailing"
-    expected, without = (
-        text_to_image(pipe, DPMSolverMultistepScheduler.from_config(config, **options))
-        for options in (THRESHOLD, {})
+    # as an argument: in the config it is noted as a default, and theirs is another
+    scheduler = functools.partial(
+        DPMSolverMultistepScheduler.from_config, config, timestep_spacing="trailing"
     )
+    expected, without = (text_to_image(pipe, scheduler(**options)) for options in (THRESHOLD, {}))
     assert np.abs(without - expected).max() > 10
     table = solvers.levels(model.schedule, STEPS, "trailing", "one")
     options = {"solver": "dpmpp_2m", "levels": table, "dynamic_threshold": 80.0}
