@@ -6,7 +6,8 @@
     run, meta = export.read("sampler.bin", model=model)
 
 The file is `ldm_jax program 1`, the sha256 of what follows, one line of JSON (`meta`), each ended
-by a newline, and the compressed StableHLO of `jax.export`: `head -n 3` shows what it is.
+by a newline, and the compressed StableHLO of `jax.export` for each platform: `head -n 3` shows
+what it is.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ CONSTANTS = 2**22
 class Program(NamedTuple):
     """A lowered function, and what it is called with."""
 
-    exported: jax_export.Exported
+    exported: dict[str, jax_export.Exported]
+    """By platform: a kernel of one cannot be lowered into a program of several."""
     arguments: tuple[str, ...]
     """Their names."""
     inputs: tuple[dict, ...]
@@ -49,7 +51,7 @@ class Program(NamedTuple):
 
 
 def portable(model: LatentDiffusion, platforms: Sequence[str] = PLATFORMS) -> LatentDiffusion:
-    """`model` with the attention and the convolution of every platform, chosen when it is compiled.
+    """`model` with the attention and the convolution of each platform, chosen when it is lowered.
 
     They are those of `attention.choose` and `convolution.choose`, but where this process has no
     CUDA device, `cuda` attends with `attention.xla`: cuDNN's kernel can only be traced beside one.
@@ -85,7 +87,7 @@ def _attention_name(platform: str) -> str:
 
 
 def _by_platform(functions: dict[str, Callable]) -> Callable:
-    """The function of the platform that a program is compiled for, of arrays and keywords."""
+    """The function of the platform that a program is lowered for; takes arrays, then others."""
     if len(set(functions.values())) == 1:
         return next(iter(functions.values()))
 
@@ -126,11 +128,11 @@ def lower(run: Callable, arguments: Sequence[Any], platforms: Sequence[str] = PL
         )
     # cuDNN's attention: XLA keeps it, but the StableHLO rules do not promise it for old files
     cudnn = [jax_export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{n}") for n in CUDNN]
-    return Program(
-        jax_export.export(jitted, platforms=tuple(platforms), disabled_checks=cudnn)(*plain),
-        names,
-        _inputs(names, arguments),
-    )
+    exported = {
+        p: jax_export.export(jitted, platforms=(p,), disabled_checks=cudnn)(*plain)
+        for p in platforms
+    }
+    return Program(exported, names, _inputs(names, arguments))
 
 
 CUDNN = ("Softmax", "SoftmaxBackward", "ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward")
@@ -164,16 +166,18 @@ def write(path: epath.PathLike, program: Program, meta: dict[str, Any]) -> None:
     """One file of the program; `meta` (JSON values) says what it samples with.
 
     `meta["model"]`, from `identity`, is what `read` compares. The file also holds "platforms",
-    "arguments", "inputs" and "jax", the version that wrote it.
+    the "bytes" of each, "arguments", "inputs" and "jax", the version that wrote it.
     """
+    blobs = {p: zlib.compress(bytes(e.serialize())) for p, e in program.exported.items()}
     facts = {
         **meta,
         "jax": jax.__version__,
-        "platforms": list(program.exported.platforms),
+        "platforms": list(blobs),
+        "bytes": [len(blob) for blob in blobs.values()],
         "arguments": list(program.arguments),
         "inputs": list(program.inputs),
     }
-    body = json.dumps(facts).encode() + b"\n" + zlib.compress(bytes(program.exported.serialize()))
+    body = json.dumps(facts).encode() + b"\n" + b"".join(blobs.values())
     head = MAGIC + b"%d\n" % FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n"
     path = epath.Path(path)
     part = path.parent / f"{path.name}.part"  # never half a file under this name
@@ -191,7 +195,7 @@ def read(
     ValueError, naming the file, if it is no program, damaged, of a newer format or unknown to this
     version of JAX, or not for this model or platform. What `run` is called with must fit, too.
     """
-    meta, blob = _split(path)
+    meta, blobs = _split(path)
     if model is not None and meta.get("model") != identity(model):
         raise ValueError(
             f"{path}: was exported from another model (config and latent scale have the hash"
@@ -203,6 +207,9 @@ def read(
             f"{path}: was lowered for {', '.join(meta['platforms'])}, not for {platform}: export it"
             " again for this platform"
         )
+    number = meta["platforms"].index(platform)
+    first = sum(meta["bytes"][:number])
+    blob = blobs[first : first + meta["bytes"][number]]
     try:
         exported = jax_export.deserialize(bytearray(zlib.decompress(blob)))
     except Exception as error:  # whatever a reader of another version raises
@@ -239,7 +246,7 @@ def _text(arrays: dict[str, dict], name: str) -> str:
 
 
 def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
-    """What the file says of itself, and the compressed program."""
+    """What the file says of itself, and the compressed programs."""
     try:
         data = epath.Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -257,8 +264,8 @@ def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
     digest, _, body = rest.partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{path}: is damaged, its hash is wrong: copy it or export it again")
-    facts, _, blob = body.partition(b"\n")
-    return json.loads(facts), blob
+    facts, _, blobs = body.partition(b"\n")
+    return json.loads(facts), blobs
 
 
 def _platform() -> str:
