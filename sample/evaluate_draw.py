@@ -1,6 +1,7 @@
 """Samples drawn batch by batch from a model of any task, and their features."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -118,16 +119,14 @@ def drawn(
         "saved": options.npz,
         "Sampler": f"{asked.solver}, {asked.steps} steps, guidance {asked.guidance_scale:g}",
     }
-    run = jax.jit(
-        generate.make_run(model, asked, guided, model.latent_shape),
-        out_shardings=sharding.batch_sharding(mesh),
-    )
+    run = generate.make_run(model, asked, guided, model.latent_shape)
 
-    def draw(batch: dict, indices: np.ndarray) -> jax.Array:
-        keys = jax.device_put(
-            sampling.keys_of(options.seed, indices), sharding.batch_sharding(mesh)
-        )
-        return run(model.params, batch, keys, options.guidance_scale, options.eta)[0]
+    def numbered(params: dict, batch: dict, numbers: jax.Array) -> jax.Array:
+        keys = sampling.keys_of(options.seed, numbers)  # in the program: of all processes
+        return run(params, batch, keys, options.guidance_scale, options.eta)[0]
+
+    jitted = jax.jit(numbered, out_shardings=sharding.batch_sharding(mesh))
+    draw = functools.partial(jitted, model.params)
 
     def produce(first: int, out: epath.Path) -> Iterator:
         return _batches(options, opened, draw, conditions, model, (first, count), out)
@@ -211,7 +210,7 @@ def _batches(
         indices = np.arange(i * size, (i + 1) * size)
         real = min(size, count - i * size)
         batch = next(given)[0] if given is not None else _labels(model, indices, rows)
-        image = draw(batch, indices)
+        image = draw(batch, features.place(indices.astype(np.int32), rows))
         found = features.fetch(extract(image), real)
         if i == 0 or options.npz:
             pixels = images.to_uint8(_whole(image))[:real]

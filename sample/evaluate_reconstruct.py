@@ -151,19 +151,22 @@ def check(stage: Stage, given: evaluate_images.ImageSet, options: Options) -> No
 def make_run(
     stage: Stage, opened: evaluate_features.Opened, perceptual: Any, options: Options
 ) -> Callable:
-    """run(images, keys, meant [B]) -> (arrays on every device, decoded images), compiled once."""
+    """run(images, their numbers [B], meant [B]) -> (arrays on every device, decoded images).
+
+    Where `meant` is 0, the codes are not counted.
+    """
     num_codes = getattr(stage.config, "num_codes", 0)  # of a VQ one
     module, network = stage.module, opened.network
     everywhere = sharding.replicated(opened.mesh)
     others = {"network": network.params, "lpips": None if perceptual is None else perceptual[0]}
     others = sharding.place(others, jax.tree.map(lambda _: everywhere, others))
 
-    def run(params, image, keys, meant):
+    def run(params, image, numbers, meant):
         stage = params["stage"]
         image = image if image.dtype != jnp.uint8 else image.astype(jnp.float32) / 127.5 - 1
-        z = latents.encode(
-            module, stage, image, 1.0, keys if options.posterior == "sample" else None
-        )
+        sampled = options.posterior == "sample"
+        keys = sampling.keys_of(options.seed, numbers) if sampled else None
+        z = latents.encode(module, stage, image, 1.0, keys)
         decoded = latents.decode(module, stage, z, 1.0)
         real, other = features.to_pixels(image), features.to_pixels(decoded)
         found = {f"real_{n}": x for n, x in network.apply(params["network"], real).items()}
@@ -196,9 +199,9 @@ def _batches(
     """What `run` gives for the batches from `first` on, on the host."""
     rows, size = sharding.batch_sharding(opened.mesh), options.batch_size
     for i, (batch, count) in enumerate(given.batches(size, first, rows), first):
-        keys = jax.device_put(sampling.keys_of(options.seed, i * size + np.arange(size)), rows)
+        numbers = features.place(np.arange(i * size, (i + 1) * size, dtype=np.int32), rows)
         meant = features.place((np.arange(size) < count).astype(np.int32), rows)
-        found, decoded = run(batch["image"], keys, meant)
+        found, decoded = run(batch["image"], numbers, meant)
         found = jax.device_get(found)
         if i == 0 and jax.process_count() == 1:
             _draw(out, np.asarray(batch["image"])[:count], np.asarray(decoded)[:count])

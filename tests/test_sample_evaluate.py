@@ -138,6 +138,7 @@ def test_a_folder_of_images(drawn, ldm_run, tmp_path):
     assert result(tmp_path / "out")["figures"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_of_text_is_asked_with_the_captions_of_the_data(tmp_path, capsys):
     """FD in CLIP features and the CLIP score, of a model that brings no data of its own."""
     model = task_models.save(text_model.make(), tmp_path)

@@ -155,18 +155,19 @@ def of_clip(
 def prepare_clip(pixels: jax.Array, side: int) -> jax.Array:
     """Pixels [B, H, W, 3] in 0..255 -> [B, side, side, 3]: short side to `side`, centre cut out.
 
-    Antialiased bicubic, rounded to whole pixel values: as PIL, which rounds once more between its
-    two passes, to one value in 255.
+    Antialiased bicubic, along the width, then the height, each rounded to the 256 values: as PIL,
+    but for one value where its weights of 8 bits round to the other side.
     """
     b, h, w, c = pixels.shape
     short = min(h, w)
     # the longer side as in transformers' and OpenAI's preprocessing: cut, not rounded
     size = (side if h == short else h * side // w, side if w == short else w * side // h)
-    if (h, w) != size:
-        pixels = jax.image.resize(
-            pixels, (b, *size, c), "cubic", antialias=True, precision=Precision.HIGHEST
-        )
-        pixels = jnp.clip(jnp.rint(pixels), 0, 255)
+    for shape in ((b, h, size[1], c), (b, *size, c)):
+        if pixels.shape != shape:
+            pixels = jax.image.resize(
+                pixels, shape, "cubic", antialias=True, precision=Precision.HIGHEST
+            )
+            pixels = jnp.clip(jnp.rint(pixels), 0, 255)
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     return pixels[:, top : top + side, left : left + side]
 
