@@ -127,6 +127,16 @@ def test_group_norm_keeps_the_digits_of_a_large_mean():
     np.testing.assert_allclose(layer.init_with_output(KEY, x)[0], want, atol=2e-3)
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_one_pass_over_bfloat16_errs_less_than_its_rounding(mean):
+    x = (mean + draw(2, 16, 16, 64)).astype(jnp.bfloat16)
+    layer = blocks.GroupNorm(1e-5)
+    got = layer.apply(filled(jax.eval_shape(layer.init, KEY, x)), x)
+    want = layer.apply(filled(jax.eval_shape(layer.init, KEY, x)), x.astype(jnp.float32))
+    assert np.any(got != want)  # the two passes of float32
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
 def test_epsilons_are_those_of_the_reference():
     x, emb = 1e-3 * draw(1, 8, 8, 32), draw(1, 64, seed=2)
 

@@ -98,6 +98,19 @@ def test_geglu_gates_with_the_second_half_exactly():
     np.testing.assert_allclose(got, [[2.9959503, 2 * -0.1002108]], atol=1e-6)
 
 
+def test_halves_in_bfloat16_are_two_products_of_the_same_parameters():
+    x = draw(2, 5, 8)
+    whole, halves = transformer.TwoHalves(16), transformer.TwoHalves(16, jnp.bfloat16)
+    variables = fill(whole, x)
+    products = str(jax.make_jaxpr(halves.apply)(variables, x)).count("dot_general[")
+    assert products == 2
+    assert str(jax.make_jaxpr(whole.apply)(variables, x)).count("dot_general[") == 1
+    pairs = zip(halves.apply(variables, x), whole.apply(variables, x), strict=True)
+    for low, exact in pairs:
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(low), exact, atol=3e-2)
+
+
 @pytest.mark.parametrize(("name", "epsilon"), [("group_norm", 1e-5), ("norm", 1e-6)])
 def test_epsilons_are_those_of_the_reference(name, epsilon):
     spatial = name == "norm"

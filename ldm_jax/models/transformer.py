@@ -97,8 +97,8 @@ class TwoHalves(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
 
         def product(kernel, bias):
-            out = jnp.einsum("bqc,cd->bqd", x, kernel, precision=self.precision)
-            return out + bias[None, None]
+            out = jnp.einsum("...c,cd->...d", x, kernel, precision=self.precision)
+            return out + jnp.broadcast_to(bias, out.shape)
 
         if x.dtype != jnp.bfloat16:
             return jnp.split(product(kernel, bias), 2, axis=-1)
