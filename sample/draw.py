@@ -38,10 +38,11 @@ def draw(what: plan.Plan) -> int:
         for part in generate.made(what, left, run) if left else ():
             write.part(out, what, part, settings)
             written += len(part.places)
+        write.finish(out, what, calls)
     except KeyboardInterrupt:
+        write.remove_drafts(out)
         cli.say(f"{written} of {what.count} images are in {out}; go on with --resume")
         raise
-    write.finish(out, what, calls)
     shown = (write.grid_of(what) >= 0).sum()
     of = "" if shown == what.count else f" of {shown} of them"
     cli.say(f"{what.count} images and {out / 'grid.png'}{of}; ldm-sample again IMAGE repeats one")

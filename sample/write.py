@@ -151,6 +151,12 @@ def finish(out: epath.Path, plan: Plan, calls: list[Call]) -> None:
         write_latents(out, plan, calls)
 
 
+def remove_drafts(out: epath.Path) -> None:
+    """What was being written when it was interrupted."""
+    for draft in (*out.glob(".*.part"), *out.glob("*/.*.part")):
+        draft.unlink()
+
+
 def read_picture(out: epath.Path, name: str) -> np.ndarray:
     """uint8 [H, W, c] of an image that was written."""
     with (out / f"{name}.png").open("rb") as file, Image.open(file) as image:
@@ -197,14 +203,16 @@ def grid_of(plan: Plan) -> np.ndarray:
 def write_npz(out: epath.Path, plan: Plan) -> None:
     """samples.npz: arr_0 uint8 [N, H, W, c]."""
     shape = (plan.count, *read_picture(out, plan.names[0]).shape)
+    draft = out / ".samples.npz.part"
     with (
-        (out / "samples.npz").open("wb") as file,
+        draft.open("wb") as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
     ):
         write_header(member, shape, np.uint8)
         for name in plan.names:
             member.write(read_picture(out, name).tobytes())
+    draft.replace(out / "samples.npz")
 
 
 def write_latents(out: epath.Path, plan: Plan, calls: list[Call]) -> None:

@@ -53,6 +53,11 @@ def sample(task, *flags):
     return cli.run("ldm-sample", main.sample, [task, "--steps", "2", *map(str, flags)])
 
 
+def again(image, out):
+    """Exit code of `ldm-sample again`."""
+    return cli.run("ldm-sample", main.sample, ["again", str(image), "--out", str(out)])
+
+
 def assert_one_line(task, capsys, message, *flags):
     """The command fails, and says so in one line on stderr that holds `message`."""
     assert sample(task, *flags) != 0

@@ -102,6 +102,7 @@ def stopped(command, tmp_path_factory):
 
     def interrupted(*arguments):
         if arguments[2].places[0] > 0:
+            (out / "latents" / ".00004.npy.part").write_bytes(b"half")
             raise KeyboardInterrupt
         part(*arguments)
 
@@ -114,7 +115,8 @@ def test_resume_completes_an_interrupted_list(stopped, made, command, capsys):
     out, code = stopped
     assert code == 130
     before = files(out)
-    assert {name for name in before if "/" not in name} == {f"{name}.png" for name in NAMES[:4]}
+    images_of = {f"{folder}{name}.png" for name in NAMES[:4] for folder in ("", "previews/")}
+    assert before.keys() == images_of | {"latents/00000.npy"}
     for flags, message in (
         ((), "already holds images; --resume goes on with them"),
         (("--resume", "--overwrite"), "--resume keeps what --overwrite replaces"),
