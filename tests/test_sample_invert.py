@@ -80,6 +80,7 @@ def test_errors_say_how_far_it_is(inverted, photos, ldm_run):
     assert (inverted / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_more_steps_come_closer_with_guidance_too(ldm_run, photos, tmp_path):
     reached = []
     for steps in (4, 16, 64):
@@ -148,7 +149,7 @@ def test_the_way_begins_at_the_noise_of_timestep_0(ldm_run):
 
 
 def test_psnr():
-    a, b = np.zeros((2, 2)), np.full((2, 2), 0.1)
+    a, b = np.zeros((2, 2, 1)), np.full((2, 2, 1), 0.1)
     assert invert.psnr(a, b, 1.0) == pytest.approx(20)
     assert invert.psnr(a, b, 10.0) == pytest.approx(40)
     assert invert.psnr(b, b, 1.0) == 100
