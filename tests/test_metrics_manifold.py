@@ -40,6 +40,20 @@ def test_a_set_against_itself_does_not_count_its_own_balls():
     assert recall == pytest.approx(2 / 3)
 
 
+def test_rows_at_a_time_change_nothing(monkeypatch):
+    draw = np.random.default_rng(0)
+    real, other = draw.normal(size=(11, 3)), draw.normal(size=(9, 3))
+    figures = [
+        lambda: manifold.radii(real, 3).tolist(),
+        lambda: manifold.precision_recall(real, other),
+        lambda: manifold.precision_recall(real, real, same=True),
+        lambda: manifold.memorisation(real, other),
+    ]
+    whole = [figure() for figure in figures]
+    monkeypatch.setattr(manifold, "ROWS", 4)
+    assert [figure() for figure in figures] == whole
+
+
 def test_memorisation_counts_copies():
     assert manifold.memorisation(LINE, LINE) == 1
     assert manifold.memorisation(LINE, LINE + 0.9) == 1  # within 1 of its neighbour to the left

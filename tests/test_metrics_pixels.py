@@ -1,11 +1,14 @@
 """PSNR and SSIM against scikit-image, and by hand."""
 
+import jax
 import numpy as np
 import pytest
 from skimage import metrics
 
 from ldm_jax.metrics import pixels
 
+PSNR = jax.jit(pixels.psnr)
+SSIM = jax.jit(pixels.ssim, static_argnames="gaussian")
 RNG = np.random.default_rng(0)
 
 
@@ -34,7 +37,7 @@ def test_ssim_of_scikit_image(kind, gaussian):
         )
         for a, b in zip(real, other)
     ]
-    found = pixels.ssim(real, other, gaussian=gaussian)
+    found = SSIM(real, other, gaussian=gaussian)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -44,13 +47,13 @@ def test_psnr_of_scikit_image():
         metrics.peak_signal_noise_ratio(np.float64(a), np.float64(b), data_range=255)
         for a, b in zip(real, other)
     ]
-    np.testing.assert_allclose(pixels.psnr(real, other), expected, rtol=1e-5)
+    np.testing.assert_allclose(PSNR(real, other), expected, rtol=1e-5)
 
 
 def test_equal_images():
     real, _ = images("alike", channels=1)
-    np.testing.assert_allclose(pixels.ssim(real, real), 1, rtol=1e-6)
-    assert np.all(np.isinf(pixels.psnr(real, real)))
+    np.testing.assert_allclose(SSIM(real, real), 1, rtol=1e-6)
+    assert np.all(np.isinf(PSNR(real, real)))
 
 
 def test_images_below_the_window():

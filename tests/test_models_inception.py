@@ -36,7 +36,8 @@ def params(weights):
 @pytest.fixture(scope="module")
 def run(params):
     module = inception.InceptionV3()
-    return jax.jit(lambda x: module.apply({"params": params}, x))
+    jitted = jax.jit(lambda params, x: module.apply({"params": params}, x))
+    return lambda x: jitted(params, x)
 
 
 def close(ours, theirs):

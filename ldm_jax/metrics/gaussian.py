@@ -105,14 +105,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def bias(features: np.ndarray, reference: Gaussian, seed: int = 0) -> float:
     """How much larger than for endless samples the distance of `features` [n, d] is, estimated.
 
-    The distance of n samples exceeds its limit by about c / n (Chong & Forsyth 2020): that of a
-    random half, minus that of all. With fewer samples than features this is too small.
+    The distance of n samples exceeds its limit by about c / n (Chong & Forsyth 2020): that of n / 2
+    of them, here the mean of two random halves, minus that of all. With fewer samples than features
+    this is too small. ValueError for fewer than 4 samples.
     """
     if len(features) < 4:
         raise ValueError(f"{len(features)} images are too few to halve: give at least 4")
-    half = np.random.default_rng(seed).permutation(len(features))[: len(features) // 2]
-    of_half, of_all = (of_features([features[rows]]) for rows in (half, slice(None)))
-    return frechet_distance(of_half, reference) - frechet_distance(of_all, reference)
+    rows = np.random.default_rng(seed).permutation(len(features))
+    halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    of_halves = [frechet_distance(of_features([features[half]]), reference) for half in halves]
+    return float(np.mean(of_halves)) - frechet_distance(of_features([features]), reference)
 
 
 # --- files ---------------------------------------------------------------------------------------
