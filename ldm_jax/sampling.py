@@ -89,14 +89,16 @@ def make_sampler(
     predicted x0 into [-threshold_limit, threshold_limit] (scaled latents have a std of about 1).
     quantize_x0: the predicted x0 becomes codes of the first stage, which must be a VQ one.
     around: model(x, t, cond) -> the same; what it returns is guided. For example
-    `lambda model: windows.windowed(model, stride=(32, 32))`.
+    `lambda model: windows.windowed(model, stride=(32, 32))`. In cond, `projected` has been made of
+    `context` and is read in its place: rows of both go together.
     remat: a backward pass computes each step again instead of keeping what is in it.
     levels: others than those of `steps` and `spacing`, as `solvers.inverted`, which lead from a
     scaled latent, given as x_T, to its noise.
 
     Returns images [B, H, W, c] in about [-1, 1], not clipped; with `decode=False` the unscaled
     latents that the first stage decodes. With `trace(x, denoised)` a pair: that, and what `trace`
-    returned at every level, stacked: see `solvers.sample`.
+    returned at every level, stacked: see `solvers.sample`. The latent can take the place of x_T or
+    of init: with `decode=False`, one of them (argument 6 or 8) may be donated to `jax.jit`.
     Raises ValueError for an option that is out of its range or cannot apply.
     """
     solvers.make(solver)  # refuses an unknown name now, not at the first call
