@@ -81,12 +81,12 @@ def main(folder: epath.Path) -> int:
 
 
 def slanted(run: epath.Path, out: epath.Path, real: np.ndarray, accuracy) -> dict:
-    """Figures and picture of docs/guide_digits.py: each class four times, led to two slants."""
+    """Figures and picture of docs/guide_digits.py: each class twice, led to two slants."""
     where = Path(__file__).parents[1] / "docs" / "guide_digits.py"
     spec = importlib.util.spec_from_file_location(where.stem, where)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    model, labels = ldm_jax.load(run), np.tile(CLASSES, 8)
+    model, labels = ldm_jax.load(run), np.tile(CLASSES, 4)
     goals = np.repeat([-0.3, 0.3], len(labels) // 2)
     keys = sampling.keys_of(0, np.arange(len(labels)) % (len(labels) // 2))
     began = time.perf_counter()

@@ -36,6 +36,11 @@ def main() -> int:
     if args.add and stored.exists():
         report = json.loads(stored.read_text())
     report["machines"].append(unet_vs_diffusers.machine(args))
+
+    def write() -> None:
+        stored.write_text(json.dumps(report, indent=1) + "\n")
+        (args.out / f"{name}.md").write_text(sampling_report.markdown(report, args.platform))
+
     with contextlib.ExitStack() as stack:
         kept = args.weights or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for round_ in range(args.rounds):
@@ -47,13 +52,13 @@ def main() -> int:
                     reference = image if reference is None else reference
                     difference = np.abs(image - reference).max() / np.abs(reference).max()
                     add(report["cases"].setdefault(case, {}), side, figures, float(difference))
+                    write()
             if args.operations:
                 for side in args.sides:
                     if side != sampling_report.COMPILED:  # whose attention is that of eager torch
                         figures, _ = one_process(args, side, sampling_cases.OPERATIONS, kept, False)
                         report["operations"].setdefault(side, []).append(figures)
-    stored.write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(sampling_report.markdown(report, args.platform))
+                write()
     return 0 if sampling_report.agree(report) else 1
 
 
