@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import cli, data, latents, loading, rundir, schema, sharding
+from ldm_jax.data import cache
 from ldm_jax.models import attention, autoencoder
 
 SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the scale is measured on
@@ -40,9 +41,18 @@ def find(
 ) -> tuple[dict, schema.FirstStageModelConfig]:
     """(host parameters, config) from the run's `frozen/`, at the first start from the given path.
 
-    Only reads. ValueError if there is none, or if a new path leads to another first stage than the
-    one that the run was trained on.
+    Only reads. ValueError if there is none, if a new path leads to another first stage than the
+    one that the run was trained on, or if the latent cache was encoded with another.
     """
+    found = _find(config, workdir)
+    if config.cache.path:
+        cache.check(config.cache.path, config.data, rundir.params_hash(found[0]))
+    return found
+
+
+def _find(
+    config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
+) -> tuple[dict, schema.FirstStageModelConfig]:
     kept, path = rundir.read_frozen(workdir, "first_stage"), config.first_stage.path
     if kept is not None:
         if path not in ("", rundir.read_config(workdir).first_stage.path):
@@ -94,6 +104,19 @@ def prepare(
     return Frozen(module, placed, known["scale"], model)
 
 
+def latent(
+    module: Any, params: dict, batch: dict[str, jax.Array], scale: Any, keys: jax.Array | None
+) -> jax.Array:
+    """Scaled latents of a batch of images, or of cached moments; `keys` as in `latents.encode`.
+
+    params: as `Frozen.arguments`; those of the first stage are not read for cached moments.
+    """
+    if "mean" not in batch:
+        return latents.encode(module, params["first_stage"], batch["image"], scale, keys)
+    moments = (batch["mean"], batch["logvar"]) if "logvar" in batch else batch["mean"]
+    return latents.draw(moments, scale, keys)
+
+
 def scale_of(
     config: schema.LatentDiffusionTrainConfig, module: Any, params: dict, mesh: Mesh, stream: Any
 ) -> dict:
@@ -105,15 +128,15 @@ def scale_of(
     key = jax.random.fold_in(jax.random.key(config.seed), SCALE)
 
     @jax.jit
-    def moments(params: dict, image: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = latents.encode(module, params, image, 1.0, keys)
+    def moments(params: dict, batch: dict, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = latent(module, {"first_stage": params}, batch, 1.0, keys)
         return jnp.mean(z), jnp.mean(jnp.square(z))
 
     means, squares = [], []
     for i in range(batches):
-        image = data.global_batch(stream, i, sharding.batch_sharding(mesh))["image"]
+        batch = data.global_batch(stream, i, sharding.batch_sharding(mesh))
         keys = jax.random.split(jax.random.fold_in(key, i), config.batch_size)
-        mean, square = jax.device_get(moments(params, image, keys))
+        mean, square = jax.device_get(moments(params, batch, keys))
         means.append(np.float64(mean))
         squares.append(np.float64(square))
     std = latents.std_from_moments(means, squares)

@@ -41,6 +41,7 @@ NEEDS = {  # of a row, by conditioning
     schema.DepthCondConfig: "depth",
     schema.UpscaleCondConfig: "low_res",
 }
+NEEDS_IMAGE = (schema.InpaintCondConfig, schema.SuperResCondConfig)
 INIT, TRAIN, EVALUATE, SAMPLE = range(4)  # folded into the root key: one stream per purpose
 
 
@@ -103,7 +104,9 @@ def make_loss(
         encode = functools.partial(
             latents.encode, frozen.module, frozen_params["first_stage"], scale=frozen.scale
         )
-        x0 = jax.lax.stop_gradient(encode(batch["image"], keys=keys["encode"]))
+        x0 = jax.lax.stop_gradient(
+            first_stage.latent(frozen.module, frozen_params, batch, frozen.scale, keys["encode"])
+        )
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(schedule.betas)))(keys["t"])
         noise = diffusion.rowwise_normal(keys["noise"], x0.shape[1:])
         if config.diffusion.offset_noise:
@@ -223,6 +226,11 @@ def check(
         )
     hybrid = isinstance(config.cond, schema.HybridCondConfig)
     for cond in (config.cond.text, config.cond.concat) if hybrid else (config.cond,):
+        if isinstance(cond, NEEDS_IMAGE) and "image" not in stream.spec:
+            raise ValueError(
+                f"cond is {type(cond).__name__}, which is made from the image: train without"
+                f" --cache.path {config.cache.path}"
+            )
         needs = NEEDS.get(type(cond))
         if needs and needs not in stream.spec:
             raise ValueError(
@@ -251,6 +259,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
         batch_size=config.batch_size,
         seed=config.seed,
         tokenizer=text and text.tokenizer,
+        cached=config.cache.path,
     )
     stream, held_out = open_stream(), open_stream(split="eval")
     found = first_stage.find(config, workdir)

@@ -1,4 +1,4 @@
-"""`ldm-train CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
+"""`ldm-train [encode] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
 
 import dataclasses
 import importlib
@@ -100,13 +100,23 @@ def be_deterministic() -> None:
 def train(argv: Sequence[str]) -> int:
     """Runs the recipe that the config's class asks for."""
     argv = cli.enable_compilation_cache(argv)
+    encodes = argv[:1] == ["encode"]
     name, rest = cli.split_first(
-        argv, "ldm-train", "CONFIG[:STAGE]", f"one of {', '.join(available())}, or a .py file"
+        argv[encodes:],
+        "ldm-train encode" if encodes else "ldm-train",
+        "CONFIG[:STAGE]",
+        f"one of {', '.join(available())}, or a .py file",
     )
     rest = cli.join_processes(rest)
     workdir, config = parse(load_config(name), rest, f"ldm-train {name}")
     if config.deterministic:
         be_deterministic()
+    if encodes:
+        if not isinstance(config, schema.LatentDiffusionTrainConfig):
+            raise ValueError(f"{name} trains a first stage; encode takes a config of the model")
+        from ldm_jax.train import encode
+
+        return encode.encode(config, workdir)
     if isinstance(config, schema.AutoencoderTrainConfig):
         from ldm_jax.train import autoencoder as recipe
     else:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from ldm_jax import schema
-from ldm_jax.data import transforms
+from ldm_jax.data import cache, transforms
 from ldm_jax.data.sources import Source, open_source
 
 LOG = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Stream:
         records = grain.MapDataset.range(len(source))
         if train and config.shuffle:
             records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
-        make = _MakeRow(source, config, train, tokenizer, null)
+        make = MakeRow(source, config, train, tokenizer, null)
         self.made = records.repeat().random_map(make, seed=row_seed)
         self._bad: set[int] = set()
         self._lock = threading.Lock()
@@ -109,13 +109,30 @@ def stream(
     seed: int,
     split: Literal["train", "eval"] = "train",
     tokenizer: Any = None,
+    cached: str = "",
 ) -> Stream:
     """The rows of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
 
     With a `tokenizer` (`tokens.load_tokenizer`) captions become `tokens` int32 [L], and every row
-    has `null_tokens` int32 [L], those of the empty text. Errors as from `sources.open_source`;
-    ValueError also for a value out of range, and for a tokenizer without captions.
+    has `null_tokens` int32 [L], those of the empty text. With `cached`, the path of a latent cache
+    of the same data, rows have `mean` and `logvar` [h, w, z] instead of `image`; order, mirroring
+    and all else stay. Errors as from `sources.open_source`; ValueError also for a value out of
+    range, for a tokenizer without captions, and for a cache of other data.
     """
+    check(config, batch_size, seed)
+    if cached:
+        cache.check(cached, config)
+    source = cache.CacheSource(cached, split) if cached else open_source(config, split)
+    if tokenizer is not None and "caption" not in source.features:
+        raise ValueError(
+            "text conditioning needs captions, but the data have none: set"
+            " data.source.captions of a folder, or data.source.caption_key of a TFDS dataset"
+        )
+    return Stream(source, config, batch_size, seed, split == "train", tokenizer)
+
+
+def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
+    """ValueError for a number that is out of range."""
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
@@ -130,29 +147,31 @@ def stream(
     low, high = config.crop_range
     if not 0 < low <= high <= 1:
         raise ValueError(f"data.crop_range is {low} {high}, but 0 < low <= high <= 1 is needed")
-    source = open_source(config, split)
-    if tokenizer is not None and "caption" not in source.features:
-        raise ValueError(
-            "text conditioning needs captions, but the data have none: set"
-            " data.source.captions of a folder, or data.source.caption_key of a TFDS dataset"
-        )
-    return Stream(source, config, batch_size, seed, split == "train", tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
-class _MakeRow:
+class MakeRow:
     """Record -> row; pickled into worker processes."""
 
     source: Source
     config: schema.DataConfig
     train: bool
-    tokenizer: Any
-    null_tokens: np.ndarray | None
+    tokenizer: Any = None
+    null_tokens: np.ndarray | None = None
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Made:
-        index, record, images, bad = self._decode(index)
+    def __call__(self, index: int, rng: np.random.Generator | None) -> Made:
+        """`rng` augments, if this trains."""
+        rng = rng if self.train else None
+        cached, bad = "mean" in self.source.features, ()
+        if cached:
+            record = self.source[index]
+        else:
+            index, record, images, bad = self._decode(index)
         try:
-            row = transforms.to_row(images, self.config, rng if self.train else None)
+            if cached:
+                row = cache.to_row(record, self.config.flip, rng)
+            else:
+                row = transforms.to_row(images, self.config, rng)
             if self.source.num_classes is not None:
                 row["label"] = _label(record["label"], self.source.num_classes)
             if self.tokenizer is not None:
@@ -193,8 +212,10 @@ def _label(label: int, num_classes: int) -> np.ndarray:
 
 def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | None) -> Spec:
     side = (config.size, config.size)
+    latent = getattr(source, "latent_shape", None)  # of a cache
     spec = {
         "image": ((*side, config.channels), np.dtype(np.float32)),
+        **{name: (latent, np.dtype(np.float32)) for name in cache.MOMENTS},
         "label": ((), np.dtype(np.int32)),
         "segmentation": (side, np.dtype(np.int32)),
         "mask": ((*side, 1), np.dtype(np.float32)),

@@ -6,6 +6,7 @@ A record is a dict of
   caption       str
   segmentation  encoded bytes or integers [h, w]: the class of each pixel
   mask          encoded bytes (white = hole) or 0/1 [h, w] (1 = hole)
+or of a latent cache, see `cache.CacheSource`.
 """
 
 from typing import Any, Literal, Protocol

@@ -52,6 +52,7 @@ from ldm_jax.schema.objectives import (
 from ldm_jax.schema.recipes import (
     AutoencoderTrainConfig,
     FirstStageConfig,
+    LatentCacheConfig,
     LatentDiffusionConfig,
     LatentDiffusionTrainConfig,
     SamplingConfig,
@@ -81,6 +82,7 @@ __all__ = [
     "IdentityFirstStageConfig",
     "InpaintCondConfig",
     "IntervalConfig",
+    "LatentCacheConfig",
     "LatentDiffusionConfig",
     "LatentDiffusionTrainConfig",
     "LayoutCondConfig",

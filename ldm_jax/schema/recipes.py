@@ -86,6 +86,20 @@ class FirstStageConfig:
 
 
 @dataclass(frozen=True)
+class LatentCacheConfig:
+    """Latents encoded once instead of at every step: `ldm-train encode CONFIG --workdir CACHE`."""
+
+    path: str = ""
+    """Cache to train from; "" encodes the images of every batch."""
+    views: int = 1
+    """Random crops of an image that `encode` writes, where data.crop is random."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the moments that `encode` writes."""
+    records_per_shard: int = 4096
+    """Most records in a file that `encode` writes."""
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How a model's own sampler visits the timesteps, where nobody says otherwise."""
 
@@ -102,6 +116,7 @@ class LatentDiffusionTrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    cache: LatentCacheConfig = execution(LatentCacheConfig())
     unet: UNetConfig = field(default_factory=UNetConfig)
     cond: CondConfig = None
     """Conditioning; None trains an unconditional model."""

@@ -1,0 +1,227 @@
+"""Encoded data on disk: posterior moments and conditioning of every record, in ArrayRecord shards.
+
+    CACHE/cache.json                        format, hash of the first stage, data config, shards
+    CACHE/train-00000-of-00003.array_record (eval-... likewise)
+
+Record i of a split is record i of its data source, encoded `views` times, so a stream over the
+cache shuffles as one over the images does. Shards appear whole, under their final name.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+from flax import serialization
+
+from ldm_jax import schema, serialize
+
+FORMAT = 1  # of cache.json; a reader refuses a newer one
+MOMENTS = ("mean", "logvar")
+RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class CacheSource:
+    """One split of a cache as a data source; records hold arrays instead of encoded images.
+
+    mean, logvar   float [views, flips, h, w, z]: moments of the posterior, unscaled; without logvar
+                   a latent before quantization. flips is 2 (as it is, mirrored) or 1
+    label, caption, segmentation int [views, h, w], mask uint8 [views, h, w]: as the data have them
+    """
+
+    def __init__(self, path: str, split: Literal["train", "eval"]):
+        self.path, meta = path, read(path)
+        found = meta["splits"][split]
+        self.features = frozenset(found["features"])
+        self.num_classes = found["num_classes"]
+        self.latent_shape = tuple(found["shape"])
+        paths = [str(epath.Path(path) / name) for name in shard_names(split, found["shards"])]
+        missing = [p for p in paths if not epath.Path(p).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]}: is missing from the latent cache; run `ldm-train encode` again, it"
+                " makes what is not there"
+            )
+        self._records = grain.sources.ArrayRecordDataSource(paths)
+        if len(self._records) != found["records"]:
+            raise ValueError(
+                f"{path}: the shards of {split} hold {len(self._records)} records, but cache.json"
+                f" says {found['records']}; remove them and run `ldm-train encode` again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return serialization.msgpack_restore(self._records[index])
+
+    def describe(self, index: int) -> str:
+        """Cache and number, for messages."""
+        return f"record {index} of {self.path}"
+
+
+def to_row(
+    record: dict[str, Any], flip: bool, rng: np.random.Generator | None
+) -> dict[str, np.ndarray]:
+    """mean and logvar float32 [h, w, z], maps as from `transforms.to_arrays`.
+
+    A random view, mirrored half of the time if `flip`; without `rng` the first, as it is.
+    """
+    views, flips = record["mean"].shape[:2]
+    view = int(rng.integers(views)) if rng is not None and views > 1 else 0
+    # after a single view this is the first draw, as it is after a centre crop
+    mirrored = bool(flip and flips > 1 and rng is not None and rng.random() < 0.5)
+    row = {
+        name: record[name][view, int(mirrored)].astype(np.float32)
+        for name in MOMENTS
+        if name in record
+    }
+    turn = (lambda a: a[:, ::-1].copy()) if mirrored else (lambda a: a)
+    if "segmentation" in record:
+        row["segmentation"] = turn(record["segmentation"][view]).astype(np.int32)
+    if "mask" in record:
+        row["mask"] = turn(record["mask"][view]).astype(np.float32)[..., None]
+    return row
+
+
+# --- cache.json -----------------------------------------------------------------------------------
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+    """cache.json of a complete cache. ValueError if it is none, damaged, incomplete or newer."""
+    values = peek(path)
+    if values is None:
+        raise ValueError(f"{path}: is no latent cache (no cache.json); make one: ldm-train encode")
+    if not values["complete"]:
+        raise ValueError(
+            f"{path}: encoding has not finished; run the same `ldm-train encode` again"
+        )
+    return values
+
+
+def peek(path: epath.PathLike) -> dict[str, Any] | None:
+    """cache.json, complete or not; None without one. ValueError if it is damaged or newer."""
+    file = epath.Path(path) / "cache.json"
+    if not file.exists():
+        return None
+    try:
+        values = json.loads(file.read_text())
+        version, _, _ = values["format"], values["complete"], values["first_stage"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: is damaged ({error}); encode into another folder") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{file}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
+        )
+    return values
+
+
+def check(path: epath.PathLike, data: schema.DataConfig, first_stage: str | None = None) -> None:
+    """ValueError if a cache was made of other data, or with another first stage.
+
+    first_stage: its hash as from `rundir.params_hash`; None is not compared.
+    """
+    refuse_other(path, peek(path) or {}, data, first_stage)
+
+
+def refuse_other(
+    path: epath.PathLike, known: dict[str, Any], data: schema.DataConfig, first_stage: str | None
+) -> None:
+    """As `check`, on what `peek` gave."""
+    if first_stage is not None and known["first_stage"] != first_stage:
+        raise ValueError(
+            f"{path}: was encoded with another first stage ({known['first_stage'][:16]}, not"
+            f" {first_stage[:16]}); give that one, or encode into another folder"
+        )
+    before = serialize.from_dict(known["data"], f"{path}/cache.json")
+    identity, _ = serialize.difference(before, data)
+    if identity:
+        raise ValueError(
+            f"{path}: was made of other data: {'; '.join(identity)}. Use their config, or encode"
+            " into another folder"
+        )
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def shard_names(split: str, count: int) -> list[str]:
+    """File names of all shards of a split."""
+    return [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part of a split that one process writes."""
+
+    name: str
+    first: int
+    last: int
+    """One past its last record."""
+
+
+def shards(split: str, records: int, per_shard: int) -> list[Shard]:
+    """All shards of a split, whoever writes them: nearly equal, at most `per_shard` records."""
+    count = max(1, -(-records // per_shard))
+    edges = [i * records // count for i in range(count + 1)]
+    names = shard_names(split, count)
+    return [Shard(*row) for row in zip(names, edges[:-1], edges[1:], strict=True)]
+
+
+def write_shard(path: epath.Path, records: Iterable[dict[str, Any]]) -> Iterator[int]:
+    """Writes a shard and yields the number of its records that are written, one by one.
+
+    The file has its name only when it is whole. OSError names what cannot be written.
+    """
+    remote = "://" in str(path)  # ArrayRecord writes to local files
+    folder = epath.Path(tempfile.mkdtemp()) if remote else path.parent
+    draft = folder / f".{path.name}.{os.getpid()}.part"
+    count = 0
+    try:
+        with _named(path):
+            writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")
+        for record in records:
+            with _named(path):
+                writer.write(serialization.msgpack_serialize(record))
+            count += 1
+            yield count
+        with _named(path):
+            writer.close()
+            reader = array_record_module.ArrayRecordReader(str(draft), RANDOM_ACCESS)
+            if reader.num_records() != count:
+                raise OSError(f"{reader.num_records()} of {count} records can be read back")
+            if remote:
+                draft.copy(path)
+            else:
+                draft.replace(path)
+    finally:
+        if draft.exists():
+            draft.unlink()
+
+
+@contextlib.contextmanager
+def _named(path: epath.Path) -> Iterator[None]:
+    """Errors of writing say which shard, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{path}: cannot be written ({reason}); make room or choose another --workdir, and run"
+            " the same command again: shards that are whole are kept"
+        ) from error
+
+
+def drop_drafts(path: epath.Path) -> int:
+    """Removes what an interrupted writer left; how many files."""
+    left = list(path.glob(".*.array_record.*.part"))
+    for draft in left:
+        draft.unlink()
+    return len(left)
