@@ -151,10 +151,12 @@ def unet_case(batch: int, name: str):
 def report(rows: list[dict]) -> str:
     packages = ("jax", "jaxlib", "libtpu", "flax")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    batches, names = ({str(row[key]): None for row in rows} for key in ("batch", "attention"))
+    command = f"--batches {' '.join(batches)} --attention {' '.join(names)}"
     lines = [
         "# Stable Diffusion v1 on TPU v5e, estimated",
         "",
-        f"`python {' '.join(sys.argv)}`. {datetime.date.today()}, Python"
+        f"`python benchmarks/tpu_sampling.py {command}`. {datetime.date.today()}, Python"
         f" {platform.python_version()}, {versions}. No TPU took part.",
         "",
         f"One forward pass of the UNet in bfloat16, compiled for {TOPOLOGY}, data parallel, at"
