@@ -25,11 +25,12 @@ def distance(params, a, b):
 
 
 @pytest.mark.torch
-def test_distance_and_gradient_are_those_of_torch(record_property):
+@pytest.mark.parametrize("width", [4, pytest.param(64, marks=pytest.mark.slow)])
+def test_distance_and_gradient_are_those_of_torch(width, record_property):
     torch = pytest.importorskip("torch", reason="torch is the reference")
     from torch_first_stage import LPIPS, nchw, nhwc
 
-    params, theirs = filled(lpips.shapes()), LPIPS()
+    params, theirs = filled(lpips.shapes(width)), LPIPS(width)
     tensors = table.to_torch(list(auxiliary.lpips_rows()), params)
     theirs.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()})
     b = nchw(B).requires_grad_()
@@ -37,7 +38,7 @@ def test_distance_and_gradient_are_those_of_torch(record_property):
     expected.sum().backward()
 
     def total(b):
-        per_row = lpips.LPIPS().apply({"params": params}, A, b)
+        per_row = lpips.LPIPS(width=width).apply({"params": params}, A, b)
         return jnp.sum(per_row), per_row
 
     (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(B)
