@@ -81,10 +81,6 @@ def codes(x0):
 CASES = {
     "rescale": ({"guidance_rescale": 0.7}, {"rescale": 0.7}),
     "interval": ({"guidance_interval": (200, 500)}, {"interval": (200, 500)}),
-    "threshold": (
-        {"dynamic_threshold": 90},
-        {"change": lambda d: denoising.dynamic_threshold(d, 0.9)},
-    ),
     "threshold with a limit, then codes": (
         {"dynamic_threshold": 99.5, "threshold_limit": 2.5, "quantize_x0": True},
         {

@@ -25,7 +25,8 @@ INIT, HOLE = draw(ROWS, *SHAPE, seed=3), np.float32(draw(ROWS, 4, 4, 1, seed=4) 
 @pytest.fixture(scope="module")
 def model():
     return task_models.make(
-        schema.ClassCondConfig(num_classes=4, embed_dim=32), **task_models.CONTEXT
+        schema.ClassCondConfig(num_classes=4, embed_dim=32),
+        **{**task_models.CONTEXT, "attention_downsample": ()},  # in the middle block alone
     )
 
 
@@ -63,7 +64,7 @@ WAYS = {
     "windows": {"around": lambda net: windows.windowed(net, window=(4, 2), stride=(4, 2))},
     "recomputed": {"remat": True},
 }
-QUICK = ("plain", "interval, start and hole")
+QUICK = ("interval, start and hole",)  # in the others the compiler hoists by itself, on a CPU
 
 
 @pytest.mark.parametrize(
@@ -194,14 +195,21 @@ def test_the_latent_takes_the_place_of_a_donated_buffer(model):
     assert x_T.is_deleted()
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_bfloat16_computes_in_it_and_keeps_the_latent_in_float32(model):
-    unet = model.unet.clone(dtype=jnp.bfloat16)
-    low = dataclasses.replace(model, unet=unet)
+def in_bfloat16(model):
+    return dataclasses.replace(model, unet=model.unet.clone(dtype=jnp.bfloat16))
+
+
+def test_bfloat16_is_what_the_network_computes_in(model):
     arguments = (model.params, COND, NULL, KEYS, 3.0)
-    program = jax.make_jaxpr(made(low))(*arguments)
+    program = jax.make_jaxpr(made(in_bfloat16(model)))(*arguments)
+    assert [x.dtype for x in program.out_avals] == [jnp.float32]
     assert {*re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", str(program))} == {"bf16"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_bfloat16_draws_nearly_the_same_latents(model):
+    arguments, low = (model.params, COND, NULL, KEYS, 3.0), in_bfloat16(model)
     found, expected = jax.jit(lambda *a: (made(low)(*a), made(model)(*a)))(*arguments)
-    assert found.dtype == jnp.float32
     error = max_difference(found, expected) / float(np.abs(expected).max())
     assert 0 < error < 0.03
