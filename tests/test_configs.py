@@ -62,6 +62,9 @@ def test_stage_builds_and_fits_its_mesh(name, stage):
     assert sum(int(np.prod(x.shape)) for x in leaves) > 100_000
     assert {str(x.dtype) for x in leaves} == {"float32"}
     assert set(shapes.ema_params) <= set(shapes.params)
+    if stage in first_stages.RELEASED:
+        theirs = released()[f"first_stage_{stage}"][1].values()
+        assert sum(x.size for x in leaves) == sum(x.size for x in theirs)
     if name == "first_stages":  # whose batches are those of one device
         mesh = sharding.make_mesh(schema.MeshConfig(data=2), jax.devices()[:2])
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
