@@ -3,16 +3,23 @@
 import json
 
 import clip_model
+import jax
 import numpy as np
 import pytest
+import reference
 import task_models
 import text_model
 from test_multiprocess import codes, logs, two
 
-from ldm_jax import cli, data, images, latents, loading, rundir
-from ldm_jax.metrics import gaussian
+from ldm_jax import cli, data, images, latents, loading, rundir, schema, sharding
+from ldm_jax.metrics import features, gaussian
 from ldm_jax.models import autoencoder
-from ldm_jax.sample import evaluate, evaluate_features, evaluate_images
+from ldm_jax.sample import (
+    evaluate,
+    evaluate_features,
+    evaluate_images,
+    evaluate_reconstruct,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -61,8 +68,12 @@ def test_reconstruction_figures_are_those_of_the_images(reconstructed, first_sta
     held = data.stream(config.data, batch_size=1, seed=0, split="eval")
     real = np.stack([held[i]["image"] for i in range(16)])
     module = autoencoder.from_config(model)
-    z = latents.encode(module, params, real, 1.0)
-    decoded = images.to_uint8(latents.decode(module, params, z, 1.0)).astype(np.float64)
+
+    @jax.jit
+    def back(params, real):
+        return latents.decode(module, params, latents.encode(module, params, real, 1.0), 1.0)
+
+    decoded = images.to_uint8(back(params, real)).astype(np.float64)
     mse = np.mean((images.to_uint8(real) - decoded) ** 2, axis=(1, 2, 3))
     psnr = np.mean(10 * np.log10(255**2 / mse))
     assert found["count"] == 16  # a quarter of 64
@@ -86,16 +97,32 @@ def test_everything_that_repeats_a_run_is_written(reconstructed):
 
 
 def test_a_vector_quantized_stage_has_its_codes_counted(tmp_path):
-    """By the figures' own functions: no run of a VQ stage is trained for this."""
-    from ldm_jax.metrics import features
-    from ldm_jax.sample import evaluate_reconstruct
+    """Those of the images that are meant, not of what fills up the last batch."""
+    config = schema.AutoencoderVQConfig(
+        channels=32, channel_mult=(1, 1), num_res_blocks=0, mid_attention=False, num_codes=16
+    )
+    module = autoencoder.from_config(config)
+    shapes = text_model.shapes_of(module, autoencoder)
+    params = reference.filled(shapes)
+    mesh = sharding.make_mesh(schema.MeshConfig())
+    stage = evaluate_reconstruct.Stage(module, params, config, None)
+    opened = evaluate_features.Opened(features.of_random(), mesh, None)
+    options = evaluate_reconstruct.Options(model="", out=str(tmp_path))
+    run = evaluate_reconstruct.make_run(stage, opened, None, options)
+    image = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
+    found, decoded = run(image, np.arange(4), np.array([1, 1, 1, 0]))
 
-    real = np.random.default_rng(0).normal(size=(2, 8, 3))
-    found = {"real_features": real[0], "other_features": real[1], "psnr": np.ones(8)}
-    found |= {"ssim": np.ones(8), "total_codes": np.array([3, 0, 3, 0])}
-    figures = evaluate_reconstruct.figures_of(features.of_random(), found)
-    assert figures["usage"] == 0.5
-    assert figures["perplexity"] == pytest.approx(2)
+    @jax.jit
+    def codes(params, image):
+        z = module.apply({"params": params}, image, method="encode")
+        return module.apply({"params": params}, z, method="quantize")[1]
+
+    expected = np.bincount(np.asarray(codes(params, image))[:3].reshape(-1), minlength=16)
+    assert found["total_codes"].tolist() == expected.tolist()
+    assert decoded.shape == image.shape
+    assert 0 < np.mean(expected > 0) <= 1
+    figures = evaluate_reconstruct.figures_of(opened.network, found)
+    assert figures["usage"] == pytest.approx(np.mean(expected > 0))
 
 
 # --- samples -------------------------------------------------------------------------------------
@@ -282,8 +309,6 @@ def test_statistics_of_another_network(drawn, statistics, tmp_path, capsys):
 
 
 def test_features_that_are_not_finite_stop_the_run(first_stage_run, tmp_path, capsys, monkeypatch):
-    from ldm_jax.metrics import features
-
     network = features.of_random()
     network.params["0"]["bias"][3] = np.nan
     monkeypatch.setattr(features, "of_random", lambda seed: network)
