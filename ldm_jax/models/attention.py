@@ -105,12 +105,13 @@ def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 def flash(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     """The kernel of `attention_tpu` for long sequences, `xla` for short ones.
 
-    Also `xla` for a precision that the kernel's matrix products lack: "high", or a pair.
+    Also `xla` for heads whose width is no multiple of 8, the rows of a tile, and for a precision
+    that the kernel's matrix products lack: "high", or a pair.
     """
+    heads, width = q_bqnd.shape[2:]
     short = q_bqnd.shape[1] * k_bknd.shape[1] < FLASH_LOGITS
-    if short or precision not in attention_tpu.PRECISIONS:
+    if short or width % 8 or precision not in attention_tpu.PRECISIONS:
         return xla(q_bqnd, k_bknd, v_bknd, precision)
-    heads = q_bqnd.shape[2]
     merged = (einops.rearrange(a, "b l n d -> b l (n d)") for a in (q_bqnd, k_bknd, v_bknd))
     out_bqc = attention_tpu.flash(*merged, heads, precision)
     return einops.rearrange(out_bqc, "b q (n d) -> b q n d", n=heads)
