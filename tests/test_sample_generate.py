@@ -82,12 +82,12 @@ def test_steps_are_reported_and_change_nothing(what, capsys):
     assert "2/2" in said
 
 
-def test_previews_end_with_the_image(what):
+def test_previews_come_close_to_the_image(what):
     options = dataclasses.replace(what.options, preview=2)
     (made,) = generate.made(dataclasses.replace(what, options=options))
     assert made.previews.shape == (2, 2, 16, 16, 3)
-    np.testing.assert_allclose(made.previews[:, 1], made.image, atol=1e-5)
-    assert np.abs(made.previews[:, 0] - made.image).max() > 1e-3
+    far, near = (np.abs(made.previews[:, i] - made.image).mean() for i in (0, 1))
+    assert 0 < near < far / 4  # the last level still has a little noise
 
 
 @pytest.mark.parametrize(
