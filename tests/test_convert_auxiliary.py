@@ -9,6 +9,8 @@ from ldm_jax.convert import auxiliary, safetensors_file, table, torch_writer
 from ldm_jax.models import discriminator, lpips
 from ldm_jax.models.discriminator import PatchGAN
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def params():

@@ -71,6 +71,7 @@ def test_discriminator(stored, norm):
     np.testing.assert_allclose(logits, stored[f"{norm}_eval"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adaptive_weight(stored):
     model, variables = judge("act")
     image, reconstruction, features = inputs()

@@ -201,7 +201,9 @@ def assert_close(found, expected, record):
     record("of_the_limit", worst)
 
 
-@pytest.mark.parametrize("config", [KL, VQ], ids=["kl", "vq"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(KL, id="kl"), pytest.param(VQ, id="vq", marks=pytest.mark.slow)]
+)
 def test_a_step_is_that_of_torch(config, weights, record_property):
     pytest.importorskip("torch", reason="torch is the reference")
     pytest.importorskip("diffusers", reason="its first stages are the reference")
