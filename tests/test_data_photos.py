@@ -39,6 +39,13 @@ def test_crops_are_those_of_the_photos_and_survive_pickling():
     assert train.describe(1) == "datasets/images/china.jpg crop at 8,0"
 
 
+def test_the_first_held_out_crops_are_of_many_photos():
+    crops = source("eval")._crops
+    assert len(crops) > 100
+    assert len({crop.photo for crop in crops[:16]}) > 6
+    assert crops == source("eval")._crops
+
+
 def test_rows_of_a_stream():
     config = schema.DataConfig(source=schema.PhotosConfig(), size=64, crop="none", flip=True)
     train, held_out = (

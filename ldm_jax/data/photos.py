@@ -61,6 +61,9 @@ class PhotosSource:
             for photo, path in enumerate(PHOTOS)
             for left, top in _corners(region(photo, *_size(*path), split), config.crop, stride)
         ]
+        if split != "train":  # which nothing shuffles: any part of these shows every photo
+            order = np.random.default_rng(0).permutation(len(self._crops))
+            self._crops = [self._crops[i] for i in order]
 
     def __len__(self) -> int:
         return len(self._crops)
