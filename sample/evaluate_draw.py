@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from ldm_jax import bundle, conditioning, images, rundir, sampling, schema, sharding
 from ldm_jax.metrics import features
 from ldm_jax.models import clip
-from ldm_jax.sample import evaluate_features, evaluate_images, generate
+from ldm_jax.sample import evaluate_features, evaluate_images, program
 from ldm_jax.sample import options as sample_options
 
 SHOWN = 64  # images in grid.png
@@ -119,7 +119,7 @@ def drawn(
         "saved": options.npz,
         "Sampler": f"{asked.solver}, {asked.steps} steps, guidance {asked.guidance_scale:g}",
     }
-    run = generate.make_run(model, asked, guided, model.latent_shape)
+    run = program.make_run(model, asked, guided, model.latent_shape)
 
     def numbered(params: dict, batch: dict, numbers: jax.Array) -> jax.Array:
         keys = sampling.keys_of(options.seed, numbers)  # in the program: of all processes
