@@ -227,8 +227,11 @@ def test_adversarial_is_the_weighted_sum(params, quick_compilation):
     weight = 0.8 * metrics["d_weight"]
     plain, plain_grads = jax.jit(jax.value_and_grad(Case.plain, (0, 1)))(params, logvar, weight)
     assert float(value) == pytest.approx(float(plain), rel=1e-6)
+    # a bias before a norm has no gradient but rounding, which is as large as the other gradients say
+    whole = max(np.abs(x).max() for x in jax.tree.leaves(plain_grads))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-6)
+        limit = 1e-5 * max(np.abs(b).max(), 0.01 * whole)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=limit)
 
 
 def test_the_weight_costs_two_convolutions_and_no_backward_pass(params):
