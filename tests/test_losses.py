@@ -227,7 +227,7 @@ def test_adversarial_is_the_weighted_sum(params, quick_compilation):
     weight = 0.8 * metrics["d_weight"]
     plain, plain_grads = jax.jit(jax.value_and_grad(Case.plain, (0, 1)))(params, logvar, weight)
     assert float(value) == pytest.approx(float(plain), rel=1e-6)
-    # a bias before a norm has no gradient but rounding, which is as large as the other gradients say
+    # a bias before a norm has no gradient but rounding, which the other gradients measure
     whole = max(np.abs(x).max() for x in jax.tree.leaves(plain_grads))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads)):
         limit = 1e-5 * max(np.abs(b).max(), 0.01 * whole)
