@@ -16,8 +16,6 @@ from ldm_jax.sample import invert, main, variations
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SD = diffusion.make_schedule("scaled_linear")
-# "unipc" is off by 0.046 at the noise below, of which the limits say nothing
-LEADING_BACK = [n for n in solvers.SOLVERS if n not in (*variations.NOISY, "unipc")]
 
 
 def sample(task, *flags):
@@ -94,23 +92,27 @@ def test_more_steps_come_closer_with_guidance_too(ldm_run, photos, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LEADING_BACK)
-def test_solvers_without_noise_lead_back(name):
-    table = solvers.levels(SD, 50, "trailing", "alphas_cumprod_0")
-    z, keys = reference.draw(2, 4, 4, 4), jax.random.split(jax.random.key(0), 2)
-    image = gaussian.exact(z, table.alpha_next[-1], table.sigma_next[-1])
+@pytest.mark.parametrize("name", [n for n in solvers.SOLVERS if n not in variations.NOISY])
+def test_every_solver_without_noise_leads_back(name):
+    def errors(steps):
+        """Of the noise against the exact flow, and of the image sampled from it."""
+        table = solvers.levels(SD, steps, "trailing", "alphas_cumprod_0")
+        z, keys = reference.draw(2, 4, 4, 4), jax.random.split(jax.random.key(0), 2)
+        image = gaussian.exact(z, table.alpha_next[-1], table.sigma_next[-1])
 
-    @jax.jit
-    def there_and_back(image):
-        way = (solvers.make(name), gaussian.denoise)
-        x_T = solvers.sample(*way, solvers.inverted(table), image, keys)
-        return x_T, solvers.sample(*way, table, x_T, keys)
+        @jax.jit
+        def there_and_back(image):
+            way = (solvers.make(name), gaussian.denoise)
+            x_T = solvers.sample(*way, solvers.inverted(table), image, keys)
+            return x_T, solvers.sample(*way, table, x_T, keys)
 
-    x_T, again = there_and_back(image)
-    exact = gaussian.exact(z, table.alpha[0], table.sigma[0])
-    limit = 0.07 if name in ("ddim", "euler") else 0.03
-    assert np.sqrt(np.mean((x_T - exact) ** 2)) < limit
-    assert np.sqrt(np.mean((again - image) ** 2)) < limit
+        x_T, again = there_and_back(image)
+        exact = gaussian.exact(z, table.alpha[0], table.sigma[0])
+        return np.array([np.sqrt(np.mean((a - b) ** 2)) for a, b in ((x_T, exact), (again, image))])
+
+    # 0.27 at order one (ddim, euler), 0.08 to 0.22 for the others
+    coarse, fine = errors(25), errors(100)
+    assert (fine < 0.35 * coarse).all(), (coarse, fine)
 
 
 @pytest.mark.slow
