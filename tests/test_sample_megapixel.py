@@ -108,8 +108,7 @@ def test_an_image_over_four_devices_has_the_same_pixels(run, whole, tmp_path, ca
 
 
 def test_space_splits_every_layer(plain):
-    """No array of the program on a device has the height of the image or its latent, but what
-    comes out."""
+    """No array of 32 channels, as layers have, has the height of the image or its latent."""
     mesh = sharding.spatial_mesh(4)
     around, decode = megapixel.spread(plain, mesh, (32, 8, 4))
     net = around(lambda x, t, cond: jax.numpy.tanh(x) * t[:, None, None, None])
@@ -119,9 +118,10 @@ def test_space_splits_every_layer(plain):
 
     z = jax.ShapeDtypeStruct((1, 32, 8, 4), np.float32)
     stage = plain.params["first_stage"]
-    out = sharding.image_sharding(mesh)
-    inner = jax.jit(run, in_shardings=(None, out), out_shardings=out).lower(stage, z).compile()
-    heights = {int(h) for h in re.findall(r"f32\[1,(\d+),\d+,\d+\]", inner.as_text())}
+    everywhere = sharding.replicated(mesh)  # as the noise and the image are
+    how = {"in_shardings": (everywhere, everywhere), "out_shardings": everywhere}
+    inner = jax.jit(run, **how).lower(stage, z).compile()
+    heights = {int(h) for h in re.findall(r"f32\[1,(\d+),\d+,32\]", inner.as_text())}
     assert heights
     assert max(heights) < 32, heights  # 16 rows of 64, and some of the neighbours'
 
