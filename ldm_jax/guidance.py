@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.diffusion import like_rows
+
 
 def classifier_free(
     model: Callable,
@@ -29,7 +31,7 @@ def classifier_free(
     def guided(x, t_b):
         out = model(jnp.concatenate([x, x]), jnp.concatenate([t_b, t_b]), both)
         out_null, out_cond = jnp.split(out.astype(x.dtype), 2)
-        out = out_null + _like_rows(scale, x.ndim) * (out_cond - out_null)
+        out = out_null + like_rows(scale, x.ndim) * (out_cond - out_null)
         if isinstance(rescale, int | float) and rescale == 0:
             return out
         return rescaled(out, out_cond, rescale)
@@ -54,11 +56,5 @@ def rescaled(guided: jax.Array, conditional: jax.Array, phi: jax.Array | float) 
     # An untrained network returns zeros: no division by a standard deviation of 0.
     std = jnp.maximum(jnp.std(guided, axis=axes, keepdims=True), 1e-12)
     matched = guided * (jnp.std(conditional, axis=axes, keepdims=True) / std)
-    phi = _like_rows(phi, guided.ndim)
+    phi = like_rows(phi, guided.ndim)
     return phi * matched + (1 - phi) * guided
-
-
-def _like_rows(value: jax.Array | float, ndim: int) -> jax.Array:
-    """A scalar as it is, [B] as [B, 1, ...] with `ndim` axes."""
-    value = jnp.asarray(value)
-    return value.reshape(value.shape + (1,) * (ndim - 1)) if value.ndim else value

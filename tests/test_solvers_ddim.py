@@ -131,3 +131,17 @@ def test_zero_terminal_snr_follows_the_exact_flow():
     denoise = diffusion.denoiser(gaussian.v_model(schedule), "v")
     out = solvers.sample(solvers.SOLVERS["ddim"](), denoise, table, z, KEYS)
     np.testing.assert_allclose(out, gaussian.exact(z, 1.0, 0.0), atol=0.05)
+
+
+def test_every_row_may_have_its_own_eta():
+    """As many rows as channels: nothing else than the axes tells which is meant."""
+    denoise = lambda x, level: diffusion.Denoised(0.5 * x, jnp.tanh(x))  # noqa: E731
+    levels, x_T = solvers.levels(SD, 4, "leading"), jnp.ones((2, 1, 1, 2))
+    etas = jnp.array([0.0, 0.7])
+
+    def run(eta, temperature=1.0):
+        return solvers.sample(solvers.ddim(eta, temperature), denoise, levels, x_T, KEYS)
+
+    each = jnp.stack([run(eta)[i] for i, eta in enumerate(etas)])
+    np.testing.assert_allclose(run(etas), each, rtol=1e-6)
+    np.testing.assert_allclose(run(0.7, jnp.array([0.0, 1.0]))[1], each[1], rtol=1e-6)

@@ -24,7 +24,7 @@ class FirstStageLossConfig:
     """File with the VGG16 whose features LPIPS compares (torch or safetensors), read at the first
     start and kept in the run's `frozen/`; or "random": features of random weights."""
     perceptual_lin: str = ""
-    """File with the weights of LPIPS on those features (`vgg.pth`, 5 layers); none with "random"."""
+    """File with the weights of LPIPS on those features (`vgg.pth`); none with "random"."""
     codebook_weight: float = 1.0
     """Weight of the codebook's loss, of VQ latents (`AutoencoderVQConfig` has its terms)."""
     revive_codes_after: int = 0

@@ -3,21 +3,23 @@
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.diffusion import rowwise_normal
+from ldm_jax.diffusion import like_rows, rowwise_normal
 from ldm_jax.solvers.loop import Solver
 
 
 def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> Solver:
     """Eq. 12; eta = 0 is deterministic, 1 is ancestral DDPM sampling on the same levels.
 
-    temperature scales the fresh noise, as in the reference. Both may be traced.
+    temperature scales the fresh noise, as in the reference. Both are scalars or [B], and may be
+    traced.
     """
 
     def step(denoise, carry, x, level, keys):
         denoised = denoise(x, level)
-        fresh = eta * level.sigma_next / level.sigma * _sqrt(level.beta)  # eq. 16
+        fresh = level.sigma_next / level.sigma * _sqrt(level.beta)
+        fresh = like_rows(eta, x.ndim) * fresh  # eq. 16
         kept = _sqrt(level.sigma_next**2 - fresh**2)
-        noise = temperature * rowwise_normal(keys, x.shape[1:])
+        noise = like_rows(temperature, x.ndim) * rowwise_normal(keys, x.shape[1:])
         x = level.alpha_next * denoised.x0 + kept * denoised.eps + fresh * noise
         return carry, x, denoised
 
