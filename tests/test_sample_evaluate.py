@@ -14,12 +14,7 @@ from test_multiprocess import codes, logs, two
 from ldm_jax import cli, data, images, latents, loading, rundir, schema, sharding
 from ldm_jax.metrics import features, gaussian
 from ldm_jax.models import autoencoder
-from ldm_jax.sample import (
-    evaluate,
-    evaluate_features,
-    evaluate_images,
-    evaluate_reconstruct,
-)
+from ldm_jax.sample.evaluate import extraction, image_sets, main, reconstruct
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,7 +25,7 @@ FIGURES = {"fd_random_features", "kd_random_features", "precision", "recall"}
 
 def run(*flags):
     """Exit code of the command."""
-    return cli.run("ldm-eval", evaluate.evaluate, [*map(str, flags)])
+    return cli.run("ldm-eval", main.evaluate, [*map(str, flags)])
 
 
 def result(out):
@@ -105,10 +100,10 @@ def test_a_vector_quantized_stage_has_its_codes_counted(tmp_path):
     shapes = text_model.shapes_of(module, autoencoder)
     params = reference.filled(shapes)
     mesh = sharding.make_mesh(schema.MeshConfig())
-    stage = evaluate_reconstruct.Stage(module, params, config, None)
-    opened = evaluate_features.Opened(features.of_random(), mesh, None)
-    options = evaluate_reconstruct.Options(model="", out=str(tmp_path))
-    run = evaluate_reconstruct.make_run(stage, opened, None, options)
+    stage = reconstruct.Stage(module, params, config, None)
+    opened = extraction.Opened(features.of_random(), mesh, None)
+    options = reconstruct.Options(model="", out=str(tmp_path))
+    run = reconstruct.make_run(stage, opened, None, options)
     image = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
     found, decoded = run(image, np.arange(4), np.array([1, 1, 1, 0]))
 
@@ -121,7 +116,7 @@ def test_a_vector_quantized_stage_has_its_codes_counted(tmp_path):
     assert found["total_codes"].tolist() == expected.tolist()
     assert decoded.shape == image.shape
     assert 0 < np.mean(expected > 0) <= 1
-    figures = evaluate_reconstruct.figures_of(opened.network, found)
+    figures = reconstruct.figures_of(opened.network, found)
     assert figures["usage"] == pytest.approx(np.mean(expected > 0))
 
 
@@ -196,8 +191,8 @@ def test_a_model_of_text_is_asked_with_the_captions_of_the_data(tmp_path, capsys
 
 def test_an_interrupted_run_goes_on(drawn, ldm_run, tmp_path, monkeypatch, capsys):
     """Stopped after two of three parts, which stay."""
-    monkeypatch.setattr(evaluate_features, "PART", 4)
-    write, parts = evaluate_features._write_part, []
+    monkeypatch.setattr(extraction, "PART", 4)
+    write, parts = extraction._write_part, []
 
     def stop(path, found):
         if len(parts) == 2:
@@ -207,13 +202,11 @@ def test_an_interrupted_run_goes_on(drawn, ldm_run, tmp_path, monkeypatch, capsy
 
     flags = ["--samples", drawn / "samples.npz", "--reference", ldm_run, *RANDOM]
     flags += ["--reference-count", 12, "--out", tmp_path]
-    monkeypatch.setattr(evaluate_features, "_write_part", stop)
+    monkeypatch.setattr(extraction, "_write_part", stop)
     assert run("samples", *flags) == 130
     assert parts == ["00000000.npz", "00000004.npz"]
     parts.clear()
-    monkeypatch.setattr(
-        evaluate_features, "_write_part", lambda p, x: (parts.append(p), write(p, x))
-    )
+    monkeypatch.setattr(extraction, "_write_part", lambda p, x: (parts.append(p), write(p, x)))
     assert run("samples", *flags) == 0
     assert [part.name for part in parts[:1]] == ["00000008.npz"]
     assert "goes on after 8 of 12 images" in capsys.readouterr().err
@@ -238,7 +231,7 @@ def test_two_processes_draw_and_measure_as_one(drawn, ldm_run, tmp_path):
 
     def command(address):
         flags = ["--model", ldm_run, "--out", tmp_path / "out", "--npz", *SHORT]
-        program = ("-m", "ldm_jax.sample.evaluate", "samples", "--distributed", address)
+        program = ("-m", "ldm_jax.sample.evaluate.main", "samples", "--distributed", address)
         return [*program, *map(str, flags)]
 
     with two(tmp_path, command) as processes:
@@ -340,6 +333,6 @@ def test_bad_options_are_one_line(tmp_path, capsys, flags, message):
 def test_an_archive_is_read_piece_by_piece(tmp_path):
     pixels = np.random.default_rng(0).integers(2, 256, (9, 4, 4, 1)).astype(np.uint8)
     path = npz(tmp_path / "x.npz", pixels)
-    shape, dtype = evaluate_images._npy_header(path)
+    shape, dtype = image_sets._npy_header(path)
     assert (shape, dtype) == ((9, 4, 4, 1), np.uint8)
-    np.testing.assert_array_equal(evaluate_images._npy_rows(path, shape, range(3, 7)), pixels[3:7])
+    np.testing.assert_array_equal(image_sets._npy_rows(path, shape, range(3, 7)), pixels[3:7])

@@ -15,15 +15,16 @@ from jax.experimental import multihost_utils
 from ldm_jax import bundle, conditioning, images, rundir, sampling, schema, sharding
 from ldm_jax.metrics import features
 from ldm_jax.models import clip
-from ldm_jax.sample import evaluate_features, evaluate_images, program
 from ldm_jax.sample import options as sample_options
+from ldm_jax.sample import program
+from ldm_jax.sample.evaluate import extraction, image_sets
 
 SHOWN = 64  # images in grid.png
 PAPER = 50_000  # samples of a figure in the paper
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(evaluate_features.Options):
+class Options(extraction.Options):
     """What is drawn, and how."""
 
     model: str = ""
@@ -82,14 +83,14 @@ class Given(NamedTuple):
     count: int
     shape: tuple[int, int, int]
     facts: dict[str, Any]
-    produce: Callable[[int, epath.Path], Iterator[tuple[evaluate_features.Found, int]]]
+    produce: Callable[[int, epath.Path], Iterator[tuple[extraction.Found, int]]]
 
 
 def drawn(
     options: Options,
-    opened: evaluate_features.Opened,
+    opened: extraction.Opened,
     base: schema.DataConfig | None,
-    how: evaluate_images.Preparation,
+    how: image_sets.Preparation,
 ) -> tuple[Given, schema.DataConfig | None]:
     """Samples of --model, and the data that its images are to be prepared as."""
     shared = {f.name for f in dataclasses.fields(sample_options.Options)}
@@ -140,9 +141,9 @@ def _conditions(
     options: Options,
     model: bundle.LatentDiffusion,
     base: schema.DataConfig,
-    how: evaluate_images.Preparation,
+    how: image_sets.Preparation,
     count: int,
-) -> evaluate_images.ImageSet | None:
+) -> image_sets.ImageSet | None:
     """Records that samples are conditioned on; None where classes take turns, or nothing is asked.
 
     ValueError if the records lack what the model is conditioned on.
@@ -152,7 +153,7 @@ def _conditions(
         return None
     if schema.text_of(cond) is not None:
         sample_options.check_tokenizer(model, options.model)
-    found = evaluate_images.opened(
+    found = image_sets.opened(
         options.data,
         options.data_split,
         base,
@@ -167,7 +168,7 @@ def _conditions(
 
 
 def _check_rows(
-    found: evaluate_images.ImageSet, model: bundle.LatentDiffusion, options: Options
+    found: image_sets.ImageSet, model: bundle.LatentDiffusion, options: Options
 ) -> None:
     """ValueError if a record lacks what `conditioning.from_batch` reads."""
     rows = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -193,13 +194,13 @@ def _check_rows(
 
 def _batches(
     options: Options,
-    opened: evaluate_features.Opened,
+    opened: extraction.Opened,
     draw: Callable,
-    conditions: evaluate_images.ImageSet | None,
+    conditions: image_sets.ImageSet | None,
     model: bundle.LatentDiffusion,
     span: tuple[int, int],
     out: epath.Path,
-) -> Iterator[tuple[evaluate_features.Found, int]]:
+) -> Iterator[tuple[extraction.Found, int]]:
     """Features of samples from batch `span[0]` on, up to `span[1]` samples."""
     first, count = span
     size, rows = options.batch_size, sharding.batch_sharding(opened.mesh)
@@ -238,7 +239,7 @@ def _whole(image: jax.Array) -> np.ndarray:
 
 
 def _texts(
-    opened: evaluate_features.Opened, conditions: evaluate_images.ImageSet | None
+    opened: extraction.Opened, conditions: image_sets.ImageSet | None
 ) -> Callable[[np.ndarray], np.ndarray] | None:
     """CLIP's embeddings of the captions of samples, where both are there."""
     model = opened.clip

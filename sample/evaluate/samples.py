@@ -10,13 +10,13 @@ from etils import epath
 
 from ldm_jax import checkpoint, schema, sharding
 from ldm_jax.metrics import features, gaussian, scores
-from ldm_jax.sample import evaluate_draw, evaluate_features, evaluate_figures, evaluate_images
+from ldm_jax.sample.evaluate import drawing, extraction, image_sets, report
 
 NAME = "samples"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(evaluate_draw.Options):
+class Options(drawing.Options):
     """FID and its relatives of samples: drawn here from a model, or lying in files."""
 
     samples: str = ""
@@ -40,28 +40,28 @@ def main(options: Options) -> int:
     """Writes result.json, row.md, and grid.png of samples that are drawn here."""
     if bool(options.model) == bool(options.samples):
         raise ValueError("give --model, to draw samples, or --samples, a folder or .npz of them")
-    opened = evaluate_features.opened(options)
-    base = evaluate_images.config_of(options.model) if options.model else None
-    how = evaluate_images.Preparation(options.size, options.crop, options.resize)
+    opened = extraction.opened(options)
+    base = image_sets.config_of(options.model) if options.model else None
+    how = image_sets.Preparation(options.size, options.crop, options.resize)
     if options.samples:
         given = _files(options, opened)
     else:
-        given, base = evaluate_draw.drawn(options, opened, base, how)
+        given, base = drawing.drawn(options, opened, base, how)
     source, saved = _reference(options, base, how)
     if source is not None:
-        evaluate_images.check_sizes(given.shape, source.shape, ("samples", "reference images"))
+        image_sets.check_sizes(given.shape, source.shape, ("samples", "reference images"))
     if saved is not None and "size" in saved.meta:
-        evaluate_images.check_sizes(given.shape, saved.meta["size"], ("samples", "the statistics"))
-    out = evaluate_features.out_folder(options)
+        image_sets.check_sizes(given.shape, saved.meta["size"], ("samples", "the statistics"))
+    out = extraction.out_folder(options)
     folder = out / "features"
     reference = _reference_features(options, opened, source, saved, folder)
-    settings = {**evaluate_features.about(opened.network), **given.facts}
-    found = evaluate_features.kept(
+    settings = {**extraction.about(opened.network), **given.facts}
+    found = extraction.kept(
         folder / NAME, settings, given.count, lambda i: given.produce(i, out), options, NAME
     )
     if jax.process_index() != 0:
         return 0
-    figures = evaluate_figures.distances(opened.network, found, reference)
+    figures = report.distances(opened.network, found, reference)
     if "text" in found:
         figures["clip_score"] = float(scores.clip_score(found["features"], found["text"]).mean())
     if "image" in found:
@@ -73,9 +73,9 @@ def main(options: Options) -> int:
         "count": given.count,
         "reference": options.reference if source is None else source.about,
         "Reference": f"{options.reference or 'training data'}, {reference.features.count or '?'}",
-        "neighbours": evaluate_figures.NEIGHBOURS,
+        "neighbours": report.NEIGHBOURS,
     }
-    evaluate_figures.write(out, NAME, options, figures, facts)
+    report.write(out, NAME, options, figures, facts)
     return 0
 
 
@@ -83,13 +83,13 @@ def main(options: Options) -> int:
 
 
 def _reference(
-    options: Options, base: schema.DataConfig | None, how: evaluate_images.Preparation
-) -> tuple[evaluate_images.ImageSet | None, gaussian.Saved | None]:
+    options: Options, base: schema.DataConfig | None, how: image_sets.Preparation
+) -> tuple[image_sets.ImageSet | None, gaussian.Saved | None]:
     """(images, statistics) of --reference, of which one is None."""
     path = options.reference
     if path.endswith(".npz") and _holds(path, "mu"):
         return None, gaussian.read(path)
-    images = evaluate_images.opened(
+    images = image_sets.opened(
         path,
         options.reference_split,
         base,
@@ -110,34 +110,34 @@ def _holds(path: str, name: str) -> bool:
 
 def _reference_features(
     options: Options,
-    opened: evaluate_features.Opened,
-    source: evaluate_images.ImageSet | None,
+    opened: extraction.Opened,
+    source: image_sets.ImageSet | None,
     saved: gaussian.Saved | None,
     folder: epath.Path,
-) -> evaluate_figures.Reference | None:
+) -> report.Reference | None:
     """Features of the reference; of saved statistics those of the images beside them, if any."""
     if saved is not None:
-        found = evaluate_figures.reference_of_file(saved, opened.network, options.reference)
+        found = report.reference_of_file(saved, opened.network, options.reference)
         if saved.images is None:
             return found
-        source = evaluate_images.of_array(saved.images, {"npz": options.reference})
-    rows = evaluate_features.of_images(folder / "reference", opened, source, options, "reference")
+        source = image_sets.of_array(saved.images, {"npz": options.reference})
+    rows = extraction.of_images(folder / "reference", opened, source, options, "reference")
     if jax.process_index() != 0:
         return None
     if saved is not None:
         return found._replace(rows=rows["features"])
-    return evaluate_figures.reference_of(rows)
+    return report.reference_of(rows)
 
 
 # --- samples in files ----------------------------------------------------------------------------
 
 
-def _files(options: Options, opened: evaluate_features.Opened) -> evaluate_draw.Given:
+def _files(options: Options, opened: extraction.Opened) -> drawing.Given:
     path = options.samples
     if path.endswith(".npz"):
-        found = evaluate_images.of_npz(path, options.count)
+        found = image_sets.of_npz(path, options.count)
     elif checkpoint.absolute(path).is_dir():
-        found = evaluate_images.of_folder(path, options.count)
+        found = image_sets.of_folder(path, options.count)
     else:
         raise ValueError(f"--samples {path}: is no folder of images or .npz")
     if options.count is not None and found.count < options.count:
@@ -150,4 +150,4 @@ def _files(options: Options, opened: evaluate_features.Opened) -> evaluate_draw.
         for x in features.extract(opened.network, opened.mesh, batches):
             yield x, len(x["features"])
 
-    return evaluate_draw.Given(found.count, found.shape, {"samples": found.about}, produce)
+    return drawing.Given(found.count, found.shape, {"samples": found.about}, produce)

@@ -7,13 +7,13 @@ import jax
 
 from ldm_jax import cli
 from ldm_jax.metrics import gaussian
-from ldm_jax.sample import evaluate_features, evaluate_figures, evaluate_images
+from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "statistics"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(evaluate_features.Options):
+class Options(extraction.Options):
     """statistics.npz of a data set, which `ldm-eval samples --reference`, pytorch-fid and the ADM
     suite read."""
 
@@ -33,29 +33,27 @@ class Options(evaluate_features.Options):
 
 def main(options: Options) -> int:
     """Writes statistics.npz and result.json."""
-    images = evaluate_images.opened(
+    images = image_sets.opened(
         options.data,
         options.split,
         None,
-        evaluate_images.Preparation(options.size, options.crop, options.resize),
+        image_sets.Preparation(options.size, options.crop, options.resize),
         limit=options.count,
         flag="--data",
     )
-    opened = evaluate_features.opened(options)
-    out = evaluate_features.out_folder(options)
-    found = evaluate_features.of_images(
-        out / "features" / "data", opened, images, options, "features"
-    )
+    opened = extraction.opened(options)
+    out = extraction.out_folder(options)
+    found = extraction.of_images(out / "features" / "data", opened, images, options, "features")
     if jax.process_index() != 0:
         return 0
-    reference = evaluate_figures.reference_of(found)
+    reference = report.reference_of(found)
     meta = {
-        **evaluate_features.about(opened.network),
+        **extraction.about(opened.network),
         "size": list(images.shape),
         "images": images.about,
     }
     gaussian.write(out / "statistics.npz", reference.features, reference.spatial, meta)
     facts = {**meta, "name": options.data, "count": images.count}
-    evaluate_figures.write(out, NAME, options, {}, facts)
+    report.write(out, NAME, options, {}, facts)
     cli.say(f"{out / 'statistics.npz'}: mean and covariance of {images.count} images")
     return 0

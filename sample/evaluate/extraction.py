@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ldm_jax import checkpoint, cli, rundir, schema, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
-from ldm_jax.sample.evaluate_images import ImageSet
+from ldm_jax.sample.evaluate.image_sets import ImageSet
 
 PART = 1024  # images of a part at least; what an interrupted run loses at most
 Found = dict[str, np.ndarray]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import tyro
 
 from ldm_jax import cli
-from ldm_jax.sample import evaluate_reconstruct, evaluate_samples, evaluate_statistics
+from ldm_jax.sample.evaluate import reconstruct, samples, statistics
 
 TASKS = {
-    "reconstruct": evaluate_reconstruct,
-    "samples": evaluate_samples,
-    "statistics": evaluate_statistics,
+    "reconstruct": reconstruct,
+    "samples": samples,
+    "statistics": statistics,
 }
 
 

@@ -13,14 +13,14 @@ from ldm_jax import bundle, images, latents, loading, rundir, sampling, schema, 
 from ldm_jax.convert import auxiliary
 from ldm_jax.metrics import features, pixels, scores
 from ldm_jax.models import autoencoder, lpips
-from ldm_jax.sample import evaluate_features, evaluate_figures, evaluate_images
+from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "reconstruct"
 SHOWN = 8  # images in reconstructions.png
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(evaluate_features.Options):
+class Options(extraction.Options):
     """PSNR, SSIM, LPIPS and R-FID of a data set through a first stage, and its codes' usage."""
 
     model: str
@@ -64,18 +64,18 @@ class Stage(NamedTuple):
 
 def main(options: Options) -> int:
     """Writes result.json, row.md and reconstructions.png."""
-    opened = evaluate_features.opened(options)
+    opened = extraction.opened(options)
     perceptual = open_lpips(options)
     stage = open_stage(options, opened.mesh)
-    how = evaluate_images.Preparation(options.size, options.crop, options.resize)
-    given = evaluate_images.opened(
+    how = image_sets.Preparation(options.size, options.crop, options.resize)
+    given = image_sets.opened(
         options.data, options.split, stage.data, how, limit=options.count, flag="--data"
     )
     check(stage, given, options)
-    out = evaluate_features.out_folder(options)
+    out = extraction.out_folder(options)
     weights = rundir.params_hash(jax.device_get(stage.params))
     settings = {
-        **evaluate_features.about(opened.network),
+        **extraction.about(opened.network),
         "model_weights": weights,
         "images": given.about,
         "lpips": None if perceptual is None else perceptual[1],
@@ -83,17 +83,15 @@ def main(options: Options) -> int:
     }
     run = make_run(stage, opened, perceptual, options)
 
-    def produce(first: int) -> Iterator[tuple[evaluate_features.Found, int]]:
+    def produce(first: int) -> Iterator[tuple[extraction.Found, int]]:
         return _batches(run, opened, given, options, first, out)
 
-    found = evaluate_features.kept(
-        out / "features" / NAME, settings, given.count, produce, options, NAME
-    )
+    found = extraction.kept(out / "features" / NAME, settings, given.count, produce, options, NAME)
     if jax.process_index() != 0:
         return 0
     figures = figures_of(opened.network, found)
     facts = {**settings, "name": options.model, "count": given.count, "Reference": "the originals"}
-    evaluate_figures.write(out, NAME, options, figures, facts)
+    report.write(out, NAME, options, figures, facts)
     return 0
 
 
@@ -130,7 +128,7 @@ def open_lpips(options: Options) -> tuple[dict, str, str] | None:
     return params, rundir.params_hash(params), "lpips"
 
 
-def check(stage: Stage, given: evaluate_images.ImageSet, options: Options) -> None:
+def check(stage: Stage, given: image_sets.ImageSet, options: Options) -> None:
     """ValueError if the first stage cannot take these images."""
     height, width, channels = given.shape
     down = stage.config.downsample
@@ -149,7 +147,7 @@ def check(stage: Stage, given: evaluate_images.ImageSet, options: Options) -> No
 
 
 def make_run(
-    stage: Stage, opened: evaluate_features.Opened, perceptual: Any, options: Options
+    stage: Stage, opened: extraction.Opened, perceptual: Any, options: Options
 ) -> Callable:
     """run(images, their numbers [B], meant [B]) -> (arrays on every device, decoded images).
 
@@ -190,12 +188,12 @@ def make_run(
 
 def _batches(
     run: Callable,
-    opened: evaluate_features.Opened,
-    given: evaluate_images.ImageSet,
+    opened: extraction.Opened,
+    given: image_sets.ImageSet,
     options: Options,
     first: int,
     out: epath.Path,
-) -> Iterator[tuple[evaluate_features.Found, int]]:
+) -> Iterator[tuple[extraction.Found, int]]:
     """What `run` gives for the batches from `first` on, on the host."""
     rows, size = sharding.batch_sharding(opened.mesh), options.batch_size
     for i, (batch, count) in enumerate(given.batches(size, first, rows), first):
@@ -217,17 +215,17 @@ def _draw(out: epath.Path, real: np.ndarray, other: np.ndarray) -> None:
     images.save_png(out / "reconstructions.png", sheet)
 
 
-def figures_of(network: features.Network, found: evaluate_features.Found) -> dict[str, float]:
+def figures_of(network: features.Network, found: extraction.Found) -> dict[str, float]:
     """Means over images, distances between originals and reconstructions, codes."""
 
-    def side(name: str) -> evaluate_features.Found:
+    def side(name: str) -> extraction.Found:
         return {n.removeprefix(name): x for n, x in found.items() if n.startswith(name)}
 
-    reference = evaluate_figures.reference_of(side("real_"))
-    apart = evaluate_figures.distances(network, side("other_"), reference)
+    reference = report.reference_of(side("real_"))
+    apart = report.distances(network, side("other_"), reference)
     figures = {f"r_{name}": x for name, x in apart.items()}
     names = [n for n in ("psnr", "ssim", "lpips", "lpips_random_features") if n in found]
-    figures |= evaluate_figures.per_image(found, tuple(names))
+    figures |= report.per_image(found, tuple(names))
     if "total_codes" in found:
         figures |= scores.codebook(found["total_codes"])
     return figures

@@ -1,0 +1,1 @@
+"""`ldm-eval`: figures of reconstructions and samples, and statistics to compare with."""
