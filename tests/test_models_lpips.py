@@ -45,7 +45,7 @@ def test_distance_and_gradient_are_those_of_torch(width, record_property):
     assert found.shape == (2,)
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4)
     limit = 1e-4 * float(b.grad.abs().max())
-    record_property("gradient", np.abs(gradient - nhwc(b.grad)).max() / limit)
+    record_property("gradient", float(np.abs(gradient - nhwc(b.grad)).max() / limit))
     np.testing.assert_allclose(gradient, nhwc(b.grad), rtol=0, atol=limit)
 
 
