@@ -78,7 +78,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_wheel_holds_every_module(wheel):
     tree = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ldm_jax").rglob("*.py")}
     for folder in ("train", "sample", "configs"):
-        tree |= {f"ldm_jax/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / folder).glob("*.py")}
+        tree |= {f"ldm_jax/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / folder).rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.endswith(".py")}
         top = {name.partition("/")[0] for name in archive.namelist()}
