@@ -44,6 +44,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A worker that keeps the programs of every file ends at five gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """XLA compiles in half the time, to slower code: for large programs that run a few times."""

@@ -102,6 +102,7 @@ def test_is_called_as_stable_vae_calls_it(folder):
     assert np.abs(vae.encode(jax.random.PRNGKey(1), images) - latents).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_is_called_as_other_papers_call_it(made):
     """Unbound methods, pmap over devices, channels-first latents, outputs leave the program."""
     model, params = made

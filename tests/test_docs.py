@@ -70,6 +70,7 @@ def test_slant_of_a_line():
     np.testing.assert_allclose(slants, [0.5, 0, -0.25], atol=0.02)
 
 
+@pytest.mark.slow
 def test_guiding_script_moves_every_picture_to_its_goal(trained):
     guide = script("guide_digits")
     model = ldm_jax.load(trained)

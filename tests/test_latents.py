@@ -20,7 +20,7 @@ IMAGE = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float3
 def first_stage():
     """(module, parameters)."""
     params = jax.jit(lambda key: autoencoder.init_params(CONFIG, key))(jax.random.key(0))
-    return autoencoder.module(CONFIG), params["autoencoder"]
+    return first_stages.from_config(CONFIG.model), params["autoencoder"]
 
 
 def test_mode_is_the_scaled_mean(first_stage):

@@ -178,6 +178,7 @@ def test_decode_does_not_clip():
     assert np.abs(decode(model, params, 10 * draw(1, 4, 4, 3))).max() > 1.5
 
 
+@pytest.mark.slow
 def test_remat_keeps_names_and_gradients():
     model, params = model_and_params(TINY)
     x = draw(2, 8, 8, 3)

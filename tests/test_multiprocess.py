@@ -150,6 +150,7 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, ldm_run, first_sta
     assert_losses_as(run, ldm_run, 8)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_at_one_step(tmp_path, ldm_run, first_stage_run):
     run = tmp_path / "run"
     more = [*MIXED.split(), "--steps", "400", "--intervals.save", "0", "--intervals.snapshot", "0"]

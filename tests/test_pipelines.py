@@ -66,7 +66,10 @@ def same(ours, theirs):
     return np.abs(ours - theirs).max()
 
 
-@pytest.mark.parametrize(("kind", "negative"), [("v1", "a disc"), ("v1", ""), ("v", "")])
+@pytest.mark.parametrize(
+    ("kind", "negative"),
+    [("v1", "a disc"), pytest.param("v1", "", marks=pytest.mark.slow), ("v", "")],
+)
 def test_stable_diffusion(made, tmp_path, record_property, kind, negative):
     folder, pipe = made(kind)
     x_T, size = start(12, 8), {"height": 24, "width": 16}

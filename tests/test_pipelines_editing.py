@@ -178,6 +178,7 @@ def drawn(model, start=0, init=None, hole=None, scale=SCALE, **options):
     return images.to_uint8(run(start)).astype(int)
 
 
+@pytest.mark.slow
 def test_inpainting_with_four_channels(made, model, photos, monkeypatch, record_property):
     from diffusers import StableDiffusionInpaintPipeline
 

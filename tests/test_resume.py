@@ -113,6 +113,7 @@ def half(tmp_path, ldm_run):
     return run
 
 
+@pytest.mark.slow
 def test_it_goes_on_on_another_mesh(half, ldm_run, first_stage_run, capsys):
     assert resume(half, first_stage_run, "--mesh.data", "2", "--mesh.fsdp", "2") == 0
     said = capsys.readouterr().err

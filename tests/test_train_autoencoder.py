@@ -30,7 +30,7 @@ def alone(quick_compilation):
     [
         ({"data": 4}, 1),
         pytest.param({"fsdp": 4}, 2, marks=pytest.mark.slow),
-        ({"data": 2, "fsdp": 2}, 1),
+        pytest.param({"data": 2, "fsdp": 2}, 1, marks=pytest.mark.slow),
         pytest.param({"fsdp": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -68,6 +68,7 @@ def test_the_first_steps_are_the_recorded_ones(first_stage_run):
     assert records[0]["kl"] == pytest.approx(18.9837, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_poisoned_batch_leaves_every_device_as_it_was(tmp_path):
     mesh = recipes.mesh_of(data=2, fsdp=2)
     state, _ = recipes.steps(CONFIG, mesh, 1)
@@ -88,6 +89,7 @@ def test_a_poisoned_batch_leaves_every_device_as_it_was(tmp_path):
     assert not np.array_equal(_arrays(state)[0].addressable_shards[0].data, before[0][0])
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_and_keeps_float32_parameters(alone):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     state, metrics = recipes.steps(config, recipes.mesh_of(), 3)

@@ -83,6 +83,7 @@ def test_rows_are_those_of_the_images(cached, first_stage_run, split):
         assert (rows[0][1][name].shape, rows[0][1][name].dtype) == (shape, dtype)
 
 
+@pytest.mark.slow
 def test_a_loss_from_the_cache_is_a_loss_from_the_images(cached, first_stage_run, tmp_path):
     """And the latent scale that is measured before."""
     mesh, values = recipes.mesh_of(data=1), []

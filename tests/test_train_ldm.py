@@ -33,7 +33,7 @@ def alone(quick_compilation):
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
     [
-        ({"data": 4}, 1),
+        pytest.param({"data": 4}, 1, marks=pytest.mark.slow),
         pytest.param({"fsdp": 4}, 1, marks=pytest.mark.slow),  # as in the next
         ({"data": 2, "fsdp": 2}, 2),
         # across processes in test_multiprocess
@@ -93,6 +93,7 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters(alone):
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_step(alone):
     state, _ = recipes.steps(dataclasses.replace(CONFIG, remat=True), recipes.mesh_of(), 5)
     assert recipes.largest_difference(state, alone[0]) < TOLERANCE
@@ -110,8 +111,13 @@ def _with(condition, unet=(), **diffusion):
 @pytest.mark.parametrize(
     "config",
     [
-        _with("unconditional", learn_logvar=True, elbo_weight=0.1, logvar_init=0.5),
-        _with("label", prediction="v", zero_terminal_snr=True),
+        pytest.param(
+            _with("unconditional", learn_logvar=True, elbo_weight=0.1, logvar_init=0.5),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            _with("label", prediction="v", zero_terminal_snr=True), marks=pytest.mark.slow
+        ),
         pytest.param(_with("inpaint", offset_noise=0.1, loss="l1"), marks=pytest.mark.slow),
         pytest.param(_with("superres", prediction="x0", min_snr_gamma=5.0), marks=pytest.mark.slow),
         _with(

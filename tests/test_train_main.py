@@ -66,6 +66,7 @@ def test_a_first_stage_on_a_folder_with_a_broken_image(tmp_path, capsys, caplog)
     assert pixels.shape[0] == 134
 
 
+@pytest.mark.slow
 def test_an_ldm_compares_weights_and_draws_at_intervals(tmp_path, ldm_run, first_stage_run, capsys):
     run = tmp_path / "run"
     shutil.copytree(ldm_run, run)

@@ -45,6 +45,7 @@ def loss_of(config, mesh, key, *, grad):
 MESH = {"fsdp": 2, "tensor": 2}
 
 
+@pytest.mark.slow
 def test_text_beside_an_image_reaches_every_parameter_alike_on_every_mesh(record_property):
     config, key = recipes.ldm_config("hybrid"), jax.random.key(0)
     loss, gradient = loss_of(config, recipes.mesh_of(), key, grad=True)
@@ -164,6 +165,7 @@ def back_to(step, run, moved):
     return moved
 
 
+@pytest.mark.slow
 def test_text_from_a_folder_trains_and_resumes_elsewhere(tmp_path, captioned, first_stage_run):
     config, source = captioned
     run = tmp_path / "run"
