@@ -84,6 +84,7 @@ def test_thirty_steps_lower_the_loss(alone):
     assert after < 0.8 * before, (before, after)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_and_keeps_float32_parameters(alone):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     state, metrics = recipes.steps(config, recipes.mesh_of(), 3)
