@@ -55,13 +55,13 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
             f"{run}: is not a run (files, but no config.json); --workdir takes a run, or a new or"
             " empty directory"
         )
-    _barrier("looked")  # nobody may look at what process 0 is about to write
+    barrier("looked")  # nobody may look at what process 0 is about to write
     try:
         write_text(run / "config.json", serialize.to_json(config))
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{run}: cannot be written ({reason}); choose another --workdir") from error
-    _barrier("opened")
+    barrier("opened")
     return run, changed
 
 
@@ -89,7 +89,7 @@ def write_latents(run: epath.PathLike, latents: Mapping[str, Any]) -> None:
     """Writes {"scale": from latent to diffusion space, "how": how it was found}."""
     values = {"format": FORMAT, **latents}
     write_text(epath.Path(run) / "latents.json", json.dumps(values, indent=2) + "\n")
-    _barrier("latents")
+    barrier("latents")
 
 
 def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
@@ -121,7 +121,7 @@ def write_frozen(run: epath.PathLike, name: str, params: dict, config: Any) -> N
         if kept != digest:
             raise ValueError(f"{folder}: holds other weights ({kept}, not {digest}); use a new run")
         return
-    _barrier(f"frozen_{name}")
+    barrier(f"frozen_{name}")
     values = {"hash": digest, "config": serialize.to_dict(config)}
     checkpoint.write_folder(folder, params, values)
 
@@ -155,7 +155,7 @@ def write_frozen_files(
             for path in epath.Path(local).iterdir():
                 (draft / path.name).write_bytes(path.read_bytes())
         draft.replace(folder)
-    _barrier(f"frozen_{name}")
+    barrier(f"frozen_{name}")
 
 
 @contextlib.contextmanager
@@ -214,7 +214,7 @@ def drop_metrics_after(run: epath.PathLike, step: int) -> None:
                 path.unlink()
             elif len(kept) < len(records):
                 write_text(path, _lines(kept))
-    _barrier("dropped")
+    barrier("dropped")
 
 
 def _parts(run: epath.PathLike) -> list[tuple[epath.Path, list[dict[str, Any]]]]:
@@ -253,6 +253,7 @@ def write_text(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
+    """Waits until every process has come here; nothing where there is one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"ldm_jax_{name}")

@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused(cached, first_stage_run, tmp_path):
     with pytest.raises(ValueError, match=r"SuperResCondConfig, which is made from the image"):
         ldm.check(config, found[1], stream, recipes.mesh_of(data=1))
     with pytest.raises(ValueError, match="is no latent cache"):
-        cache.read(tmp_path)
+        streams(config_of(first_stage_run), tmp_path)
     (tmp_path / "cache.json").write_text("{")
     with pytest.raises(ValueError, match=r"cache\.json: is damaged"):
         cache.read(tmp_path)

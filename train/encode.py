@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ldm_jax import bundle, checkpoint, cli, data, rundir, schema, serialize, sharding
@@ -69,8 +68,7 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
         )
     if bad:
         cli.say(f"{len(bad)} records could not be decoded; the next readable ones replace them")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("ldm_jax_encoded")
+    rundir.barrier("encoded")
     rundir.write_text(path / "cache.json", _json({**meta, "complete": True}))
     cli.say(f"{path}: complete; train from it with --cache.path {path}")
     return 0
@@ -155,8 +153,7 @@ def open_cache(
                 )
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise ValueError(f"{path}: holds something else than a latent cache; give a new folder")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("ldm_jax_cache_looked")
+    rundir.barrier("cache_looked")
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -167,8 +164,7 @@ def open_cache(
             raise OSError(
                 f"{path}: cannot be written ({error.strerror or error}); choose another --workdir"
             ) from error
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("ldm_jax_cache_opened")
+    rundir.barrier("cache_opened")
 
 
 def make_encoder(
@@ -251,7 +247,9 @@ def records_of(
     while True:
         part = list(itertools.islice(found, group))
         for one in part:
-            _count(one.bad, bad, read.source, config.data)
+            bad.update(one.bad)
+            if one.bad:
+                rows.check_limit(len(bad), read.source.describe(one.bad[-1]), config.data)
         now = None
         if part:
             image = np.concatenate([one.image for one in part])
@@ -282,17 +280,6 @@ def _cut(
                 )
             own[name] = kept
         yield {**own, **one.beside}
-
-
-def _count(
-    found: tuple[int, ...], bad: set[int], source: data.Source, config: schema.DataConfig
-) -> None:
-    bad.update(found)
-    if len(bad) > config.max_bad_records:
-        raise RuntimeError(
-            f"{len(bad)} records cannot be decoded, the last: {source.describe(found[-1])}; repair"
-            f" or remove them, or raise data.max_bad_records ({config.max_bad_records})"
-        )
 
 
 def _json(meta: dict[str, Any]) -> str:

@@ -124,11 +124,11 @@ def peek(path: epath.PathLike) -> dict[str, Any] | None:
 
 
 def check(path: epath.PathLike, data: schema.DataConfig, first_stage: str | None = None) -> None:
-    """ValueError if a cache was made of other data, or with another first stage.
+    """ValueError for what `read` refuses, and if a cache is of other data or another first stage.
 
     first_stage: its hash as from `rundir.params_hash`; None is not compared.
     """
-    refuse_other(path, peek(path) or {}, data, first_stage)
+    refuse_other(path, read(path), data, first_stage)
 
 
 def refuse_other(
@@ -204,6 +204,8 @@ def write_shard(path: epath.Path, records: Iterable[dict[str, Any]]) -> Iterator
     finally:
         if draft.exists():
             draft.unlink()
+        if remote:
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ class Stream:
             if not known:
                 name = self.source.describe(index)
                 LOG.warning("%s cannot be decoded; the next one replaces it (%s)", name, reason)
-                _check_limit(len(self._bad), name, self.config)
+                check_limit(len(self._bad), name, self.config)
         return made.row
 
 
@@ -192,7 +192,7 @@ class MakeRow:
             except transforms.UndecodableError as error:
                 name = self.source.describe(index)
                 bad.append((index, str(error)))
-                _check_limit(len(bad), name, self.config)
+                check_limit(len(bad), name, self.config)
                 if len(bad) == len(self.source):
                     raise RuntimeError(
                         f"not one record can be decoded; the last: {name}"
@@ -227,7 +227,8 @@ def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | N
     return spec
 
 
-def _check_limit(count: int, name: str, config: schema.DataConfig) -> None:
+def check_limit(count: int, name: str, config: schema.DataConfig) -> None:
+    """RuntimeError if `count` undecodable records are too many; `name` is the last of them."""
     if count > config.max_bad_records:
         raise RuntimeError(
             f"{count} records cannot be decoded, the last: {name}; repair or remove them, or raise "
