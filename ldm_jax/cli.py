@@ -110,6 +110,15 @@ def join_processes(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def split_task(argv: Sequence[str], program: str, names: Sequence[str]) -> tuple[str, list[str]]:
+    """As `split_first` for one of some tasks. ValueError for another name."""
+    listed = ", ".join(names)
+    name, rest = split_first(argv, program, "TASK", f"one of {listed}")
+    if name not in names:
+        raise ValueError(f"task {name!r} is not one of {listed}")
+    return name, rest
+
+
 def split_first(
     argv: Sequence[str], program: str, name: str, choices: str
 ) -> tuple[str, list[str]]:

@@ -40,12 +40,10 @@ TASKS = {
 
 def sample(argv: Sequence[str]) -> int:
     """Runs the task that the first argument names."""
-    argv, names = cli.enable_compilation_cache(argv), (*TASKS, "again")
-    name, rest = cli.split_first(argv, "ldm-sample", "TASK", f"one of {', '.join(names)}")
+    argv = cli.enable_compilation_cache(argv)
+    name, rest = cli.split_task(argv, "ldm-sample", (*TASKS, "again"))
     if name == "again":
         return again.main(tyro.cli(again.Options, args=rest, prog="ldm-sample again"), TASKS)
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is not one of {', '.join(names)}")
     task = TASKS[name]
     return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-sample {name}"))
 

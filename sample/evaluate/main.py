@@ -18,9 +18,7 @@ TASKS = {
 def evaluate(argv: Sequence[str]) -> int:
     """Runs the task that the first argument names."""
     argv = cli.join_processes(cli.enable_compilation_cache(argv))
-    name, rest = cli.split_first(argv, "ldm-eval", "TASK", f"one of {', '.join(TASKS)}")
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
+    name, rest = cli.split_task(argv, "ldm-eval", tuple(TASKS))
     task = TASKS[name]
     return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-eval {name}"))
 
