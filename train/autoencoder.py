@@ -25,8 +25,8 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import quantize
-from ldm_jax.train import adversary, checks, codebook, held_out, initial, reconstruction, stop
-from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
+from ldm_jax.train import adversary, checks, codebook, held_out, initial, loop, reconstruction
+from ldm_jax.train.monitor import count_parameters
 from ldm_jax.train_state import GanState
 
 DRAWS = ("encode", "dropout", "disc_encode", "disc_dropout")  # one key per row for each
@@ -286,7 +286,6 @@ def make_eval_step(
 def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
     mesh = sharding.make_mesh(config.mesh)
-    batch_sharding = sharding.batch_sharding(mesh)
     root = jax.random.key(config.seed)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
     eval_stream = data.stream(
@@ -322,53 +321,24 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
         return 0
 
     evaluate_batch = make_eval_step(config, mesh, perceptual)
-    evaluate = held_out.make_evaluate(config, mesh, evaluate_batch, eval_stream)
-    draw = held_out.make_preview(config, mesh, eval_stream)
-    train_step = compile_step(
-        make_train_step(config, mesh, perceptual),
-        state,
-        data.global_batch(stream, first, batch_sharding),
-        root,
+    evaluate_params = held_out.make_evaluate(config, mesh, evaluate_batch, eval_stream)
+
+    def evaluate(state: GanState) -> dict[str, float]:
+        values = evaluate_params(state.params, "")
+        if state.ema_params:
+            values |= evaluate_params(loop.averaged(state), "_ema")
+        return values
+
+    job = loop.Job(
+        config=config,
+        run=run,
+        mesh=mesh,
+        root=root,
+        stream=stream,
+        manager=manager,
+        train_step=make_train_step(config, mesh, perceptual),
+        evaluate=evaluate,
+        draw=held_out.make_preview(config, mesh, eval_stream),
+        section=serialize.to_dict(config.model),
     )
-    every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
-    due = lambda interval, step: interval and step % interval == 0  # noqa: E731
-
-    def averaged(state: GanState) -> dict:
-        return {**state.params, **state.ema_params}
-
-    section = serialize.to_dict(config.model)
-    code = 0
-    with (
-        manager,  # on the way out, an error's too, the checkpoint under way is finished
-        stop.on_signal() as stopping,
-        data.prefetch(stream, first, batch_sharding) as batches,
-    ):
-        for i, batch in batches:
-            state, metrics = train_step(state, batch, root)
-            step, last = i + 1, i + 1 == config.steps
-            monitor.step(step, metrics, stream.bad_records, log=bool(due(every.log, step)) or last)
-            stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
-            if due(every.evaluate, step) or (last and every.evaluate):
-                values = evaluate(state.params, "")
-                if state.ema_params:
-                    values |= evaluate(averaged(state), "_ema")
-                monitor.write(step, values, aloud=True)
-            if due(every.sample, step) or (last and every.sample):
-                draw(averaged(state), rundir.sample_path(run, step))
-                monitor.pause()
-            interrupted = stopping(step)
-            if due(every.save, step) or last or interrupted:
-                checkpoint.save(manager, state, rundir.meta(config, mesh))
-                saved = step
-                monitor.flush()
-            if due(every.snapshot, step) or last:
-                checkpoint.save_snapshot(run, step, averaged(state), section)
-            if last or interrupted:
-                break
-        if not last:
-            monitor.say(f"stopped at step {step}; run the same command again to go on")
-            code = cli.INTERRUPTED
-    monitor.flush()
-    stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
-    monitor.close()
-    return code
+    return loop.run(job, state, saved)

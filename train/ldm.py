@@ -26,8 +26,8 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import attention, convolution, unet
-from ldm_jax.train import first_stage, preview, stop, text_encoder
-from ldm_jax.train.monitor import Monitor, compile_step, count_parameters
+from ldm_jax.train import first_stage, loop, preview, text_encoder
+from ldm_jax.train.monitor import count_parameters
 from ldm_jax.train_state import TrainState
 
 DRAWS = ("encode", "t", "noise", "offset", "drop_cond", "dropout")  # one key per row for each
@@ -250,7 +250,6 @@ def check(
 def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
     mesh = sharding.make_mesh(config.mesh)
-    batch_sharding = sharding.batch_sharding(mesh)
     root = jax.random.key(config.seed)
     text = text_encoder.find(config, workdir)
     open_stream = functools.partial(
@@ -288,58 +287,28 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
         cli.say(f"{run}: already at step {first} of {config.steps}; raise --steps to go on")
         return 0
 
-    train_step = make_train_step(config, frozen, mesh)
     eval_step = make_eval_step(config, frozen, mesh)
     eval_key = jax.random.fold_in(root, EVALUATE)
-    draw = preview.make(config, frozen, mesh, held_out, jax.random.fold_in(root, SAMPLE))
-    train_step = compile_step(
-        train_step, state, data.global_batch(stream, first, batch_sharding), root
-    )
-    every, monitor = config.intervals, Monitor(run, first, config.steps, config.batch_size)
-    due = lambda interval, step: interval and step % interval == 0  # noqa: E731
-    section = serialize.to_dict(bundle.section(config, frozen.config))
-
-    def averaged(state: TrainState) -> dict:
-        return {**state.params, **state.ema_params}
 
     def evaluate(state: TrainState) -> dict[str, float]:
         sums = {"eval/loss": 0.0, "eval/loss_ema": 0.0}
         for i in range(config.eval_batches):
-            batch = data.global_batch(held_out, i, batch_sharding)
+            batch = data.global_batch(held_out, i, sharding.batch_sharding(mesh))
             key = jax.random.fold_in(eval_key, i)
             sums["eval/loss"] += float(eval_step(state.params, batch, key))
-            sums["eval/loss_ema"] += float(eval_step(averaged(state), batch, key))
+            sums["eval/loss_ema"] += float(eval_step(loop.averaged(state), batch, key))
         return {name: value / config.eval_batches for name, value in sums.items()}
 
-    code = 0
-    with (
-        manager,  # on the way out, an error's too, the checkpoint under way is finished
-        stop.on_signal() as stopping,
-        data.prefetch(stream, first, batch_sharding) as batches,
-    ):
-        for i, batch in batches:
-            state, metrics = train_step(state, batch, root)
-            step, last = i + 1, i + 1 == config.steps
-            monitor.step(step, metrics, stream.bad_records, log=bool(due(every.log, step)) or last)
-            stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
-            if due(every.evaluate, step) or (last and every.evaluate):
-                monitor.write(step, evaluate(state), aloud=True)
-            if due(every.sample, step) or (last and every.sample):
-                draw(averaged(state), rundir.sample_path(run, step))
-                monitor.pause()
-            interrupted = stopping(step)
-            if due(every.save, step) or last or interrupted:
-                checkpoint.save(manager, state, rundir.meta(config, mesh))
-                saved = step
-                monitor.flush()
-            if due(every.snapshot, step) or last:
-                checkpoint.save_snapshot(run, step, averaged(state), section)
-            if last or interrupted:
-                break
-        if not last:
-            monitor.say(f"stopped at step {step}; run the same command again to go on")
-            code = cli.INTERRUPTED
-    monitor.flush()
-    stop.refuse_bad(monitor, config.max_bad_steps, run, saved)
-    monitor.close()
-    return code
+    job = loop.Job(
+        config=config,
+        run=run,
+        mesh=mesh,
+        root=root,
+        stream=stream,
+        manager=manager,
+        train_step=make_train_step(config, frozen, mesh),
+        evaluate=evaluate,
+        draw=preview.make(config, frozen, mesh, held_out, jax.random.fold_in(root, SAMPLE)),
+        section=serialize.to_dict(bundle.section(config, frozen.config)),
+    )
+    return loop.run(job, state, saved)
