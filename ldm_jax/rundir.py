@@ -72,9 +72,18 @@ def read_config(run: epath.PathLike) -> schema.TrainConfig:
 
 
 def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: mesh sizes, hash of the config."""
+    """What a checkpoint says of the run that wrote it: mesh and its slices, hash of the config.
+
+    "mesh" has the whole length of each axis; how it lies over slices is in the run's config.json.
+    """
     digest = hashlib.sha256(serialize.to_json(config).encode()).hexdigest()
-    return {"mesh": dict(mesh.shape), "processes": jax.process_count(), "config": digest[:16]}
+    slices = sharding.slices(mesh.devices.flat, config.mesh.process_is_slice)
+    return {
+        "mesh": dict(mesh.shape),
+        "slices": len(slices),
+        "processes": jax.process_count(),
+        "config": digest[:16],
+    }
 
 
 def sample_path(run: epath.PathLike, step: int) -> epath.Path:

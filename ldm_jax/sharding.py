@@ -2,15 +2,18 @@
 
 Mesh axes: `data` copies the model, `fsdp` also splits the parameters, `tensor` splits attention
 heads and hidden units. The batch is split over `data` and `fsdp`. A mesh for sampling large images
-also has `space`, which splits their height.
+also has `space`, which splits their height. Across slices, each axis is as long as the slices along
+it times the devices inside one.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,23 +69,105 @@ RULES = (
 def make_mesh(config: schema.MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all) with axes `data`, `fsdp`, `tensor`.
 
-    One size may be -1: all devices that are left. ValueError if the sizes do not use every device.
+    Across slices, the slices of an axis are its outer part: neighbours along it are in one slice
+    wherever they can be. ValueError if the sizes do not use every device, or slices differ in size.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    groups = slices(jax.devices() if devices is None else devices, config.process_is_slice)
+    inner, outer = mesh_sizes(config, sum(map(len, groups)), len(groups))
+    return _mesh(AXES, inner, outer, groups)
+
+
+def mesh_sizes(
+    config: schema.MeshConfig, num_devices: int, num_slices: int = 1
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(devices inside a slice, slices) along each of `AXES`, without any -1.
+
+    ValueError names the sizes and counts that do not fit each other.
+    """
+    inner = [getattr(config, axis) for axis in AXES]
+    outer = [getattr(config, f"dcn_{axis}") for axis in AXES]
+    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, inner))
+    if outer != [1, 1, 1]:
+        shown += "".join(f", dcn_{axis}={size}" for axis, size in zip(AXES, outer))
+    sizes = inner + outer
     if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
         raise ValueError(f"mesh {shown}: sizes are positive, and one of them may be -1")
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if math.prod(sizes) != len(devices):
+    if config.data == -1 and outer == [1, 1, 1]:
+        outer[0] = num_slices
+    each = num_devices // num_slices
+    outer, inner = _filled(outer, num_slices), _filled(inner, each)
+    if math.prod(outer) != num_slices:
+        raise ValueError(_wrong_slices(shown, math.prod(outer), num_devices, num_slices))
+    if math.prod(inner) != each:
+        where = f"{each} devices" + (f" of each of {num_slices} slices" if num_slices > 1 else "")
         raise ValueError(
-            f"mesh {shown} does not fit {len(devices)} devices: the product of the sizes must be"
-            f" {len(devices)}, or leave one size at -1"
+            f"mesh {shown} does not fit {where}: the product of the sizes"
+            f"{' without dcn_' if num_slices > 1 else ''} must be {each}, or leave one size at -1"
         )
+    return tuple(inner), tuple(outer)
+
+
+def slices(devices: Iterable[jax.Device], process_is_slice: bool = False) -> list[list[jax.Device]]:
+    """The devices of each slice, by the slices' indices; one list where devices have none.
+
+    ValueError for slices of different sizes.
+    """
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        index = device.process_index if process_is_slice else getattr(device, "slice_index", 0)
+        found.setdefault(index, []).append(device)
+    if len({len(group) for group in found.values()}) > 1:
+        kind = "processes" if process_is_slice else "slices"
+        counts = ", ".join(f"{i}: {len(found[i])}" for i in sorted(found))
+        raise ValueError(f"{kind} hold different numbers of devices ({counts}): use equal ones")
+    return [found[i] for i in sorted(found)]
+
+
+def _filled(sizes: list[int], total: int) -> list[int]:
+    """With -1 replaced by what is left of `total`, if that is a whole number."""
+    given = math.prod(size for size in sizes if size != -1)
+    return [total // given if size == -1 and total % given == 0 else size for size in sizes]
+
+
+def _wrong_slices(shown: str, asked: int, num_devices: int, num_slices: int) -> str:
+    found = f"the {num_devices} devices are in {num_slices} slice{'s' * (num_slices > 1)}"
+    if num_slices == 1:
+        remedy = "leave dcn_* at 1, or set process_is_slice to take every process for a slice"
+    elif asked == 1:
+        remedy = (
+            "say which axis crosses them, as dcn_data"
+            f" {num_slices}, beside the sizes inside a slice of {num_devices // num_slices}"
+        )
+    else:
+        remedy = f"the product of dcn_* must be {num_slices}, or set one of them to -1"
+    return f"mesh {shown}: {found}: {remedy}"
+
+
+def _mesh(
+    axes: Sequence[str],
+    inner: Sequence[int],
+    outer: Sequence[int],
+    groups: Sequence[Sequence[jax.Device]],
+) -> Mesh:
+    """Mesh of `outer` slices of `inner` devices, slices outermost along every axis."""
     # the default of jax.make_mesh, Explicit axes, makes plain Linen layers raise ShardingTypeError
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(axes)
+    if len(groups) == 1:
+        return Mesh(_ordered(inner, groups[0]), axes, axis_types=types)
+    blocks = np.stack([_ordered(inner, group) for group in groups]).reshape(*outer, *inner)
+    rank = len(axes)
+    paired = blocks.transpose([i for axis in range(rank) for i in (axis, rank + axis)])
+    return Mesh(paired.reshape([o * i for o, i in zip(outer, inner)]), axes, axis_types=types)
+
+
+def _ordered(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of one slice as an array of `sizes`, neighbours on its network side by side."""
+    names = tuple(str(i) for i in range(len(sizes)))
+    types = (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices).devices
+    except NotImplementedError:  # no axis is made of whole axes of the torus: split those
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def spatial_mesh(space: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -92,16 +177,18 @@ def spatial_mesh(space: int = -1, devices: Sequence[jax.Device] | None = None) -
     `image_sharding` to x_T or to the images of a jitted sampler, and take attention and convolution
     for this mesh (`load(path, mesh=...)` does). The compiler splits all between, exchanges the
     rows at borders that convolutions need, sums norms over all devices, and gathers only keys and
-    values of self-attention. ValueError if `space` does not divide the number of devices.
+    values of self-attention. An image crosses slices only if one has too few devices. ValueError if
+    `space` does not divide the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    space = len(devices) if space == -1 else space
-    if space < 1 or len(devices) % space:
-        raise ValueError(f"space={space} does not divide the {len(devices)} devices of the mesh")
-    sizes = (len(devices) // space, 1, 1, space)
-    return jax.make_mesh(
-        sizes, (*AXES, "space"), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
-    )
+    groups = slices(jax.devices() if devices is None else devices)
+    count = sum(map(len, groups))
+    space = count if space == -1 else space
+    if space < 1 or count % space:
+        raise ValueError(f"space={space} does not divide the {count} devices of the mesh")
+    inside = math.gcd(space, len(groups[0]))
+    across = space // inside
+    inner = (len(groups[0]) // inside, 1, 1, inside)
+    return _mesh((*AXES, "space"), inner, (len(groups) // across, 1, 1, across), groups)
 
 
 def image_sharding(mesh: Mesh) -> NamedSharding:
@@ -129,7 +216,9 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     if accumulate < 1 or batch_size < 1 or batch_size % (devices * accumulate):
         raise ValueError(
             f"batch_size {batch_size} is not a positive multiple of {devices} devices (mesh data x"
-            f" fsdp) x {accumulate} microbatches (accumulate): change one of them"
+            f" fsdp) x {accumulate} microbatches (accumulate): change one of them; a run that goes"
+            " on keeps its batch_size, so choose another mesh (devices beyond the batch go to"
+            " tensor), accumulate, or number of devices"
         )
 
 

@@ -117,14 +117,27 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: all that are left."""
+    """Devices along each axis inside a slice, and slices along it (`dcn_*`).
+
+    A slice is what a fast network of its own joins: a TPU slice, a GPU node. The length of an axis
+    is the product of its two sizes. One of the six may be -1: all that are left.
+    """
 
     data: int = -1
-    """Copies of the model: the batch is split, the parameters are not."""
+    """Copies of the model: the batch is split, the parameters are not. -1 takes the slices too,
+    where no `dcn_*` gives them to an axis."""
     fsdp: int = 1
     """The batch and the parameters are split."""
     tensor: int = 1
     """Attention heads and hidden units are split."""
+    dcn_data: int = 1
+    """Slices along `data`: gradients cross the slow network, once a step."""
+    dcn_fsdp: int = 1
+    """Slices along `fsdp`: parameters cross it, at every layer."""
+    dcn_tensor: int = 1
+    """Slices along `tensor`: activations cross it, at every layer."""
+    process_is_slice: bool = False
+    """Take every process for a slice, where devices do not say which slice they are in."""
 
 
 @dataclass(frozen=True)
