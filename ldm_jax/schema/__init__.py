@@ -48,6 +48,7 @@ from ldm_jax.schema.objectives import (
     IntervalConfig,
     MeshConfig,
     OptimizerConfig,
+    WatchConfig,
 )
 from ldm_jax.schema.recipes import (
     AutoencoderTrainConfig,
@@ -56,6 +57,7 @@ from ldm_jax.schema.recipes import (
     LatentDiffusionConfig,
     LatentDiffusionTrainConfig,
     SamplingConfig,
+    SpikeConfig,
     TrainConfig,
 )
 
@@ -92,6 +94,7 @@ __all__ = [
     "SamplingConfig",
     "SemanticCondConfig",
     "SourceConfig",
+    "SpikeConfig",
     "SuperResCondConfig",
     "SyntheticConfig",
     "TFDSConfig",
@@ -99,6 +102,7 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "UpscaleCondConfig",
+    "WatchConfig",
     "execution",
     "text_of",
 ]

@@ -154,3 +154,18 @@ class IntervalConfig:
     """... held-out losses."""
     sample: int = 1000
     """... sample grids or reconstructions."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How a run finds out that one of its processes is gone or stands still; all in seconds."""
+
+    every: float = 5.0
+    """Between two signs of life, small files in the run's `processes/`."""
+    timeout: float = 60.0
+    """Without a sign of life after which a process is lost and the others leave; 0: no watch. JAX
+    itself ends them after 100, without saying who."""
+    stall: float = 600.0
+    """That a training step may take, and never less than ten times the longest so far; 0: any."""
+    pause: float = 3600.0
+    """That start and compilation, an evaluation, a picture or a save may take; 0: any."""

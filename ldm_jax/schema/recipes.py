@@ -20,7 +20,21 @@ from ldm_jax.schema.objectives import (
     IntervalConfig,
     MeshConfig,
     OptimizerConfig,
+    WatchConfig,
 )
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """Steps left out because their gradient is far larger than usual: nothing of them is kept."""
+
+    factor: float = 0.0
+    """Skip a step whose gradient norm exceeds this times its running mean (10 is a start); 0: off.
+    Of a first stage the discriminator's gradient counts too: either norm skips both updates."""
+    decay: float = 0.99
+    """Of the running mean, over the steps that were made; the first ones are averaged plainly."""
+    warmup: int = 100
+    """Steps that the mean is taken over before it judges any."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +70,12 @@ class AutoencoderTrainConfig:
     """Microbatches per step."""
     mesh: MeshConfig = execution(MeshConfig())
     intervals: IntervalConfig = execution(IntervalConfig())
+    watch: WatchConfig = execution(WatchConfig())
     max_to_keep: int = execution(2)
     """Checkpoints kept."""
     max_bad_steps: int = execution(10)
-    """Steps in a row with a non-finite loss after which training stops."""
+    """Steps in a row that may be skipped, as not finite or as spikes, before training stops."""
+    spikes: SpikeConfig = execution(SpikeConfig())
     eval_batches: int = execution(8)
     """Batches of held-out images per evaluation."""
     num_samples: int = execution(8)
@@ -135,10 +151,12 @@ class LatentDiffusionTrainConfig:
     """Microbatches per step."""
     mesh: MeshConfig = execution(MeshConfig())
     intervals: IntervalConfig = execution(IntervalConfig())
+    watch: WatchConfig = execution(WatchConfig())
     max_to_keep: int = execution(2)
     """Checkpoints kept."""
     max_bad_steps: int = execution(10)
-    """Steps in a row with a non-finite loss after which training stops."""
+    """Steps in a row that may be skipped, as not finite or as spikes, before training stops."""
+    spikes: SpikeConfig = execution(SpikeConfig())
     eval_batches: int = execution(8)
     """Batches of held-out images per evaluation."""
     num_samples: int = execution(16)

@@ -1,0 +1,370 @@
+"""Finds out that a process of the run is gone or stands still, says who and why, and leaves.
+
+    RUN/processes/INDEX.json   sign of life of a process, written anew every few seconds
+    RUN/processes/fault.json   what was found, by the first that found it
+
+A process watches the next one in a ring, its own main thread and fault.json, so what it reads does
+not grow with their number. A sign of life is a file that changes: no two clocks are compared.
+"""
+
+import contextlib
+import errno
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from ldm_jax import cli, schema
+
+LOST = 76  # exit code: another process is gone, or one stands still; start again
+PIPE = "LDM_JAX_SUPERVISOR"  # environment variable with the number of the supervisor's pipe
+ENDED = ("done", "stopped", "failed", "lost")  # states after which nothing changes any more
+STEPPING = ("training", "reading a batch")  # what WatchConfig.stall is for
+MISSED = 3  # signs of life that a process may miss after a collective operation has failed
+PERMANENT = (  # start-up errors of the system that another start would meet again
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+
+_pipe: int | None = None
+
+
+class Watch:
+    """What a process shows of itself and sees of the others.
+
+    The main thread calls `step`, `doing` and `saved`; once started, a thread does the rest. A
+    watch that is never started does nothing.
+    """
+
+    def __init__(
+        self,
+        run: epath.PathLike | None = None,
+        config: schema.WatchConfig | None = None,
+        *,
+        index: int = 0,
+        count: int = 1,
+        attempt: int = 0,
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        """Process `index` of `count`; `attempt` is a number that they share and no other start."""
+        self.run = None if run is None else epath.Path(run)
+        self.config = config or schema.WatchConfig()
+        self.index, self.count, self.attempt = index, count, attempt
+        self.about = {"index": index, "host": socket.gethostname(), "pid": os.getpid()}
+        self.now: dict[str, Any] = {"step": None, "doing": "starting", "saved": None}
+        self.state, self.why, self.retry = "running", "", True
+        self.beats = self.moves = 0
+        self.stepped = self.written = self.broken = self.blind = False
+        self.since, self.longest = time.monotonic(), 0.0
+        self.seen: dict[int, tuple[Any, float]] = {}
+        self.stood: tuple[int, float] = (0, 0.0)
+        self.closing, self.leaving = threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None
+        self._leave_with = leave
+
+    # --- the main thread ------------------------------------------------------------------------
+
+    def step(self, step: int) -> None:
+        """Step number `step` (1 is the first) has been handed to the devices."""
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.since) if self.stepped else 0.0
+        self.since, self.stepped = now, True
+        self.now["step"] = step
+        self.moves += 1
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """While it lasts, the others read that this process is `what`: "evaluating", "saving"."""
+        before = self.now["doing"]
+        self.now["doing"] = what
+        self.moves += 1
+        try:
+            yield
+        finally:
+            self.now["doing"] = before
+            self.since = time.monotonic()  # of the step nothing counts but the step
+            self.moves += 1
+
+    def batches(self, batches: Iterator) -> Iterator:
+        """The same batches; what this process is doing is "reading a batch" or "training"."""
+        while True:
+            self.now["doing"] = "reading a batch"
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.now["doing"] = "training"
+            self.moves += 1
+            yield batch
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of `step` is on its way."""
+        self.now["saved"] = step
+
+    # --- start and end --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to show signs of life and to look for those of others."""
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.thread.start()
+
+    def close(self, state: str, why: str = "", retry: bool = True) -> None:
+        """Says how this process ended, so that nobody takes it for lost."""
+        if self.thread is None:
+            return
+        self.closing.set()
+        self.thread.join(None if self.leaving.is_set() else 10.0)  # storage may hang
+        self.state, self.why, self.retry = state, why, retry
+        self._show()
+        with contextlib.suppress(Exception):  # what matters is how the run ended
+            self._write()
+
+    def broke(self, error: BaseException) -> None:
+        """The main thread ends with `error`: finds out whether another process is the cause.
+
+        If so, it does not come back. The process that others connect to waits a little at the
+        end: without it they could not read what happened.
+        """
+        if self.thread is None:
+            tell(state="failed", why=describe(error), retry=worth_retry(error, self.stepped))
+            return
+        alone = self.count == 1
+        if not alone and isinstance(error, Exception) and not isinstance(error, cli.CLEAR):
+            self.broken = True
+            self.thread.join((MISSED + 3) * self.config.every)
+        self.close("failed", describe(error), worth_retry(error, self.stepped))
+        if not alone and self.index == 0:
+            time.sleep(2 * self.config.every)
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while True:
+            # a machine that slept, or a process that was stopped, has seen nothing in the meantime
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * self.config.every), now
+            try:
+                found = self.look(elapsed)
+                if found is not None and not self.closing.is_set():
+                    self._leave(*found)
+            except Exception:  # a watch that died unnoticed would be worse
+                sys.stderr.write(f"ldm-train: the watch failed:\n{traceback.format_exc()}")
+            if self.closing.wait(self.config.every):
+                return
+
+    def look(self, elapsed: float) -> tuple[str, bool] | None:
+        """One round: a sign of life, the others' and this main thread's.
+
+        Returns why this process has to leave and whether a restart helps, or None. `elapsed`:
+        seconds since the last round.
+        """
+        self.beats += 1
+        self._show()
+        stands = self._stands(elapsed)
+        if self.count == 1 or self.run is None or not (self.run / "config.json").exists():
+            return stands
+        try:
+            return self._others(elapsed) or stands
+        except Exception as error:  # of any storage; the run itself fails where it needs it
+            if not self.blind:
+                self.blind = True
+                sys.stderr.write(f"ldm-train: cannot watch the others: {describe(error)}\n")
+            return stands
+
+    def _stands(self, elapsed: float) -> tuple[str, bool] | None:
+        moves, stood = self.stood
+        stood = stood + elapsed if moves == self.moves else 0.0
+        self.stood = (self.moves, stood)
+        stepping = self.now["doing"] in STEPPING
+        limit = self.config.stall if stepping else self.config.pause
+        if not limit or stood <= max(limit, 10 * self.longest if stepping else 0.0):
+            return None
+        faulthandler.dump_traceback(sys.stderr)
+        return f"{who(self._beat())} has stood still for {stood:.0f} s", True
+
+    def _others(self, elapsed: float) -> tuple[str, bool] | None:
+        successor = read(self.run, f"{self.index}.json")
+        if self.written and successor and successor["attempt"] != self.attempt:
+            return f"{who(successor)} has taken its place in {self.run}", False
+        self._write()
+        fault = read(self.run, "fault.json")
+        if fault and fault["attempt"] == self.attempt:
+            return f"process {fault['by']} found: {fault['why']}", fault["retry"]
+        others = range(self.count) if self.broken else [(self.index + 1) % self.count]
+        found = [self._judge(other, elapsed) for other in others if other != self.index]
+        found = [one for one in found if one is not None]
+        self.blind = False
+        if not found:
+            return None
+        return "; ".join(why for why, _ in found), all(retry for _, retry in found)
+
+    def _judge(self, other: int, elapsed: float) -> tuple[str, bool] | None:
+        """What is wrong with another process, if anything."""
+        beat = read(self.run, f"{other}.json")
+        if beat is None or beat["attempt"] != self.attempt:
+            return None  # still starting, or a new start that will tell us through our own file
+        sign, age = self.seen.get(other, (None, 0.0))
+        mark = (beat["beat"], beat["state"])
+        age = age + elapsed if mark == sign else 0.0
+        self.seen[other] = (mark, age)
+        if beat["state"] in ("failed", "lost"):
+            # what failed here too is better said by our own main thread, which comes in a moment
+            return (f"{who(beat)} ended: {beat['why']}", beat["retry"]) if age else None
+        limit = MISSED * self.config.every
+        limit = min(self.config.timeout, limit) if self.broken else self.config.timeout
+        if beat["state"] in ENDED or age <= limit:
+            return None
+        return f"{who(beat)} is lost: no sign of life for {age:.0f} s", True
+
+    def _leave(self, why: str, retry: bool) -> None:
+        self.leaving.set()
+        me = f"process {self.index}" if self.count > 1 else "this process"
+        sys.stderr.write(f"\nldm-train: {why}; {me} leaves with code {LOST}\n")
+        sys.stderr.flush()
+        self.state, self.why, self.retry = "lost", why, retry
+        self._show()
+        with contextlib.suppress(Exception):
+            if self.count > 1:
+                write_fault(self.run, self.attempt, self.index, why, retry)
+                self._write()
+        if self.count > 1 and self.index == 0:
+            # JAX ends the others at once when they lose it, before they could say why
+            time.sleep(2 * self.config.every)
+        self._leave_with(LOST)
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def _beat(self) -> dict[str, Any]:
+        end = {"state": self.state, "why": self.why, "retry": self.retry}
+        return {"attempt": self.attempt, "beat": self.beats, **self.about, **self.now, **end}
+
+    def _show(self) -> None:
+        limits = {"timeout": self.config.timeout, "every": self.config.every}
+        tell(**self._beat(), **limits, run=self.run and str(self.run), count=self.count)
+
+    def _write(self) -> None:
+        if self.count > 1 and (self.written or (self.run / "config.json").exists()):
+            write_whole(self.run / "processes" / f"{self.index}.json", self._beat())
+            self.written = True
+
+
+# --- shared with the supervisor -----------------------------------------------------------------
+
+
+def who(beat: dict[str, Any]) -> str:
+    """`process 1 (host b, pid 7, step 12, saving)` of a sign of life."""
+    place = f"host {beat['host']}, pid {beat['pid']}"
+    at = "before its first step" if beat["step"] is None else f"step {beat['step']}"
+    return f"process {beat['index']} ({place}, {at}, {beat['doing']})"
+
+
+def read(run: epath.PathLike, name: str) -> dict[str, Any] | None:
+    """What RUN/processes/NAME holds; None if it is not there, or half-written on such storage."""
+    try:
+        return json.loads((epath.Path(run) / "processes" / name).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_fault(run: epath.PathLike, attempt: int, by: int, why: str, retry: bool) -> None:
+    """Lets the other processes of this start know why they should leave; the first one counts."""
+    known = read(run, "fault.json")
+    if not known or known["attempt"] != attempt:
+        fault = {"attempt": attempt, "by": by, "why": why, "retry": retry}
+        write_whole(epath.Path(run) / "processes" / "fault.json", fault)
+
+
+def write_whole(path: epath.Path, values: dict[str, Any]) -> None:
+    """Writes JSON so that a reader sees all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{os.getpid()}"
+    draft.write_text(json.dumps(values))
+    draft.replace(path)
+
+
+def describe(error: BaseException) -> str:
+    """One line of an error, with its kind."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def worth_retry(error: BaseException, stepped: bool) -> bool:
+    """Whether another start may end differently. `stepped`: at least one step was made."""
+    if isinstance(error, FloatingPointError | ImportError) or not isinstance(error, Exception):
+        return False
+    if stepped:
+        return True  # how often without a new checkpoint is the supervisor's to limit
+    if isinstance(error, OSError):
+        return error.errno not in PERMANENT
+    return not isinstance(error, ValueError)
+
+
+# --- the supervisor's pipe ----------------------------------------------------------------------
+
+
+def adopt() -> None:
+    """Takes the supervisor's pipe out of the environment; no child of this process has it."""
+    global _pipe
+    number = os.environ.pop(PIPE, None)
+    if number is not None:
+        _pipe = int(number)
+        os.set_inheritable(_pipe, False)
+        os.set_blocking(_pipe, False)
+
+
+def tell(**values: Any) -> None:
+    """A line of JSON for the supervisor, if there is one. If it died, this process stops too."""
+    global _pipe
+    if _pipe is None:
+        return
+    try:
+        os.write(_pipe, (json.dumps(values) + "\n").encode())
+    except BlockingIOError:
+        pass  # nobody reads: the next line says it again
+    except OSError:
+        _pipe = None
+        os.kill(os.getpid(), signal.SIGTERM)  # two starts by hand must not write into one run
+
+
+@contextlib.contextmanager
+def watching(
+    run: epath.PathLike, config: schema.WatchConfig, index: int, count: int, attempt: int
+) -> Iterator[Watch]:
+    """A watch over the block; one that is off (`timeout` 0) still tells the supervisor of errors.
+
+    ValueError for times that make no sense.
+    """
+    if config.timeout and not 0 < 2 * config.every <= config.timeout:
+        raise ValueError(
+            f"watch.every {config.every} is not between 0 and half of watch.timeout"
+            f" {config.timeout}"
+        )
+    watch = Watch(run, config, index=index, count=count, attempt=attempt)
+    if config.timeout:
+        watch.start()
+    try:
+        yield watch
+    except BaseException as error:
+        watch.broke(error)
+        raise
+    watch.close(watch.state if watch.state in ENDED else "done")
+
+
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """Tells the supervisor of an error that ends the block, unless a watch has done so."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            tell(state="failed", why=describe(error), retry=worth_retry(error, False))
+        raise
