@@ -1,0 +1,290 @@
+"""`ldm-train ... --restart on-failure`: runs the command as a process of its own, again if it fails.
+
+The process tells through a pipe where it stands (`watchdog.tell`). With several hosts each has a
+supervisor that restarts its own process; they meet again where jax.distributed starts.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ldm_jax import checkpoint, cli
+from ldm_jax.train import watchdog
+
+LONGEST_DELAY = 300.0  # seconds
+USAGE = 2  # exit code of a command line that is wrong
+TOOK = (0, cli.INTERRUPTED, USAGE, 130)  # exit codes after which nothing is to be done again
+POLL = 0.1  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How often, and how soon, a run is started again."""
+
+    max_restarts: int = 5
+    """In a row without a new checkpoint."""
+    delay: float = 5.0
+    """Seconds before the first of them; doubled for each more."""
+
+
+@dataclasses.dataclass
+class End:
+    """How a process ended."""
+
+    code: int
+    """Exit code; negative: the signal that killed it."""
+    told: dict[str, Any]
+    """The last that it told of itself."""
+    hung: bool = False
+    """Whether it was killed from here, because it gave no sign of life."""
+
+
+def split(argv: Sequence[str]) -> tuple[Policy | None, list[str]]:
+    """(policy or None, argv without --restart, --max-restarts and --restart-delay).
+
+    ValueError for a value that is none, or options of a restart that is not asked for.
+    """
+    rest, found = list(argv), {}
+    for name in ("--restart", "--max-restarts", "--restart-delay"):
+        for i, word in enumerate(rest):
+            if word == name or word.startswith(name + "="):
+                value = word.partition("=")[2] if "=" in word else None
+                if value is None and i + 1 < len(rest):
+                    value = rest.pop(i + 1)
+                del rest[i]
+                found[name] = value or ""
+                break
+    when = found.pop("--restart", "never")
+    if when not in ("never", "on-failure"):
+        raise ValueError(f"--restart {when!r} is neither never nor on-failure")
+    if when == "never":
+        if found:
+            raise ValueError(f"{next(iter(found))} has no effect without --restart on-failure")
+        return None, rest
+    policy = Policy()
+    for name, field, kind in (
+        ("--max-restarts", "max_restarts", int),
+        ("--restart-delay", "delay", float),
+    ):
+        try:
+            value = kind(found.get(name, getattr(policy, field)))
+        except ValueError:
+            value = -1
+        if not 0 <= value < 1e6:
+            raise ValueError(f"{name} {found[name]!r} is not a number from 0 on")
+        policy = dataclasses.replace(policy, **{field: value})
+    return policy, rest
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr. (cli.say would ask JAX for its devices, which are not ours.)"""
+    sys.stderr.write(f"ldm-train supervisor: {message}\n")
+    sys.stderr.flush()
+
+
+def supervise(command: Sequence[str], policy: Policy, say: Callable[[str], None] = say) -> int:
+    """Runs `command` until it ends well, is stopped, or a restart is of no use; its exit code.
+
+    SIGTERM and Ctrl-C are passed on, and end the restarts. A process that stops giving signs of
+    life is killed.
+    """
+    failures, best = 0, -1
+    with _signals() as caught:
+        while True:
+            end = _run(command, caught)
+            code = 128 - end.code if end.code < 0 else end.code
+            if caught:
+                return cli.INTERRUPTED if -end.code in caught else code
+            if end.code in TOOK or end.told.get("state") == "done":
+                return 0 if end.told.get("state") == "done" else code
+            _publish(end)
+            reason = why(end)
+            if not end.told.get("retry", True):
+                say(f"{reason}; another start would end the same way")
+                return code
+            saved = newest(end.told.get("run"))
+            failures, best = (0 if saved > best else failures), max(saved, best)
+            failures += 1
+            if failures > policy.max_restarts:
+                say(
+                    f"{reason}; {policy.max_restarts} restarts without a new checkpoint: gives up"
+                    " (--max-restarts)"
+                )
+                return code
+            delay = min(policy.delay * 2 ** (failures - 1), LONGEST_DELAY)
+            say(f"{reason}; {lost(end, saved)}; restart {failures} in {delay:g} s")
+            if _sleep(delay, caught) or _old_coordinator_left(end.told, caught):
+                return cli.INTERRUPTED
+
+
+def why(end: End) -> str:
+    """What ended a process, from what it told, its exit code, and the files of the others."""
+    told = end.told
+    me = watchdog.who(told) if "host" in told else "the process"
+    if end.hung:
+        return f"{me} gave no sign of life for {told['timeout']:.0f} s and was killed"
+    if told.get("state") in ("failed", "lost"):
+        return f"{me}: {told['why']}" if told["state"] == "failed" else told["why"]
+    if end.code < 0:
+        return f"{me} was killed by {signal.Signals(-end.code).name}"
+    found = _others(told)
+    return f"{me} was ended by JAX with code {end.code}: {found or 'see what it printed'}"
+
+
+def lost(end: End, saved: int) -> str:
+    """How many steps are to be made again."""
+    step = end.told.get("step")
+    place = f"the last checkpoint is step {saved}" if saved >= 0 else "no checkpoint yet"
+    if step is None:
+        return f"{place}, no step was made since"
+    return f"{place}, {max(step - max(saved, 0), 0)} steps are made again"
+
+
+def newest(run: str | None) -> int:
+    """Step of the last complete checkpoint; -1 without one."""
+    if run is None:
+        return -1
+    try:
+        return max(checkpoint.saved_steps(run), default=-1)
+    except Exception as error:  # of any storage: a restart may find it back
+        say(f"cannot look for checkpoints of {run}: {watchdog.describe(error)}")
+        return -1
+
+
+# --- one process --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Yields the numbers of the signals to stop that have come."""
+    caught: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(command: Sequence[str], caught: list[int]) -> End:
+    """Starts the command and stays with it until it ends."""
+    reader, writer = os.pipe()
+    environment = {**os.environ, watchdog.PIPE: str(writer)}
+    child = subprocess.Popen(list(command), env=environment, pass_fds=(writer,))
+    os.close(writer)
+    end, rest, silent, passed = End(0, {}), b"", 0.0, 0
+    last = time.monotonic()
+    try:
+        while True:
+            code = child.poll()  # before the last read, which then misses nothing
+            lines, rest = _lines(reader, rest)
+            for line in lines:
+                if end.told.get("state") not in watchdog.ENDED:
+                    end.told |= line
+            now = time.monotonic()
+            silent = 0.0 if lines else silent + min(now - last, 10 * POLL)
+            last = now
+            if code is not None:
+                end.code = code
+                return end
+            if len(caught) > passed:
+                passed = len(caught)
+                child.send_signal(signal.SIGTERM)
+            limit = end.told.get("timeout")
+            if limit and silent > limit and end.told["state"] not in watchdog.ENDED:
+                end.hung = True
+                child.kill()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        os.close(reader)
+
+
+def _lines(reader: int, rest: bytes) -> tuple[list[dict], bytes]:
+    """(what the process told within the next tenth of a second, the beginning of a line)."""
+    ready, _, _ = select.select([reader], [], [], POLL)
+    data = os.read(reader, 1 << 16) if ready else b""
+    if ready and not data:  # closed: the process is ending
+        time.sleep(POLL)
+    *whole, rest = (rest + data).split(b"\n")
+    return [json.loads(line) for line in whole], rest
+
+
+def _sleep(seconds: float, caught: list[int]) -> bool:
+    """Whether a signal to stop came while it waited."""
+    until = time.monotonic() + seconds
+    while not caught and time.monotonic() < until:
+        time.sleep(POLL)
+    return bool(caught)
+
+
+# --- several hosts ------------------------------------------------------------------------------
+
+
+def _publish(end: End) -> None:
+    """A process that was killed could not tell the others: its supervisor does."""
+    told = end.told
+    if end.code >= 0 or told.get("count", 1) == 1 or told["state"] in watchdog.ENDED:
+        return
+    with contextlib.suppress(Exception):  # then they find out by themselves
+        watchdog.write_fault(told["run"], told["attempt"], told["index"], why(end), True)
+
+
+def _others(told: dict[str, Any]) -> str | None:
+    """Who of the other processes is gone, after looking for a few signs of life."""
+    if told.get("count", 1) == 1:
+        return None
+
+    def fault() -> str | None:
+        found = watchdog.read(told["run"], "fault.json")
+        return found["why"] if found and found["attempt"] == told["attempt"] else None
+
+    def beats() -> dict[int, dict]:
+        indices = (i for i in range(told["count"]) if i != told["index"])
+        found = {i: watchdog.read(told["run"], f"{i}.json") for i in indices}
+        return {i: b for i, b in found.items() if b and b["attempt"] == told["attempt"]}
+
+    with contextlib.suppress(Exception):
+        before, until = beats(), time.monotonic() + watchdog.MISSED * told["every"]
+        while (found := fault()) is None and time.monotonic() < until:
+            time.sleep(min(1.0, told["every"]))
+        if found is not None:
+            return found
+        after = beats()
+        gone = [b for i, b in after.items() if before.get(i) == b and b["state"] == "running"]
+        return ", ".join(map(watchdog.who, gone)) + " is gone" if gone else None
+    return None
+
+
+def _old_coordinator_left(told: dict[str, Any], caught: list[int]) -> bool:
+    """Waits until the former process 0 is gone: it would refuse this one's new start.
+
+    Returns whether a signal to stop came meanwhile.
+    """
+    if told.get("count", 1) == 1 or told["index"] == 0:
+        return False
+    rounds, beat, same = int(2 * told["timeout"] / told["every"]) + 1, None, 0
+    for _ in range(rounds):
+        try:
+            found = watchdog.read(told["run"], "0.json")
+        except Exception:
+            found = None
+        if not found or found["attempt"] != told["attempt"] or found["state"] in watchdog.ENDED:
+            return False
+        same = same + 1 if found["beat"] == beat else 0
+        beat = found["beat"]
+        if same == watchdog.MISSED:
+            return False
+        if _sleep(told["every"], caught):
+            return True
+    return False
