@@ -27,6 +27,7 @@ from ldm_jax import (
 from ldm_jax.models import quantize
 from ldm_jax.train import adversary, checks, codebook, held_out, initial, loop, reconstruction
 from ldm_jax.train.monitor import count_parameters
+from ldm_jax.train.watchdog import Watch
 from ldm_jax.train_state import GanState
 
 DRAWS = ("encode", "dropout", "disc_encode", "disc_dropout")  # one key per row for each
@@ -283,7 +284,9 @@ def make_eval_step(
     return functools.partial(jitted, perceptual or {})
 
 
-def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int:
+def train(
+    config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, watch: Watch | None = None
+) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
     mesh = sharding.make_mesh(config.mesh)
     root = jax.random.key(config.seed)
@@ -340,5 +343,6 @@ def train(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> int
         evaluate=evaluate,
         draw=held_out.make_preview(config, mesh, eval_stream),
         section=serialize.to_dict(config.model),
+        watch=watch or Watch(),
     )
     return loop.run(job, state, saved)

@@ -28,6 +28,7 @@ from ldm_jax import (
 from ldm_jax.models import attention, convolution, unet
 from ldm_jax.train import first_stage, loop, preview, text_encoder
 from ldm_jax.train.monitor import count_parameters
+from ldm_jax.train.watchdog import Watch
 from ldm_jax.train_state import TrainState
 
 DRAWS = ("encode", "t", "noise", "offset", "drop_cond", "dropout")  # one key per row for each
@@ -247,7 +248,9 @@ def check(
     stream.made[0]  # images that do not fit
 
 
-def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> int:
+def train(
+    config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike, watch: Watch | None = None
+) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
     mesh = sharding.make_mesh(config.mesh)
     root = jax.random.key(config.seed)
@@ -310,5 +313,6 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) ->
         evaluate=evaluate,
         draw=preview.make(config, frozen, mesh, held_out, jax.random.fold_in(root, SAMPLE)),
         section=serialize.to_dict(bundle.section(config, frozen.config)),
+        watch=watch or Watch(),
     )
     return loop.run(job, state, saved)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ldm_jax import checkpoint, cli, data, rundir, schema, sharding
 from ldm_jax.train import stop
 from ldm_jax.train.monitor import Monitor, compile_step
+from ldm_jax.train.watchdog import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Job:
     """draw(params, path) writes a picture."""
     section: Mapping[str, Any]
     """Of the config what sampling needs, as JSON values: goes into snapshots."""
+    watch: Watch
+    """Told where the loop stands."""
 
 
 def averaged(state: Any) -> dict:
@@ -45,26 +48,31 @@ def run(job: Job, state: Any, saved: int | None) -> int:
     """Trains from `state`, whose last checkpoint is `saved`, to the end; returns an exit code."""
     config, first = job.config, int(state.step)
     rows = sharding.batch_sharding(job.mesh)
-    train_step = compile_step(
-        job.train_step, state, data.global_batch(job.stream, first, rows), job.root
-    )
+    with job.watch.doing("compiling"):
+        train_step = compile_step(
+            job.train_step, state, data.global_batch(job.stream, first, rows), job.root
+        )
     monitor = Monitor(job.run, first, config.steps, config.batch_size)
     with (
         job.manager,  # on the way out, an error's too, the checkpoint under way is finished
         stop.on_signal() as stopping,
         data.prefetch(job.stream, first, rows) as batches,
     ):
-        for i, batch in batches:
+        for i, batch in job.watch.batches(batches):
             state, metrics = train_step(state, batch, job.root)
             step, last = i + 1, i + 1 == config.steps
+            job.watch.step(step)
             log = due(config.intervals.log, step) or last
             monitor.step(step, metrics, job.stream.bad_records, log=log)
             stop.refuse_bad(monitor, config.max_bad_steps, job.run, saved)
-            look(job, monitor, state, step, last)
+            with job.watch.doing("evaluating"):
+                look(job, monitor, state, step, last)
             interrupted = stopping(step)
-            if keep(job, state, step, last, interrupted):
-                saved = step
-                monitor.flush()
+            with job.watch.doing("saving"):
+                if keep(job, state, step, last, interrupted):
+                    saved = step
+                    job.watch.saved(step)
+                    monitor.flush()
             if last or interrupted:
                 break
         if not last:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from ldm_jax import cli, configs, schema
+from ldm_jax import checkpoint, cli, configs, schema
+from ldm_jax.train import supervisor, watchdog
 
 
 def load_config(name: str) -> schema.TrainConfig:
@@ -70,7 +71,8 @@ def parse(config: Any, argv: Sequence[str], program: str) -> tuple[str, Any]:
     options = (
         "Also: --debug (tracebacks), --no-compilation-cache (compile everything anew),"
         " --distributed [ADDRESS:PORT,PROCESSES,INDEX] (one process of several; without a value"
-        " the cluster is found out)."
+        " the cluster is found out), --restart on-failure [--max-restarts 5] [--restart-delay 5]"
+        " (start again when it fails, so often without a new checkpoint, seconds apart and doubled)."
     )
     parsed = tyro.cli(
         command,
@@ -99,6 +101,12 @@ def be_deterministic() -> None:
 
 def train(argv: Sequence[str]) -> int:
     """Runs the recipe that the config's class asks for."""
+    watchdog.adopt()
+    with watchdog.errors_told():
+        return _train(argv)
+
+
+def _train(argv: Sequence[str]) -> int:
     argv = cli.enable_compilation_cache(argv)
     encodes = argv[:1] == ["encode"]
     name, rest = cli.split_first(
@@ -121,12 +129,30 @@ def train(argv: Sequence[str]) -> int:
         from ldm_jax.train import autoencoder as recipe
     else:
         from ldm_jax.train import ldm as recipe
-    return recipe.train(config, workdir)
+    index, count, start = watchdog.this_start()
+    with watchdog.watching(
+        checkpoint.absolute(workdir), config.watch, index, count, start
+    ) as watch:
+        code = recipe.train(config, workdir, watch)
+        watch.state = "stopped" if code == cli.INTERRUPTED else "done"
+    return code
+
+
+def restart_on_failure(argv: Sequence[str]) -> int:
+    """Trains in a process of its own, started again when it fails, if `--restart` asks for it."""
+    policy, rest = supervisor.split(argv)
+    if policy is None:
+        return train(rest)
+    return supervisor.supervise([sys.executable, "-m", "ldm_jax.train.main", *rest], policy)
 
 
 def main() -> None:
     """Entry point of `ldm-train`."""
-    sys.exit(cli.run("ldm-train", train, sys.argv[1:]))
+    code = cli.run("ldm-train", restart_on_failure, sys.argv[1:])
+    if code not in (0, cli.INTERRUPTED) and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # the others come to no barrier any more
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`ldm-train ... --restart on-failure`: runs the command as a process of its own, again if it fails.
+"""`ldm-train ... --restart on-failure`: the command as a process of its own, again if it fails.
 
 The process tells through a pipe where it stands (`watchdog.tell`). With several hosts each has a
 supervisor that restarts its own process; they meet again where jax.distributed starts.

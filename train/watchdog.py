@@ -21,7 +21,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ldm_jax import cli, schema
 
@@ -333,6 +336,15 @@ def tell(**values: Any) -> None:
     except OSError:
         _pipe = None
         os.kill(os.getpid(), signal.SIGTERM)  # two starts by hand must not write into one run
+
+
+def this_start() -> tuple[int, int, int]:
+    """(index of this process, how many there are, a number that they share and no other start)."""
+    index, count = jax.process_index(), jax.process_count()
+    drawn = int.from_bytes(os.urandom(3))
+    if count > 1:
+        drawn = int(multihost_utils.broadcast_one_to_all(np.int32(drawn)))
+    return index, count, drawn
 
 
 @contextlib.contextmanager
