@@ -72,7 +72,7 @@ def parse(config: Any, argv: Sequence[str], program: str) -> tuple[str, Any]:
         "Also: --debug (tracebacks), --no-compilation-cache (compile everything anew),"
         " --distributed [ADDRESS:PORT,PROCESSES,INDEX] (one process of several; without a value"
         " the cluster is found out), --restart on-failure [--max-restarts 5] [--restart-delay 5]"
-        " (start again when it fails, so often without a new checkpoint, seconds apart and doubled)."
+        " (started again when it fails, so often without a new checkpoint; seconds, doubled)."
     )
     parsed = tyro.cli(
         command,
