@@ -21,7 +21,7 @@ from etils import epath
 from ldm_jax import sharding
 
 FORMAT = 1  # of checkpoints, snapshots and frozen parts; a reader refuses a newer one
-SCALARS = ("step", "bad_steps")  # fields of a state that are kept in its meta
+SMALL = ("step", "bad_steps", "skips")  # fields of a state that are kept in its meta
 
 
 def manager(run: epath.PathLike, max_to_keep: int | None = None) -> ocp.CheckpointManager:
@@ -57,8 +57,8 @@ def save(manager: ocp.CheckpointManager, state: Any, meta: Mapping[str, Any]) ->
     parts = _parts(state)
     checksums = _checksums(parts, f"{manager.directory}/{step}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
-    scalars = {name: int(getattr(state, name)) for name in SCALARS}
-    header = {**_header(), **meta, **scalars, "checksums": checksums}
+    small = {n: jax.tree.map(lambda x: np.asarray(x).tolist(), getattr(state, n)) for n in SMALL}
+    header = {**_header(), **meta, **small, "checksums": checksums}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
     return manager.save(step, args=args, force=True)
 
@@ -83,11 +83,18 @@ def restore(
             f" {', '.join(sorted(wanted))}: resume with the config that the run was started with"
         )
     restored = {name: read_tree(folder, name, meta, tree) for name, tree in wanted.items()}
-    for name in SCALARS:
+    for name in SMALL:
         like = getattr(abstract, name)
-        value = np.asarray(meta[name], like.dtype)
-        restored[name] = jax.make_array_from_callback((), like.sharding, lambda i, v=value: v[i])
+        if name in meta:
+            restored[name] = jax.tree.map(_placed, like, meta[name])
+        else:  # of a version that did not have it
+            restored[name] = jax.tree.map(lambda x: _placed(x, np.zeros(x.shape)), like)
     return dataclasses.replace(abstract, **restored)
+
+
+def _placed(like: Any, value: Any) -> jax.Array:
+    value = np.asarray(value, like.dtype).reshape(like.shape)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda i: value[i])
 
 
 def restore_parts(
@@ -264,7 +271,7 @@ def _host_facts(x: np.ndarray) -> np.ndarray:
 def _parts(state: Any) -> dict[str, Any]:
     """The trees of a state that hold any array: Orbax refuses empty ones."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    return {n: tree for n, tree in fields.items() if n not in SCALARS and jax.tree.leaves(tree)}
+    return {n: tree for n, tree in fields.items() if n not in SMALL and jax.tree.leaves(tree)}
 
 
 def _header() -> dict[str, Any]:

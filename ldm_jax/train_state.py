@@ -26,7 +26,10 @@ class TrainState:
     """The same keys, for the parts named in the config."""
     opt_state: Any
     bad_steps: jax.Array
-    """int32: steps in a row that changed nothing because loss or gradient was not finite."""
+    """int32: steps in a row that changed nothing; see `keep_or_skip`."""
+    skips: dict
+    """{"count": int32, steps skipped in all; "norms": {"mean": float32 [n], "count": int32 [n]}}:
+    running mean of gradient norms, and the steps it is of; n is 1, or 2 in a `GanState`."""
 
 
 @flax.struct.dataclass
@@ -46,12 +49,15 @@ class GanState:
     """{"idle", "averages"} of a codebook: the former if codes are revived, the latter if it follows
     a moving average."""
     bad_steps: jax.Array
+    skips: dict
 
 
 def create(params: dict, tx: optax.GradientTransformation, ema: schema.EMAConfig) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, init_ema(ema, params), tx.init(params), jnp.copy(zero))
+    return TrainState(
+        zero, params, init_ema(ema, params), tx.init(params), jnp.copy(zero), _no_skips(1)
+    )
 
 
 def create_gan(
@@ -76,7 +82,13 @@ def create_gan(
         disc_opt_state=disc_tx.init(disc_params) if disc_tx is not None else {},
         codes=codes or {},
         bad_steps=jnp.copy(zero),
+        skips=_no_skips(2),
     )
+
+
+def _no_skips(networks: int) -> dict:
+    norms = {"mean": jnp.zeros(networks), "count": jnp.zeros(networks, jnp.int32)}
+    return {"count": jnp.zeros((), jnp.int32), "norms": norms}
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -145,16 +157,49 @@ def gradients(
     return grads, metrics
 
 
-def keep_if_finite(loss: jax.Array, grad_norm: jax.Array, new: Any, old: Any) -> Any:
-    """`new` if loss and gradient norm are finite; else `old`, one step on and counted as bad.
+# --- skipped steps -------------------------------------------------------------------------------
 
-    The step counts either way: the next one reads the next batch. Both scalars are global, so
-    every device decides alike.
+
+def check_spikes(config: schema.SpikeConfig) -> None:
+    """ValueError for a number that is out of range."""
+    if config.factor and not config.factor > 1:
+        raise ValueError(
+            f"spikes.factor {config.factor} would skip usual steps: above 1, or 0: off"
+        )
+    if not 0 <= config.decay < 1:
+        raise ValueError(f"spikes.decay {config.decay} is not in [0, 1)")
+    if config.warmup < 1:
+        raise ValueError(
+            f"spikes.warmup {config.warmup} leaves no mean to compare with: at least 1"
+        )
+
+
+def keep_or_skip(
+    config: schema.SpikeConfig, loss: jax.Array, norms: Sequence[jax.Array], new: Any, old: Any
+) -> Any:
+    """`new` if the step was sound; else `old`, one step on and counted as skipped.
+
+    `norms` are the gradient norms of the state's networks. A step is not sound if loss or a norm is
+    not finite, or if a norm exceeds `config.factor` times its running mean. The step counts either
+    way: the next one reads the next batch. All of it is global, so every device decides alike. The
+    mean takes in sound steps only, also while the policy is off, so that it may be switched on at
+    any resume; a norm of 0, of a discriminator that has not started, is left out.
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    norms, usual = jnp.stack(norms), old.skips["norms"]
+    sound = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
+    if config.factor:
+        judged = usual["count"] >= config.warmup
+        sound &= ~jnp.any(judged & (norms > config.factor * usual["mean"]))
+    kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
+
+    taken = sound & (norms > 0)
+    count = usual["count"] + taken
+    rate = jnp.maximum(1 - config.decay, 1 / jnp.maximum(count, 1).astype(norms.dtype))
+    mean = usual["mean"] + jnp.where(taken, rate * (norms - usual["mean"]), 0.0)
     return kept.replace(
-        step=old.step + 1, bad_steps=jnp.where(finite, jnp.zeros_like(old.step), old.bad_steps + 1)
+        step=old.step + 1,
+        bad_steps=jnp.where(sound, jnp.zeros_like(old.step), old.bad_steps + 1),
+        skips={"count": old.skips["count"] + ~sound, "norms": {"mean": mean, "count": count}},
     )
 
 

@@ -141,12 +141,14 @@ def test_a_first_stage_without_average_or_discriminator(tmp_path):
         return train_state.create_gan(init_params(key), TX, EMAConfig(parts=()))
 
     state = trained(0, init=init_gan)
-    state = state.replace(step=state.step + 7, bad_steps=state.bad_steps + 2)
+    norms = {"mean": jnp.asarray([1 / 3, 1e-30]), "count": jnp.asarray([5, 2])}
+    skips = {"count": state.skips["count"] + 4, "norms": norms}
+    state = state.replace(step=state.step + 7, bad_steps=state.bad_steps + 2, skips=skips)
     saved(tmp_path, state)
     restored = checkpoint.restore(tmp_path, abstract_on(MeshConfig(), init_gan))
     tree_equal(restored, state)
     assert (int(restored.step), int(restored.bad_steps)) == (7, 2)
-    assert restored.step.dtype == jnp.int32
+    assert restored.step.dtype == restored.skips["count"].dtype == jnp.int32
     assert checkpoint.restore_parts(tmp_path, 7, ("params", "ema_params"))["ema_params"] == {}
 
 
@@ -288,6 +290,14 @@ def test_a_renamed_checkpoint_is_refused(run):
 def edit_meta(run, **values):
     path = run / "checkpoints" / "3" / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_an_older_checkpoint_without_counts_of_skipped_steps_restores(run):
+    path = run / "checkpoints" / "3" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["skips"]
+    path.write_text(json.dumps(meta))
+    tree_equal(checkpoint.restore(run, abstract_on(MIXED)), trained(3))
 
 
 def test_a_newer_format_is_refused_by_name(run):

@@ -268,25 +268,95 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 # --- skipped steps ------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
+def advance(config, state, loss, norm):
+    new = jax.tree.map(lambda x: x + jnp.asarray(loss, x.dtype), state)
+    return train_state.keep_or_skip(config, loss, [norm], new, state)
+
+
+def fresh():
     tx, _ = train_state.make_optimizer(OptimizerConfig())
+    return train_state.create(PARAMS, tx, EMAConfig())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     mesh = sharding.make_mesh(schema.MeshConfig())
-    old = jax.device_put(train_state.create(PARAMS, tx, EMAConfig()), sharding.replicated(mesh))
-
-    def advance(state, loss, norm):
-        new = jax.tree.map(lambda x: x + jnp.asarray(loss, x.dtype), state)
-        return train_state.keep_if_finite(loss, norm, new, state)
-
-    step = jax.jit(advance)
+    old = jax.device_put(fresh(), sharding.replicated(mesh))
+    step = jax.jit(functools.partial(advance, schema.SpikeConfig()))
     state = old
     for count, bad in enumerate([(np.nan, 1.0), (1.0, np.inf), (-np.inf, np.nan)], start=1):
         state = step(state, *map(jnp.float32, bad))
         assert (int(state.step), int(state.bad_steps)) == (count, count)
         for part in ("params", "ema_params", "opt_state"):
             tree_equal(getattr(state, part), getattr(old, part))
+        tree_equal(state.skips["norms"], old.skips["norms"])
     for shard in state.params["logvar"].addressable_shards:
         np.testing.assert_array_equal(shard.data, np.zeros(5))
     good = step(state, jnp.float32(1), jnp.float32(1))
-    assert (int(good.step), int(good.bad_steps)) == (4, 0)
+    assert (int(good.step), int(good.bad_steps), int(good.skips["count"])) == (4, 0, 3)
     np.testing.assert_array_equal(good.params["logvar"], np.ones(5))
-    assert good.step.dtype == good.bad_steps.dtype == jnp.int32
+    assert good.step.dtype == good.bad_steps.dtype == good.skips["count"].dtype == jnp.int32
+
+
+def run_norms(config, norms, state=None):
+    """(state, [whether the step was kept]) after steps of these gradient norms."""
+    step, kept = jax.jit(functools.partial(advance, config)), []
+    state = fresh() if state is None else state
+    for norm in norms:
+        before = state
+        state = step(state, jnp.float32(1), jnp.float32(norm))
+        kept.append(float(state.params["logvar"][0]) > float(before.params["logvar"][0]))
+    return state, kept
+
+
+def test_a_spike_is_judged_by_the_mean_of_the_steps_before():
+    config = schema.SpikeConfig(factor=3.0, decay=0.5, warmup=3)
+    norms = [1, 50, 3, 50, 60, 55, 53, 54.1]
+    state, kept = run_norms(config, norms)
+    # the warm-up keeps all: mean 18, then 54 is the limit, which moves only with what is kept
+    assert kept == [True, True, True, True, True, True, True, True]
+    norms = [1, 5, 3, 9.01, 9, 18.1, 18.2, 18]
+    state, kept = run_norms(config, norms)
+    assert kept == [True, True, True, False, True, False, False, True]
+    assert (int(state.step), int(state.bad_steps), int(state.skips["count"])) == (8, 0, 3)
+    np.testing.assert_allclose(state.skips["norms"]["mean"], [12.0])  # (3 + 9) / 2, (6 + 18) / 2
+    np.testing.assert_array_equal(state.skips["norms"]["count"], [5])
+
+
+def test_the_mean_is_kept_while_the_policy_is_off():
+    state, kept = run_norms(schema.SpikeConfig(), [2, 4, 1000, 0])
+    assert all(kept)
+    np.testing.assert_allclose(state.skips["norms"]["mean"], [1006 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(state.skips["norms"]["count"], [3])  # 0: nothing was learned
+    _, kept = run_norms(schema.SpikeConfig(factor=2.0, warmup=3), [700, 600], state)
+    assert kept == [False, True]
+
+
+@pytest.mark.parametrize("spiked", [0, 1])
+def test_a_spike_of_either_network_skips_both(spiked):
+    tx, _ = train_state.make_optimizer(OptimizerConfig())
+    state = train_state.create_gan(
+        PARAMS, tx, EMAConfig(), disc_params=jax.tree.map(jnp.asarray, PARAMS), disc_tx=tx
+    )
+    config = schema.SpikeConfig(factor=2.0, warmup=1)
+    for norms in ([1.0, 10.0], [1.0, 10.0], [3.0, 10.0] if spiked == 0 else [1.0, 30.0]):
+        before = state
+        new = jax.tree.map(lambda x: x + jnp.ones_like(x), state)
+        state = train_state.keep_or_skip(
+            config, jnp.ones(()), list(map(jnp.float32, norms)), new, state
+        )
+    for part in ("params", "disc_params", "disc_opt_state", "ema_params"):
+        tree_equal(getattr(state, part), getattr(before, part))
+    np.testing.assert_allclose(state.skips["norms"]["mean"], [1, 10])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (schema.SpikeConfig(factor=0.5), "factor 0.5: 0 is off, else it must be above 1"),
+        (schema.SpikeConfig(decay=1.0), r"decay 1.0 is not in \[0, 1\)"),
+        (schema.SpikeConfig(warmup=0), "warmup 0"),
+    ],
+)
+def test_a_policy_out_of_range_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        train_state.check_spikes(config)

@@ -193,13 +193,14 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": optimizers.learning_rate(state.step),
         }
-        finite = metrics["loss"] + norm
+        value, disc_norm = metrics["loss"], jnp.zeros(())
         if judges:
             new, found = learn(new, batch_stats, state.step, rows)
             metrics |= found
-            finite += found["disc_loss"] + found["disc_grad_norm"]
-        new = train_state.keep_if_finite(finite, norm, new, state)
-        return new, {**metrics, "bad_steps": new.bad_steps}
+            value, disc_norm = value + found["disc_loss"], found["disc_grad_norm"]
+        new = train_state.keep_or_skip(config.spikes, value, [norm, disc_norm], new, state)
+        counts = {"bad_steps": new.bad_steps, "skipped_steps": new.skips["count"]}
+        return new, metrics | counts
 
     _, shardings = abstract_state(config, mesh)
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))

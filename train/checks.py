@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from ldm_jax import data, schema, sharding
+from ldm_jax import data, schema, sharding, train_state
 from ldm_jax.models import discriminator, lpips
 
 
@@ -11,6 +11,7 @@ def first_stage(config: schema.AutoencoderTrainConfig, stream: data.Stream, mesh
     if config.steps < 1:
         raise ValueError(f"--steps {config.steps}: give at least 1")
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    train_state.check_spikes(config.spikes)
     if config.model.in_channels != config.data.channels:
         raise ValueError(
             f"data.channels is {config.data.channels}, but model.in_channels is"

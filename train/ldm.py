@@ -169,11 +169,12 @@ def make_train_step(
             ema_params=train_state.update_ema(config.ema, state.ema_params, params, state.step),
             opt_state=opt_state,
         )
-        new = train_state.keep_if_finite(metrics["loss"], norm, new, state)
+        new = train_state.keep_or_skip(config.spikes, metrics["loss"], [norm], new, state)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": learning_rate(state.step),
             "bad_steps": new.bad_steps,
+            "skipped_steps": new.skips["count"],
         }
         return new, metrics
 
@@ -219,6 +220,7 @@ def check(
     if config.steps < 1:
         raise ValueError(f"--steps {config.steps}: give at least 1")
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    train_state.check_spikes(config.spikes)
     bundle.check(bundle.section(config, model), config.data.channels)
     if model.in_channels != config.data.channels:
         raise ValueError(
