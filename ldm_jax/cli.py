@@ -11,13 +11,18 @@ from typing import Any
 
 import jax
 
+from ldm_jax import cluster
+
 CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
 UNREAD = 141  # 128 + SIGPIPE: whoever read stdout left, as `| head` does
 
+LOG = logging.getLogger("ldm_jax.said")
+
 
 def say(message: str) -> None:
-    """A line for people, on stderr, from the first process only."""
+    """A line for people: on stderr from the first process only, in the log of every process."""
+    LOG.info(message)
     if jax.process_index() == 0:
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
@@ -47,7 +52,8 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         # RuntimeError itself is ours; its subclasses are not
         clear = isinstance(error, CLEAR) or type(error) is RuntimeError
         kind, hint = ("", "") if clear else (f"{type(error).__name__}: ", " (--debug shows where)")
-        sys.stderr.write(f"{program}: error: {kind}{text}{hint}\n")
+        who = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
+        sys.stderr.write(f"{who}{program}: error: {kind}{text}{hint}\n")
         return 1
 
 
@@ -90,23 +96,27 @@ def enable_compilation_cache(argv: Sequence[str]) -> list[str]:
 
 
 def join_processes(argv: Sequence[str]) -> list[str]:
-    """`--distributed [ADDRESS,PROCESSES,INDEX]` starts jax.distributed; returns argv without it.
+    """Joins the processes of a cluster, if this is one of several; returns argv without the flag.
 
-    Without a value the cluster is found out: Cloud TPU, SLURM, Open MPI, Kubernetes.
+    Without a flag, what `cluster.find` sees in the environment: Cloud TPU, SLURM, Open MPI,
+    Kubernetes. `--distributed ADDRESS:PORT,PROCESSES,INDEX` says it; `--distributed` alone insists
+    on several; `--distributed off` runs alone.
     """
-    rest = list(argv)
-    if "--distributed" not in rest:
+    rest, value, given = list(argv), None, "--distributed" in argv
+    if given:
+        at = rest.index("--distributed")
+        value = rest[at + 1] if at + 1 < len(rest) and not rest[at + 1].startswith("-") else None
+        del rest[at : at + (1 if value is None else 2)]
+    if value == "off":
         return rest
-    at = rest.index("--distributed")
-    value = rest[at + 1] if at + 1 < len(rest) and not rest[at + 1].startswith("-") else None
-    del rest[at : at + (1 if value is None else 2)]
-    if value is None:
-        jax.distributed.initialize()
-        return rest
-    parts = value.split(",")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts[1:]):
-        raise ValueError(f"--distributed {value!r} is not ADDRESS:PORT,PROCESSES,INDEX")
-    jax.distributed.initialize(parts[0], int(parts[1]), int(parts[2]))
+    place = cluster.parse(value) if value else cluster.find()
+    if place is None and given:
+        raise ValueError(
+            "--distributed: no launcher of several processes is seen in the environment"
+            " (Cloud TPU, SLURM, Open MPI, Kubernetes); give ADDRESS:PORT,PROCESSES,INDEX"
+        )
+    if place is not None:
+        cluster.join(place)
     return rest
 
 

@@ -9,7 +9,7 @@ import types
 import jax
 import pytest
 
-from ldm_jax import cli, schema
+from ldm_jax import cli, cluster, schema
 from ldm_jax.configs import digits, tiny
 from ldm_jax.sample import class2img
 from ldm_jax.sample import main as sample_main
@@ -91,33 +91,61 @@ def test_another_pipe_that_breaks_is_an_error(capfd):
 
 @pytest.fixture
 def jax_calls(monkeypatch) -> list:
-    """Calls that would change JAX's settings or start a cluster."""
+    """Calls that would change JAX's settings."""
     calls = []
-    distributed = types.SimpleNamespace(initialize=lambda *args: calls.append(args))
-    monkeypatch.setattr(cli.jax, "distributed", distributed)
     monkeypatch.setattr(cli.jax.config, "update", lambda *args: calls.append(args))
     return calls
 
 
+@pytest.fixture
+def joined(monkeypatch) -> list:
+    """Places that would have been joined; no launcher is seen."""
+    places = []
+    monkeypatch.setattr(cli.cluster, "join", places.append)
+    monkeypatch.setattr(cli.cluster, "find", lambda: None)
+    return places
+
+
 @pytest.mark.parametrize(
-    ("argv", "rest", "calls"),
+    ("argv", "rest", "place"),
     [
-        (["--a", "1"], ["--a", "1"], []),
-        (["--distributed"], [], [()]),
-        (["--distributed", "--a", "1"], ["--a", "1"], [()]),
-        (["--a", "1", "--distributed", "h:12,4,3", "--b"], ["--a", "1", "--b"], [("h:12", 4, 3)]),
+        (["--a", "1"], ["--a", "1"], None),
+        (["--distributed", "off", "--a", "1"], ["--a", "1"], None),
+        (
+            ["--a", "1", "--distributed", "h:12,4,3", "--b"],
+            ["--a", "1", "--b"],
+            cluster.Place("--distributed", "h:12", 4, 3),
+        ),
     ],
 )
-def test_distributed(jax_calls, argv, rest, calls):
+def test_distributed(joined, argv, rest, place):
     assert cli.join_processes(argv) == rest
-    assert jax_calls == calls
+    assert joined == ([] if place is None else [place])
 
 
-@pytest.mark.parametrize("value", ["h:12", "h:12,4", "h:12,four,3", "h:12,4,-1"])
-def test_distributed_refuses_what_it_cannot_read(jax_calls, value):
-    with pytest.raises(ValueError, match=r"is not ADDRESS:PORT,PROCESSES,INDEX"):
+def test_a_launcher_is_found_without_a_flag_unless_it_is_off(joined, monkeypatch):
+    place = cluster.Place("SLURM", "node1:61440", 4, 3)
+    monkeypatch.setattr(cli.cluster, "find", lambda: place)
+    assert cli.join_processes(["--a"]) == ["--a"]
+    assert cli.join_processes(["--distributed", "--a"]) == ["--a"]
+    assert joined == [place, place]
+    assert cli.join_processes(["--a", "--distributed", "off"]) == ["--a"]
+    assert joined == [place, place]
+
+
+def test_distributed_without_a_launcher_is_refused(joined):
+    with pytest.raises(ValueError, match="no launcher of several processes is seen"):
+        cli.join_processes(["--distributed"])
+    assert joined == []
+
+
+@pytest.mark.parametrize("value", ["h:12", "h:12,4", "h:12,four,3", "h:12,4,-1", "h,4,3", "on"])
+def test_distributed_refuses_what_it_cannot_read(joined, value):
+    with pytest.raises(ValueError, match=r"is not ADDRESS:PORT,PROCESSES,INDEX, nor off"):
         cli.join_processes(["--distributed", value])
-    assert jax_calls == []
+    with pytest.raises(ValueError, match="the last of 4 processes is 3"):
+        cli.join_processes(["--distributed", "h:12,4,4"])
+    assert joined == []
 
 
 def test_compilation_cache(jax_calls, monkeypatch, tmp_path):
