@@ -1,0 +1,79 @@
+"""The fault table as Markdown."""
+
+import faults_input
+from faults_cluster import DELAY, EVERY, TIMEOUT
+
+
+def markdown(report: dict) -> str:
+    """The table, what was said, and how it was made."""
+    machine, cases = report["machine"], report["cases"]
+    passed = sum(case["passed"] for case in cases.values())
+    lines = [
+        "# Faults",
+        "",
+        f"{passed} of {len(cases)} cases passed: nothing hung, nothing was lost beyond the last"
+        " checkpoint, and the last state",
+        "(parameters, averages, optimizer, counters) and every loss have the bits of the run that"
+        " was left alone.",
+        "",
+        "    python benchmarks/faults.py --out benchmarks/results",
+        "",
+        f"Two hosts of two CPU devices, {faults_input.STEPS} steps, a checkpoint every"
+        f" {faults_input.SAVE}; a sign of life every {EVERY} s, lost after {TIMEOUT:.0f} s without,"
+        f" first restart after {DELAY:.0f} s.",
+        f"{machine['cpus']} CPUs, load average {machine['load']:.0f}, Python {machine['python']},"
+        f" JAX {machine['jax']}: seconds are those of a busy machine.",
+        "",
+        "| fault | others left after, s | every host stepping again after, s | steps made again |"
+        " last state | passed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [row(case) for case in cases.values()]
+    lines += ["", "## What was said", ""]
+    for case in cases.values():
+        said = case.get("said", [])[:3]
+        lines += [f"- {case['what']}{notes(case)}", *(f"  - `{line[:300]}`" for line in said)]
+    return "\n".join(lines) + "\n"
+
+
+def row(case: dict) -> str:
+    """One line of the table."""
+
+    def seconds(name: str) -> str:
+        return f"{case[name]:.1f}" if name in case else "-"
+
+    if "differs" not in case:
+        state = "not reached"
+    else:
+        state = "equal" if not case["differs"] else f"differs: {', '.join(case['differs'][:3])}"
+    again = case.get("steps again", [])
+    steps = (
+        ", ".join(map(str, again))
+        if len(again) < 8
+        else f"{len(again)} times, {max(again)} at most"
+    )
+    cells = (
+        case["what"],
+        seconds("detected"),
+        seconds("working again"),
+        steps or "-",
+        state,
+        "yes" if case["passed"] else "**no**",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def notes(case: dict) -> str:
+    """Figures that only some cases have."""
+    names = {
+        "codes of the stop": "exit codes",
+        "code of the other": "exit code of the other",
+        "codes of the refusal": "exit codes of the refusal",
+        "saved at": "saved at step",
+        "kept": "kept the checkpoint of step",
+        "half-written": "left",
+        "file": "file",
+        "kills": "kills",
+    }
+    found = [f"{label} {case[name]}" for name, label in names.items() if name in case]
+    return f" ({'; '.join(found)})" if found else ""
