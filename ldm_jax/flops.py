@@ -53,6 +53,30 @@ def kernels(jaxpr: Any) -> dict[str, dict[tuple, float]]:
     return found
 
 
+def largest_batched(jaxpr: Any) -> dict | None:
+    """{"shape", "bytes", "local"} of the largest result of a batched matrix product, or None.
+
+    In these models the logits of an attention that is not fused. `local`: the shape is that on one
+    device, inside a `shard_map`; else it is of all. Inside of kernels nothing is looked at.
+    """
+    found: dict | None = None
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = eqn.primitive.name
+        if name == "dot_general" and eqn.params["dimension_numbers"][1][0]:
+            aval = eqn.outvars[0].aval
+            size = math.prod(aval.shape) * aval.dtype.itemsize
+            candidates = [{"shape": list(aval.shape), "bytes": size, "local": False}]
+        elif name == "pallas_call":
+            continue
+        else:
+            candidates = [c for c in map(largest_batched, _inner(eqn)) if c is not None]
+            candidates = [c | {"local": c["local"] or name == "shard_map"} for c in candidates]
+        for candidate in candidates:
+            if found is None or candidate["bytes"] > found["bytes"]:
+                found = candidate
+    return found
+
+
 def _times(eqn: Any) -> int:
     if eqn.primitive.name == "pallas_call":
         return math.prod(eqn.params["grid_mapping"].grid)

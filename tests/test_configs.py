@@ -17,7 +17,9 @@ STAGES = {
     "digits": ("first_stage", "gan", "ldm"),
     "first_stages": (*first_stages.KL, *first_stages.VQ),
     "folder": ("first_stage", "ldm", "class", "text", "clip"),
+    "imagenet": ("first_stage", "cin256-v2"),
     "photos": ("first_stage", "kl_f8", "vq_f4", "vq_f8", "ldm"),
+    "stable_diffusion": ("first_stage", "512", "1024"),
     "tiny": ("first_stage", "gan", "vq", *tiny.CONDITIONS),
 }
 QUICK = ("kl-f2", "vq-f4-noattn")  # of first_stages; tracing a deep one takes seconds

@@ -1,0 +1,378 @@
+"""Compiles one program for devices that are not there: `python -m ldm_jax.train.plan_program DIR`.
+
+A process of its own, because compilers crash and are killed. DIR/request.json says what; DIR gets
+traced.json once the program is traced, then program.txt.gz and compiled.json, or failed.json.
+"""
+
+import dataclasses
+import functools
+import gzip
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ldm_jax import (
+    bundle,
+    conditioning,
+    flops,
+    latents,
+    sampling,
+    schema,
+    serialize,
+    sharding,
+    train_state,
+)
+from ldm_jax.models import attention, autoencoder, lpips
+from ldm_jax.models import unet as unets
+from ldm_jax.train import autoencoder as first_stages
+from ldm_jax.train import first_stage, ldm, plan_topology, text_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to compile for which devices."""
+
+    config: schema.TrainConfig
+    topology: plan_topology.Topology
+    first_stage: schema.FirstStageModelConfig | None = None
+    """Of a latent diffusion model."""
+    cached: bool = False
+    """Training reads latents instead of images."""
+    sample: bool = False
+    """The sampler rather than the training step."""
+    images: int = 1
+    """Images of one call of the sampler."""
+    height: int = 0
+    width: int = 0
+    """Of these images, in pixels."""
+    space: int = 1
+    """Devices that share an image of the sampler."""
+
+    def to_json(self) -> dict:
+        """Plain values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("config", "first_stage"):
+            values[name] = values[name] and serialize.to_dict(values[name])
+        return values | {"topology": dataclasses.asdict(self.topology)}
+
+    @staticmethod
+    def from_json(values: dict) -> "Request":
+        """Inverse of `to_json`."""
+        for name in ("config", "first_stage"):
+            values[name] = values[name] and serialize.from_dict(values[name])
+        topology = values["topology"]
+        topology["sizes"] = tuple(topology["sizes"])
+        return Request(**values | {"topology": plan_topology.Topology(**topology)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and the shapes, with shardings, that it is called with."""
+
+    jitted: Any
+    arguments: tuple
+    resident: dict[str, Any]
+    """Trees that lie on the devices while it runs, by what they are."""
+
+
+def build(request: Request, mesh: Mesh) -> Program:
+    """The program of a request on a mesh. ValueError for parts that do not fit each other."""
+    if request.sample:
+        return sampler(request, mesh)
+    if isinstance(request.config, schema.AutoencoderTrainConfig):
+        return first_stage_step(request.config, mesh)
+    return ldm_step(request, mesh)
+
+
+def make_mesh(request: Request, devices: list[Any]) -> Mesh:
+    """That of training, or one whose `space` devices share an image."""
+    if request.space > 1:
+        return sharding.spatial_mesh(request.space, devices)
+    return sharding.make_mesh(request.config.mesh, devices)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def first_stage_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Program:
+    """`train.autoencoder`'s step, its adversary and LPIPS included."""
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    perceptual = {}
+    if config.loss.perceptual_weight:
+        perceptual = by_rules(lpips.shapes(), mesh)
+    state = sharding.with_shardings(*first_stages.abstract_state(config, mesh))
+    step = first_stages.make_train_step(config, mesh, perceptual)
+    batch = {"image": row(config, mesh, *image_shape(config))}
+    resident = {**of_state(state), "frozen": perceptual, "batch": batch}
+    return Program(step.func, (*step.args, state, batch, root_key(mesh)), resident)
+
+
+def ldm_step(request: Request, mesh: Mesh) -> Program:
+    """`train.ldm`'s step, with the frozen first stage and text encoder as arguments."""
+    config = request.config
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    bundle.check(bundle.section(config, request.first_stage), config.data.channels)
+    state = sharding.with_shardings(*ldm.abstract_state(config, mesh))
+    frozen = abstract_frozen(request, mesh)
+    step = ldm.make_train_step(config, frozen, mesh)
+    batch = abstract_batch(request, mesh)
+    resident = {**of_state(state), "frozen": frozen.arguments, "batch": batch}
+    return Program(step.func, (*step.args, state, batch, root_key(mesh)), resident)
+
+
+def abstract_frozen(request: Request, mesh: Mesh) -> first_stage.Frozen:
+    """The frozen parts by shape."""
+    config, model = request.config, request.first_stage
+    module = autoencoder.from_config(
+        model,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention.choose(mesh.devices.flat[0].platform, mesh, config.attention),
+    )
+    stage = by_rules({"first_stage": stage_shapes(module, model)}, mesh)["first_stage"]
+    encoder = None
+    if not text_encoder.trains(config.cond):
+        encoder = by_rules({"cond_stage": cond_shapes(config.cond)}, mesh)["cond_stage"]
+    return first_stage.Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
+
+
+def abstract_batch(request: Request, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows that the conditioning reads, and latents or images."""
+    config, model = request.config, request.first_stage
+    side = config.data.size // model.downsample
+    latent = (side, side, model.embed_dim)
+    low_res = (side, side, config.data.channels)
+    kinds = {
+        "image": image_shape(config),
+        "mean": (latent, jnp.float32),
+        "logvar": (latent, jnp.float32),
+        "label": ((), jnp.int32),
+        "segmentation": (image_shape(config)[0][:2], jnp.int32),
+        "mask": ((*image_shape(config)[0][:2], 1), jnp.float32),
+        "embedding": ((1, getattr(config.cond, "width", 0)), jnp.float32),
+        "depth": ((side, side, 1), jnp.float32),
+        "low_res": (low_res, jnp.float32),
+        "low_res_noise": (low_res, jnp.float32),
+        "noise_level": ((), jnp.int32),
+    }
+    parts = [config.cond]
+    if isinstance(config.cond, schema.HybridCondConfig):
+        parts = [config.cond.text, config.cond.concat]
+    needs = [ldm.NEEDS[type(cond)] for cond in parts if type(cond) in ldm.NEEDS]
+    if any(isinstance(cond, schema.UpscaleCondConfig) for cond in parts):
+        needs += ["low_res_noise", "noise_level"]
+    if not request.cached or any(isinstance(cond, ldm.NEEDS_IMAGE) for cond in parts):
+        needs.append("image")
+    elif isinstance(model, schema.AutoencoderKLConfig):
+        needs += ["mean", "logvar"]
+    else:
+        needs.append("mean")
+    batch = {}
+    for name in needs:
+        if name == "tokens":
+            encoder = next(cond.encoder for cond in parts if hasattr(cond, "encoder"))
+            kinds |= dict.fromkeys(("tokens", "null_tokens"), ((encoder.max_length,), jnp.int32))
+            batch["null_tokens"] = row(config, mesh, *kinds["null_tokens"])
+        batch[name] = row(config, mesh, *kinds[name])
+    return batch
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def sampler(request: Request, mesh: Mesh) -> Program:
+    """run(params, batch, keys, guidance scale) -> images: encodes the conditioning, then DDIM."""
+    config, model = request.config, request.first_stage
+    section = bundle.section(config, model)
+    bundle.check(section, config.data.channels)
+    net = bundle.build(
+        section,
+        {},
+        config.first_stage.scale or 1.0,
+        dtype=jnp.dtype(config.dtype),
+        **bundle.kernels(mesh, config.attention),
+    )
+    shape = (request.height // model.downsample, request.width // model.downsample)
+    shape = (*shape, model.embed_dim)
+    guided = config.cond is not None and config.sample_guidance != 1
+    sample = sampling.make_sampler(net, shape=shape, steps=config.sample_steps, guided=guided)
+
+    def run(params: dict, batch: dict, keys: jax.Array, scale: jax.Array) -> jax.Array:
+        encode = functools.partial(
+            latents.encode, net.first_stage, params["first_stage"], scale=net.latent_scale
+        )
+        arguments = (config.cond, net.cond_stage, params["cond_stage"], batch, encode)
+        cond = conditioning.from_batch(*arguments)
+        null = conditioning.null_like(*arguments) if guided else None
+        return sample(params, cond, null, keys, scale, 0.0, batch.get("x_T"))
+
+    shapes = {
+        "unet": jax.eval_shape(net.unet.init, jax.random.key(0), *unets.example_inputs(net.unet))[
+            "params"
+        ],
+        "first_stage": stage_shapes(net.first_stage, model),
+        "cond_stage": cond_shapes(config.cond) if net.cond_stage is not None else {},
+    }
+    params = by_rules(shapes, mesh)
+    # rows of the sampler's batch: as those of training that the conditioning needs
+    sized = dataclasses.replace(
+        config,
+        batch_size=request.images,
+        data=dataclasses.replace(config.data, size=request.height),
+    )
+    given = dataclasses.replace(request, config=sized, cached=True)
+    batch = {
+        name: x for name, x in abstract_batch(given, mesh).items() if name not in ("mean", "logvar")
+    }
+    image = sharding.batch_sharding(mesh)
+    if request.space > 1:
+        image = sharding.image_sharding(mesh)
+        noise = (request.images, *shape)
+        batch["x_T"] = jax.ShapeDtypeStruct(noise, jnp.float32, sharding=image)
+    keys = jax.ShapeDtypeStruct(
+        (request.images,), root_key(mesh).dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    jitted = jax.jit(run, out_shardings=image)
+    return Program(jitted, (params, batch, keys, scale), {"parameters": params, "batch": batch})
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+def by_rules(shapes: Any, mesh: Mesh) -> Any:
+    """A tree of shapes with the shardings of training."""
+    return sharding.with_shardings(shapes, sharding.by_rules(shapes, sharding.RULES, mesh))
+
+
+def stage_shapes(module: Any, model: schema.FirstStageModelConfig) -> dict:
+    """Parameters of a first stage."""
+    if isinstance(model, schema.IdentityFirstStageConfig):
+        return {}
+    image = jnp.zeros((1, model.downsample, model.downsample, model.in_channels))
+    return jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+
+
+def cond_shapes(cond: schema.CondConfig) -> dict:
+    """Parameters of a conditioning stage."""
+    init = functools.partial(conditioning.init, cond, conditioning.build(cond))
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def image_shape(config: schema.TrainConfig) -> tuple[tuple[int, int, int], Any]:
+    """Shape and type of a training image."""
+    return (config.data.size, config.data.size, config.data.channels), jnp.float32
+
+
+def row(config: schema.TrainConfig, mesh: Mesh, shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
+    """A batch of rows of a shape."""
+    dims = (config.batch_size, *shape)
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.batch_sharding(mesh))
+
+
+def root_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The run's root key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(mesh))
+
+
+def of_state(state: train_state.TrainState | train_state.GanState) -> dict[str, Any]:
+    """Trees of a state, by what they are."""
+    found = {
+        "parameters": state.params,
+        "moments": state.opt_state,
+        "average": state.ema_params,
+    }
+    if isinstance(state, train_state.GanState):
+        found["discriminator"] = (state.disc_params, state.disc_opt_state, state.disc_stats)
+    return found
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of a tree's arrays on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.dtype.itemsize
+    )
+
+
+# --- the child ------------------------------------------------------------------------------------
+
+
+def plain(request: Request) -> Request:
+    """The same without what a program computes twice: its operations are those of the model."""
+    how = {"attention": "xla"}
+    if not request.sample:
+        how |= {"remat": False, "accumulate": 1}
+    return dataclasses.replace(request, config=dataclasses.replace(request.config, **how))
+
+
+def facts(request: Request, mesh: Mesh, program: Program, traced: Any) -> dict:
+    """What the traced program says before anything is compiled."""
+    ideal = build(plain(request), mesh)
+    operations = flops.count(ideal.jitted.trace(*ideal.arguments).jaxpr)
+    kernels = [
+        [name, shapes, n]
+        for name, calls in flops.kernels(traced.jaxpr).items()
+        for shapes, n in calls.items()
+    ]
+    arrays = jax.tree.leaves([tree for n, tree in program.resident.items() if n != "batch"])
+    sizes = {(x.shape, x.sharding.shard_shape(x.shape)) for x in arrays}
+    return {
+        "mesh": dict(mesh.shape),
+        "operations": operations / mesh.devices.size,
+        "kernels": kernels,
+        "largest_logits": flops.largest_batched(traced.jaxpr),
+        "resident": {name: bytes_of(tree) for name, tree in program.resident.items()},
+        "whole": sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+        "parameters": sorted(sizes),
+    }
+
+
+def compile_request(folder: Path) -> None:
+    """Compiles what DIR/request.json asks for."""
+    request = Request.from_json(json.loads((folder / "request.json").read_text()))
+    began = time.perf_counter()
+    mesh = make_mesh(request, plan_topology.devices(request.topology))
+    program = build(request, mesh)
+    traced = program.jitted.trace(*program.arguments)
+    found = facts(request, mesh, program, traced)
+    found["trace_seconds"] = time.perf_counter() - began
+    (folder / "traced.json").write_text(json.dumps(found))
+    began = time.perf_counter()
+    compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    about = {name: getattr(memory, f"{name}_size_in_bytes") for name in names}
+    about |= {
+        "peak": getattr(memory, "peak_memory_in_bytes", 0),
+        "seconds": time.perf_counter() - began,
+    }
+    (folder / "program.txt.gz").write_bytes(gzip.compress(compiled.as_text().encode()))
+    (folder / "compiled.json").write_text(json.dumps(about))
+
+
+def main(argv: list[str], work: Callable[[Path], None] = compile_request) -> int:
+    """Entry point of the process; an error goes to DIR/failed.json."""
+    folder = Path(argv[0])
+    try:
+        work(folder)
+    except Exception as error:
+        traceback.print_exc()
+        about = {"error": type(error).__name__, "message": str(error)[:4000]}
+        (folder / "failed.json").write_text(json.dumps(about))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
