@@ -72,7 +72,10 @@ def embed_images(
     rows = None if mesh is None else sharding.batch_sharding(mesh)
     split = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, max(1, len(paths))) // split) * split
-    embed = jax.jit(lambda params, x: towers.vision.apply({"params": params}, x))
+    embed = jax.jit(
+        lambda params, x: towers.vision.apply({"params": params}, x),
+        out_shardings=None if mesh is None else sharding.replicated(mesh),
+    )
     broken = []
     hidden = None if len(paths) > size else True
     with tqdm.tqdm(total=len(paths), unit="image", disable=hidden) as bar:
@@ -81,7 +84,7 @@ def embed_images(
             blank = np.zeros((towers.vision.image_size,) * 2 + (3,), np.float32)
             batch = [blank if isinstance(x, str) else x for x in images]
             batch = np.stack([*batch, *[blank] * (size - len(batch))])
-            batch = batch if rows is None else jax.device_put(batch, rows)
+            batch = batch if rows is None else sharding.place(batch, rows)
             made = embed(towers.params["vision"], batch)
             found[first : first + len(images)] = np.asarray(made)[: len(images)]
             broken += reasons
@@ -155,7 +158,9 @@ def open_index(
         known = " ".join(sorted(image_folder.SUFFIXES))
         raise FileNotFoundError(f"no image in {folder} (looked for {known})")
     mark = fingerprint(folder, files, towers)
-    if path.exists() and not rebuild:
+    there = path.exists() and not rebuild
+    rundir.barrier("index_looked")  # nobody may look at what process 0 is about to write
+    if there:
         return _read(path, mark, folder)
     cli.say(f"embedding {len(files)} images of {folder} ...")
     paths = [os.path.join(folder, file) for file in files]
@@ -185,6 +190,8 @@ def fingerprint(folder: str, files: Sequence[str], towers: CLIP) -> dict[str, st
 
 
 def _write(path: epath.Path, index: Index, mark: dict[str, str]) -> None:
+    if jax.process_index() != 0:
+        return
     meta = json.dumps({"format": FORMAT, **mark})
     part = path.with_name(path.name + ".part")
     try:

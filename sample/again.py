@@ -11,7 +11,7 @@ import tyro
 from etils import epath
 
 from ldm_jax import cli, images
-from ldm_jax.sample import exported, generate, plan, write
+from ldm_jax.sample import exported, generate, hosts, plan, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,9 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
 
     out = write.open_out(what.options)
     run = exported.read(what)[0] if what.options.from_export is not None else None
-    (made,) = generate.made(what, [call], run)
-    write.part(out, what, made, settings)
+    with hosts.together():
+        (made,) = generate.made(what, [call], run)
+        write.part(out, what, made, settings)
     cli.say(f"{out / name}.png: {compared(out, options.image, name, kept)}")
     return 0
 

@@ -3,10 +3,11 @@
 import json
 from typing import Any
 
+import jax
 from etils import epath
 
 from ldm_jax import cli, images
-from ldm_jax.sample import exported, generate, plan, program, write
+from ldm_jax.sample import exported, generate, hosts, plan, program, write
 
 # facts of a PNG that may differ from those of a list that goes on with it
 CHANGES = ("made_with", "progress")
@@ -30,15 +31,23 @@ def draw(what: plan.Plan) -> int:
     calls = plan.calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)
-    left = missing(out, what, calls, settings) if options.resume else calls
+    left = calls
+    if options.resume:
+        with hosts.together():
+            due = {id(call) for call in missing(out, what, calls, settings)}
+        agreed = hosts.same([id(call) in due for call in calls])  # listings of storage may differ
+        left = [call for call, again in zip(calls, agreed, strict=True) if again]
     written = what.count - sum(len(call.rows) for call in left)
     if options.resume:
         cli.say(f"{written} of {what.count} images are in {out} already")
     try:
-        for part in generate.made(what, left, run) if left else ():
-            write.part(out, what, part, settings)
-            written += len(part.places)
-        write.finish(out, what, calls)
+        with hosts.together():
+            for part in generate.made(what, left, run) if left else ():
+                write.part(out, what, part, settings)
+                written += len(part.call.rows)
+        with hosts.together():
+            if jax.process_index() == 0:
+                write.finish(out, what, calls)
     except KeyboardInterrupt:
         write.remove_drafts(out)
         cli.say(f"{written} of {what.count} images are in {out}; go on with --resume")

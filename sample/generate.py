@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ldm_jax import bundle, sampling, sharding, solvers
-from ldm_jax.sample import inputs, program, progress
+from ldm_jax.sample import hosts, inputs, program, progress
 from ldm_jax.sample.options import Options
 from ldm_jax.sample.plan import Call, Plan, calls_of, keys_of, scales_of
 
@@ -16,7 +16,10 @@ DONATED = ("x_T", "init")  # as large as the latents and images that come out
 
 
 class Made(NamedTuple):
-    """What one call of the program drew, of the rows that are wanted."""
+    """What one call of the program drew, of the rows that are wanted.
+
+    Of several processes each has its own images, see `hosts.own`, and all latents.
+    """
 
     call: Call
     places: np.ndarray
@@ -24,7 +27,7 @@ class Made(NamedTuple):
     image: np.ndarray
     """float32 [n, H, W, c], about -1..1."""
     latent: np.ndarray
-    """float32 [n, h, w, c], what decoding takes."""
+    """float32 [m, h, w, c], what decoding takes: of all m wanted rows, also those of others."""
     previews: np.ndarray | None
     """float32 [n, P, H, W, c]: predicted images on the way, with --preview."""
 
@@ -53,13 +56,15 @@ def made(
             compiled = compiled or program.compiled(plan, run, arguments)
             return compiled(*arguments)
 
-        for call, out in overlapped(calls, dispatch):
-            image, z, *previews = (fetched(x)[call.rows] for x in out)
+        for call, (image, z, *previews) in overlapped(calls, dispatch):
+            rows, image = hosts.own(ready(image))
+            wanted = np.isin(rows, call.rows)
+            places, image = call.places[rows[wanted]], image[wanted]
+            previews = hosts.own(ready(previews[0]))[1][wanted] if previews else None
             bars.images(len(call.rows))
-            places = call.places[call.rows]
             if plan.finish is not None:
                 image = plan.finish(places, image)
-            yield Made(call, places, image, z, previews[0] if previews else None)
+            yield Made(call, places, image, np.asarray(ready(z))[call.rows], previews)
 
 
 def generate(
@@ -75,15 +80,15 @@ def generate(
     around: Callable | None = None,
     decode: Callable | None = None,
     levels: solvers.Levels | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(places, images, unscaled latents) of each batch, without a folder; see `made` and `Plan`."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(places, unscaled latents) of each batch in every process; see `made` and `Plan`."""
     names = [f"{i:05d}" for i in range(count)]
     plan = Plan(
         "", options, model, mesh, shape or model.latent_shape, guided, batch, names,
         details=[{}] * count, start=start, around=around, decode=decode, levels=levels,
     )  # fmt: skip
     for part in made(plan):
-        yield part.places, part.image, part.latent
+        yield part.call.places[part.call.rows], part.latent
 
 
 def batch_of(plan: Plan) -> dict[str, np.ndarray]:
@@ -104,19 +109,26 @@ def overlapped(calls: Iterable[Any], dispatch: Callable) -> Iterator[tuple[Any, 
         yield before
 
 
-def fetched(array: jax.Array) -> np.ndarray:
-    """An array on the host; Ctrl-C is heard while the device works."""
+def ready(array: jax.Array) -> jax.Array:
+    """The array, when it is computed; Ctrl-C is heard while the device works."""
     while not array.is_ready():
         time.sleep(0.002)
-    return np.asarray(array)
+    return array
 
 
 def arguments_of(plan: Plan, batch: dict[str, np.ndarray], call: Call) -> tuple:
-    """Of `program.program_of`, for a call: on the devices, rows split over them."""
+    """Of `program.program_of`, for a call: on the devices of all processes, rows split over them.
+
+    Every process makes all rows on its host, and places those of its own devices.
+    """
     rows = sharding.batch_sharding(plan.mesh)
-    given = {name: jax.device_put(x[call.places], rows) for name, x in batch.items()}
+    place = lambda x: sharding.place(np.asarray(x), rows)  # noqa: E731
+    given = {name: place(x[call.places]) for name, x in batch.items()}
     donated = {name: given.pop(name) for name in DONATED if name in given}
-    keys = jax.device_put(keys_of(plan, call.places), rows)
-    scales = jax.device_put(scales_of(plan)[call.places], rows)
+    keys = keys_of(plan, call.places)
+    keys = jax.random.wrap_key_data(
+        place(jax.random.key_data(keys)), impl=jax.random.key_impl(keys)
+    )
+    scales = place(scales_of(plan)[call.places])
     last = () if plan.start is None else (plan.start,)
     return (plan.model.params, donated, given, keys, scales, plan.options.eta, *last)

@@ -43,6 +43,8 @@ def main(options: Options) -> int:
         return common.draw(found.plan)
     common.draw(found.plan)
     out = epath.Path(options.out)
+    if jax.process_index() != 0:
+        return 0
     with (out / "x_T.npy").open("wb") as file:
         np.save(file, found.plan.batch["x_T"])
     errors = [
@@ -102,7 +104,7 @@ def invert(options: Options) -> Inversion:
         model, mesh, there, {**batch, "x_T": scale * z}, len(z), guided, shape,
         levels=back, decode=keep,
     )  # fmt: skip
-    x_T = scale * np.concatenate([noise for _, _, noise in parts])
+    x_T = scale * np.concatenate([noise for _, noise in parts])
     refuse_overflow(x_T, options)
     again = common.Plan(
         NAME,
@@ -185,7 +187,7 @@ def encoded(
     size = min(options.batch_size, -(-len(image) // rows) * rows)
     for first in range(0, len(image), size):
         indices = np.minimum(np.arange(first, first + size), len(image) - 1)
-        given = jax.device_put(image[indices], sharding.batch_sharding(mesh))
+        given = sharding.place(image[indices], sharding.batch_sharding(mesh))
         made = run(model.params["first_stage"], given)
         found.append([np.asarray(x)[: len(image) - first] for x in made])
     z, alone = (np.concatenate(x) for x in zip(*found, strict=True))

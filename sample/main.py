@@ -40,7 +40,7 @@ TASKS = {
 
 def sample(argv: Sequence[str]) -> int:
     """Runs the task that the first argument names."""
-    argv = cli.enable_compilation_cache(argv)
+    argv = cli.join_processes(cli.enable_compilation_cache(argv))
     name, rest = cli.split_task(argv, "ldm-sample", (*TASKS, "again"))
     if name == "again":
         return again.main(tyro.cli(again.Options, args=rest, prog="ldm-sample again"), TASKS)

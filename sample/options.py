@@ -101,6 +101,8 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
         raise ValueError(f"--first-index {options.first_index}: numbers count from 0")
     solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
     if options.export is not None or options.from_export is not None:
+        if jax.process_count() > 1:
+            raise ValueError("--export and --from-export are for one process: start a single one")
         if mesh is not None and mesh.devices.size > 1:
             raise ValueError("--export and --from-export are for one device; leave out --space")
         mesh = sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1])

@@ -42,9 +42,12 @@ def program_of(
 
 def compiled(plan: Plan, run: Callable, arguments: tuple) -> Callable:
     """`run` compiled for arguments like these, which takes a while and says so."""
-    # rows stay where they are, on one host; several hosts write the same files
+    # Images stay where they are drawn. Latents are small: every process gets all of them, and what
+    # they start from can then not be reused for them.
     alone = jax.process_count() == 1
-    out = sharding.batch_sharding(plan.mesh) if alone else sharding.replicated(plan.mesh)
+    rows = sharding.batch_sharding(plan.mesh)
+    out = (rows, rows if alone else sharding.replicated(plan.mesh))
+    out = (*out, rows) if plan.options.preview else out
     jitted = jax.jit(run, out_shardings=out, donate_argnums=(1,) if alone else ())
     where = jax.config.jax_compilation_cache_dir
     if progress.resolved(plan.options) == "steps":

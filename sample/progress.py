@@ -23,7 +23,8 @@ class Bars(NamedTuple):
 def resolved(options: Options) -> str:
     """What `auto` means here: steps are worth a bar where they take long, and someone is there.
 
-    A program from a file reports no steps.
+    A program from a file reports no steps. Several processes run one program, whoever has a
+    terminal, so that what is in it cannot depend on that.
     """
     images = "images" if options.from_export is not None else "steps"
     if options.progress == "steps":
@@ -32,7 +33,7 @@ def resolved(options: Options) -> str:
         return options.progress
     if not sys.stderr.isatty():
         return "none"
-    return images if jax.default_backend() == "cpu" else "images"
+    return images if jax.default_backend() == "cpu" and jax.process_count() == 1 else "images"
 
 
 @contextlib.contextmanager
@@ -42,11 +43,13 @@ def bars(mode: str, images: int, done: int, steps: int) -> Iterator[Bars]:
     mode: as of `resolved`.
     """
     with contextlib.ExitStack() as stack:
-        hidden = mode == "none"
+        hidden = mode == "none" or jax.process_index() != 0
         whole = tqdm.tqdm(total=images, initial=done, unit="image", position=0, disable=hidden)
         stack.enter_context(whole)
         if mode != "steps":
             yield Bars(whole.update, None)
             return
-        each = stack.enter_context(tqdm.tqdm(total=steps, unit="step", position=1, leave=False))
+        each = stack.enter_context(
+            tqdm.tqdm(total=steps, unit="step", position=1, leave=False, disable=hidden)
+        )
         yield Bars(whole.update, lambda: each.update(1))

@@ -175,7 +175,7 @@ def load_clip(options: Options, mesh: jax.sharding.Mesh) -> clip_folder.CLIP:
     towers = clip_folder.load(
         options.clip,
         tokenizer=options.clip_tokenizer,
-        place=lambda path, x: jax.device_put(x, everywhere),
+        place=lambda path, x: sharding.place(x, everywhere),
     )
     if options.prompt and towers.tokenizer is None:
         raise ValueError(

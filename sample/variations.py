@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax import bundle, conditioning, diffusion, sampling, schema
+from ldm_jax import bundle, conditioning, diffusion, sampling, schema, sharding
 from ldm_jax.sample import common, text2img
 
 NAME = "variations"
@@ -57,7 +57,7 @@ def plan(options: Options) -> common.Plan:
         options, guidance_scale=scale, seeds=options.seeds or (options.seed,)
     )
     guided = scale != 1 and model.config.cond is not None
-    stops, names, null = conditions(model, options, guided)
+    stops, names, null = conditions(model, mesh, options, guided)
     rows = legs(options, names)
     batch = batch_of(model, options, rows, stops, null)
     if "embedding" in batch:
@@ -142,7 +142,7 @@ def legs(options: Options, names: list[str]) -> list[Leg]:
 
 
 def conditions(
-    model: bundle.LatentDiffusion, options: Options, guided: bool
+    model: bundle.LatentDiffusion, mesh: Any, options: Options, guided: bool
 ) -> tuple[np.ndarray | None, list[str], np.ndarray | None]:
     """(contexts [stops, l, c] or ids [stops], names of the stops, null context [1, l, c] or None).
 
@@ -177,7 +177,8 @@ def conditions(
         null = conditioning.null_like(*arguments).context[:1] if guided else None
         return conditioning.from_batch(*arguments).context, null
 
-    context, null = jax.device_get(jax.jit(encode)(model.params["cond_stage"], batch))
+    encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))
+    context, null = jax.device_get(encode(model.params["cond_stage"], batch))
     return context, names, null
 
 

@@ -20,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 from ldm_jax import images
+from ldm_jax.sample import hosts
 from ldm_jax.sample import plan as plans
 from ldm_jax.sample.generate import Made
 from ldm_jax.sample.options import Options
@@ -36,7 +37,17 @@ OUTPUT = (
 
 
 def open_out(options: Options) -> epath.Path:
-    """The output folder, writable and without samples in it unless --overwrite or --resume."""
+    """The output folder, writable and without samples in it unless --overwrite or --resume.
+
+    ValueError in every process if one of them refuses it, or sees another folder there.
+    """
+    with hosts.together():
+        out = _open_out(options)
+    hosts.check_shared(out)
+    return out
+
+
+def _open_out(options: Options) -> epath.Path:
     out = epath.Path(options.out)
     if options.resume and options.overwrite:
         raise ValueError("--resume keeps what --overwrite replaces: give one of them")
@@ -52,7 +63,8 @@ def open_out(options: Options) -> epath.Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
-    probe = out / ".writable"  # permissions say too little: of root, of file systems, of buckets
+    # permissions say too little: of root, of file systems, of buckets
+    probe = out / f".writable{jax.process_index()}"
     try:
         probe.write_bytes(b"")
         probe.unlink()
@@ -121,8 +133,11 @@ def sha256(path: str) -> str:
 
 
 def part(out: epath.Path, plan: Plan, made: Made, settings: list[dict[str, Any]]) -> None:
-    """Files of the images of one call; the PNGs last, so that whoever sees one has the others."""
-    if plan.options.save_latents:
+    """Files of the images of one call; the PNGs last, so that whoever sees one has the others.
+
+    Every process writes its own images, the first one the latents of all.
+    """
+    if plan.options.save_latents and jax.process_index() == 0:
         path = latents_path(out, made.call)
         path.parent.mkdir(exist_ok=True)
         draft = path.parent / f".{path.name}.part"

@@ -1,0 +1,80 @@
+"""Several processes draw one list: all agree on what is drawn, each writes its own images.
+
+Arrays of rows are split over the devices of all processes, as `sharding.place` lays them.
+"""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ldm_jax import rundir
+
+SECONDS = 60
+"""Until a file of another process is seen: directories of a network file system are cached."""
+
+
+def own(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(rows int [n], their values [n, ...]) of an array split along axis 0, those of this process.
+
+    A row that several processes hold belongs to the one with the first copy, so that all of them
+    together have every row once.
+    """
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    shards.sort(key=lambda shard: shard.index[0].indices(len(array))[0])
+    if not shards:
+        return np.zeros(0, int), np.zeros((0, *array.shape[1:]), array.dtype)
+    rows = [np.arange(*shard.index[0].indices(len(array))) for shard in shards]
+    return np.concatenate(rows), np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses inside, all refuse; and none leaves before all have come."""
+    if jax.process_count() == 1:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    refused = multihost_utils.process_allgather(np.array(error is not None)).reshape(-1)
+    if error is not None:
+        raise error
+    if refused.any():
+        which = ", ".join(str(i) for i in np.flatnonzero(refused))
+        raise RuntimeError(f"process {which} of {len(refused)} refuses; it says why in its log")
+
+
+def same(values: Sequence[bool]) -> np.ndarray:
+    """The values that process 0 has, in every process, bool [n]."""
+    mine = np.asarray(values, bool)
+    return mine if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(mine)
+
+
+def check_shared(out: epath.Path) -> None:
+    """ValueError in every process if one of them sees another folder under this name."""
+    if jax.process_count() == 1:
+        return
+    token = multihost_utils.broadcast_one_to_all(np.frombuffer(uuid.uuid4().bytes, np.uint8))
+    probe = out / f".shared_{bytes(np.asarray(token)).hex()}"
+    if jax.process_index() == 0:
+        probe.write_bytes(b"")
+    rundir.barrier("shared_written")
+    with together():
+        until = time.monotonic() + SECONDS
+        while not probe.exists():
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"--out {out}: process {jax.process_index()} sees another folder there than"
+                    " process 0; give one on storage that all hosts share"
+                )
+            time.sleep(0.1)
+    if jax.process_index() == 0:
+        probe.unlink()
