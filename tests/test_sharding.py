@@ -1,12 +1,19 @@
-"""Mesh sizes, and rules that reach every parameter of every model."""
+"""Mesh sizes, inside slices and across them, and rules that reach every parameter."""
 
+import dataclasses
+import importlib.util
+import itertools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tpu_programs
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,6 +88,170 @@ def test_make_mesh_on_some_devices():
 def test_make_mesh_refuses(config, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(config)
+
+
+# --- slices --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as meshes are made of."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+
+def chips(slices, *sides, kind="TPU v4"):
+    """The chips of some slices, those of the last slice first; four of them make a process."""
+    found, size = [], math.prod(sides)
+    for slice_index in reversed(range(slices)):
+        for i, place in enumerate(itertools.product(*map(range, sides[::-1]))):
+            number = slice_index * size + i
+            found.append(Chip(number, slice_index, number // 4, place[::-1], kind))
+    return found
+
+
+def slice_indices(mesh):
+    """Slice of every device, in the mesh's shape."""
+    return np.vectorize(lambda d: d.slice_index)(mesh.devices)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (schema.MeshConfig(), (32, 1, 1)),
+        (schema.MeshConfig(fsdp=8), (4, 8, 1)),
+        (schema.MeshConfig(fsdp=8, dcn_data=2), (4, 8, 1)),
+        (schema.MeshConfig(data=1, fsdp=8, tensor=-1, dcn_data=2), (2, 8, 2)),
+        (schema.MeshConfig(data=2, fsdp=4, tensor=2, dcn_fsdp=-1), (2, 8, 2)),
+        (schema.MeshConfig(data=4, fsdp=2, tensor=2, dcn_tensor=2), (4, 2, 4)),
+    ],
+    ids=str,
+)
+def test_slices_are_the_outer_part_of_their_axis(config, sizes):
+    mesh = sharding.make_mesh(config, chips(2, 4, 4, 1))
+    assert mesh.devices.shape == sizes
+    assert len(set(mesh.devices.flat)) == 32
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    across = [getattr(config, f"dcn_{axis}") != 1 for axis in sharding.AXES]
+    axis = across.index(True) if any(across) else 0
+    first, second = np.split(slice_indices(mesh), 2, axis=axis)
+    assert not first.any()
+    assert second.all()
+
+
+def test_each_slice_is_ordered_as_if_it_were_alone():
+    both = chips(2, 4, 4, 4)
+    config = schema.MeshConfig(data=4, fsdp=16, dcn_data=2)
+    mesh = sharding.make_mesh(config, both)
+    for index, half in enumerate(np.split(mesh.devices, 2)):
+        alone = [d for d in both if d.slice_index == index]
+        expected = sharding.make_mesh(schema.MeshConfig(data=4, fsdp=16), alone).devices
+        np.testing.assert_array_equal(half, expected)
+        # a ring over the torus: 16 chips along fsdp are a plane
+        assert {len({d.coords[0] for d in row}) for row in half[..., 0]} == {4}
+
+
+def test_three_slices_of_two_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"slices hold different numbers of devices \(0: 4, 1: 8"):
+        sharding.make_mesh(schema.MeshConfig(), chips(2, 4, 2, 1)[:12])
+
+
+def test_an_axis_of_the_torus_is_split_where_nothing_else_fits():
+    mesh = sharding.make_mesh(schema.MeshConfig(data=2, fsdp=8), chips(1, 4, 4, 1))
+    assert mesh.devices.shape == (2, 8, 1)
+    assert len(set(mesh.devices.flat)) == 16
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "cpu"])
+def test_one_slice_is_what_jax_makes_of_it(kind):
+    devices = chips(1, 4, 4, 1, kind=kind)
+    mesh = sharding.make_mesh(schema.MeshConfig(fsdp=4), devices)
+    expected = jax.make_mesh(
+        (4, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+    assert mesh == expected
+
+
+def test_processes_count_as_slices_where_asked():
+    config = schema.MeshConfig(data=1, fsdp=4, dcn_data=-1, process_is_slice=True)
+    mesh = sharding.make_mesh(config, chips(1, 4, 2, 1))
+    assert mesh.devices.shape == (2, 4, 1)
+    for process, row in enumerate(mesh.devices):
+        assert {d.process_index for d in row.flat} == {process}
+    config = dataclasses.replace(config, process_is_slice=False)
+    with pytest.raises(ValueError, match=r"fit 8 devices"):  # one slice: dcn_data is 1
+        sharding.make_mesh(config, chips(1, 4, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dcn_data": -1}, "data=-1, .*dcn_data=-1, .*one of them may be"),
+        ({"dcn_fsdp": 0}, "dcn_fsdp=0"),
+        ({"data": 1, "fsdp": -1}, "the 32 devices are in 2 slices: say .* dcn_data 2, .* of 16"),
+        ({"data": 2, "fsdp": 16}, "the 32 devices are in 2 slices: say .* dcn_data 2, .* of 16"),
+        ({"dcn_data": 4}, "in 2 slices: the product of dcn_. must be 2"),
+        ({"data": 4, "fsdp": 8, "dcn_data": 2}, "not fit 16 devices of each of 2 slices"),
+        ({"fsdp": 3}, "data=-1, fsdp=3, tensor=1 does not fit 16 devices of each of 2 slices"),
+    ],
+    ids=str,
+)
+def test_make_mesh_over_slices_refuses(config, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(schema.MeshConfig(**config), chips(2, 4, 4, 1))
+
+
+def test_slices_that_are_not_there_are_refused():
+    message = r"dcn_data=2, .* 4 devices are in 1 slice: leave dcn_. at 1, or set process_is_slice"
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(schema.MeshConfig(dcn_data=2))
+
+
+def test_an_image_stays_in_its_slice_where_it_fits():
+    devices = chips(2, 4, 4, 1)
+    for space, sizes in ((16, (2, 1, 1, 16)), (4, (8, 1, 1, 4)), (-1, (1, 1, 1, 32))):
+        mesh = sharding.spatial_mesh(space, devices)
+        assert mesh.devices.shape == sizes
+        index = slice_indices(mesh).reshape(-1)
+        np.testing.assert_array_equal(index, np.repeat([0, 1], 16))
+
+
+TOPOLOGY = """
+import jax
+from jax.experimental import topologies
+from ldm_jax import schema, sharding
+devices = topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2).devices
+mesh = sharding.make_mesh(schema.MeshConfig(fsdp=8, dcn_data=2), devices)
+print(dict(mesh.shape), [{d.slice_index for d in part.flat} for part in mesh.devices])
+x = jax.ShapeDtypeStruct((32, 128), "float32", sharding=sharding.batch_sharding(mesh))
+mean = jax.jit(lambda x: x.mean(), out_shardings=sharding.replicated(mesh))
+print("all-reduce" in mean.lower(x).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+def test_two_real_slices_of_tpus_make_a_mesh_that_compiles():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: it compiles for TPUs")
+    done = subprocess.run(
+        [sys.executable, "-c", TOPOLOGY],
+        env={**os.environ, **tpu_programs.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shape = {"data": 4, "fsdp": 8, "tensor": 1}
+    assert done.stdout.splitlines() == [f"{shape} [{{0}}, {{0}}, {{1}}, {{1}}]", "True"]
+
+
+# --- shardings -----------------------------------------------------------------------------------
 
 
 def test_spatial_mesh_splits_the_height():
