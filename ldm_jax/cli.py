@@ -18,6 +18,7 @@ INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be
 UNREAD = 141  # 128 + SIGPIPE: whoever read stdout left, as `| head` does
 
 LOG = logging.getLogger("ldm_jax.said")
+LOG.addHandler(logging.NullHandler())  # what goes to a run's log only is not for the terminal
 
 
 def say(message: str) -> None:

@@ -4,6 +4,7 @@
 """
 
 import functools
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,8 +26,17 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import quantize
-from ldm_jax.train import adversary, checks, codebook, held_out, initial, loop, reconstruction
-from ldm_jax.train.monitor import count_parameters
+from ldm_jax.train import (
+    adversary,
+    checks,
+    codebook,
+    held_out,
+    initial,
+    logs,
+    loop,
+    reconstruction,
+    startup,
+)
 from ldm_jax.train.watchdog import Watch
 from ldm_jax.train_state import GanState
 
@@ -289,6 +299,7 @@ def train(
     config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, watch: Watch | None = None
 ) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
+    started = time.time()
     mesh = sharding.make_mesh(config.mesh)
     root = jax.random.key(config.seed)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
@@ -301,26 +312,24 @@ def train(
     given = initial.find(config, workdir, shapes)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
+    logs.begin(run)
     for change in changes:
         cli.say(f"changed on resume: {change}")
 
     reconstruction.keep_perceptual(config, run, perceptual)
     perceptual = sharding.place(perceptual, sharding.by_rules(perceptual, sharding.RULES, mesh))
-    manager = checkpoint.manager(run, config.max_to_keep)
-    saved = checkpoint.latest_step(manager)
-    if saved is None:
+    manager = checkpoint.manager(run, config.max_to_keep, config.max_failed_saves)
+    state = checkpoint.resume(manager, sharding.with_shardings(shapes, shardings))
+    saved = None if state is None else int(state.step)
+    if state is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
         if given is not None:
             state = initial.start(config, state, shardings, given)
             cli.say(f"starts from {config.init_from}; trains {config.train_only}")
     else:
-        state = checkpoint.restore(manager, sharding.with_shardings(shapes, shardings))
         rundir.drop_metrics_after(run, int(state.step))
-    first = int(state.step)
-    trees = state.params | ({"discriminator": state.disc_params} if state.disc_params else {})
-    counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in trees.items())
-    cli.say(f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}")
-    if first >= config.steps:
+    startup.report(config, mesh, state, stream)
+    if (first := int(state.step)) >= config.steps:
         cli.say(f"{run}: already at step {first} of {config.steps}; raise --steps to go on")
         return 0
 
@@ -335,12 +344,14 @@ def train(
 
     job = loop.Job(
         config=config,
+        started=started,
         run=run,
         mesh=mesh,
         root=root,
         stream=stream,
         manager=manager,
         train_step=make_train_step(config, mesh, perceptual),
+        model_step=lambda: make_train_step(loop.plain(config), mesh, perceptual),
         evaluate=evaluate,
         draw=held_out.make_preview(config, mesh, eval_stream),
         section=serialize.to_dict(config.model),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,7 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import attention, convolution, unet
-from ldm_jax.train import first_stage, loop, preview, text_encoder
-from ldm_jax.train.monitor import count_parameters
+from ldm_jax.train import first_stage, logs, loop, preview, profiling, startup, text_encoder
 from ldm_jax.train.watchdog import Watch
 from ldm_jax.train_state import TrainState
 
@@ -219,6 +219,7 @@ def check(
     """ValueError if config, first stage, data and mesh do not fit each other."""
     if config.steps < 1:
         raise ValueError(f"--steps {config.steps}: give at least 1")
+    profiling.window(config.profile, config.steps)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     train_state.check_spikes(config.spikes)
     bundle.check(bundle.section(config, model), config.data.channels)
@@ -254,6 +255,7 @@ def train(
     config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike, watch: Watch | None = None
 ) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
+    started = time.time()
     mesh = sharding.make_mesh(config.mesh)
     root = jax.random.key(config.seed)
     text = text_encoder.find(config, workdir)
@@ -271,6 +273,7 @@ def train(
     shapes, shardings = abstract_state(config, mesh)
     # only now is anything written: a wrong config leaves no run behind that refuses the right one
     run, changes = rundir.open_run(workdir, config)
+    logs.begin(run)
     for change in changes:
         cli.say(f"changed on resume: {change}")
     frozen = dataclasses.replace(
@@ -278,17 +281,15 @@ def train(
         cond_stage=text_encoder.prepare(config, text, run, mesh),
     )
 
-    manager = checkpoint.manager(run, config.max_to_keep)
-    saved = checkpoint.latest_step(manager)
-    if saved is None:
+    manager = checkpoint.manager(run, config.max_to_keep, config.max_failed_saves)
+    state = checkpoint.resume(manager, sharding.with_shardings(shapes, shardings))
+    saved = None if state is None else int(state.step)
+    if state is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
     else:
-        state = checkpoint.restore(manager, sharding.with_shardings(shapes, shardings))
         rundir.drop_metrics_after(run, int(state.step))
-    first = int(state.step)
-    counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in state.params.items())
-    cli.say(f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}")
-    if first >= config.steps:
+    startup.report(config, mesh, state, stream)
+    if (first := int(state.step)) >= config.steps:
         cli.say(f"{run}: already at step {first} of {config.steps}; raise --steps to go on")
         return 0
 
@@ -306,12 +307,14 @@ def train(
 
     job = loop.Job(
         config=config,
+        started=started,
         run=run,
         mesh=mesh,
         root=root,
         stream=stream,
         manager=manager,
         train_step=make_train_step(config, frozen, mesh),
+        model_step=lambda: make_train_step(loop.plain(config), frozen, mesh),
         evaluate=evaluate,
         draw=preview.make(config, frozen, mesh, held_out, jax.random.fold_in(root, SAMPLE)),
         section=serialize.to_dict(bundle.section(config, frozen.config)),

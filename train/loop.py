@@ -1,16 +1,17 @@
 """The loop of every recipe: step, log, evaluate, draw, save, until the last step or a signal."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import checkpoint, cli, data, rundir, schema, sharding
-from ldm_jax.train import stop
+from ldm_jax.checkpoint_manager import Manager
+from ldm_jax.train import goodput, profiling, stop
 from ldm_jax.train.monitor import Monitor, compile_step
 from ldm_jax.train.watchdog import Watch
 
@@ -25,7 +26,7 @@ class Job:
     root: jax.Array
     """The run's root key."""
     stream: data.Stream
-    manager: ocp.CheckpointManager
+    manager: Manager
     """Closed at the end, when the checkpoint under way is finished."""
     train_step: Callable
     """step(state, batch, root) -> (state, metrics): a partial of a jitted function."""
@@ -33,10 +34,19 @@ class Job:
     """evaluate(state) -> {"eval/NAME": value} over held-out images."""
     draw: Callable[[dict, epath.Path], None]
     """draw(params, path) writes a picture."""
+    model_step: Callable[[], Callable]
+    """Makes the `train_step` of the `plain` config, whose operations are the model's."""
+    started: float
+    """`time.time()` when this start began."""
     section: Mapping[str, Any]
     """Of the config what sampling needs, as JSON values: goes into snapshots."""
     watch: Watch
     """Told where the loop stands."""
+
+
+def plain(config: schema.TrainConfig) -> schema.TrainConfig:
+    """The config without remat and kernels: its step counts no operation twice and all of them."""
+    return dataclasses.replace(config, remat=False, attention="xla")
 
 
 def averaged(state: Any) -> dict:
@@ -48,37 +58,44 @@ def run(job: Job, state: Any, saved: int | None) -> int:
     """Trains from `state`, whose last checkpoint is `saved`, to the end; returns an exit code."""
     config, first = job.config, int(state.step)
     rows = sharding.batch_sharding(job.mesh)
+    clock = goodput.Clock(job.started, _spent(job, saved))
+    profile = profiling.Profile(job.run, profiling.window(config.profile, config.steps), first)
     with job.watch.doing("compiling"):
-        train_step = compile_step(
-            job.train_step, state, data.global_batch(job.stream, first, rows), job.root
+        batch = data.global_batch(job.stream, first, rows)
+        train_step, work = compile_step(
+            job.train_step, state, batch, job.root, model_step=job.model_step
         )
-    monitor = Monitor(job.run, first, config.steps, config.batch_size)
+    monitor = Monitor(job.run, first, config.steps, config.batch_size, clock, work)
     with (
         job.manager,  # on the way out, an error's too, the checkpoint under way is finished
         stop.on_signal() as stopping,
         data.prefetch(job.stream, first, rows) as batches,
+        contextlib.closing(profile),
     ):
-        for i, batch in job.watch.batches(batches):
-            state, metrics = train_step(state, batch, job.root)
+        clock.begin()
+        for i, batch in clock.batches(job.watch.batches(batches)):
+            with profile.around(i):
+                state, metrics = train_step(state, batch, job.root)
+            clock.made = metrics["loss"]
             step, last = i + 1, i + 1 == config.steps
             job.watch.step(step)
+            job.manager.look()
             log = due(config.intervals.log, step) or last
             monitor.step(step, metrics, job.stream.bad_records, log=log)
-            stop.refuse_bad(monitor, config.max_bad_steps, job.run, saved)
-            with job.watch.doing("evaluating"):
-                look(job, monitor, state, step, last)
+            stop.refuse_bad(monitor, config, job.manager)
+            if profile.ends(step):
+                with aside(job, monitor, "tracing", state):
+                    profile.close()
+            look(job, monitor, state, step, last)
             interrupted = stopping(step)
-            with job.watch.doing("saving"):
-                if keep(job, state, step, last, interrupted):
-                    saved = step
-                    job.watch.saved(step)
-                    monitor.flush()
+            if keep(job, monitor, state, step, last, interrupted):
+                job.watch.saved(step)
             if last or interrupted:
                 break
         if not last:
             monitor.say(f"stopped at step {step}; run the same command again to go on")
     monitor.flush()
-    stop.refuse_bad(monitor, config.max_bad_steps, job.run, saved)
+    stop.refuse_bad(monitor, config, job.manager)
     monitor.close()
     return 0 if last else cli.INTERRUPTED
 
@@ -88,22 +105,46 @@ def due(interval: int, step: int) -> bool:
     return bool(interval) and step % interval == 0
 
 
+@contextlib.contextmanager
+def aside(job: Job, monitor: Monitor, what: str, state: Any) -> Iterator[None]:
+    """Inside is no training: it begins when the devices have made `state`, and counts apart."""
+    jax.block_until_ready(state.step)
+    monitor.catch_up()
+    with job.watch.doing(what), monitor.clock.aside():
+        yield
+    monitor.pause()
+
+
 def look(job: Job, monitor: Monitor, state: Any, step: int, last: bool) -> None:
     """Evaluates and draws where an interval asks for it, and at the last step."""
     every = job.config.intervals
     if due(every.evaluate, step) or (last and every.evaluate):
-        monitor.write(step, job.evaluate(state), aloud=True)
+        with aside(job, monitor, "evaluating", state):
+            monitor.write(step, job.evaluate(state), aloud=True)
     if due(every.sample, step) or (last and every.sample):
-        job.draw(averaged(state), rundir.sample_path(job.run, step))
-        monitor.pause()
+        with aside(job, monitor, "drawing", state):
+            job.draw(averaged(state), rundir.sample_path(job.run, step))
 
 
-def keep(job: Job, state: Any, step: int, last: bool, interrupted: bool) -> bool:
+def keep(job: Job, monitor: Monitor, state: Any, step: int, last: bool, interrupted: bool) -> bool:
     """Saves checkpoint and snapshot where they are due; whether there is a new checkpoint."""
     every = job.config.intervals
-    saves = due(every.save, step) or last or interrupted
+    final = last or interrupted
+    saves = due(every.save, step) or job.manager.again or final
     if saves:
-        checkpoint.save(job.manager, state, rundir.meta(job.config, job.mesh))
+        with aside(job, monitor, "saving", state):
+            spent = {"clock": monitor.clock.spent(orderly=final)}
+            meta = rundir.meta(job.config, job.mesh) | spent
+            saves = checkpoint.save(job.manager, state, meta, final=final)
+            monitor.flush()
     if due(every.snapshot, step) or last:
-        checkpoint.save_snapshot(job.run, step, averaged(state), job.section)
+        with aside(job, monitor, "saving", state):
+            checkpoint.save_snapshot(job.run, step, averaged(state), job.section)
     return saves
+
+
+def _spent(job: Job, saved: int | None) -> dict[str, Any] | None:
+    """What the checkpoint says of the time until then; None in one of an older version."""
+    if saved is None:
+        return None
+    return checkpoint.read_meta(epath.Path(job.manager.directory) / str(saved)).get("clock")

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from ldm_jax import checkpoint, cli, configs, schema
-from ldm_jax.train import supervisor, watchdog
+from ldm_jax.train import logs, supervisor, watchdog
 
 
 def load_config(name: str) -> schema.TrainConfig:
@@ -70,8 +70,9 @@ def parse(config: Any, argv: Sequence[str], program: str) -> tuple[str, Any]:
     )
     options = (
         "Also: --debug (tracebacks), --no-compilation-cache (compile everything anew),"
-        " --distributed [ADDRESS:PORT,PROCESSES,INDEX] (one process of several; without a value"
-        " the cluster is found out), --restart on-failure [--max-restarts 5] [--restart-delay 5]"
+        " --distributed ADDRESS:PORT,PROCESSES,INDEX (one process of several; Cloud TPU, SLURM,"
+        " Open MPI and Kubernetes are found out without it) or off (alone), --restart on-failure"
+        " [--max-restarts 5] [--restart-delay 5]"
         " (started again when it fails, so often without a new checkpoint; seconds, doubled)."
     )
     parsed = tyro.cli(
@@ -102,7 +103,7 @@ def be_deterministic() -> None:
 def train(argv: Sequence[str]) -> int:
     """Runs the recipe that the config's class asks for."""
     watchdog.adopt()
-    with watchdog.errors_told():
+    with logs.kept(), watchdog.errors_told():
         return _train(argv)
 
 

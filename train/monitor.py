@@ -13,6 +13,7 @@ import tqdm
 from etils import epath
 
 from ldm_jax import cli, flops, rundir
+from ldm_jax.train import goodput
 
 # steps/s also where a step takes seconds; tqdm would turn it into s/step
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
@@ -23,21 +24,30 @@ def count_parameters(params: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def compile_step(step: Any, *args: Any) -> Callable:
-    """Compiles `step` (a partial of a jitted function) ahead of the loop; says what it costs."""
+def compile_step(
+    step: Any, *args: Any, model_step: Callable | None = None
+) -> tuple[Callable, float]:
+    """(`step` compiled ahead of the loop, operations of the model in one step); says what it costs.
+
+    step: partial of a jitted function. model_step(): the same without remat and with plain
+    attention, whose operations count where a peak is known to compare them with.
+    """
     cli.say("compiling the training step ...")
     start = time.perf_counter()
     traced = step.func.trace(*step.args, *args)
-    work = flops.count(traced.jaxpr)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
+    if model_step is not None and goodput.peak(jax.devices()[0]):
+        plain = model_step()
+        traced = plain.func.trace(*plain.args, *args)
+    work = flops.count(traced.jaxpr)
     memory = compiled.memory_analysis()
     parts = [f"compiled in {seconds:.1f} s", f"{work / 1e9:.2f} GFLOP per step"]
     if memory is not None:
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         parts.append(f"{held / 2**20:.0f} MiB per device")
     cli.say(", ".join(parts))
-    return lambda *rest: compiled(*step.args, *rest)
+    return lambda *rest: compiled(*step.args, *rest), work
 
 
 class Monitor:
@@ -46,8 +56,18 @@ class Monitor:
     Metrics are fetched one step late, so the device is never waited for.
     """
 
-    def __init__(self, workdir: epath.Path, first_step: int, steps: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        first_step: int,
+        steps: int,
+        batch_size: int,
+        clock: goodput.Clock | None = None,
+        work: float = 0.0,
+    ) -> None:
+        """clock: what goodput is read from; work: operations of the model in one step."""
         self.workdir, self.batch_size = workdir, batch_size
+        self.clock, self.work, self.peak = clock, work, goodput.peak(jax.devices()[0])
         self.main = jax.process_index() == 0
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.lines: list[dict] = []
@@ -77,10 +97,14 @@ class Monitor:
         while len(self.pending) > 1:
             self._fetch()
 
-    def flush(self) -> None:
-        """Waits for what is pending and writes the lines so far as one numbered part."""
+    def catch_up(self) -> None:
+        """Fetches what is pending: to be called where the device is waited for anyway."""
         while self.pending:
             self._fetch()
+
+    def flush(self) -> None:
+        """Waits for what is pending and writes the lines so far as one numbered part."""
+        self.catch_up()
         if self.lines and self.main:
             rundir.write_metrics(self.workdir, self.lines)
         self.lines = []
@@ -128,10 +152,22 @@ class Monitor:
             rate = (step - self.last_step) / (now - self.last_time)
             values["steps_per_s"] = rate
             values["images_per_s_per_device"] = rate * self.batch_size / jax.device_count()
+            if self.work:
+                per_device = rate * self.work / jax.device_count()
+                values["tflop_per_s_per_device"] = per_device / 1e12
+                if self.peak:
+                    values["mfu"] = per_device / self.peak
             self.last_time, self.last_step = now, step
-            self.bar.set_postfix_str(
-                f"loss {values['loss']:.4f}, "
-                f"{values['images_per_s_per_device']:.1f} images/s/device",
-                refresh=False,
-            )
+        if self.clock is not None:
+            values["goodput"] = self.clock.share()
+        self.bar.set_postfix_str(_postfix(values), refresh=False)
         self.write(step, values)
+
+
+def _postfix(values: dict[str, float]) -> str:
+    """What the bar says of the latest metrics, percentages without their fractions."""
+    shown = [f"loss {values['loss']:.4f}"]
+    if "images_per_s_per_device" in values:
+        shown.append(f"{values['images_per_s_per_device']:.1f} images/s/device")
+    shown += [f"{name} {values[name]:.0%}" for name in ("mfu", "goodput") if name in values]
+    return ", ".join(shown)

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import faulthandler
 import json
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ldm_jax import cli, schema
+from ldm_jax.train import logs
 
 LOST = 76  # exit code: another process is gone, or one stands still; start again
 PIPE = "LDM_JAX_SUPERVISOR"  # environment variable with the number of the supervisor's pipe
@@ -38,6 +40,7 @@ PERMANENT = (  # start-up errors of the system that another start would meet aga
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
 
+LOG = logging.getLogger("ldm_jax.said")
 _pipe: int | None = None
 
 
@@ -232,8 +235,12 @@ class Watch:
     def _leave(self, why: str, retry: bool) -> None:
         self.leaving.set()
         me = f"process {self.index}" if self.count > 1 else "this process"
-        sys.stderr.write(f"\nldm-train: {why}; {me} leaves with code {LOST}\n")
+        message = f"ldm-train: {why}; {me} leaves with code {LOST}"
+        LOG.info(message)  # the log of this process
+        sys.stderr.write(f"\n{message}\n")  # of each: the first one may be the one that is gone
         sys.stderr.flush()
+        cli.LOG.error("%s; %s leaves with code %d", why, me, LOST, extra={"only_file": True})
+        logs.flush(2.0)  # storage may hang
         self.state, self.why, self.retry = "lost", why, retry
         self._show()
         with contextlib.suppress(Exception):

@@ -73,6 +73,9 @@ class AutoencoderTrainConfig:
     watch: WatchConfig = execution(WatchConfig())
     max_to_keep: int = execution(2)
     """Checkpoints kept."""
+    max_failed_saves: int = execution(2)
+    """Checkpoints in a row that may fail, as on a full disk, before training stops; the last one of
+    a run, and one that was asked for by a signal, may not."""
     max_bad_steps: int = execution(10)
     """Steps in a row that may be skipped, as not finite or as spikes, before training stops."""
     spikes: SpikeConfig = execution(SpikeConfig())
@@ -85,6 +88,8 @@ class AutoencoderTrainConfig:
     attention: Literal["auto", "xla", "chunked", "cudnn"] = execution("auto")
     deterministic: bool = execution(False)
     """Bit-exact resume on GPU too, at a cost in speed."""
+    profile: str = execution("")
+    """FIRST:END: steps to trace into the run's `profile/`; 100:105 are five, after a hundred."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,9 @@ class LatentDiffusionTrainConfig:
     watch: WatchConfig = execution(WatchConfig())
     max_to_keep: int = execution(2)
     """Checkpoints kept."""
+    max_failed_saves: int = execution(2)
+    """Checkpoints in a row that may fail, as on a full disk, before training stops; the last one of
+    a run, and one that was asked for by a signal, may not."""
     max_bad_steps: int = execution(10)
     """Steps in a row that may be skipped, as not finite or as spikes, before training stops."""
     spikes: SpikeConfig = execution(SpikeConfig())
@@ -169,6 +177,8 @@ class LatentDiffusionTrainConfig:
     attention: Literal["auto", "xla", "chunked", "cudnn"] = execution("auto")
     deterministic: bool = execution(False)
     """Bit-exact resume on GPU too, at a cost in speed."""
+    profile: str = execution("")
+    """FIRST:END: steps to trace into the run's `profile/`; 100:105 are five, after a hundred."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""Goodput: the share of a run's time that went into its training steps; and model FLOPs (MFU).
+
+Time counts from the first start of the run, over all its starts. Not training is: starting,
+restoring and compiling; evaluating, drawing and tracing; saving, as long as the loop waits for it;
+waiting for data while the device has nothing to do; steps after the last checkpoint of a start that
+died, which are made again; and the time from that checkpoint until the run goes on. Between an
+orderly stop (SIGTERM, the last step) and the next start no time counts.
+
+Times so far go into each checkpoint, so they are those of its step, whichever one is restored.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from ldm_jax import tpu_cost
+
+# Published dense bfloat16 operations per second of a device of this kind: the longest name that is
+# part of `device_kind` holds.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": tpu_cost.CHIPS["v5e"].operations,
+    "TPU v5e": tpu_cost.CHIPS["v5e"].operations,
+    "TPU v5": tpu_cost.CHIPS["v5p"].operations,
+    "TPU v5p": tpu_cost.CHIPS["v5p"].operations,
+    "TPU v6 lite": tpu_cost.CHIPS["v6e"].operations,
+    "TPU v6e": tpu_cost.CHIPS["v6e"].operations,
+    "A100": 312e12,
+    "H100": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H200": 989.4e12,
+}
+
+
+def peak(device: jax.Device) -> float | None:
+    """Operations per second that the device can do at most; None where nobody has said."""
+    names = [name for name in PEAKS if name in device.device_kind]
+    return PEAKS[max(names, key=len)] if names else None
+
+
+class Clock:
+    """Adds up what one run spends its time on; asked by the loop, written into checkpoints."""
+
+    def __init__(self, started: float, kept: Mapping[str, Any] | None = None) -> None:
+        """started: `time.time()` of this start; kept: `spent` of the checkpoint it goes on from."""
+        kept = kept or {}
+        self.trained = kept.get("trained_s", 0.0)
+        self.before = kept.get("wall_s", 0.0)
+        if kept and not kept["orderly"]:
+            self.before += max(0.0, started - kept["time"])
+        self.started = started
+        self.lost = 0.0
+        self.begun: float | None = None
+        self.made: jax.Array | None = None
+        """Something that the latest step computes."""
+
+    def begin(self) -> None:
+        """The first step is about to be made."""
+        self.begun = time.time()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is no training; the device has nothing to do when it begins."""
+        start = time.time()
+        yield
+        self.lost += time.time() - start
+
+    def batches(self, batches: Iterator) -> Iterator:
+        """The same batches. A wait for one is lost if the device ends what it was given before."""
+        while True:
+            start = time.time()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if self.made is None or self.made.is_ready():
+                self.lost += time.time() - start
+            yield batch
+
+    def _now(self) -> tuple[float, float]:
+        now = time.time()
+        loop = 0.0 if self.begun is None else now - self.begun - self.lost
+        return self.trained + loop, self.before + now - self.started
+
+    def share(self) -> float:
+        """Goodput until now, in [0, 1]."""
+        trained, wall = self._now()
+        return trained / max(wall, 1e-9)
+
+    def spent(self, orderly: bool) -> dict[str, Any]:
+        """What the next start goes on from; orderly: the run ends here on purpose."""
+        trained, wall = self._now()
+        times = {"trained_s": trained, "wall_s": wall, "time": time.time()}
+        return {**{name: round(value, 3) for name, value in times.items()}, "orderly": orderly}

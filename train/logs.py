@@ -1,0 +1,151 @@
+"""What every process said, warned of and failed with, in RUN/logs; process 0 alone on the terminal.
+
+    RUN/logs/0003/000001.log    of process 3, part 1: a part for every start, and every 64 KiB
+
+A part is written anew as a whole, in the background, at most once in a few seconds.
+"""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from ldm_jax import cli
+
+SECONDS = 2.0  # between two writes of a part that grows
+LARGEST = 2**16  # characters of a part
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class RunLog(logging.Handler):
+    """Keeps lines in memory until `begin` says where they go, then writes parts.
+
+    Nothing is written, and no run touched, before that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(logging.Formatter(FORMAT))
+        self.folder: epath.Path | None = None
+        self.lines: list[str] = []
+        self.part = 0
+        self.changed, self.ended = threading.Event(), threading.Event()
+        self.writing = threading.Lock()
+        threading.Thread(target=self._write_on, daemon=True, name="run log").start()
+
+    def begin(self, run: epath.Path, process: int) -> None:
+        """From now on the lines, those until now included, go to the run."""
+        folder = run / "logs" / f"{process:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = [int(path.stem) for path in folder.iterdir() if path.stem.isdigit()]
+        self.part = max(parts, default=0) + 1
+        self.folder = folder
+        self.changed.set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record) + "\n")
+        self.changed.set()
+
+    def flush(self) -> None:
+        """Writes what is new, here and now."""
+        with self.writing:
+            self.changed.clear()
+            if self.folder is None or not self.lines:
+                return
+            lines = list(self.lines)
+            draft = self.folder / f".{self.part:06d}.part"
+            draft.write_text("".join(lines))
+            draft.replace(self.folder / f"{self.part:06d}.log")
+            if sum(map(len, lines)) > LARGEST:
+                self.part += 1
+                del self.lines[: len(lines)]
+
+    def close(self) -> None:
+        self.ended.set()
+        self.flush()
+        self.changed.set()  # lets the thread end
+        super().close()
+
+    def _write_on(self) -> None:
+        while self.changed.wait() and not self.ended.wait(SECONDS):
+            try:
+                self.flush()
+            except OSError as error:  # training goes on without
+                sys.stderr.write(f"the log is not written: {error}\n")
+                return
+
+
+class Terminal(logging.StreamHandler):
+    """Warnings of process 0; errors of the others, with their number in front."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setLevel(logging.WARNING)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "only_file", False):
+            return False
+        index = _process()
+        return not index or record.levelno >= logging.ERROR
+
+    def format(self, record: logging.LogRecord) -> str:
+        index = _process()
+        return (f"process {index}: " if index else "") + super().format(record)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Inside, records, warnings and what `cli.say` says are kept for the run that `begin` names.
+
+    An error on the way out leaves its traceback there.
+    """
+    root, ours, said = logging.getLogger(), logging.getLogger("ldm_jax"), RunLog()
+    handlers, level, hook = (said, Terminal()), ours.level, threading.excepthook
+    for handler in handlers:
+        root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    threading.excepthook = _of_thread
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            ours.error("stopped by an error", exc_info=error, extra={"only_file": True})
+        raise
+    finally:
+        threading.excepthook = hook
+        logging.captureWarnings(False)
+        ours.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+        said.close()
+
+
+def begin(run: epath.Path) -> None:
+    """The run that this process's lines go to; without `kept` around, nothing."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, RunLog):
+            handler.begin(run, jax.process_index())
+
+
+def flush(seconds: float | None = None) -> None:
+    """Writes what there is, for those who leave without a clean end; waits `seconds` at most."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, RunLog):
+            thread = threading.Thread(target=handler.flush, daemon=True)
+            thread.start()
+            thread.join(seconds)
+
+
+def _process() -> int:
+    """0 also where there is one process, without asking for devices too early."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+def _of_thread(arguments: threading.ExceptHookArgs) -> None:
+    name = arguments.thread.name if arguments.thread else "unknown"
+    cli.LOG.error("error in thread %s", name, exc_info=arguments.exc_value)

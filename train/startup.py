@@ -1,0 +1,89 @@
+"""What a run says when it starts: where it runs, how large it is, what each device holds."""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import socket
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ldm_jax import cli, data, schema, sharding
+from ldm_jax.train.monitor import count_parameters
+
+PARTS = {  # fields of a state, as the report sums them up
+    "params": "parameters",
+    "ema_params": "average",
+    "opt_state": "optimizer",
+    "disc_params": "discriminator",
+    "disc_stats": "discriminator",
+    "disc_opt_state": "its optimizer",
+}
+
+
+def report(config: schema.TrainConfig, mesh: Mesh, state: Any, stream: data.Stream) -> None:
+    """Says it once; the log of every process also says what is its own."""
+    trees = dict(state.params)
+    if getattr(state, "disc_params", None):
+        trees["discriminator"] = state.disc_params
+    counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in trees.items())
+    rows = data.pipeline.local_rows(config.batch_size, sharding.batch_sharding(mesh))
+    splits = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
+    held = bytes_per_device(state)
+    cache = jax.config.jax_compilation_cache_dir
+    for line in (
+        f"{jax.process_count()} processes, {jax.device_count()} devices"
+        f" ({mesh.devices.flat[0].device_kind}), {jax.local_device_count()} of them in each"
+        f" process; {_versions()}",
+        f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}",
+        f"state: {_size(sum(held.values()))} per device"
+        f" ({', '.join(f'{n} {_size(b)}' for n, b in held.items())})",
+        f"batch {config.batch_size}: {config.batch_size // splits} per device{micro},"
+        f" {len(rows)} read by each process",
+        f"compiled programs: {cache or 'not kept'}" + (", written by process 0" if cache else ""),
+    ):
+        cli.say(line)
+    cli.LOG.info(
+        "process %d of %d on %s: devices %s; reads rows %s of every batch",
+        *(jax.process_index(), jax.process_count(), socket.gethostname()),
+        [device.id for device in jax.local_devices()],
+        _ranges(rows),
+    )
+
+
+def bytes_per_device(state: Any) -> dict[str, int]:
+    """{part: bytes of the largest shards} of a state of arrays, or of shapes with shardings."""
+    held: dict[str, int] = {}
+    for field in dataclasses.fields(state):
+        part = PARTS.get(field.name, "other")
+        size = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(getattr(state, field.name))
+        )
+        held[part] = held.get(part, 0) + size
+    return {part: size for part, size in held.items() if size}
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _ranges(rows: list[int]) -> str:
+    """`0-3, 8-11`."""
+    starts = [r for r in rows if r - 1 not in rows]
+    ends = [r for r in rows if r + 1 not in rows]
+    return ", ".join(f"{a}-{b}" for a, b in zip(starts, ends))
+
+
+def _versions() -> str:
+    names = ("ldm_jax", "jax", "jaxlib", "libtpu")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join([*found, f"Python {platform.python_version()}"])
