@@ -239,7 +239,6 @@ class Watch:
         LOG.info(message)  # the log of this process
         sys.stderr.write(f"\n{message}\n")  # of each: the first one may be the one that is gone
         sys.stderr.flush()
-        cli.LOG.error("%s; %s leaves with code %d", why, me, LOST, extra={"only_file": True})
         logs.flush(2.0)  # storage may hang
         self.state, self.why, self.retry = "lost", why, retry
         self._show()
