@@ -8,7 +8,7 @@ import pytest
 from conftest import ldm_flags
 from PIL import Image
 
-from ldm_jax import cli, images, rundir
+from ldm_jax import checkpoint, cli, images, rundir
 from ldm_jax.train import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -35,11 +35,15 @@ def test_a_first_stage_on_a_folder_with_a_broken_image(tmp_path, capsys, caplog)
     flags = f"""--workdir {run} --data.source.path {tmp_path}/images --data.source.eval-every 5
         --data.size 16 --model.channels 32 --model.channel-mult 1 --model.num-res-blocks 0
         --batch-size 4 --steps 2 --intervals.log 1 --intervals.evaluate 2 --intervals.sample 2
-        --eval-batches 1 --num-samples 3"""
+        --eval-batches 1 --num-samples 3 --profile 1:2"""
     assert train("folder:first_stage", *flags.split()) == 0
 
     said = capsys.readouterr().err
     for fact in (
+        "1 processes, 4 devices (cpu), 4 of them in each process; ldm_jax ",
+        "state: ",
+        "batch 4: 1 per device, 4 read by each process",
+        "trace of steps 000001 000002: ",
         "parameters: autoencoder ",
         "; 4 images; mesh ",
         "compiled in ",
@@ -51,6 +55,16 @@ def test_a_first_stage_on_a_folder_with_a_broken_image(tmp_path, capsys, caplog)
     assert "2/2" in bar
     assert "step/s, loss " in bar
     assert "images/s/device" in bar
+
+    (log,) = (run / "logs" / "0000").iterdir()
+    assert "INFO ldm_jax.said: parameters: autoencoder " in log.read_text()
+    assert "process 0 of 1 on " in log.read_text()
+    assert "reads rows 0-3 of every batch" in log.read_text()
+    assert list((run / "profile").rglob("process_0000.xplane.pb"))
+    assert all(0 < value < 1 for value in logged(run, "goodput").values())
+    spent = checkpoint.read_meta(rundir.epath.Path(run) / "checkpoints" / "2")["clock"]
+    assert spent["orderly"]
+    assert 0 < spent["trained_s"] < spent["wall_s"]
 
     assert logged(run, "bad_records") == {1: 1, 2: 1}
     (report,) = [record.getMessage() for record in caplog.records if "decoded" in record.message]

@@ -1,0 +1,207 @@
+"""What the training loop costs beside its step: `ldm-train` on 1 and 2 processes of one core each.
+
+    python benchmarks/overhead.py --out benchmarks/results
+
+Each process is a whole `ldm-train`: batches read ahead, metrics, bar, log, watchdog, signals. Only
+its compiled step is wrapped: after every block of steps that the loop asked for, the same program
+runs as many steps on one batch that is on the device already, with nothing around it. Blocks take
+turns, so what else the machine does hits both alike. Writes OUT/overhead.md and
+.json. See README.md beside it.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CONFIGS = ("digits", "tiny:class")
+FIRST = {"digits": "digits:first_stage", "tiny": "tiny:first_stage"}
+QUIET = ["--intervals.evaluate", "0", "--intervals.sample", "0", "--intervals.snapshot", "0"]
+
+
+def main() -> int:
+    args = arguments()
+    if args.worker:
+        import overhead_worker
+
+        return overhead_worker.main(args.worker, args.block, args.flags)
+    report = {"machine": machine(args), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for config in args.configs:
+            stage = first_stage(config, Path(folder))
+            for processes in args.processes:
+                load = os.getloadavg()[0]
+                figures = measure(args, config, processes, stage, Path(folder))
+                row = {"config": config, "processes": processes, "load": [load], **figures}
+                row["load"].append(os.getloadavg()[0])
+                report["rows"].append(row)
+                (args.out / "overhead.json").write_text(json.dumps(report, indent=1) + "\n")
+                (args.out / "overhead.md").write_text(markdown(report))
+                print(line(row), flush=True)
+    return 0
+
+
+def first_stage(config: str, folder: Path) -> Path:
+    """A run of one step: what it has learned does not matter here."""
+    name = FIRST[config.partition(":")[0]]
+    run = folder / name.replace(":", "_")
+    if not run.exists():
+        flags = ["--workdir", str(run), "--steps", "1", *QUIET, "--intervals.snapshot", "1"]
+        command = [sys.executable, "-m", "ldm_jax.train.main", name, *flags]
+        subprocess.run(command, check=True, env=environment(), stderr=subprocess.DEVNULL)
+    return run
+
+
+def measure(
+    args: argparse.Namespace, config: str, processes: int, stage: Path, folder: Path
+) -> dict:
+    """Figures of process 0; the others run in step with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = folder / f"{config.replace(':', '_')}_{processes}"
+    steps = args.block * (2 * args.rounds + 2)
+    flags = ["--workdir", str(run), "--first-stage.path", str(stage), "--steps", str(steps), *QUIET]
+    flags += ["--intervals.save", str(2 * args.block)]
+    started = []
+    for i in range(processes):
+        place = f"127.0.0.1:{port},{processes},{i}" if processes > 1 else "off"
+        command = [sys.executable, __file__, "--block", str(args.block), "--worker"]
+        command += [str(folder / f"{run.name}.{i}.json"), "--", config, *flags]
+        with (folder / f"{run.name}.{i}.log").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    [*command, "--distributed", place],
+                    env=environment(),
+                    stderr=log,
+                    preexec_fn=lambda core=i: os.sched_setaffinity(0, {core}),
+                )
+            )
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise SystemExit((folder / f"{run.name}.0.log").read_text()[-3000:])
+    return summary(json.loads((folder / f"{run.name}.0.json").read_text()))
+
+
+def summary(found: dict) -> dict:
+    """Medians over blocks, each against the bare blocks before and after it.
+
+    found: {"block": steps, "loop": [s], "bare": [s], "saves": [in the loop's block], "stood": [s],
+    "config_save": steps, "state_mib"}; bare[i] comes before loop[i].
+    """
+    bare = [(a + b) / 2 for a, b in zip(found["bare"], found["bare"][1:])]
+    extra = [loop - b for loop, b in zip(found["loop"], bare)]
+    plain = [e / b for e, b, saves in zip(extra, bare, found["saves"]) if not saves]
+    without = [e for e, saves in zip(extra, found["saves"]) if not saves]
+    with_save = [e for e, saves in zip(extra, found["saves"]) if saves]
+    step = statistics.median(bare) / found["block"]
+    save = statistics.median(with_save) - statistics.median(without)
+    return {
+        "bare_step_ms": 1e3 * step,
+        "overhead": statistics.median(plain),
+        "quartiles": statistics.quantiles(plain, n=4)[::2],
+        "overhead_step_ms": 1e3 * statistics.median(without) / found["block"],
+        "save_ms": 1e3 * save,
+        "stood_ms": 1e3 * statistics.median(found["stood"]),
+        "save_interval": found["config_save"],
+        "save_share": save / (found["config_save"] * step),
+        "state_mib": found["state_mib"],
+        "blocks": len(plain),
+        "block": found["block"],
+        "raw": found,
+    }
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    low, high = (f"{100 * q:+.1f}" for q in row["quartiles"])
+    cells = (
+        f"`{row['config']}`",
+        row["processes"],
+        f"{row['bare_step_ms']:.1f}",
+        f"{100 * row['overhead']:+.1f} % ({low} to {high})",
+        f"{row['overhead_step_ms']:.2f}",
+        f"{row['state_mib']:.0f}",
+        f"{row['save_ms']:.0f}",
+        f"{row['stood_ms']:.0f}",
+        f"{100 * row['save_share']:.2f} % ({row['save_interval']} steps)",
+        f"{row['load'][0]:.1f}, {row['load'][1]:.1f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def markdown(report: dict) -> str:
+    m = report["machine"]
+    heads = (
+        *("config", "processes", "bare step, ms", "loop without saving", "ms per step"),
+        *("state, MiB", "one save, ms", "of it the loop stands, ms", "share of saving"),
+        "load before, after",
+    )
+    return "\n".join(
+        (
+            "# Overhead of the training loop",
+            "",
+            f"{m['date']}, commit {m['commit']}: `{m['command']}`. {m['cpu']}, {m['cores']} cores;"
+            f" Python {m['python']}, jax {m['jax']}. One core per process.",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|" + " --- |" * len(heads),
+            *(line(row) for row in report["rows"]),
+            "",
+            "`loop without saving`: median over blocks (and quartiles) of what the loop takes more"
+            " than the same compiled step on a batch that is on the device, blocks of both taking"
+            " turns. `one save`: what a block with an asynchronous checkpoint takes more than one"
+            " without, so writing in the background counts too; `share of saving`: that, at the"
+            " interval of the config. Goal: at most 3 % without saving. The rows of `tiny` are"
+            " there for the milliseconds: nobody trains with so short a step.",
+            "",
+        )
+    )
+
+
+def machine(args: argparse.Namespace) -> dict:
+    """What a reader needs to judge the figures or to repeat them."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": importlib.metadata.version("jax"),
+    }
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS)
+    parser.add_argument("--processes", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--block", type=int, default=40, help="steps in a block")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks with and without a save")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
