@@ -143,6 +143,7 @@ def test_nothing_is_written_before_the_run_is_there(tmp_path):
 def test_a_main_thread_that_stands_still_is_told(what, limit, capfd):
     watch = watchdog.Watch(None, CONFIG)
     watch.now["doing"] = what
+    watch.moves += 1
     assert all(watch.look(1.0) is None for _ in range(limit + 1))
     why, retry = watch.look(1.0)
     assert what in why
