@@ -2,87 +2,132 @@
 
     RUN/checkpoints/STEP/{params, ema_params, opt_state, ..., meta}    each part restorable alone
     RUN/snapshots/STEP/{params, meta}                                  weights to sample with
+    RUN/damaged/STEP                                                   could not be restored
 
 Every process of a run calls these functions together.
 """
 
 import dataclasses
 import importlib.metadata
-import zlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ldm_jax import sharding
+from ldm_jax import checksums, cli, processes, sharding, storage
+from ldm_jax.checkpoint_manager import Manager
 
+DRAFT = ".orbax-checkpoint-tmp"  # in the name of a folder that is not complete yet
+PACKED = 0.9  # of the bytes of weights are left when they are compressed
 FORMAT = 1  # of checkpoints, snapshots and frozen parts; a reader refuses a newer one
 SMALL = ("step", "bad_steps", "skips")  # fields of a state that are kept in its meta
 
 
-def manager(run: epath.PathLike, max_to_keep: int | None = None) -> ocp.CheckpointManager:
-    """Writer of RUN/checkpoints, in the background; `close()` waits for what is under way."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep,
-        create=True,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-    )
-    return ocp.CheckpointManager(absolute(run) / "checkpoints", options=options)
+class DamagedError(ValueError):
+    """What was saved cannot be read back as it was."""
 
 
-def saved_steps(source: epath.PathLike | ocp.CheckpointManager) -> list[int]:
+def manager(run: epath.PathLike, max_to_keep: int | None = None, max_failed: int = 0) -> Manager:
+    """Writer of RUN/checkpoints, in the background; `close()` waits for what is under way.
+
+    Says which folders an interrupted write left in the run, and removes them. `max_failed` saves in
+    a row may fail before `save` raises.
+    """
+    run = absolute(run)
+    _drop_drafts(run)
+    return Manager(run / "checkpoints", max_to_keep, max_failed)
+
+
+def saved_steps(source: epath.PathLike | Manager) -> list[int]:
     """Steps of a run (or its manager) with a complete checkpoint, oldest first."""
     return _steps(_folder(source))
 
 
-def latest_step(source: epath.PathLike | ocp.CheckpointManager) -> int | None:
+def latest_step(source: epath.PathLike | Manager) -> int | None:
     """Step of the newest checkpoint, or None."""
     return max(saved_steps(source), default=None)
 
 
-def save(manager: ocp.CheckpointManager, state: Any, meta: Mapping[str, Any]) -> bool:
+def save(manager: Manager, state: Any, meta: Mapping[str, Any], *, final: bool = False) -> bool:
     """Saves a state dataclass with `meta` (JSON values); False if its step is saved already.
 
     Returns when the arrays are copied off the device, so the state may be donated. ValueError if
-    a number is not finite, naming its part: nothing is written then.
+    a number is not finite, naming its part: nothing is written then. False also if there is no
+    room or the former write has failed, as long as the manager's `max_failed` allows it; OSError
+    if it does not, or if this save is `final`.
     """
     step = int(state.step)
-    if step in saved_steps(manager):
+    if processes.any_of(step in saved_steps(manager)):
         return False
     parts = _parts(state)
-    checksums = _checksums(parts, f"{manager.directory}/{step}")
+    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    free = storage.free_bytes(manager.directory)
+    if processes.any_of(free is not None and free < PACKED * needed):
+        manager.fail(step, needed, "the disk is full", final)
+        return False
+    sums = checksums.of_parts(parts, f"{manager.directory}/{step}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
     small = {n: jax.tree.map(lambda x: np.asarray(x).tolist(), getattr(state, n)) for n in SMALL}
-    header = {**_header(), **meta, **small, "checksums": checksums}
+    header = checksums.sealed({**_header(), **meta, **small, "checksums": sums})
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
-    return manager.save(step, args=args, force=True)
+    return manager.begin(step, needed, args)
 
 
-def restore(
-    source: epath.PathLike | ocp.CheckpointManager, abstract: Any, step: int | None = None
-) -> Any:
+def resume(manager: Manager, abstract: Any) -> Any | None:
+    """The state of the newest checkpoint that is whole, as `restore` gives it; None without any.
+
+    Newer ones that are damaged are moved to RUN/damaged once an older one has been restored, and
+    said. If none can be restored nothing is moved: `DamagedError`, never a fresh start. Other
+    errors as from `restore`. Process 0 tells the others which steps there are.
+    """
+    damaged: list[tuple[int, DamagedError]] = []
+    for step in reversed(processes.first_says(saved_steps(manager))):
+        try:
+            state = restore(manager, abstract, step)
+        except DamagedError as error:
+            damaged.append((step, error))
+            continue
+        for bad, error in damaged:
+            cli.say(f"{error}; moved to {_set_aside(manager, bad)}")
+        if damaged:
+            cli.say(f"{manager.directory}: going on from step {step}, later steps are made again")
+        return state
+    if damaged:
+        older = ", nor any older one" if len(damaged) > 1 else ", and there is no older one"
+        raise DamagedError(f"{damaged[0][1]}{older}: bring back a copy, or begin in a new run")
+    return None
+
+
+def restore(source: epath.PathLike | Manager, abstract: Any, step: int | None = None) -> Any:
     """The state of `step` (default: the newest), every array as `abstract` has it sharded.
 
     `abstract` is a state of arrays or of ShapeDtypeStructs with shardings; the mesh may differ
-    from that of the run that saved. FileNotFoundError if there is no such checkpoint, ValueError if
-    it is damaged, incomplete, from a newer version, or of another model: both name its folder.
+    from that of the run that saved. FileNotFoundError if there is no such checkpoint, DamagedError
+    if one of its processes cannot read it whole, ValueError if it is from a newer version or of
+    another model, OSError if the storage fails: all name its folder.
     """
     folder = _step_folder(_folder(source), step)
-    meta = read_meta(folder)
     wanted = _parts(abstract)
-    if str(meta["step"]) != folder.name:
-        raise _damaged(folder, ValueError(f"its meta is that of step {meta['step']}"))
-    if sorted(wanted) != sorted(meta["checksums"]):
-        raise ValueError(
-            f"{folder}: holds {', '.join(sorted(meta['checksums']))}, but this configuration has"
-            f" {', '.join(sorted(wanted))}: resume with the config that the run was started with"
-        )
-    restored = {name: read_tree(folder, name, meta, tree) for name, tree in wanted.items()}
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        meta = read_meta(folder)
+        if str(meta["step"]) != folder.name:
+            raise _damaged(folder, ValueError(f"its meta is that of step {meta['step']}"))
+        if sorted(wanted) != sorted(meta["checksums"]):
+            raise ValueError(
+                f"{folder}: holds {', '.join(sorted(meta['checksums']))}, but this configuration"
+                f" has {', '.join(sorted(wanted))}: resume with the config that the run was"
+                " started with"
+            )
+        return meta, {name: _read(folder, name, tree) for name, tree in wanted.items()}
+
+    meta, restored = processes.on_all(str(folder), read, DamagedError)
+    for name, tree in restored.items():  # over all processes, so all find the same
+        _check_sum(folder, name, tree, meta)
     for name in SMALL:
         like = getattr(abstract, name)
         if name in meta:
@@ -98,7 +143,7 @@ def _placed(like: Any, value: Any) -> jax.Array:
 
 
 def restore_parts(
-    source: epath.PathLike | ocp.CheckpointManager, step: int | None, parts: Sequence[str]
+    source: epath.PathLike | Manager, step: int | None, parts: Sequence[str]
 ) -> dict[str, Any]:
     """{part: tree of host arrays}; a part that the state held empty comes back as {}."""
     folder = _step_folder(_folder(source), step)
@@ -151,7 +196,9 @@ def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> N
     Without parameters only meta. ValueError if a number is not finite.
     """
     parts = {"params": params} if jax.tree.leaves(params) else {}  # Orbax refuses empty trees
-    header = {**_header(), **meta, "checksums": _checksums(parts, str(folder))}
+    header = checksums.sealed(
+        {**_header(), **meta, "checksums": checksums.of_parts(parts, str(folder))}
+    )
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
@@ -159,31 +206,50 @@ def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> N
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:
-    """The meta of a checkpoint, snapshot or frozen part. ValueError if damaged or newer."""
+    """The meta of a checkpoint, snapshot or frozen part. DamagedError, ValueError if newer."""
+
+    def read() -> dict[str, Any]:
+        return ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
+
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            meta = reader.restore(folder / "meta")
+        meta = storage.retried(f"{folder}/meta", read)
         version, _ = int(meta["format"]), dict(meta["checksums"])
     except Exception as error:  # Orbax has no common class for what a damaged file raises
-        raise _damaged(folder, error) from error
+        raise _unreadable(folder, error) from error
     if version > FORMAT:
         raise ValueError(
             f"{folder}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
         )
+    if meta.get("seal", checksums.seal(meta)) != checksums.seal(meta):  # older ones have none
+        raise _damaged(folder, ValueError("the checksum of meta differs"))
     return meta
 
 
-def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any], abstract: Any = None) -> Any:
-    """One part of a folder, like `abstract` in structure and sharding; without it host arrays.
+def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any]) -> Any:
+    """One part of a folder as host arrays; `meta` is that of the folder. DamagedError."""
+    tree = _read(folder, part)
+    _check_sum(folder, part, tree, meta)
+    return tree
 
-    `meta` is that of the folder. ValueError if the part is damaged, or has other paths, shapes or
-    dtypes than `abstract`.
+
+def _read(folder: epath.Path, part: str, abstract: Any = None) -> Any:
+    """A part as it is on disk, like `abstract` in structure and sharding; without it host arrays.
+
+    Orbax's handlers rather than its Checkpointer, which makes processes wait for each other: one
+    that fails would never come. ValueError for other paths, shapes or dtypes than `abstract`.
     """
     handler = ocp.PyTreeCheckpointHandler()
+
+    def metadata() -> Any:
+        return handler.metadata(folder / part).tree
+
+    def restore() -> Any:
+        return handler.restore(folder / part, args=args)
+
     try:
-        saved = handler.metadata(folder / part).tree
+        saved = storage.retried(f"{folder}/{part}", metadata)
     except Exception as error:  # as above
-        raise _damaged(folder, error) from error
+        raise _unreadable(folder, error) from error
     if abstract is None:
         args = ocp.args.PyTreeRestore(
             restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
@@ -198,74 +264,45 @@ def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any], abstract: 
         )
         args = ocp.args.PyTreeRestore(abstract, restore_args=like)
     try:
-        with ocp.Checkpointer(handler) as reader:
-            tree = reader.restore(folder / part, args=args)
+        return storage.retried(f"{folder}/{part}", restore)
     except Exception as error:  # as above
-        raise _damaged(folder, error) from error
-    if _checksum(tree) != meta["checksums"][part]:
+        raise _unreadable(folder, error) from error
+
+
+def _set_aside(manager: Manager, step: int) -> epath.Path:
+    """Moves a checkpoint out of the way, to RUN/damaged; where it is now."""
+    run = epath.Path(manager.directory).parent
+    names = (f"{step}" if i == 1 else f"{step}.{i}" for i in itertools.count(1))
+    target = next(t for t in (run / "damaged" / name for name in names) if not t.exists())
+    processes.barrier("looked_aside")
+    if jax.process_index() == 0:
+        target.parent.mkdir(exist_ok=True)
+        storage.retried(str(target), lambda: (run / "checkpoints" / str(step)).rename(target))
+    processes.barrier("set_aside")
+    manager.reload()
+    return target
+
+
+def _drop_drafts(run: epath.Path) -> None:
+    """Removes what an interrupted write left, and says so; of checkpoints Orbax removes it."""
+    if jax.process_index() != 0:
+        return
+    for place in ("checkpoints", "snapshots", "frozen"):
+        folder = run / place
+        for path in sorted(folder.iterdir()) if folder.exists() else ():
+            named = DRAFT in path.name
+            if named or (path.name.isdigit() and path.is_dir() and not is_complete(path)):
+                cli.say(f"{path}: is half written, the run ended while it was saved; removed")
+                if place != "checkpoints" or not named:
+                    path.rmtree()
+
+
+def _check_sum(folder: epath.Path, part: str, tree: Any, meta: Mapping[str, Any]) -> None:
+    if checksums.of_tree(tree) != meta["checksums"][part]:
         raise _damaged(folder, ValueError(f"the checksum of {part} differs"))
-    return tree
 
 
-# --- checks -------------------------------------------------------------------------------------
-
-
-def _checksums(parts: Mapping[str, Any], what: str) -> dict[str, int]:
-    """{part: checksum}. ValueError names the parts and paths that hold a NaN or an infinity."""
-    sums: dict[str, int] = {}
-    bad: list[str] = []
-    for part, tree in parts.items():
-        facts = _facts(tree)
-        sums[part] = _total(facts)
-        bad += [f"{part}/{name}" for name, (count, _) in facts.items() if count]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ValueError(
-            f"{what}: not written, because not finite: {', '.join(bad[:3])}{more}; go on from the"
-            " last one, with a lower learning rate or a clipped gradient"
-        )
-    return sums
-
-
-def _checksum(tree: Any) -> int:
-    """The same number for a tree on any mesh or on the host; another one if any one bit differs.
-
-    Orbax's files carry no checksum of array data: a flipped bit would go unnoticed.
-    """
-    return _total(_facts(tree))
-
-
-def _total(facts: Mapping[str, tuple[int, int]]) -> int:
-    return sum((zlib.crc32(n.encode()) | 1) * bits for n, (_, bits) in facts.items()) % 2**32
-
-
-def _facts(tree: Any) -> dict[str, tuple[int, int]]:
-    """{path: (how many values are not finite, sum of the values' bits modulo 2**32)}."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    # leaf by leaf: one program over all leaves of a large model compiles for half a minute
-    found = []
-    for _, x in flat:
-        found.append(_host_facts(x) if isinstance(x, np.ndarray) else _device_facts(x))
-        # CPU devices share their threads: sums over devices that do not wait for each other
-        # can take all of them and then wait for ever
-        if isinstance(x, jax.Array) and next(iter(x.sharding.device_set)).platform == "cpu":
-            found[-1].block_until_ready()
-    found = jax.device_get(found)
-    return {sharding.path_name(p): (int(f[0]), int(f[1])) for (p, _), f in zip(flat, found)}
-
-
-@jax.jit
-def _device_facts(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x  # whose bits XLA does not give
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
-    return jnp.stack([bad, jnp.sum(bits, dtype=jnp.uint32)])
-
-
-def _host_facts(x: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
-    bad = np.sum(~np.isfinite(x), dtype=np.uint32)
-    return np.stack([bad, np.sum(bits, dtype=np.uint32)])
+# --- folders and states -------------------------------------------------------------------------
 
 
 def _parts(state: Any) -> dict[str, Any]:
@@ -286,9 +323,9 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _folder(source: epath.PathLike | ocp.CheckpointManager) -> epath.Path:
-    if isinstance(source, ocp.CheckpointManager):
-        source.wait_until_finished()
+def _folder(source: epath.PathLike | Manager) -> epath.Path:
+    if isinstance(source, Manager):
+        source.settle()
         return epath.Path(source.directory)
     return absolute(source) / "checkpoints"
 
@@ -327,8 +364,14 @@ def _check_fit(folder: epath.Path, saved: Any, abstract: Any) -> None:
         )
 
 
-def _damaged(folder: epath.Path, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return ValueError(
-        f"{folder}: cannot be read ({reason}); remove that folder to go on from an older one"
-    )
+def _unreadable(folder: epath.Path, error: Exception) -> Exception:
+    """Damage, unless it is the storage or the memory that fails."""
+    if storage.passes(error):
+        return OSError(f"{folder}: the storage fails ({storage.reason(error)}); try again later")
+    short = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    return error if short else _damaged(folder, error)
+
+
+def _damaged(folder: epath.Path, error: Exception) -> DamagedError:
+    reason = storage.reason(error)
+    return DamagedError(f"{folder}: cannot be read ({reason})")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax import checkpoint, schema, serialize, sharding, train_state
+from ldm_jax import checkpoint, checksums, schema, serialize, sharding, train_state
 from ldm_jax.schema import EMAConfig, MeshConfig, OptimizerConfig
 
 TX, _ = train_state.make_optimizer(OptimizerConfig(clip_norm=1.0, warmup_steps=2))
@@ -250,7 +250,6 @@ def test_damage_to_any_file_is_found_or_harmless(one_run, run, damage):
         shutil.copyfile(one_run / "checkpoints" / "3" / file, target)
     for message in refused.values():
         assert "checkpoints/3: cannot be read" in message
-        assert "remove that folder to go on from an older one" in message
         assert len(message) < 500
     assert "meta/metadata" in refused
     for part in ("params", "ema_params", "opt_state"):
@@ -372,5 +371,5 @@ def test_a_snapshot_that_is_not_finite_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
 def test_a_checksum_is_the_same_on_device_and_host(dtype):
     x = jnp.asarray([0, 1, 1, 0, 1], dtype)
-    assert checkpoint._checksum({"a": x}) == checkpoint._checksum({"a": np.asarray(x)})
-    assert checkpoint._checksum({"a": x}) != checkpoint._checksum({"a": x[:-1]})
+    assert checksums.of_tree({"a": x}) == checksums.of_tree({"a": np.asarray(x)})
+    assert checksums.of_tree({"a": x}) != checksums.of_tree({"a": x[:-1]})

@@ -6,9 +6,10 @@ import signal
 from collections.abc import Callable, Iterator
 
 import jax
-from etils import epath
 from jax.experimental import multihost_utils
 
+from ldm_jax import checkpoint, schema
+from ldm_jax.checkpoint_manager import Manager
 from ldm_jax.train.monitor import Monitor
 
 
@@ -50,15 +51,18 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
             signal.signal(number, handler)
 
 
-def refuse_bad(monitor: Monitor, limit: int, run: epath.Path, saved: int | None) -> None:
-    """FloatingPointError if more than `limit` steps in a row had no finite loss."""
+def refuse_bad(monitor: Monitor, config: schema.TrainConfig, manager: Manager) -> None:
+    """FloatingPointError if more than `config.max_bad_steps` steps in a row were skipped."""
+    limit, factor = config.max_bad_steps, config.spikes.factor
     if monitor.bad_steps <= limit:
         return
     step, bad = monitor.fetched_step, monitor.bad_steps
     monitor.close()  # fetches one more step
+    saved, run = checkpoint.latest_step(manager), manager.directory.parent
     good = f"the last good checkpoint is step {saved} in {run}" if saved else "none is saved yet"
+    spike = f", or its norm above --spikes.factor {factor:g} times its mean," if factor else ""
     raise FloatingPointError(
-        f"loss or gradient not finite at step {step} and for {bad} steps in a row"
+        f"loss or gradient not finite{spike} at step {step} and for {bad} steps in a row"
         f" (batches {step - bad} to {step - 1}; limit --max-bad-steps {limit});"
         f" {good}: look at those batches, or lower --optimizer.learning-rate"
     )

@@ -1,0 +1,96 @@
+"""Storage that fails for a while, that is full, and files that are to be known again."""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+LOG = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+WAIT = 1.0  # seconds before the second attempt, doubled before each later one
+PASSES = frozenset(  # errors of a file system that may be gone a moment later
+    (
+        *(errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ENOLCK),
+        *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ENOTCONN),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    )
+)
+# of TensorStore, ArrayRecord and the clients of object stores, which raise what they like
+SAYS_SO = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|Input/output error|Stale file handle|Connection (reset|refused)"
+    r"|temporarily unavailable|timed out|Too Many Requests|\b(429|500|502|503|504)\b"
+)
+FULL = re.compile(r"No space left on device|Disk quota exceeded")
+
+T = TypeVar("T")
+
+
+def retried(what: str, call: Callable[[], T]) -> T:
+    """call(), again if it failed for a reason that passes: at most `ATTEMPTS` times in all.
+
+    `what` names the file in the line that each further attempt is announced with. The last error
+    is raised as it is. For calls that one process makes alone, and that may be repeated.
+    """
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            if not passes(error):
+                raise
+            delay = WAIT * 2 ** (attempt - 1)
+            LOG.warning(
+                "%s: %s; attempt %d of %d follows in %g s",
+                *(what, reason(error), attempt + 1, ATTEMPTS, delay),
+            )
+            time.sleep(delay)
+    return call()
+
+
+def passes(error: Exception) -> bool:
+    """Whether storage may be well again a moment later: neither full, nor damaged, nor wrong."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in PASSES
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return SAYS_SO.search(str(error)) is not None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in at most 200 characters of one line."""
+    full = FULL.search(str(error))
+    if full:
+        return full.group()
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def free_bytes(path: str | os.PathLike) -> int | None:
+    """Room on the disk that `path` is or will be on; None for an object store."""
+    if "://" in os.fspath(path):
+        return None
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def size(count: float) -> str:
+    """`count` bytes for people, as 3.2 GB."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(3, len(str(int(count))) // 3 - (len(str(int(count))) % 3 == 0))
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,37 @@
+"""Small states for tests of checkpoints, and damage done to what is saved of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax import schema, sharding, train_state
+
+TX, _ = train_state.make_optimizer(schema.OptimizerConfig())
+
+
+def state_of(step, mesh=None, width=64):
+    """A state whose every value depends on `step`, sharded over `mesh` (default: all devices)."""
+    mesh = mesh or sharding.make_mesh(schema.MeshConfig(data=1, fsdp=-1))
+
+    def init(key):
+        kernel = jax.random.normal(key, (3, 3, 8, width))
+        params = {"unet": {"conv_in": {"kernel": kernel, "bias": kernel[0, 0, 0]}}}
+        state = train_state.create(params, TX, schema.EMAConfig())
+        return state.replace(step=jnp.asarray(step, jnp.int32))
+
+    key = jax.random.key(step)
+    shardings = sharding.by_rules(jax.eval_shape(init, key), sharding.RULES, mesh)
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def flip(run, step, part="params"):
+    """One bit of the largest file of a part."""
+    files = [p for p in (run / "checkpoints" / str(step) / part).rglob("d/*") if p.is_file()]
+    path = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
