@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import recipes
+from test_multiprocess import codes, logs, two
 
 from ldm_jax import data, schema, sharding, train_state
 from ldm_jax.configs import tiny
@@ -220,3 +221,33 @@ def test_processes_share_the_shards():
     every = cache.shards("train", 10, 3)
     assert [(s.first, s.last) for s in every] == [(0, 2), (2, 5), (5, 7), (7, 10)]
     assert [s.name for s in every] == cache.shard_names("train", 4)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(cached, first_stage_run, tmp_path):
+    """Encoding, and packing in test_train_pack: each its own shards, none waits for another."""
+    path = tmp_path / "cache"
+
+    def run(address):
+        return [
+            "-m",
+            "ldm_jax.train.main",
+            *command(path, first_stage_run),
+            "--distributed",
+            address,
+        ]
+
+    with two(tmp_path, run) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    assert "0 of 3 shards are there; 48 records to encode" in (tmp_path / "0.log").read_text()
+    names = sorted(p.name for p in cached.iterdir())
+    assert sorted(p.name for p in path.iterdir()) == names
+    for name in names:
+        assert (path / name).read_bytes() == (cached / name).read_bytes(), name
+
+    # one that is lost is made again, by whomever it belongs to
+    lost = path / cache.shard_names("train", 4)[1]
+    lost.unlink()
+    with two(tmp_path, run) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    assert lost.read_bytes() == (cached / lost.name).read_bytes()

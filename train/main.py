@@ -1,4 +1,4 @@
-"""`ldm-train [encode] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
+"""`ldm-train [encode | pack] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
 
 import dataclasses
 import importlib
@@ -109,18 +109,24 @@ def train(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     argv = cli.enable_compilation_cache(argv)
-    encodes = argv[:1] == ["encode"]
+    does = argv[0] if argv[:1] in (["encode"], ["pack"]) else ""
     name, rest = cli.split_first(
-        argv[encodes:],
-        "ldm-train encode" if encodes else "ldm-train",
+        argv[bool(does) :],
+        f"ldm-train {does}".rstrip(),
         "CONFIG[:STAGE]",
         f"one of {', '.join(available())}, or a .py file",
     )
     rest = cli.join_processes(rest)
+    if does == "pack":
+        from ldm_jax.train import pack
+
+        per_shard, rest = pack.split_options(rest)
+        workdir, config = parse(load_config(name), rest, f"ldm-train pack {name}")
+        return pack.pack(config.data, workdir, per_shard)
     workdir, config = parse(load_config(name), rest, f"ldm-train {name}")
     if config.deterministic:
         be_deterministic()
-    if encodes:
+    if does == "encode":
         if not isinstance(config, schema.LatentDiffusionTrainConfig):
             raise ValueError(f"{name} trains a first stage; encode takes a config of the model")
         from ldm_jax.train import encode

@@ -42,14 +42,7 @@ class CacheSource:
         self.features = frozenset(found["features"])
         self.num_classes = found["num_classes"]
         self.latent_shape = tuple(found["shape"])
-        paths = [str(epath.Path(path) / name) for name in shard_names(split, found["shards"])]
-        missing = [p for p in paths if not epath.Path(p).exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{missing[0]}: is missing from the latent cache; run `ldm-train encode` again, it"
-                " makes what is not there"
-            )
-        self._records = grain.sources.ArrayRecordDataSource(paths)
+        self._records = open_shards(path, split, found["shards"], "ldm-train encode")
         if len(self._records) != found["records"]:
             raise ValueError(
                 f"{path}: the shards of {split} hold {len(self._records)} records, but cache.json"
@@ -155,6 +148,28 @@ def refuse_other(
 def shard_names(split: str, count: int) -> list[str]:
     """File names of all shards of a split."""
     return [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
+
+
+def open_shards(
+    path: epath.PathLike, split: str, count: int, command: str
+) -> grain.sources.ArrayRecordDataSource:
+    """Records of all shards of a split, by index.
+
+    FileNotFoundError names the first shard that is missing, and the command that makes it;
+    ValueError for storage that ArrayRecord cannot read.
+    """
+    if "://" in str(path):
+        raise ValueError(
+            f"{path}: ArrayRecord files are read by index, from a file system only: mount the"
+            " bucket (gcsfuse, mountpoint-s3) or copy the folder, and give its path there"
+        )
+    paths = [str(epath.Path(path) / name) for name in shard_names(split, count)]
+    missing = [p for p in paths if not epath.Path(p).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]}: is missing; run `{command}` again, it makes what is not there"
+        )
+    return grain.sources.ArrayRecordDataSource(paths)
 
 
 @dataclasses.dataclass(frozen=True)

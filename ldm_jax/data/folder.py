@@ -1,10 +1,15 @@
-"""Images in a folder, with classes, captions, segmentation maps or masks in files beside them."""
+"""Images in a folder, with classes, captions, segmentation maps or masks in files beside them.
+
+The folder may lie in a bucket (`gs://`, `s3://`), as `etils.epath` reads them.
+"""
 
 import json
 import os
 import posixpath
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from ldm_jax import schema
 
@@ -29,7 +34,8 @@ class FolderSource:
             root, files = config.eval_path, find_files(config.eval_path)
             images = _images(root, files, config)
 
-        self._root = Path(root)
+        self._root = _path(root)
+        self.classes = classes
         self._images = images
         self._labels = None if classes is None else _labels(root, images, classes)
         self._captions = _metadata(root, images, files) if config.captions == "metadata" else None
@@ -67,6 +73,8 @@ class FolderSource:
 
 def find_files(root: str) -> set[str]:
     """Every file below `root` that is not hidden, as paths relative to it with forward slashes."""
+    if "://" in root:
+        return _find_in_bucket(root)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data folder {root!r} is not a folder here: set source.path")
     files, seen = set(), set()
@@ -86,6 +94,22 @@ def find_files(root: str) -> set[str]:
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
         files |= {posixpath.normpath(f"{relative}/{n}") for n in names if not n.startswith(".")}
     return files
+
+
+def _find_in_bucket(root: str) -> set[str]:
+    """As `find_files`; a bucket has no folders, and no links."""
+    try:
+        found = [str(path) for path in epath.Path(root).glob("**/*") if path.suffix]
+    except (ImportError, NotImplementedError, OSError) as error:
+        raise OSError(f"cannot read data folder {root}: {error}") from error
+    base = str(epath.Path(root)).rstrip("/") + "/"
+    files = {path.removeprefix(base) for path in found}
+    return {f for f in files if not any(part.startswith(".") for part in f.split("/"))}
+
+
+def _path(root: str) -> Path | epath.Path:
+    """epath's own paths take longer to read a file."""
+    return epath.Path(root) if "://" in root else Path(root)
 
 
 def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str]:
@@ -157,7 +181,7 @@ def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
     captions = {}
     for table in tables:
         path = os.path.join(root, table)
-        for number, line in enumerate(_text(Path(path)).splitlines(), 1):
+        for number, line in enumerate(_text(_path(path)).splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -178,7 +202,7 @@ def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
     return [captions[image] for image in images]
 
 
-def _text(path: Path) -> str:
+def _text(path: Path | epath.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -10,9 +10,10 @@ import threading
 from typing import Any, Literal, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
-from ldm_jax import schema
+from ldm_jax import processes, schema, storage
 from ldm_jax.data import cache, transforms
 from ldm_jax.data.sources import Source, open_source
 
@@ -62,6 +63,7 @@ class Stream:
         make = MakeRow(source, config, train, tokenizer, null)
         self.made = records.repeat().random_map(make, seed=row_seed)
         self._bad: set[int] = set()
+        self._agreed: set[int] = set()
         self._lock = threading.Lock()
 
     @property
@@ -71,8 +73,23 @@ class Stream:
 
     @property
     def bad_records(self) -> int:
-        """Records that could not be decoded, of those this process has met; each counts once."""
-        return len(self._bad)
+        """Records that could not be decoded, each counted once, since the process started.
+
+        Of several processes those that all knew of at the last `agree`: the same number on each.
+        """
+        return len(self._bad if jax.process_count() == 1 else self._agreed)
+
+    def agree(self) -> None:
+        """Every process learns what the others could not decode; all of them call this.
+
+        RuntimeError, on all alike, if together they are more than `max_bad_records`.
+        """
+        with self._lock:
+            mine = set(self._bad)
+        self._agreed = processes.union(mine)
+        if self._agreed:
+            name = self.source.describe(max(self._agreed))
+            check_limit(len(self._agreed), name, self.config)
 
     def __getitem__(self, index: int) -> Row:
         """Row `index` >= 0, decoded now.
@@ -164,7 +181,7 @@ class MakeRow:
         rng = rng if self.train else None
         cached, bad = "mean" in self.source.features, ()
         if cached:
-            record = self.source[index]
+            record = read(self.source, index)
         else:
             index, record, images, bad = self._decode(index)
         try:
@@ -185,7 +202,7 @@ class MakeRow:
         """Record `index`, or the next one in the source's order that can be decoded."""
         bad: list[tuple[int, str]] = []
         while True:
-            record = self.source[index]
+            record = read(self.source, index)
             try:
                 images = transforms.decode(record, self.config.channels)
                 return index, record, images, tuple(bad)
@@ -200,6 +217,11 @@ class MakeRow:
                 index = (index + 1) % len(self.source)
             except ValueError as error:
                 raise ValueError(f"{self.source.describe(index)}: {error}") from error
+
+
+def read(source: Source, index: int) -> dict[str, Any]:
+    """Record `index`, read again where the storage fails for a while."""
+    return storage.retried(lambda: source.describe(index), lambda: source[index])
 
 
 def _label(label: int, num_classes: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ldm_jax import schema
-from ldm_jax.data import transforms
+from ldm_jax.data import packed, transforms
 from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.photos import PhotosSource
 from ldm_jax.data.synthetic import SyntheticSource
@@ -47,7 +47,8 @@ def open_source(config: schema.DataConfig, split: Literal["train", "eval"]) -> S
 
             return TFDSSource(source, source.split if split == "train" else source.eval_split)
         case schema.FolderConfig() as source:
-            return FolderSource(source, split)
+            known = packed.is_packed(source.path)
+            return packed.PackedSource(source, split) if known else FolderSource(source, split)
         case schema.SyntheticConfig() as source:
             return SyntheticSource(source, split)
         case schema.PhotosConfig() as source:

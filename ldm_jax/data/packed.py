@@ -1,0 +1,100 @@
+"""A folder of images in sharded ArrayRecord files, as `ldm-train pack` writes it.
+
+    PACKED/pack.json                            format, the folder's config, splits, classes
+    PACKED/train-00000-of-00003.array_record    records, as `FolderSource` gives them, in its order
+    PACKED/train-00000-of-00003.json            its number of records, and the files left out
+    PACKED/left_out.txt                         these files, with the reason
+
+It is read in place of the folder: `data.source.path` names one or the other.
+"""
+
+import json
+from typing import Any, Literal
+
+from etils import epath
+from flax import serialization
+
+from ldm_jax import schema
+from ldm_jax.data import cache
+
+FORMAT = 1  # of pack.json; a reader refuses a newer one
+KEPT = ("class_from_folder", "captions", "segmentation_suffix", "mask_suffix")
+"""Fields of a folder's config that say what its records hold."""
+
+
+class PackedSource:
+    """One split of a packed folder; see `sources.Source`."""
+
+    def __init__(self, config: schema.FolderConfig, split: Literal["train", "eval"]):
+        self._path, meta = config.path, read(config.path)
+        refuse_other(config, meta)
+        found = meta["splits"][split]
+        self.features = frozenset(found["features"])
+        self.num_classes = None if meta["classes"] is None else len(meta["classes"])
+        self._split = split
+        self._records = cache.open_shards(config.path, split, found["shards"], "ldm-train pack")
+        if len(self._records) != found["records"]:
+            raise ValueError(
+                f"{config.path}: the shards of {split} hold {len(self._records)} records, but"
+                f" pack.json says {found['records']}; pack the images again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = serialization.msgpack_restore(self._records[index])
+        del record["file"]
+        return record
+
+    def describe(self, index: int) -> str:
+        """Packed folder, number, and the path that the image had."""
+        file = serialization.msgpack_restore(self._records[index])["file"]
+        return f"{self._path} {self._split} record {index} ({file})"
+
+
+def is_packed(path: epath.PathLike) -> bool:
+    """Whether `ldm-train pack` was started there."""
+    return bool(path) and (epath.Path(path) / "pack.json").exists()
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+    """pack.json of a folder that is packed whole. ValueError if it is damaged, begun or newer."""
+    values = peek(path)
+    if values is None:
+        raise ValueError(f"{path}: is no packed folder (no pack.json); make one: ldm-train pack")
+    if not values["complete"]:
+        raise ValueError(f"{path}: packing has not finished; run the same `ldm-train pack` again")
+    return values
+
+
+def peek(path: epath.PathLike) -> dict[str, Any] | None:
+    """pack.json, complete or not; None without one. ValueError if it is damaged or newer."""
+    file = epath.Path(path) / "pack.json"
+    if not file.exists():
+        return None
+    try:
+        values = json.loads(file.read_text())
+        version, _, _, _ = (values[name] for name in ("format", "complete", "source", "splits"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: is damaged ({error}); pack into another folder") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{file}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
+        )
+    return values
+
+
+def refuse_other(config: schema.FolderConfig, meta: dict[str, Any]) -> None:
+    """ValueError if the config asks for records of another kind than those that were packed."""
+    if config.eval_path is not None:
+        raise ValueError(
+            f"{config.path}: is packed, with its held-out images; leave out source.eval_path"
+        )
+    for name in KEPT:
+        here, there = getattr(config, name), meta["source"][name]
+        if here != there:
+            raise ValueError(
+                f"{config.path}: was packed with source.{name} {there!r}, and here it is {here!r}:"
+                " make them the same, or pack the images again"
+            )
