@@ -17,6 +17,19 @@ def any_of(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def union(numbers: set[int]) -> set[int]:
+    """The numbers >= 0 that any process has."""
+    if jax.process_count() == 1:
+        return numbers
+    most = int(np.max(multihost_utils.process_allgather(np.asarray(len(numbers), np.int32))))
+    if most == 0:
+        return set()
+    mine = np.full(most, -1, np.int32)
+    mine[: len(numbers)] = sorted(numbers)
+    found = multihost_utils.process_allgather(mine)
+    return {int(x) for x in found.reshape(-1) if x >= 0}
+
+
 def first_says(numbers: list[int], most: int = 64) -> list[int]:
     """The last `most` of the numbers >= 0 that process 0 has."""
     if jax.process_count() == 1:

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ldm_jax import checkpoint, schema, serialize, sharding
+from ldm_jax import checkpoint, processes, schema, serialize, sharding, storage
 
 FORMAT = 1  # of latents.json; a reader refuses a newer one
+barrier = processes.barrier
 
 
 def is_run(path: epath.PathLike) -> bool:
@@ -256,13 +256,11 @@ def write_text(path: epath.Path, text: str) -> None:
     """Process 0 writes the file under another name first: readers see all of it or the old one."""
     if jax.process_index() != 0:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.part"
-    draft.write_text(text)
-    draft.replace(path)
 
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text)
+        draft.replace(path)
 
-def barrier(name: str) -> None:
-    """Waits until every process has come here; nothing where there is one."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"ldm_jax_{name}")
+    storage.retried(str(path), write)

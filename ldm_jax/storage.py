@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from etils import epath
+
 LOG = logging.getLogger(__name__)
 
 ATTEMPTS = 4
@@ -33,11 +35,11 @@ FULL = re.compile(r"No space left on device|Disk quota exceeded")
 T = TypeVar("T")
 
 
-def retried(what: str, call: Callable[[], T]) -> T:
+def retried(what: str | Callable[[], str], call: Callable[[], T]) -> T:
     """call(), again if it failed for a reason that passes: at most `ATTEMPTS` times in all.
 
-    `what` names the file in the line that each further attempt is announced with. The last error
-    is raised as it is. For calls that one process makes alone, and that may be repeated.
+    `what` (or `what()`) names the file in the line that announces each further attempt. The last
+    error is raised as it is. For calls that one process makes alone, and that may be repeated.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -48,7 +50,13 @@ def retried(what: str, call: Callable[[], T]) -> T:
             delay = WAIT * 2 ** (attempt - 1)
             LOG.warning(
                 "%s: %s; attempt %d of %d follows in %g s",
-                *(what, reason(error), attempt + 1, ATTEMPTS, delay),
+                *(
+                    what if isinstance(what, str) else what(),
+                    reason(error),
+                    attempt + 1,
+                    ATTEMPTS,
+                    delay,
+                ),
             )
             time.sleep(delay)
     return call()
@@ -92,5 +100,8 @@ def size(count: float) -> str:
 
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from etils import epath
 
-from ldm_jax import cli, images
+from ldm_jax import cli, images, storage
 from ldm_jax.sample import exported, generate, hosts, plan, write
 
 
@@ -46,7 +46,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     for path, digest in kept["files"].items():
         if not epath.Path(path).exists():
             raise ValueError(f"{options.image}: was made from {path}, which does not exist here")
-        if write.sha256(path) != digest:
+        if storage.sha256(path) != digest:
             raise ValueError(f"{options.image}: was made from {path}, which has changed since")
     size, row = kept["call"]
     asked = restored(task.Options, kept, options)

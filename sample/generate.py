@@ -1,13 +1,13 @@
 """Batches of images through one compiled program: the next one runs while this one is written."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ldm_jax import bundle, sampling, sharding, solvers
+from ldm_jax import bundle, overlap, sampling, sharding, solvers
 from ldm_jax.sample import hosts, inputs, program, progress
 from ldm_jax.sample.options import Options
 from ldm_jax.sample.plan import Call, Plan, calls_of, keys_of, scales_of
@@ -56,7 +56,7 @@ def made(
             compiled = compiled or program.compiled(plan, run, arguments)
             return compiled(*arguments)
 
-        for call, (image, z, *previews) in overlapped(calls, dispatch):
+        for call, (image, z, *previews) in overlap.overlapped(calls, dispatch):
             rows, image = hosts.own(ready(image))
             wanted = np.isin(rows, call.rows)
             places, image = call.places[rows[wanted]], image[wanted]
@@ -95,18 +95,6 @@ def batch_of(plan: Plan) -> dict[str, np.ndarray]:
     """The plan's rows, and x_T of --init-latents."""
     x_T = inputs.start_latents(plan.options, plan.count, plan.shape)
     return plan.batch if x_T is None else {**plan.batch, "x_T": x_T}
-
-
-def overlapped(calls: Iterable[Any], dispatch: Callable) -> Iterator[tuple[Any, Any]]:
-    """(call, dispatch(call)) in order, each when the next has been dispatched."""
-    before = None
-    for call in calls:
-        now = (call, dispatch(call))
-        if before is not None:
-            yield before
-        before = now
-    if before is not None:
-        yield before
 
 
 def ready(array: jax.Array) -> jax.Array:

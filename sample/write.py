@@ -6,7 +6,6 @@ OUT/latents/00000.npy   with --save-latents: of one batch, until all are in late
 OUT/grid.png, samples.npz, latents.npy
 """
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,7 +18,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ldm_jax import images
+from ldm_jax import images, storage
 from ldm_jax.sample import hosts
 from ldm_jax.sample import plan as plans
 from ldm_jax.sample.generate import Made
@@ -101,7 +100,7 @@ def settings_of(plan: Plan, calls: Iterable[Call]) -> list[dict[str, Any]]:
             own |= {"num_images": 1, "first_index": index}
         paths = [path for name in (*plan.files, "init_latents") for path in listed(own[name])]
         for path in paths:
-            known.setdefault(path, sha256(path))
+            known.setdefault(path, storage.sha256(path))
         own["files"] = {path: known[path] for path in paths}
         found.append(json.loads(json.dumps(own)))
     return found
@@ -122,11 +121,6 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)
-
-
-def sha256(path: str) -> str:
-    """Of a file's bytes."""
-    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -48,14 +48,6 @@ def pixels(path):
         return np.asarray(image).astype(int)
 
 
-def test_a_call_is_dispatched_before_the_one_before_it_is_fetched():
-    events = []
-    for call, out in generate.overlapped("abc", lambda x: events.append(x) or x.upper()):
-        events.append((call, out))
-    assert events == ["a", "b", ("a", "A"), "c", ("b", "B"), ("c", "C")]
-    assert list(generate.overlapped([], str)) == []
-
-
 def test_what_an_image_starts_from_is_donated(what):
     (call,) = plan.calls_of(what)
     arguments = generate.arguments_of(what, generate.batch_of(what), call)

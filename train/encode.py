@@ -20,7 +20,18 @@ import tqdm
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, checkpoint, cli, data, rundir, schema, serialize, sharding
+from ldm_jax import (
+    bundle,
+    checkpoint,
+    cli,
+    data,
+    overlap,
+    processes,
+    rundir,
+    schema,
+    serialize,
+    sharding,
+)
 from ldm_jax.data import cache, rows
 from ldm_jax.models import autoencoder
 from ldm_jax.train import first_stage
@@ -54,11 +65,11 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
     due = [(split, shard) for split, shard in mine if not (path / shard.name).exists()]
     total = sum(shard.last - shard.first for _, shard in due)
     cli.say(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} records to encode")
-    began, bad = time.perf_counter(), set()
+    began, bad = time.perf_counter(), {split: set() for split in SPLITS}
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for split, shard in due:
             read = Reader(config, sources[split], split == "train")
-            found = records_of(config, read, shard, functools.partial(run, placed), bad)
+            found = records_of(config, read, shard, functools.partial(run, placed), bad[split])
             for _ in cache.write_shard(path / shard.name, found):
                 bar.update()
     if total:
@@ -66,9 +77,11 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
         cli.say(
             f"{total} records in {total / rate:.1f} s, {rate / devices:.1f} images/s per device"
         )
-    if bad:
-        cli.say(f"{len(bad)} records could not be decoded; the next readable ones replace them")
-    rundir.barrier("encoded")
+    bad = {split: processes.union(found) for split, found in bad.items()}
+    if any(bad.values()):
+        count = sum(len(found) for found in bad.values())
+        cli.say(f"{count} records could not be decoded; the next readable ones replace them")
+    processes.barrier("encoded")
     rundir.write_text(path / "cache.json", _json({**meta, "complete": True}))
     cli.say(f"{path}: complete; train from it with --cache.path {path}")
     return 0
@@ -153,7 +166,7 @@ def open_cache(
                 )
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise ValueError(f"{path}: holds something else than a latent cache; give a new folder")
-    rundir.barrier("cache_looked")
+    processes.barrier("cache_looked")
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -164,7 +177,7 @@ def open_cache(
             raise OSError(
                 f"{path}: cannot be written ({error.strerror or error}); choose another --workdir"
             ) from error
-    rundir.barrier("cache_opened")
+    processes.barrier("cache_opened")
 
 
 def make_encoder(
@@ -216,7 +229,7 @@ class Reader:
         image = np.stack([one.row["image"] for one in made])
         if self.flips > 1:
             image = np.stack([image, image[:, :, ::-1]], axis=1).reshape(-1, *image.shape[1:])
-        record = self.source[made[0].record]
+        record = rows.read(self.source, made[0].record)
         beside = {name: record[name] for name in ("label", "caption") if name in record}
         for name, dtype in (("segmentation", np.int32), ("mask", np.uint8)):
             if name in made[0].row:
@@ -243,23 +256,18 @@ def records_of(
         num_threads=config.data.threads, prefetch_buffer_size=config.data.read_ahead * group
     )
     found = iter(grain.MapDataset.range(shard.first, shard.last).map(read).to_iter_dataset(ahead))
-    before = None
-    while True:
-        part = list(itertools.islice(found, group))
+
+    def dispatch(part: list[Read]) -> dict[str, jax.Array]:
         for one in part:
             bad.update(one.bad)
             if one.bad:
                 rows.check_limit(len(bad), read.source.describe(one.bad[-1]), config.data)
-        now = None
-        if part:
-            image = np.concatenate([one.image for one in part])
-            image = np.concatenate([image, np.repeat(image[-1:], size - len(image), axis=0)])
-            now = (part, run(image))
-        if before is not None:
-            yield from _cut(*before, read, config.cache.dtype)
-        if now is None:
-            return
-        before = now
+        image = np.concatenate([one.image for one in part])
+        return run(np.concatenate([image, np.repeat(image[-1:], size - len(image), axis=0)]))
+
+    parts = iter(lambda: list(itertools.islice(found, group)), [])
+    for part, moments in overlap.overlapped(parts, dispatch):
+        yield from _cut(part, moments, read, config.cache.dtype)
 
 
 def _cut(

@@ -136,6 +136,7 @@ def keep(job: Job, monitor: Monitor, state: Any, step: int, last: bool, interrup
             spent = {"clock": monitor.clock.spent(orderly=final)}
             meta = rundir.meta(job.config, job.mesh) | spent
             saves = checkpoint.save(job.manager, state, meta, final=final)
+            job.stream.agree()
             monitor.flush()
     if due(every.snapshot, step) or last:
         with aside(job, monitor, "saving", state):

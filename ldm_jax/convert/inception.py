@@ -1,12 +1,12 @@
 """The published weights of the FID Inception, as our parameters."""
 
-import hashlib
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax import storage
 from ldm_jax.convert import files, table
 from ldm_jax.convert.table import CONV, DENSE, Row
 from ldm_jax.models import inception
@@ -68,10 +68,4 @@ def load(path: str | os.PathLike) -> tuple[dict, str]:
     bad = [k for k, v in found.items() if not np.all(np.isfinite(np.asarray(v)))]
     if bad:
         raise ValueError(f"{path}: is damaged, {bad[0]} is not finite; wanted is {PUBLISHED}")
-    return params, sha256(path)
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return params, storage.sha256(path)
