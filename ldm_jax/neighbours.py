@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
-from ldm_jax import cli, rundir, sharding
+from ldm_jax import cli, processes, rundir, sharding
 from ldm_jax.convert.clip_folder import CLIP
 from ldm_jax.data import folder as image_folder
 from ldm_jax.data import transforms
@@ -159,7 +159,7 @@ def open_index(
         raise FileNotFoundError(f"no image in {folder} (looked for {known})")
     mark = fingerprint(folder, files, towers)
     there = path.exists() and not rebuild
-    rundir.barrier("index_looked")  # nobody may look at what process 0 is about to write
+    processes.barrier("index_looked")  # nobody may look at what process 0 is about to write
     if there:
         return _read(path, mark, folder)
     cli.say(f"embedding {len(files)} images of {folder} ...")

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import rundir
+from ldm_jax import processes
 
 SECONDS = 60
 """Until a file of another process is seen: directories of a network file system are cached."""
@@ -66,7 +66,7 @@ def check_shared(out: epath.Path) -> None:
     probe = out / f".shared_{bytes(np.asarray(token)).hex()}"
     if jax.process_index() == 0:
         probe.write_bytes(b"")
-    rundir.barrier("shared_written")
+    processes.barrier("shared_written")
     with together():
         until = time.monotonic() + SECONDS
         while not probe.exists():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import data, rundir, schema
+from ldm_jax import data, processes, schema
 from ldm_jax.data import packed
 from ldm_jax.train import pack
 
@@ -112,7 +112,7 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
 
 def test_processes_share_the_shards(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(rundir, "barrier", lambda name: None)
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
     monkeypatch.setattr(pack, "finish", lambda *_: None)
     seen = []
     for index in (0, 1):

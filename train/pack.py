@@ -16,7 +16,7 @@ import jax
 import tqdm
 from etils import epath
 
-from ldm_jax import checkpoint, cli, rundir, schema
+from ldm_jax import checkpoint, cli, processes, rundir, schema
 from ldm_jax.data import cache, packed, rows, transforms
 from ldm_jax.data.folder import FolderSource
 
@@ -71,7 +71,7 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = PE
             write_summary(path, shard, left_out)
     if total:
         cli.say(f"{total} images in {time.perf_counter() - began:.1f} s")
-    rundir.barrier("packed")
+    processes.barrier("packed")
     finish(path, meta, every)
     return 0
 
@@ -121,7 +121,7 @@ def open_folder(path: epath.Path, meta: dict[str, Any]) -> None:
                 )
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise ValueError(f"{path}: holds something else than packed images; give a new folder")
-    rundir.barrier("pack_looked")
+    processes.barrier("pack_looked")
     try:
         if jax.process_index() == 0:
             path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def open_folder(path: epath.Path, meta: dict[str, Any]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{path}: cannot be written ({reason}); choose another --workdir") from error
-    rundir.barrier("pack_opened")
+    processes.barrier("pack_opened")
 
 
 class Read(NamedTuple):
