@@ -1,9 +1,10 @@
 r"""Stable Diffusion v1 on captioned pictures, at the size and with the rates of its authors.
 
-    ldm-train encode stable_diffusion --workdir LATENTS --first-stage.path SD --data.source.path IMAGES
+    ldm-train encode stable_diffusion --workdir LATENTS --first-stage.path SD \
+        --data.source.path IMAGES
     ldm-train stable_diffusion --workdir runs/sd --cache.path LATENTS --first-stage.path SD \
         --cond.path SD --data.source.path IMAGES
-    ldm-train stable_diffusion:1024 ...           # 1024x1024, blocks recomputed in the backward pass
+    ldm-train stable_diffusion:1024 ...  # 1024x1024, blocks recomputed in the backward pass
     ldm-train plan stable_diffusion --cached --topology v5e:4x4 --batch-size 128
 
 IMAGES holds NAME.txt beside NAME.jpg. SD is a diffusers folder of Stable Diffusion v1: its first

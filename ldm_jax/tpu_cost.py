@@ -4,7 +4,8 @@ Every op counts, loop bodies as often as they run:
 - what the compiler gives finite `estimated_cycles` for: those over the clock;
 - what it does not (Pallas calls, sentinels near 2^63, plain copies): the larger of executed
   operations over the matrix peak and bytes over the memory's bandwidth, divided by EFFICIENCY;
-- collectives: the bytes that a ring moves over one link in one direction, hidden by nothing.
+- collectives: the bytes that a ring moves over one link in one direction, hidden by nothing; and
+  between slices, which the compiler turns into transfers through the hosts, over their network.
 
 Copies that run beside other ops (`copy-start` to `copy-done`) are counted apart, not in the sum.
 """
@@ -30,6 +31,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+MEGASCALE = "_xla_megascale_transfer_type"
+ASYNC_START = '"AsyncCollectiveStart"'
 FREE = (
     "parameter",
     "constant",
@@ -53,17 +56,19 @@ class Chip:
     memory_bandwidth: float
     """Bytes per second."""
     memory: float
-    """Bytes."""
+    """Bytes that the compiler lets a program have."""
     clock: float
     """Cycles per second."""
     link_bandwidth: float
     """Bytes per second of one link between chips, in one direction."""
+    network_bandwidth: float
+    """Bytes per second between slices, a chip's part of its host's network cards."""
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 16e9, 1.5e9, 45e9),
-    "v5p": Chip(459e12, 2765e9, 95e9, 1.75e9, 90e9),
-    "v6e": Chip(918e12, 1640e9, 32e9, 1.75e9, 90e9),
+    "v5e": Chip(197e12, 819e9, 15.75 * 2**30, 1.5e9, 45e9, 3.125e9),
+    "v5p": Chip(459e12, 2765e9, 95.74 * 2**30, 1.75e9, 90e9, 6.25e9),
+    "v6e": Chip(918e12, 1640e9, 31.25 * 2**30, 1.75e9, 90e9, 12.5e9),
 }
 
 
@@ -73,7 +78,7 @@ class Charge:
 
     seconds: float
     source: str
-    """"cycles", "kernels", "sentinels", "copies" or "collectives"."""
+    """"cycles", "kernels", "sentinels", "copies", "collectives" or "network"."""
     runs: int
     op: hlo.Op
 
@@ -90,17 +95,58 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One collective."""
+
+    kind: str
+    """Opcode, as "all-gather"."""
+    between: str
+    """"chips" of a slice or "slices"."""
+    runs: int
+    group: int
+    """Chips, or slices, that take part together."""
+    arrays: tuple[hlo.Array, ...]
+    """The larger side."""
+    bytes: float
+    """Bytes of these, per chip and run."""
+    moved: float
+    """Bytes that a ring sends from each chip in a run."""
+    op: hlo.Op
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """Time of one run of a program on one chip."""
 
     charges: list[Charge]
-    collectives: dict[str, Traffic]
+    transfers: list[Transfer]
+    """Collectives, in the order of the program."""
     hidden_copies: float
     """Seconds of the asynchronous copies; in no sum."""
     unknown_loops: list[str]
     """Loops whose length the text does not say: counted once."""
     unknown_kernels: list[str]
     """Kernels that were charged for their bytes alone."""
+
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        """Collectives between the chips of a slice, by kind."""
+        return self._traffic("chips")
+
+    @property
+    def across_slices(self) -> dict[str, Traffic]:
+        """Collectives between slices, by kind."""
+        return self._traffic("slices")
+
+    def _traffic(self, between: str) -> dict[str, Traffic]:
+        found: dict[str, Traffic] = {}
+        for transfer in self.transfers:
+            if transfer.between == between:
+                traffic = found.setdefault(transfer.kind, Traffic())
+                traffic.count += transfer.runs
+                traffic.bytes += transfer.runs * transfer.bytes
+                traffic.moved += transfer.runs * transfer.moved
+        return found
 
     @property
     def seconds(self) -> float:
@@ -125,7 +171,7 @@ def estimate(text: str, chip: Chip, kernels: dict[str, dict] | None = None) -> E
     traced program; a kernel that is not there counts with the cost its call states.
     Raises ValueError when `text` is no HLO.
     """
-    found = Estimate([], {}, 0.0, [], [])
+    found = Estimate([], [], 0.0, [], [])
     module = hlo.parse(text)
     hidden = _walk(module, module.entry, 1, chip, kernels or {}, found)
     return dataclasses.replace(found, hidden_copies=hidden)
@@ -160,25 +206,23 @@ def _walk_called(module, op, runs, chip, kernels, found) -> float:
     names = re.findall(r"%([\w.\-]+)", listed.group(1)) if listed else [n for n in pair if n]
     branches = []
     for name in names:
-        branch = Estimate([], {}, 0.0, found.unknown_loops, found.unknown_kernels)
+        branch = Estimate([], [], 0.0, found.unknown_loops, found.unknown_kernels)
         branches.append((branch, _walk(module, name, runs, chip, kernels, branch)))
     dearest, hidden = max(branches, key=lambda pair: pair[0].seconds)
     found.charges.extend(dearest.charges)
-    for kind, traffic in dearest.collectives.items():
-        _add(found.collectives, kind, traffic.count, traffic.bytes, traffic.moved)
+    found.transfers.extend(dearest.transfers)
     return hidden
 
 
 def _charge(module, computation, op, runs, chip, kernels, found) -> None:
-    kind = op.opcode.removesuffix("-start")
-    inside = [inner for inner in _inside(module, op) if inner.opcode in COLLECTIVES]
-    for inner in [op] if kind in COLLECTIVES else inside:
-        kind = inner.opcode.removesuffix("-start")
-        size, moved = _moved(kind, inner, computation if inner is op else {})
-        _add(found.collectives, kind, runs, runs * size, runs * moved)
-        seconds = runs * moved / chip.link_bandwidth
-        found.charges.append(Charge(seconds, "collectives", runs, inner))
-    if kind in COLLECTIVES and not inside:
+    transfers = _transfers(module, computation, op, runs)
+    for transfer in transfers:
+        found.transfers.append(transfer)
+        across = transfer.between == "slices"
+        bandwidth = chip.network_bandwidth if across else chip.link_bandwidth
+        source = "network" if across else "collectives"
+        found.charges.append(Charge(runs * transfer.moved / bandwidth, source, runs, transfer.op))
+    if op.opcode.removesuffix("-start") in (*COLLECTIVES, "send", "recv"):
         return
     cycles = re.search(r'"estimated_cycles":"?(\d+)', op.attributes)
     if cycles and int(cycles.group(1)) < SENTINEL:
@@ -253,25 +297,61 @@ def _up(n: int, size: int) -> int:
 # --- collectives ---------------------------------------------------------------------------------
 
 
-def _add(collectives: dict[str, Traffic], kind: str, count: int, size: float, moved: float) -> None:
-    traffic = collectives.setdefault(kind, Traffic())
-    traffic.count += count
-    traffic.bytes += size
-    traffic.moved += moved
+def _transfers(module, computation, op, runs: int) -> list[Transfer]:
+    """The collectives that an op is or, as a fusion, holds."""
+    if op.opcode == "send":
+        return [_between_slices(op, runs)] if MEGASCALE in op.attributes else []
+    kind = op.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+        return [_between_chips(kind, op, computation, runs)]
+    found = []
+    for name in _fused(module, op):
+        inner = module.computations[name]
+        # a collective beside other ops stands in every fusion from its start to its end
+        starts = any(ASYNC_START in other.attributes for other in inner.values())
+        for held in inner.values():
+            if held.opcode not in COLLECTIVES or ("chain_id=" in held.attributes and not starts):
+                continue
+            scatters = held.opcode == "all-reduce" and name.startswith("all-reduce-scatter")
+            kind = "reduce-scatter" if scatters else held.opcode
+            found.append(_between_chips(kind, held, inner, runs))
+    return found
 
 
-def _moved(kind: str, op: hlo.Op, computation: dict[str, hlo.Op]) -> tuple[float, float]:
-    """(bytes of the larger side, bytes that a ring sends from each chip)."""
-    results = op.shape[-1:] if op.opcode.endswith("-start") else op.shape
-    results = [array for array in results if array.dtype not in ("u32", "s32") or array.dims]
+def _fused(module, op) -> list[str]:
+    """Names of the computations of a fusion, of the fusions in it too."""
+    if op.opcode != "fusion":
+        return []
+    names = list(module.called(op))
+    inner = [held for name in names for held in module.computations[name].values()]
+    return names + [name for held in inner for name in _fused(module, held)]
+
+
+def _between_chips(kind: str, op: hlo.Op, computation: dict[str, hlo.Op], runs: int) -> Transfer:
+    arrays = [a for a in op.shape if a.dtype not in ("u32", "s32") or a.dims]
+    results = arrays[-len(op.operands) :] if op.opcode.endswith("-start") else arrays
     given = [
         array for name in op.operands if name in computation for array in computation[name].shape
     ]
-    size = max(sum(a.bytes for a in results), sum(a.bytes for a in given))
+    larger = max((results, given), key=lambda side: sum(a.bytes for a in side))
+    size = sum(a.bytes for a in larger)
     if kind in ("collective-permute", "collective-broadcast"):
-        return size, size
+        return Transfer(kind, "chips", runs, 2, tuple(larger), size, size, op)
     n = _group_size(op.attributes)
-    return size, size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+    moved = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+    return Transfer(kind, "chips", runs, n, tuple(larger), size, moved, op)
+
+
+def _between_slices(op: hlo.Op, runs: int) -> Transfer:
+    """A transfer through the hosts: what each chip sends of its part, once each way of a ring."""
+    stated = re.search(MEGASCALE + r'="(\w+)"', op.attributes).group(1)
+    target = re.search(r'_xla_megascale_target="\{([\d,]*)\}', op.attributes)
+    n = target.group(1).count(",") + 1 if target else 2
+    kind = stated.lower().replace("_", "-")
+    size = op.shape[0].bytes
+    factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1.0}
+    share = factor.get(kind, (n - 1) / n if kind in COLLECTIVES else 1.0)
+    return Transfer(kind, "slices", runs, n, op.shape[:1], size, size * share, op)
 
 
 def _group_size(attributes: str) -> int:

@@ -1,4 +1,4 @@
-"""`ldm-train [encode | pack] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
+"""`ldm-train [plan|encode | pack] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
 
 import dataclasses
 import importlib
@@ -109,6 +109,8 @@ def train(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     argv = cli.enable_compilation_cache(argv)
+    if argv[:1] == ["plan"]:
+        return _plan(argv[1:])
     does = argv[0] if argv[:1] in (["encode"], ["pack"]) else ""
     name, rest = cli.split_first(
         argv[bool(does) :],
@@ -143,6 +145,14 @@ def _train(argv: Sequence[str]) -> int:
         code = recipe.train(config, workdir, watch)
         watch.state = "stopped" if code == cli.INTERRUPTED else "done"
     return code
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from ldm_jax.train import plan
+
+    configs_known = f"one of {', '.join(available())}, or a .py file"
+    name, rest = cli.split_first(argv, "ldm-train plan", "CONFIG[:STAGE]", configs_known)
+    return plan.plan(rest, name, load_config)
 
 
 def restart_on_failure(argv: Sequence[str]) -> int:

@@ -1,0 +1,312 @@
+"""`ldm-train plan CONFIG --topology v5e:16x16`: what a run needs of devices that are not there."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ldm_jax import schema, serialize
+from ldm_jax.train import plan_report, plan_topology
+from ldm_jax.train.plan_program import Request
+from ldm_jax.train.plan_report import Result
+
+BESIDE_THE_PROGRAM = (
+    "steps",
+    "intervals",
+    "max_to_keep",
+    "max_bad_steps",
+    "eval_batches",
+    "num_samples",
+    "seed",
+    "deterministic",
+)
+"""Fields of a config that change no program."""
+CHILD = (sys.executable, "-m", "ldm_jax.train.plan_program")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Options beside those of the config."""
+
+    topology: str
+    """v5e:4x4, v5p:4x4x4, v6e:16x16: chips of a TPU slice; gpu:8: GPUs, as fake CPU devices."""
+    slices: int = 1
+    """TPU slices; --mesh.dcn-data and the like say how the mesh lies over them."""
+    cached: bool = False
+    """Train from cached latents, as with --cache.path."""
+    first_stage_config: str = ""
+    """CONFIG:STAGE whose first stage is taken, by shape; default: CONFIG:first_stage."""
+    sample: bool = False
+    """Plan the sampler instead of the training step."""
+    images: int = 0
+    """Images of one call of the sampler; default: one for each device or group of them."""
+    height: int = 0
+    width: int = 0
+    """Of a sample, in pixels; default: those of training."""
+    space: int = 1
+    """Devices that share an image of the sampler."""
+    search: bool = False
+    """Where it does not fit, compile what would, the cheapest change first."""
+    out: str = ""
+    """Folder for results; default: plans, beside the compilation cache."""
+    again: bool = False
+    """Compile anew though a result is there."""
+    minutes: float = 0
+    """Stop a compiler that takes longer; 0: never."""
+
+
+def plan(
+    argv: Sequence[str],
+    name: str,
+    load: Callable[[str], schema.TrainConfig],
+    child: Sequence[str] = CHILD,
+) -> int:
+    """Runs the command for the config `name`; exit code 0 if the program fits, else 1.
+
+    child: the command that compiles; it is given the folder of a request.
+    """
+    config, options = parse(load(name), argv, name)
+    request = request_of(config, options, name, load)
+    plan_topology.check_compiler(request.topology)
+    root = folder(options)
+    result = compiled(request, root, options, child)
+    sys.stdout.write(plan_report.render(request, result))
+    fits = plan_report.fits(request, result.about)
+    if options.search and not fits and request.topology.chip is not None:
+        fits = search(request, result, root, options, child)
+    return 0 if fits else 1
+
+
+def parse(
+    config: schema.TrainConfig, argv: Sequence[str], name: str
+) -> tuple[schema.TrainConfig, PlanOptions]:
+    """The config with its overrides, and the options."""
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("options", Annotated[PlanOptions, tyro.conf.arg(name="")]),
+            (
+                "config",
+                Annotated[type(config), tyro.conf.arg(name="")],
+                dataclasses.field(default=config),
+            ),
+        ],
+    )
+    parsed = tyro.cli(
+        command,
+        args=list(argv),
+        prog=f"ldm-train plan {name}",
+        description="What a run needs of devices that are not there: memory, time, collectives.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed.config, parsed.options
+
+
+def request_of(
+    config: schema.TrainConfig,
+    options: PlanOptions,
+    name: str,
+    load: Callable[[str], schema.TrainConfig],
+) -> Request:
+    """What is to be compiled. ValueError for options that do not fit each other."""
+    topology = plan_topology.parse(options.topology, options.slices)
+    if isinstance(config, schema.AutoencoderTrainConfig):
+        if options.sample or options.cached:
+            raise ValueError(f"{name} trains a first stage: it has no --sample and no --cached")
+        return Request(config, topology)
+    model = _first_stage(config, options, name, load)
+    if topology.num_devices % options.space:
+        raise ValueError(f"--space {options.space} does not divide {topology.num_devices} devices")
+    size = config.data.size
+    return Request(
+        config,
+        topology,
+        model,
+        cached=options.cached or bool(config.cache.path),
+        sample=options.sample,
+        images=options.images or topology.num_devices // options.space,
+        height=options.height or size,
+        width=options.width or size,
+        space=options.space,
+    )
+
+
+def _first_stage(
+    config: schema.LatentDiffusionTrainConfig,
+    options: PlanOptions,
+    name: str,
+    load: Callable[[str], schema.TrainConfig],
+) -> schema.FirstStageModelConfig:
+    if config.first_stage.path == "identity":
+        return schema.IdentityFirstStageConfig(config.data.channels)
+    file = re.sub(r"(?<=.):[^/:]*$", "", name)
+    wanted = options.first_stage_config or f"{file}:first_stage"
+    try:
+        found = load(wanted)
+    except ValueError as error:
+        raise ValueError(
+            f"no first stage for {name}: {error}; name one by --first-stage-config, as"
+            " first_stages:kl-f8"
+        ) from error
+    if not isinstance(found, schema.AutoencoderTrainConfig):
+        raise ValueError(f"--first-stage-config {wanted}: is no config of a first stage")
+    return found.model
+
+
+# --- cache ----------------------------------------------------------------------------------------
+
+
+def folder(options: PlanOptions) -> Path:
+    """Where results lie."""
+    if options.out:
+        return Path(options.out).expanduser().absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ldm_jax" / "xla"
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))).absolute() / "plans"
+
+
+def key(request: Request) -> str:
+    """Of everything that the program depends on: shapes and kinds in the config, devices, versions.
+
+    The source code is not in it: after a change to it, compile with --again.
+    """
+    values = request.to_json()
+    for field in BESIDE_THE_PROGRAM:
+        values["config"].pop(field, None)
+    values["config"]["data"].pop("source", None)
+    values |= {"versions": plan_topology.versions(request.topology)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> tuple[Request, Result]:
+    """A kept result. FileNotFoundError if there is none."""
+    values = json.loads((path / "result.json").read_text())
+    request = Request.from_json(values["request"])
+    text = path / "program.txt.gz"
+    done = "failed" not in values["about"]
+    return request, Result(
+        values["about"], gzip.decompress(text.read_bytes()).decode() if done else None
+    )
+
+
+def compiled(
+    request: Request, root: Path, options: PlanOptions, child: Sequence[str] = CHILD
+) -> Result:
+    """The result of a request, from `root` if it is there. A killed compiler is never kept."""
+    path = root / key(request)
+    if (path / "result.json").exists() and not options.again:
+        return read(path)[1]
+    root.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=root))
+    (work / "request.json").write_text(json.dumps(request.to_json()))
+    sys.stderr.write(f"compiling for {request.topology} in {work}; this takes minutes ...\n")
+    about = run_child(request, work, options.minutes, child)
+    values = {
+        "request": request.to_json(),
+        "versions": plan_topology.versions(request.topology),
+        "about": about,
+    }
+    if about.get("failed", {}).get("kind") in ("killed", "timeout", "crashed"):
+        text = None
+    else:
+        (work / "result.json").write_text(json.dumps(values))
+        text = keep(work, path)
+    return Result(about, text)
+
+
+def keep(work: Path, path: Path) -> str | None:
+    """Moves a finished result to its place; its program's text."""
+    path.mkdir(exist_ok=True)
+    text = None
+    if (work / "program.txt.gz").exists():
+        os.replace(work / "program.txt.gz", path / "program.txt.gz")
+        text = gzip.decompress((path / "program.txt.gz").read_bytes()).decode()
+    if (work / "log").exists():
+        os.replace(work / "log", path / "log")
+    os.replace(work / "result.json", path / "result.json")  # last: it says that all is there
+    for left in work.iterdir():
+        left.unlink()
+    work.rmdir()
+    return text
+
+
+# --- the compiler's process -----------------------------------------------------------------------
+
+
+def run_child(request: Request, work: Path, minutes: float, child: Sequence[str] = CHILD) -> dict:
+    """traced.json and compiled.json of a request; "failed" says how it ended if it did not."""
+    environment = os.environ | plan_topology.environment(request.topology)
+    timed_out = False
+    with (work / "log").open("w") as log:
+        process = subprocess.Popen([*child, str(work)], env=environment, stdout=log, stderr=log)
+        try:
+            code = process.wait(minutes * 60 or None)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if process.poll() is None:
+                process.kill()
+                code = process.wait()
+    about = {}
+    for name in ("traced", "compiled"):
+        if (work / f"{name}.json").exists():
+            about |= json.loads((work / f"{name}.json").read_text())
+    if timed_out:
+        how = f"stopped after {minutes:g} minutes (--minutes)"
+        return about | {"failed": {"kind": "timeout", "how": how}}
+    if code:
+        return about | {"failed": how_it_failed(code, work)}
+    return about
+
+
+def how_it_failed(code: int, work: Path) -> dict[str, str]:
+    """{"kind", "how", "log"} of a process that ended with `code`. ValueError for an error that is
+    the request's: kinds are "memory", "killed", "crashed" and "error"."""
+    found = {"log": str(work / "log")}
+    if (work / "failed.json").exists():
+        error = json.loads((work / "failed.json").read_text())
+        message = " ".join(error["message"].split())
+        if error["error"] in ("ValueError", "ImportError"):
+            raise ValueError(message)
+        memory = "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message
+        how = f"{error['error']}: {message[:600]}"
+        return found | {"kind": "memory" if memory else "error", "how": how}
+    if code < 0:
+        name = signal.Signals(-code).name
+        kind = "killed" if name == "SIGKILL" else "crashed"
+        return found | {"kind": kind, "how": f"the compiler ended by {name}"}
+    lines = (work / "log").read_text(errors="replace").strip().splitlines()
+    how = f"exit code {code}: {lines[-1][:300] if lines else 'it said nothing'}"
+    return found | {"kind": "crashed", "how": how}
+
+
+def search(
+    request: Request, result: Result, root: Path, options: PlanOptions, child: Sequence[str]
+) -> bool:
+    """Compiles what may fit until something does; whether it did."""
+    if "resident" not in result.about:
+        return False
+    for fields, text in plan_report.changes(request, result.about):
+        config = dataclasses.replace(request.config, **fields)
+        other = dataclasses.replace(request, config=config)
+        sys.stdout.write(f"\n--search: {text}\n")
+        found = compiled(other, root, options, child)
+        sys.stdout.write(plan_report.render(other, found))
+        if plan_report.fits(other, found.about):
+            return True
+    return False
+
+
+def describe(config: schema.TrainConfig) -> str:
+    """A config's hash, for tables."""
+    return hashlib.sha256(json.dumps(serialize.to_dict(config)).encode()).hexdigest()[:8]

@@ -1,0 +1,272 @@
+"""What a compiled program costs, as text for people; and what to change where it does not fit."""
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+from ldm_jax import hlo, hlo_memory, schema, tpu_cost
+from ldm_jax.train.plan_program import Request
+
+SOURCES = ("cycles", "kernels", "sentinels", "copies", "collectives", "network")
+SMALL = 2**20
+"""Bytes up to which a collective is no parameter and no activation: metrics, norms."""
+
+
+class Result(NamedTuple):
+    """What is known of a program; without a text it was not compiled."""
+
+    about: dict[str, Any]
+    """`traced.json`, `compiled.json` and `failed.json` in one."""
+    text: str | None
+
+
+def needed(about: dict) -> float:
+    """Bytes of a device that the program takes: results in the place of donated arguments once."""
+    return about["argument"] + about["output"] - about["alias"] + about["temp"]
+
+
+def unread(about: dict) -> float:
+    """Bytes that lie there though the program does not read them, as a first stage beside cached
+    latents."""
+    return max(0, sum(about["resident"].values()) - about["argument"])
+
+
+def fits(request: Request, about: dict) -> bool:
+    """Whether it was compiled into the memory of a chip, with all that lies there."""
+    if "failed" in about or "temp" not in about:
+        return False
+    chip = request.topology.chip
+    return chip is None or needed(about) + unread(about) <= chip.memory
+
+
+def kernels_of(about: dict) -> dict[str, dict]:
+    """Of `traced.json`, as `tpu_cost.estimate` takes them."""
+    kernels: dict[str, dict] = {}
+    for name, shapes, operations in about["kernels"]:
+        kernels.setdefault(name, {})[tuple(map(tuple, shapes))] = operations
+    return kernels
+
+
+def estimate(request: Request, result: Result) -> tpu_cost.Estimate:
+    """Time and collectives; of a GPU only the collectives mean something."""
+    chip = request.topology.chip or tpu_cost.CHIPS["v5e"]
+    return tpu_cost.estimate(result.text, chip, kernels_of(result.about))
+
+
+def render(request: Request, result: Result) -> str:
+    """The whole report."""
+    about, topology = result.about, request.topology
+    lines = [f"{title(request)}; mesh {_mesh(about)}"]
+    if topology.kind == "gpu":
+        lines.append(
+            "NOT A GPU COMPILE: fake CPU devices. Bytes and collectives are those of XLA's"
+            " partitioning; its GPU compiler fuses and schedules otherwise. No time."
+        )
+    if "failed" in about:
+        return "\n".join([*lines, *failure(request, about)]) + "\n"
+    found = estimate(request, result)
+    lines += [*memory_lines(request, about), *time_lines(request, about, found)]
+    lines += [*collective_lines(about, found), *buffer_lines(result.text)]
+    lines += advice(request, about)
+    return "\n".join(lines) + "\n"
+
+
+def title(request: Request) -> str:
+    """What was planned, in one line."""
+    config, n = request.config, request.topology.num_devices
+    what = "sampling" if request.sample else "training step"
+    if request.sample:
+        rows = f"{request.images} images of {request.width}x{request.height}"
+        rows += f", {request.space} devices an image" if request.space > 1 else ""
+        rows += f", {config.sample_steps} steps"
+    else:
+        rows = f"batch {config.batch_size}, {config.data.size}x{config.data.size}"
+        rows += " from cached latents" if request.cached else ""
+        rows += f", accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        rows += ", remat" if config.remat else ""
+    return f"{what} on {request.topology} ({n} devices): {rows}, {config.dtype}"
+
+
+def _mesh(about: dict) -> str:
+    return " x ".join(f"{axis} {n}" for axis, n in about.get("mesh", {}).items())
+
+
+def gb(size: float) -> str:
+    """Bytes as 10^9."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def memory_lines(request: Request, about: dict) -> list[str]:
+    """HBM of a device against its capacity."""
+    parts = ", ".join(f"{name} {gb(size)}" for name, size in about["resident"].items() if size)
+    lines = ["", f"memory of a device: {gb(needed(about))}"]
+    chip = request.topology.chip
+    if chip is not None:
+        share = (needed(about) + unread(about)) / chip.memory
+        verdict = "fits" if fits(request, about) else "DOES NOT FIT"
+        lines[-1] += f" of {gb(chip.memory)} ({100 * share:.0f} %): {verdict}"
+    lines += [
+        f"  arguments {gb(about['argument'])} ({parts})",
+        f"  results {gb(about['output'])}, of these in the place of arguments {gb(about['alias'])}",
+        f"  temporary {gb(about['temp'])}",
+    ]
+    if about["peak"]:
+        lines.append(f"  most at a time, by the compiler's own count: {gb(about['peak'])}")
+    if unread(about) > SMALL:
+        lines.append(f"  besides, held but not read by this program: {gb(unread(about))}")
+    return lines
+
+
+def time_lines(request: Request, about: dict, found: tpu_cost.Estimate) -> list[str]:
+    """FLOPs, time and utilization."""
+    lines = ["", f"operations of the model: {about['operations'] / 1e12:.2f} TFLOP per device"]
+    chip = request.topology.chip
+    if chip is None:
+        return lines
+    shares = found.shares()
+    sources = ", ".join(f"{name} {100 * shares[name]:.1f} %" for name in SOURCES if name in shares)
+    mfu = 100 * found.utilization(about["operations"], chip)
+    what = "call" if request.sample else "step"
+    lines += [
+        f"time of a {what}: {1e3 * found.seconds:.0f} ms, MFU {mfu:.1f} % (estimated)",
+        f"  by source: {sources}; copies beside other work: {1e3 * found.hidden_copies:.0f} ms",
+    ]
+    if request.sample:
+        lines.append(f"  {found.seconds / request.images:.3f} s an image on the whole slice")
+    else:
+        rate = request.config.batch_size / found.seconds
+        lines.append(f"  {rate:.0f} images/s, {rate / request.topology.num_devices:.2f} per chip")
+    for what, names in (
+        ("loops of unknown length, counted once", found.unknown_loops),
+        ("kernels charged for their bytes alone", found.unknown_kernels),
+    ):
+        if names:
+            lines.append(f"  {what}: {', '.join(sorted(set(names))[:5])}")
+    return lines
+
+
+# --- collectives ----------------------------------------------------------------------------------
+
+
+def kind_of(transfer: tpu_cost.Transfer, about: dict) -> str:
+    """ "parameters" (or their gradients), "small" or "activations", by shape: what has the size of
+    a parameter, or of its part on a device, is one."""
+    sizes = {math.prod(dims) for pair in about["parameters"] for dims in pair}
+    known = [math.prod(array.dims) in sizes for array in transfer.arrays]
+    if transfer.bytes <= SMALL:
+        return "small"
+    return "parameters" if all(known) else "activations"
+
+
+def collective_lines(about: dict, found: tpu_cost.Estimate) -> list[str]:
+    """By kind and network; and those that move activations."""
+    lines = ["", "collectives of a device:"]
+    for where, traffic in (
+        ("in a slice", found.collectives),
+        ("between slices", found.across_slices),
+    ):
+        for kind, t in sorted(traffic.items(), key=lambda item: -item[1].moved):
+            lines.append(
+                f"  {kind} {where}: {t.count} times, arrays {gb(t.bytes)}, sent {gb(t.moved)}"
+            )
+    if not found.transfers:
+        lines.append("  none")
+    moving = [t for t in found.transfers if kind_of(t, about) == "activations"]
+    if moving:
+        total = sum(t.runs * t.moved for t in moving)
+        lines.append(f"  of these not of a parameter's size: {len(moving)}, sent {gb(total)}")
+        for t in sorted(moving, key=lambda t: -t.runs * t.moved)[:5]:
+            shapes = ", ".join(f"{a.dtype}{list(a.dims)}" for a in t.arrays[:2])
+            lines.append(f"    {t.kind} {shapes} x {t.runs}: {t.op.scope or t.op.name}")
+    return lines
+
+
+# --- buffers --------------------------------------------------------------------------------------
+
+
+def buffer_lines(text: str, count: int = 8) -> list[str]:
+    """The largest temporary arrays that live at once."""
+    found = hlo_memory.at_peak(hlo.parse(text))
+    total = sum(buffer.bytes for buffer in found)
+    lines = ["", f"largest temporary arrays (of {len(found)} at once, {gb(total)}):"]
+    for (label, size), n in _grouped(found)[:count]:
+        lines.append(f"  {n} x {size / 1e6:.0f} MB {label}")
+    return lines
+
+
+def _grouped(buffers: list[hlo_memory.Buffer]) -> list[tuple[tuple[str, int], int]]:
+    counts: Counter = Counter()
+    for buffer in buffers:
+        scope = "/".join(buffer.op.scope.split("/")[-3:]) or buffer.op.opcode
+        label = f"{buffer.array.dtype}{list(buffer.array.dims)} {scope}"
+        counts[label, buffer.bytes] += 1
+    return sorted(counts.items(), key=lambda item: -item[0][1] * item[1])
+
+
+# --- what to change -------------------------------------------------------------------------------
+
+
+def failure(request: Request, about: dict) -> list[str]:
+    """How the compiler ended, why that may be, and what to change."""
+    failed = about["failed"]
+    lines = ["", f"not compiled: {failed['how']}"]
+    logits = about.get("largest_logits")
+    if failed["kind"] == "memory":
+        lines.append("  it fits no better on the hardware: this is the compiler's own count")
+    elif failed["kind"] == "killed":
+        lines.append(
+            "  SIGKILL is what the kernel sends when memory runs out: compiling takes 5 GB and"
+            " more; close other programs, or compile where there is more"
+        )
+    elif failed["kind"] == "crashed":
+        lines.append("  libtpu is known to crash on large attention logits")
+    if logits and failed["kind"] in ("crashed", "killed"):
+        where = "on one device" if logits["local"] else "over all devices"
+        lines.append(
+            f"  largest logits: {logits['shape']}, {gb(logits['bytes'])} {where}; --attention auto"
+            " takes the fused kernel, which has none; else fewer images per device"
+        )
+    if "log" in failed:
+        lines.append(f"  the compiler's own words are in {failed['log']}")
+    return lines + advice(request, about)
+
+
+def advice(request: Request, about: dict) -> list[str]:
+    """What would make it fit, by rule: nothing here was compiled."""
+    chip = request.topology.chip
+    memory = about.get("failed", {}).get("kind") == "memory"
+    if chip is None or "resident" not in about or fits(request, about):
+        return []
+    if "failed" in about and not memory:
+        return []
+    found = [f"  {text}" for _, text in changes(request, about) if text] or [
+        "  fewer images per device, or a larger slice"
+    ]
+    return ["", "what would make it fit (by rule; --search compiles it):", *found]
+
+
+def changes(request: Request, about: dict) -> list[tuple[dict, str]]:
+    """[(fields of the config, flags and reason)], the cheapest first."""
+    config, chip = request.config, request.topology.chip
+    resident, found = sum(about["resident"].values()), []
+    mesh = about["mesh"]
+    each = request.topology.num_devices // request.topology.slices
+    if about["whole"] and resident > chip.memory / 3 and mesh.get("fsdp", 1) < each:
+        wider = schema.MeshConfig(data=1, fsdp=-1, dcn_data=-1)
+        reason = f"{gb(resident)} lie there; split over {each} chips {gb(about['whole'] / each)}"
+        found.append(({"mesh": wider}, f"--mesh.data 1 --mesh.fsdp -1: {reason}"))
+    if request.sample:
+        return found
+    if not config.remat:
+        found.append(({"remat": True}, "--remat: keeps what enters a block, computes it again"))
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
+    accumulate = config.accumulate * 2
+    while rows % accumulate == 0 and accumulate <= rows:
+        reason = f"{rows // accumulate} images per device at a time"
+        found.append(({"remat": True, "accumulate": accumulate}, _flags(accumulate, reason)))
+        accumulate *= 2
+    return found
+
+
+def _flags(accumulate: int, reason: str) -> str:
+    return f"--remat --accumulate {accumulate}: {reason}"
