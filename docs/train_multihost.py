@@ -26,10 +26,10 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: str) -> None:
     frozen = first_stage.prepare(config, first_stage.find(config, run), run, mesh, stream)
 
     key = jax.random.key(config.seed)
-    state, _ = ldm.init_state(config, key, mesh)
+    fresh, _ = ldm.init_state(config, key, mesh)
     manager = checkpoint.manager(run, config.max_to_keep)
-    if checkpoint.latest_step(manager) is not None:
-        state = checkpoint.restore(manager, state)  # onto this mesh, whatever it was saved from
+    saved = checkpoint.resume(manager, fresh)  # onto this mesh, whatever it was saved from
+    state = fresh if saved is None else saved
     train_step = ldm.make_train_step(config, frozen, mesh)
 
     first = int(state.step)

@@ -193,7 +193,8 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> None:
     """Writes {params, meta} to a new folder, which appears when it is complete.
 
-    Without parameters only meta. ValueError if a number is not finite.
+    Without parameters only meta. ValueError if a number is not finite, OSError if it cannot be
+    written.
     """
     parts = {"params": params} if jax.tree.leaves(params) else {}  # Orbax refuses empty trees
     header = checksums.sealed(
@@ -201,8 +202,19 @@ def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> N
     )
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(folder, args=args)
+
+    def write() -> None:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(folder, args=args)
+
+    try:
+        if jax.process_count() == 1:
+            storage.retried(str(folder), write)
+        else:  # they wait for each other in it: none can begin again alone
+            write()
+    except Exception as error:
+        needed = sum(x.nbytes for x in jax.tree.leaves(params))
+        raise OSError(f"{folder}: {storage.not_written(folder, needed, error)}") from error
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:

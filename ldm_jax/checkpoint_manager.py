@@ -66,14 +66,10 @@ class Manager(ocp.CheckpointManager):
             for draft in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 draft.rmtree()  # it takes the room that the next one needs
         self.reload()
-        free = storage.free_bytes(self.directory)
-        room = "" if free is None else f", {storage.size(free)} are free"
         kept = self.latest_step()
         kept = "no checkpoint is there yet" if kept is None else f"that of step {kept} is kept"
-        told = (
-            f"{self.directory}: the checkpoint of step {step} was not written ({why}); it takes"
-            f" about {storage.size(needed)}{room}; {kept}"
-        )
+        failed = storage.not_written(self.directory, needed, why)
+        told = f"{self.directory}: the checkpoint of step {step} {failed}; {kept}"
         if final or self.failed > self.max_failed:
             limit = "" if final else f" (--max-failed-saves {self.max_failed})"
             raise OSError(f"{told}; make room and run the same command again{limit}") from error

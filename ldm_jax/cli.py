@@ -35,7 +35,7 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     if not debug:
-        _hide_abandoned_reads()
+        _hide_tracebacks()
     try:
         try:
             return command(argv) or 0
@@ -68,9 +68,12 @@ def _nobody_reads_stdout() -> bool:
     return broken
 
 
-def _hide_abandoned_reads() -> None:
-    """When one file of a checkpoint is missing, Orbax drops its other reads, and Python prints a
-    traceback for each beside our one line."""
+def _hide_tracebacks() -> None:
+    """When one file of a checkpoint cannot be read, Orbax drops its other reads, and Python prints
+    a traceback for each beside our one line; when one cannot be written, Orbax prints five."""
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 

@@ -90,6 +90,14 @@ def free_bytes(path: str | os.PathLike) -> int | None:
     return shutil.disk_usage(place).free
 
 
+def not_written(path: str | os.PathLike, needed: int, why: str | Exception) -> str:
+    """Says that `needed` bytes for `path` were not written, and how many there is room for."""
+    free = free_bytes(path)
+    room = "" if free is None else f", {size(free)} are free"
+    why = why if isinstance(why, str) else reason(why)
+    return f"was not written ({why}); it takes about {size(needed)}{room}"
+
+
 def size(count: float) -> str:
     """`count` bytes for people, as 3.2 GB."""
     if count < 1000:

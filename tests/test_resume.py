@@ -11,6 +11,7 @@ import time
 
 import pytest
 import recipes
+from checkpoint_states import flip
 from conftest import ldm_config, ldm_flags
 
 from ldm_jax import checkpoint, cli, loading, rundir
@@ -130,17 +131,28 @@ def test_a_finished_run_says_so(ldm_run, first_stage_run, capsys):
     assert "already at step 24 of 24; raise --steps to go on" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_stops_the_run_and_is_named(half, first_stage_run, capsys):
-    files = (half / "checkpoints/12/params").rglob("d/*")
-    data = max(files, key=lambda f: f.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_made_again(
+    half, ldm_run, first_stage_run, capsys
+):
+    flip(half, 12)
+    assert resume(half, first_stage_run) == 0
+    said = capsys.readouterr().err
+    assert f"{_folder(half, 12)}: cannot be read (the checksum of params differs)" in said
+    assert f"moved to {half}/damaged/12" in said
+    assert "checkpoints: going on from step 8, later steps are made again" in said
+    assert (half / "damaged" / "12").is_dir()
+    assert_same_end(half, ldm_run)
+
+
+def test_without_a_good_checkpoint_nothing_starts_anew(half, first_stage_run, capsys):
+    for step in (4, 8, 12):
+        flip(half, step)
     flags = ldm_flags(first_stage_run, "--workdir", str(half))
     assert cli.run("ldm-train", main.train, ["tiny:class", *flags]) == 1
     (error,) = [e for e in capsys.readouterr().err.splitlines() if "error:" in e]
     assert f"{_folder(half, 12)}: cannot be read" in error
-    assert "remove that folder to go on from an older one" in error
+    assert "nor any older one: bring back a copy, or begin in a new run" in error
     assert checkpoint.saved_steps(half) == [4, 8, 12]
 
 

@@ -155,7 +155,12 @@ def test_damaged_frozen_weights_are_found(tmp_path):
     rundir.write_frozen(tmp_path, "first_stage", PARAMS, None)
     meta = tmp_path / "frozen" / "first_stage" / "meta" / "metadata"
     values = json.loads(meta.read_text())
-    meta.write_text(json.dumps({**values, "checksums": {"params": 0}}))
+    values |= {"checksums": {"params": 0}}
+    meta.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"frozen/first_stage: .*the checksum of meta differs"):
+        rundir.read_frozen(tmp_path, "first_stage")
+    del values["seal"]  # as older versions wrote it
+    meta.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"frozen/first_stage: .*the checksum of params differs"):
         rundir.read_frozen(tmp_path, "first_stage")
 
