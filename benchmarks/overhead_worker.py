@@ -69,9 +69,9 @@ def main(out: Path, block: int, flags: list[str]) -> int:
 
     save = checkpoint.save
 
-    def timed_save(*args: Any) -> bool:
+    def timed_save(*args: Any, **options: Any) -> bool:
         start = time.perf_counter()
-        saved = save(*args)
+        saved = save(*args, **options)
         stood.append(time.perf_counter() - start)
         return saved
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,11 @@ def alone(tmp_path, monkeypatch):
         state = dataclasses.replace(state, step=jnp.int32(number))
         return state, {"loss": loss, "bad_steps": bad}
 
-    def save(manager, state, meta):
+    def save(manager, state, meta, final):
         events.append(f"save {int(state.step)}")
         events.append(meta["clock"]["orderly"])
+        assert final == meta["clock"]["orderly"]
+        return True
 
     @contextlib.contextmanager
     def prefetch(stream, first, rows):
@@ -71,8 +73,8 @@ def alone(tmp_path, monkeypatch):
             run=rundir.epath.Path(tmp_path),
             mesh=recipes.mesh_of(),
             root=jax.random.key(0),
-            stream=types.SimpleNamespace(bad_records=0),
-            manager=contextlib.nullcontext(),
+            stream=mock.MagicMock(bad_records=0),
+            manager=mock.MagicMock(again=False),
             train_step=step,
             model_step=lambda: step,
             started=0.0,
