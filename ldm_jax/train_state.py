@@ -163,15 +163,11 @@ def gradients(
 def check_spikes(config: schema.SpikeConfig) -> None:
     """ValueError for a number that is out of range."""
     if config.factor and not config.factor > 1:
-        raise ValueError(
-            f"spikes.factor {config.factor} would skip usual steps: above 1, or 0: off"
-        )
+        raise ValueError(f"spikes.factor {config.factor}: 0 is off, else it must be above 1")
     if not 0 <= config.decay < 1:
         raise ValueError(f"spikes.decay {config.decay} is not in [0, 1)")
     if config.warmup < 1:
-        raise ValueError(
-            f"spikes.warmup {config.warmup} leaves no mean to compare with: at least 1"
-        )
+        raise ValueError(f"spikes.warmup {config.warmup}: a mean is of at least 1 step")
 
 
 def keep_or_skip(
