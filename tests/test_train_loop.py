@@ -139,13 +139,15 @@ def test_windows_that_trace_nothing_are_refused(value):
 def test_a_window_is_traced_once_and_holds_its_steps(tmp_path, capsys):
     run, step = rundir.epath.Path(tmp_path), jax.jit(lambda x: x @ x)
     profile = profiling.Profile(run, profiling.window("3:5", 20), first=2)
-    x = jnp.ones((8, 8))
+    x, ended = jnp.ones((8, 8)), []
     for i in range(2, 7):
         with profile.around(i):
             x = step(x)
         if profile.ends(i + 1):
             jax.block_until_ready(x)
             profile.close()
+            ended.append(i)
+    assert ended == [4]
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.parent.name == "steps_000003_000005"
     assert trace.name == "process_0000.xplane.pb"
