@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import zlib
 
 import jax
@@ -16,6 +17,7 @@ from ldm_jax.train import autoencoder, first_stage, ldm, text_encoder
 # Where a gradient is zero but for rounding, Adam divides rounding by itself: a larger eps keeps
 # that out of comparisons between meshes.
 OPTIMIZER = schema.OptimizerConfig(learning_rate=1e-3, warmup_steps=2, eps=1e-3, clip_norm=1.0)
+SPIKES = schema.SpikeConfig(factor=1e3, warmup=1)  # so that no step of a test is one by itself
 MESHES = ({"data": 4}, {"fsdp": 4}, {"data": 2, "fsdp": 2}, {"tensor": 2, "fsdp": 2})
 
 
@@ -134,9 +136,28 @@ def steps(config, mesh, count, state=None):
     return state, metrics
 
 
+def copy_until(run, step, to):
+    """A copy of a run as it was after `step`; returns its folder."""
+    shutil.copytree(run, to)
+    for later in (*(to / "checkpoints").iterdir(), *(to / "snapshots").glob("*")):
+        if later.name.isdigit() and int(later.name) > step:
+            shutil.rmtree(later)
+    return to
+
+
+def with_usual_norm(state, network, norm):
+    """The state as if the gradient of a network had had this norm so far."""
+    norms = state.skips["norms"]
+    mean = jax.device_put(norms["mean"].at[network].set(norm), norms["mean"].sharding)
+    return state.replace(skips={**state.skips, "norms": {**norms, "mean": mean}})
+
+
 def largest_difference(a, b):
-    """Largest absolute difference of two trees, after checking that their paths agree."""
-    a, b = jax.device_get((a, b))
+    """Largest absolute difference of two trees, after checking that their paths agree.
+
+    Of states without their norms of gradients, which are large: metrics hold them too.
+    """
+    a, b = jax.device_get([x.replace(skips={}) if hasattr(x, "skips") else x for x in (a, b)])
     differences = jax.tree.map(
         lambda x, y: np.max(np.abs(x.astype(np.float64) - y), initial=0.0), a, b
     )

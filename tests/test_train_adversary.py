@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 LOSS = schema.FirstStageLossConfig(
     disc_start=1, learn_logvar=True, lecam_weight=0.1, r1_weight=0.3, r1_interval=2
 )
-CONFIG = recipes.gan_config(loss=LOSS)
+CONFIG = recipes.gan_config(loss=LOSS, spikes=recipes.SPIKES)
 STEPS = 3
 TOLERANCE = 1e-5
 """On parameters of about 1 after three steps."""
@@ -134,7 +134,7 @@ def test_steps_move_every_parameter_and_statistic(alone):
     assert set(metrics[-1]) == {
         "loss", "nll_loss", "rec_loss", "kl", "psnr", "g_loss", "d_weight", "disc_loss",
         "logits_real", "logits_fake", "lecam", "r1", "grad_norm", "disc_grad_norm",
-        "learning_rate", "bad_steps",
+        "learning_rate", "bad_steps", "skipped_steps",
     }  # fmt: skip
     assert [m["r1"] > 0 for m in metrics] == [False, False, True]  # steps 0 (too early), 1, 2
 
@@ -193,6 +193,21 @@ def test_a_poisoned_batch_leaves_the_discriminator_as_it_was():
     state, _ = recipes.step_of(CONFIG, mesh)(state, batch, jax.random.key(CONFIG.seed))
     recipes.assert_same_bits((state.params, disc_of(state)), before)
     assert (int(state.step), int(state.bad_steps)) == (3, 1)
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_a_spike_of_either_gradient_leaves_both_networks_as_they_were(network):
+    mesh = recipes.mesh_of()
+    state, made = recipes.steps(CONFIG, mesh, 2)
+    norms = [sum(m[name] for m in made) for name in ("grad_norm", "disc_grad_norm")]
+    usual = np.asarray(state.skips["norms"]["mean"])
+    np.testing.assert_allclose(usual, [norms[0] / 2, norms[1]], rtol=1e-5)  # it starts at step 1
+    before = jax.device_get((state.params, state.ema_params, state.opt_state, disc_of(state)))
+    state, metrics = recipes.steps(CONFIG, mesh, 1, recipes.with_usual_norm(state, network, 1e-9))
+    after = (state.params, state.ema_params, state.opt_state, disc_of(state))
+    recipes.assert_same_bits(after, before)
+    assert (int(state.step), int(state.bad_steps)) == (3, 1)
+    assert (metrics[0]["skipped_steps"], metrics[0]["bad_steps"]) == (1, 1)
 
 
 # --- the run -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ldm_jax.train import ldm, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = recipes.ldm_config()
+CONFIG = recipes.ldm_config(spikes=recipes.SPIKES)
 TOLERANCE = 2e-6
 """On parameters of about 1 after five steps; a wrong mean or a wrong row costs 1e-4 and more."""
 
@@ -263,6 +263,9 @@ def test_a_skipped_step_leaves_every_device_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, kept(state), before)
     for scalar, value in ((state.step, 2), (state.bad_steps, 1)):
         assert [int(shard.data) for shard in scalar.addressable_shards] == 4 * [value]
+    spiked, _ = recipes.steps(CONFIG, mesh, 1, recipes.with_usual_norm(state, 0, 1e-9))
+    jax.tree.map(np.testing.assert_array_equal, kept(spiked), before)
+    assert (int(spiked.bad_steps), int(spiked.skips["count"])) == (2, 2)
 
 
 def test_too_many_bad_steps_stop_with_one_line(tmp_path, poison, first_stage_run, capsys):
