@@ -65,6 +65,10 @@ RULES = (
     (r"(step|bad_steps|count)", P()),
 )
 
+# Kernels that multiply one row or a few per image: left alone, the compiler sends the rows of the
+# whole batch to the kernel's shards, and these grow with the devices where the kernel does not.
+FEW_ROWS = re.compile(r"(?:^|/)(time_emb_proj|linear_[12]|attn2/to_[kv])/kernel$")
+
 
 def make_mesh(config: schema.MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all) with axes `data`, `fsdp`, `tensor`.
@@ -255,6 +259,24 @@ def by_rules(tree: Any, rules: Sequence[tuple], mesh: Mesh) -> Any:
             + f"{more}. Choose mesh sizes that divide these dimensions, or add a rule"
         )
     return shardings
+
+
+def gather(params: Any, mesh: Mesh) -> Any:
+    """Traced parameters, those of `FEW_ROWS` whole along fsdp; to be used where the model is.
+
+    The others need no help: their products have so many rows that the compiler gathers them too.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return params
+    shardings = by_rules(params, RULES, mesh)
+
+    def whole(path: tuple, leaf: Any, s: NamedSharding) -> Any:
+        if not FEW_ROWS.search(path_name(path)):
+            return leaf
+        spec = P(*(None if axis == "fsdp" else axis for axis in s.spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(whole, params, shardings)
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:

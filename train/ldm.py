@@ -122,7 +122,7 @@ def make_loss(
         if cond.concat is not None:
             x_t = jnp.concatenate([x_t, cond.concat], axis=-1)
         out = net.apply(
-            {"params": params["unet"]},
+            {"params": sharding.gather(params["unet"], mesh)},
             x_t,
             t,
             cond.context,
