@@ -17,6 +17,7 @@ import importlib.util
 import os
 import re
 import sys
+import threading
 import urllib.error
 import urllib.request
 import zlib
@@ -74,7 +75,7 @@ def parse(value: str) -> Place:
 def join(place: Place) -> None:
     """Starts jax.distributed and waits for the others; nothing for one process.
 
-    RuntimeError if the others do not come.
+    RuntimeError if they cannot be joined. If they do not come within SECONDS, says so and exits.
     """
     if place.processes == 1:
         return
@@ -93,18 +94,33 @@ def join(place: Place) -> None:
         # else JAX takes one device where it knows the launcher
         "cluster_detection_method": "deactivate",
     }
+    remedy = (
+        "start the same command in every process, check that the address can be reached, or give"
+        " --distributed ADDRESS:PORT,PROCESSES,INDEX or --distributed off"
+    )
+
+    def give_up() -> None:  # JAX would abort with a page of its own
+        sys.stderr.write(
+            f"{place.launcher}: error: {who} has waited {SECONDS} s for the others{where}:"
+            f" {remedy}\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **(known if place.address else {}), initialization_timeout=SECONDS
+            **(known if place.address else {}), initialization_timeout=SECONDS + 60
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[:1]
+        why = " ".join(str(error).split()) or type(error).__name__
         raise RuntimeError(
-            f"{place.launcher}: {who} could not join the others{where}"
-            f" ({' '.join(first) or type(error).__name__}): start the same command in every"
-            " process, check that the address can be reached, or give --distributed"
-            " ADDRESS:PORT,PROCESSES,INDEX or --distributed off"
+            f"{place.launcher}: {who} could not join the others{where} ({why[:200]}): {remedy}"
         ) from error
+    finally:
+        timer.cancel()
 
 
 # --- launchers ----------------------------------------------------------------------------------

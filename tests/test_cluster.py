@@ -1,5 +1,6 @@
 """Launchers are told by the environment they leave, and one process is left alone."""
 
+import threading
 import types
 
 import pytest
@@ -158,3 +159,15 @@ def test_others_that_do_not_come_are_an_error_with_a_remedy(monkeypatch, capsys)
     with pytest.raises(RuntimeError, match=r"could not join the others at h:1 .DEADLINE.*--dist"):
         cluster.join(cluster.Place("SLURM", "h:1", 2, 0, (0, 1)))
     assert "SLURM: process 0 of 2 waits for the others at h:1" in capsys.readouterr().err
+
+
+def test_a_process_that_waits_in_vain_says_so_and_ends(monkeypatch, capsys):
+    ended = threading.Event()
+    codes = []
+    monkeypatch.setattr(cluster, "SECONDS", 0.01)
+    monkeypatch.setattr(cluster.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(cluster.jax.distributed, "initialize", lambda **_: ended.wait(30))
+    cluster.join(cluster.Place("SLURM", "h:1", 2, 1))
+    assert codes == [1]
+    said = capsys.readouterr().err
+    assert "SLURM: error: process 1 of 2 has waited 0.01 s for the others at h:1: start" in said
