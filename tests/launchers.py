@@ -14,8 +14,8 @@ CLUSTER = Path(__file__).parents[1] / "docs" / "cluster"
 # what the machine that runs the tests may have set
 OWN = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JAX_COORD", "JAX_NUM", "JOB_")
 
-# What it is called with, a line for each call.
-NOTE = 'line=$(printf \'%q \' "$@")\necho "$line" >> {folder}/{name}.calls\n'
+# What it is called with, call after call.
+NOTE = 'line=$(printf \'%q \' "$@")\nprintf \'%s\\0\' "$line" >> {folder}/{name}.calls\n'
 # Ends with the codes in the file `codes`, one after the other, then with 0.
 TRAIN = (
     NOTE
@@ -47,7 +47,7 @@ GCLOUD = """
 import os, pathlib, shlex, shutil, subprocess, sys
 folder, words = pathlib.Path({folder!r}), sys.argv[1:]
 with open(folder / "gcloud.calls", "a") as file:
-    file.write(shlex.join(words) + "\\n")
+    file.write(shlex.join(words) + "\\0")
 state, verb = folder / "state", words[3]
 ready = {{"tpu-vm": "READY", "queued-resources": "ACTIVE"}}[words[2]]
 if verb == "describe":
@@ -132,4 +132,4 @@ class Room:
         path = self.folder / f"{name}.calls"
         if not path.exists():
             return []
-        return [shlex.split(line) for line in path.read_text().splitlines()]
+        return [shlex.split(call) for call in path.read_text().split("\0")[:-1]]

@@ -144,5 +144,5 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(run, tmp_path):
     flags = ["class2img", "--model", str(run), "--steps", "2", "--batch-size", "4", "--out", "out"]
     with two(tmp_path, lambda address: ["-c", code, address, *flags]) as processes:
         assert codes(tmp_path, processes) == [1, 1], logs(tmp_path)
-    assert "process 1 refuses" in (tmp_path / "0.log").read_text()
+    assert "process 1 of 2 refuses" in (tmp_path / "0.log").read_text()
     assert "process 1 sees another folder there" in (tmp_path / "1.log").read_text()

@@ -33,7 +33,7 @@ def folder(tmp_path):
 def config_of(path, **fields):
     kinds = {"class_from_folder": True, "captions": "sidecar", "mask_suffix": "_mask"}
     source = schema.FolderConfig(path=str(path), **{"eval_every": 5, **kinds, **fields})
-    return schema.DataConfig(source=source, size=16, crop="random", flip=True, threads=2)
+    return schema.DataConfig(source=source, size=8, crop="random", flip=True, threads=2)
 
 
 def source_of(config, split="train"):

@@ -183,7 +183,10 @@ def open_cache(
 def make_encoder(
     config: schema.LatentDiffusionTrainConfig, model: schema.FirstStageModelConfig, mesh: Mesh
 ) -> Any:
-    """run(params, images [B, H, W, c]) -> {"mean", "logvar"} or {"mean"}, compiled once."""
+    """run(params, images [B, H, W, c]) -> {"mean", "logvar"} or {"mean"}, compiled once.
+
+    mesh: of this process's devices, over which the host array `images` is split.
+    """
     module = autoencoder.from_config(
         model,
         dtype=jnp.dtype(config.dtype),
@@ -196,7 +199,9 @@ def make_encoder(
         found = found if isinstance(found, tuple) else (found,)
         return dict(zip(cache.MOMENTS, found))
 
-    return jax.jit(run, in_shardings=(sharding.replicated(mesh), split))
+    jitted = jax.jit(run)
+    # one of several processes may not hand host arrays to a jitted function that splits them
+    return lambda params, image: jitted(params, sharding.place(image, split))
 
 
 class Read(NamedTuple):

@@ -9,6 +9,7 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from ldm_jax import schema
@@ -99,11 +100,11 @@ def find_files(root: str) -> set[str]:
 def _find_in_bucket(root: str) -> set[str]:
     """As `find_files`; a bucket has no folders, and no links."""
     try:
-        found = [str(path) for path in epath.Path(root).glob("**/*") if path.suffix]
-    except (ImportError, NotImplementedError, OSError) as error:
+        bucket, path = fsspec.core.url_to_fs(root)  # epath lists folder by folder
+        found = bucket.find(path)
+    except (ImportError, ValueError, OSError) as error:  # its library; its name; no access
         raise OSError(f"cannot read data folder {root}: {error}") from error
-    base = str(epath.Path(root)).rstrip("/") + "/"
-    files = {path.removeprefix(base) for path in found}
+    files = {name.removeprefix(path.rstrip("/") + "/") for name in found}
     return {f for f in files if not any(part.startswith(".") for part in f.split("/"))}
 
 
