@@ -71,9 +71,13 @@ def test_reconstruction_figures_are_those_of_the_images(reconstructed, first_sta
     decoded = images.to_uint8(back(params, real)).astype(np.float64)
     mse = np.mean((images.to_uint8(real) - decoded) ** 2, axis=(1, 2, 3))
     psnr = np.mean(10 * np.log10(255**2 / mse))
+    pairs = (decoded, images.to_uint8(real).astype(np.float64))
+    other, originals = (sum(np.mean(np.diff(x, axis=i) ** 2) for i in (1, 2)) for x in pairs)
     assert found["count"] == 16  # a quarter of 64
     assert found["figures"]["psnr"] == pytest.approx(psnr, rel=1e-3)
     assert -1 <= found["figures"]["ssim"] <= 1
+    assert found["figures"]["gradient_energy"] == pytest.approx(other / originals, rel=1e-3)
+    assert 0 < found["figures"]["fine_power"] < 10
     assert found["figures"]["r_fd_random_features"] > 0
     assert (reconstructed / "reconstructions.png").exists()
 

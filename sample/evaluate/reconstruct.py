@@ -17,11 +17,13 @@ from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "reconstruct"
 SHOWN = 8  # images in reconstructions.png
+SHARPNESS = {"gradient_energy": pixels.gradient_energy, "fine_power": pixels.fine_power}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(extraction.Options):
-    """PSNR, SSIM, LPIPS and R-FID of a data set through a first stage, and its codes' usage."""
+    """PSNR, SSIM, LPIPS, R-FID and sharpness of a data set through a first stage, and its codes'
+    usage."""
 
     model: str
     """Run of a first stage or of a latent diffusion model, diffusers folder, or checkpoint."""
@@ -170,6 +172,8 @@ def make_run(
         found = {f"real_{n}": x for n, x in network.apply(params["network"], real).items()}
         found |= {f"other_{n}": x for n, x in network.apply(params["network"], other).items()}
         found |= {"psnr": pixels.psnr(real, other), "ssim": pixels.ssim(real, other)}
+        for name, measure in SHARPNESS.items():
+            found |= {f"{name}_real": measure(real), f"{name}_other": measure(other)}
         if perceptual is not None:
             net = lpips.LPIPS(precision=jax.lax.Precision.HIGHEST)
             a, b = real / 127.5 - 1, other / 127.5 - 1
@@ -216,7 +220,10 @@ def _draw(out: epath.Path, real: np.ndarray, other: np.ndarray) -> None:
 
 
 def figures_of(network: features.Network, found: extraction.Found) -> dict[str, float]:
-    """Means over images, distances between originals and reconstructions, codes."""
+    """Means over images, distances between originals and reconstructions, codes.
+
+    Sharpness is that of all reconstructions over that of all originals: 1 is as sharp as these.
+    """
 
     def side(name: str) -> extraction.Found:
         return {n.removeprefix(name): x for n, x in found.items() if n.startswith(name)}
@@ -226,6 +233,10 @@ def figures_of(network: features.Network, found: extraction.Found) -> dict[str, 
     figures = {f"r_{name}": x for name, x in apart.items()}
     names = [n for n in ("psnr", "ssim", "lpips", "lpips_random_features") if n in found]
     figures |= report.per_image(found, tuple(names))
+    for name in SHARPNESS:
+        if f"{name}_real" in found and np.sum(found[f"{name}_real"]) > 0:
+            sums = [np.sum(found[f"{name}_{side}"], dtype=np.float64) for side in ("other", "real")]
+            figures[name] = float(sums[0] / sums[1])
     if "total_codes" in found:
         figures |= scores.codebook(found["total_codes"])
     return figures

@@ -39,6 +39,8 @@ TITLES = {
     "lpips": "LPIPS",
     "lpips_random_features": "LPIPS (random features)",
     "ssim": "SSIM",
+    "gradient_energy": "Gradient energy",
+    "fine_power": "Power above Nyquist/2",
     "usage": "Codes used",
     "perplexity": "Perplexity",
 }
