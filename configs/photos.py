@@ -14,7 +14,7 @@ import dataclasses
 from ldm_jax import schema
 
 DATA = schema.DataConfig(source=schema.PhotosConfig(crop=64), size=64, crop="none", flip=True)
-STEPS = 1500
+STEPS = 1000
 WIDTHS = {4: (1, 1, 2), 8: (1, 1, 2, 2)}  # of each level over 32
 CHANNELS = {4: 3, 8: 4}  # of a latent
 
@@ -86,12 +86,14 @@ def _train(
         loss=loss,
         discriminator=schema.DiscriminatorConfig(width=32, layers=2),
         optimizer=optimizer,
-        disc_optimizer=dataclasses.replace(optimizer, learning_rate=2e-4),
+        disc_optimizer=schema.OptimizerConfig(
+            learning_rate=5e-4, b1=0.5, b2=0.9, weight_decay=0.0
+        ),  # constant: it begins to learn where the other's rate has fallen to half
         ema=schema.EMAConfig(decay=0.995, parts=("autoencoder",)),
-        batch_size=8,
+        batch_size=4,
         steps=STEPS,
         intervals=schema.IntervalConfig(
-            log=20, save=STEPS // 2, snapshot=0, evaluate=STEPS // 6, sample=STEPS // 2
+            log=10, save=STEPS // 2, snapshot=0, evaluate=STEPS // 5, sample=STEPS // 2
         ),
         eval_batches=16,
         num_samples=8,
