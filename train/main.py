@@ -1,4 +1,4 @@
-"""`ldm-train [plan|encode | pack] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
+"""`ldm-train [plan | encode | pack] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
 
 import dataclasses
 import importlib

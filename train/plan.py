@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -50,7 +50,7 @@ class PlanOptions:
     sample: bool = False
     """Plan the sampler instead of the training step."""
     images: int = 0
-    """Images of one call of the sampler; default: one for each device or group of them."""
+    """Of one call of the sampler; default: one for each device, or for each `space` of them."""
     height: int = 0
     width: int = 0
     """Of a sample, in pixels; default: those of training."""
@@ -128,13 +128,14 @@ def request_of(
     model = _first_stage(config, options, name, load)
     if topology.num_devices % options.space:
         raise ValueError(f"--space {options.space} does not divide {topology.num_devices} devices")
+    if not options.sample:
+        return Request(config, topology, model, options.cached or bool(config.cache.path))
     size = config.data.size
     return Request(
         config,
         topology,
         model,
-        cached=options.cached or bool(config.cache.path),
-        sample=options.sample,
+        sample=True,
         images=options.images or topology.num_devices // options.space,
         height=options.height or size,
         width=options.width or size,
@@ -175,8 +176,8 @@ def folder(options: PlanOptions) -> Path:
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))).absolute() / "plans"
 
 
-def key(request: Request) -> str:
-    """Of everything that the program depends on: shapes and kinds in the config, devices, versions.
+def shaped_by(request: Request) -> dict[str, Any]:
+    """All that a program depends on beside versions: shapes and kinds in the config, devices.
 
     The source code is not in it: after a change to it, compile with --again.
     """
@@ -184,8 +185,22 @@ def key(request: Request) -> str:
     for field in BESIDE_THE_PROGRAM:
         values["config"].pop(field, None)
     values["config"]["data"].pop("source", None)
-    values |= {"versions": plan_topology.versions(request.topology)}
+    return json.loads(json.dumps(values | {"config": _chosen(values["config"])}))
+
+
+def key(request: Request) -> str:
+    """Name of a request's result: a hash of what shapes the program and of the versions."""
+    values = shaped_by(request) | {"versions": plan_topology.versions(request.topology)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _chosen(values: Any) -> Any:
+    """Of a config's values those that are not the defaults, so that a new option changes no key."""
+    if not isinstance(values, dict):
+        return values
+    defaults = serialize.to_dict(getattr(schema, values["class"])())
+    kept = {name: _chosen(x) for name, x in values.items() if x != defaults.get(name)}
+    return {**kept, "class": values["class"]}
 
 
 def read(path: Path) -> tuple[Request, Result]:
@@ -305,8 +320,3 @@ def search(
         if plan_report.fits(other, found.about):
             return True
     return False
-
-
-def describe(config: schema.TrainConfig) -> str:
-    """A config's hash, for tables."""
-    return hashlib.sha256(json.dumps(serialize.to_dict(config)).encode()).hexdigest()[:8]

@@ -112,10 +112,11 @@ def versions(topology: Topology) -> dict[str, str]:
     """Of all packages that shape the program."""
     names = ("jax", "jaxlib", "flax", "optax", "ldm-jax")
     names += () if topology.kind == "gpu" else ("libtpu",)
-    return {name: _version(name) for name in names}
+    return {name: version(name) for name in names}
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package, or "unknown"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

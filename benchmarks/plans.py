@@ -1,0 +1,179 @@
+"""What the published models need on TPU slices, compiled here without them: the plan table.
+
+    pip install --no-deps 'libtpu==0.0.42.*' # the one that belongs to jaxlib 0.10.2
+    python benchmarks/plans.py --keep runs/plan # compiles what is missing, one after the other
+    python benchmarks/plans.py --keep runs/plan --table # only what is there
+
+Every row is a command of `ldm-train plan`; a compile takes 5 to 60 minutes on one core and some
+5 GB, and its result stays in --keep. Writes OUT/plan.md after each.
+"""
+
+import argparse
+import datetime
+import platform
+import sys
+from pathlib import Path
+
+from ldm_jax import tpu_cost
+from ldm_jax.train import plan, plan_report, plan_topology
+from ldm_jax.train.main import load_config
+
+SD = "stable_diffusion --cached"
+CASES = {
+    "SD v1 training, 512 px": f"{SD} --topology v5e:4x4 --batch-size 128",
+    "kl-f8 first stage with discriminator": (
+        "first_stages:kl-f8 --topology v5e:4x4 --batch-size 64 --dtype bfloat16"
+    ),
+    "SD v1 sampling, 512 px": (
+        "stable_diffusion --sample --images 64 --topology v5e:4x4 --mesh.data -1 --mesh.fsdp 1"
+    ),
+    "cin256-v2 training": "imagenet --cached --topology v5e:4x4 --batch-size 256",
+    "SD v1 training, 512 px, 256 chips": (
+        f"{SD} --topology v5e:16x16 --batch-size 2048 --mesh.data 16 --mesh.fsdp 16"
+    ),
+    "SD v1 training, 512 px, v5p": (
+        f"{SD} --topology v5p:4x4x4 --batch-size 1024 --mesh.data 4 --mesh.fsdp 16"
+    ),
+    "SD v1 training, 512 px, two slices": (
+        f"{SD} --topology v5e:4x4 --slices 2 --mesh.dcn-data 2 --batch-size 256"
+    ),
+    "SD v1 sampling, 2048 px, 16 chips an image": (
+        "stable_diffusion --sample --images 1 --space 16 --height 2048 --width 2048"
+        " --topology v5e:4x4"
+    ),
+    "SD v1 training, 1024 px, remat": (
+        "stable_diffusion:1024 --cached --topology v5e:4x4 --batch-size 32"
+    ),
+}
+COLUMNS = (
+    "program",
+    "slice",
+    "per chip",
+    "HBM, GB (arguments + temporary)",
+    "TFLOP per chip",
+    "time, ms",
+    "MFU",
+    "share of the time by source",
+    "sent per chip, MB",
+    "compiled in",
+)
+
+
+def main() -> int:
+    args = arguments()
+    done = 0
+    for title, command in CASES.items():
+        if args.only and args.only not in title:
+            continue
+        request, options, result = case(command, args.keep)
+        if not args.table and result is None:
+            plan_topology.check_compiler(request.topology)
+            result = plan.compiled(request, args.keep, options)
+            write(args.out, args.keep)
+        done += result is not None
+    write(args.out, args.keep)
+    return 0 if done == len(CASES) or args.only else 1
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--keep", type=Path, default=Path("runs/plan"))
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--only", help="part of a row's name")
+    return parser.parse_args()
+
+
+def case(command: str, keep: Path):
+    """(request, options, its result or None) of a row."""
+    name, *argv = command.split()
+    config, options = plan.parse(load_config(name), [*argv, "--out", str(keep)], name)
+    request = plan.request_of(config, options, name, load_config)
+    wanted = plan.shaped_by(request)
+    for path in sorted(keep.glob("*/result.json"), key=lambda p: -p.stat().st_mtime):
+        kept, result = plan.read(path.parent)
+        if plan.shaped_by(kept) == wanted:
+            return request, options, result
+    return request, options, None
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def write(out: Path, keep: Path) -> None:
+    """OUT/plan.md of all that is there."""
+    rows, details = [], []
+    for title, command in CASES.items():
+        request, _, result = case(command, keep)
+        if result is None:
+            rows.append([title, *["not compiled yet", *[""] * (len(COLUMNS) - 2)]])
+            details += ["", f"## {title}", "", f"`ldm-train plan {command}`: not compiled yet."]
+            continue
+        rows.append(table_row(title, request, result))
+        report = plan_report.render(request, result).rstrip()
+        details += ["", f"## {title}", "", f"`ldm-train plan {command}`", "", "```", report, "```"]
+    lines = [*head(), "", row(COLUMNS), row(["---"] * len(COLUMNS)), *map(row, rows), *details, ""]
+    (out / "plan.md").write_text("\n".join(lines))
+
+
+def head() -> list[str]:
+    packages = ("jax", "jaxlib", "flax", "optax")
+    versions = ", ".join(f"{name} {plan_topology.version(name)}" for name in packages)
+    versions += f", {plan_topology.wanted_libtpu()}"
+    chips = "; ".join(
+        f"{name} {c.operations / 1e12:.0f} TFLOP/s, {c.memory_bandwidth / 1e9:.0f} GB/s,"
+        f" {c.memory / 1e9:.2f} GB, {c.clock / 1e9} GHz, {c.link_bandwidth / 1e9:.0f} GB/s a link,"
+        f" {c.network_bandwidth / 1e9:.3f} GB/s between slices"
+        for name, c in tpu_cost.CHIPS.items()
+    )
+    return [
+        "# Plans: programs compiled for TPU slices without them",
+        "",
+        f"`python benchmarks/plans.py`. {datetime.date.today()}, Python"
+        f" {platform.python_version()}, {versions}. No TPU took part: memory and programs are the"
+        " compiler's, times are estimates.",
+        "",
+        f"A chip: {chips}.",
+        "",
+        "FLOPs: of the jaxpr with plain attention and without remat, 2 per multiply-add. Time:"
+        " `estimated_cycles` of every op over the clock, loop bodies as often as they run; ops"
+        " without (kernels, sentinels, copies) at the larger of executed operations and bytes, over"
+        f" {tpu_cost.EFFICIENCY}; collectives at a ring over one link, hidden by nothing. How to"
+        " read it: docs/planning.md.",
+    ]
+
+
+def table_row(title: str, request, result) -> list[str]:
+    about, chip = result.about, request.topology.chip
+    rows = request.images if request.sample else request.config.batch_size
+    devices = request.topology.num_devices
+    each = f"{rows // devices} images" if rows >= devices else f"1/{devices // rows} image"
+    start = [title, str(request.topology), each]
+    if "failed" in about:
+        how = about["failed"]["how"][:200].replace("|", "/")
+        return [*start, how, *[""] * (len(COLUMNS) - 4)]
+    found = plan_report.estimate(request, result)
+    shares = found.shares()
+    sent = {
+        "slice": sum(t.moved for t in found.collectives.values()),
+        "between slices": sum(t.moved for t in found.across_slices.values()),
+    }
+    return [
+        *start,
+        f"{plan_report.needed(about) / 1e9:.2f} ({about['argument'] / 1e9:.2f}"
+        f" + {about['temp'] / 1e9:.2f})",
+        f"{about['operations'] / 1e12:.2f}",
+        f"{1e3 * found.seconds:.0f}",
+        f"{100 * found.utilization(about['operations'], chip):.1f} %",
+        ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items() if share > 0.005),
+        ", ".join(f"{where} {size / 1e6:.0f}" for where, size in sent.items() if size),
+        f"{about['seconds'] / 60:.0f} min",
+    ]
+
+
+def row(cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
