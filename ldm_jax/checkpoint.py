@@ -302,11 +302,12 @@ def _drop_drafts(run: epath.Path) -> None:
     for place in ("checkpoints", "snapshots", "frozen"):
         folder = run / place
         for path in sorted(folder.iterdir()) if folder.exists() else ():
-            named = DRAFT in path.name
-            if named or (path.name.isdigit() and path.is_dir() and not is_complete(path)):
+            if DRAFT in path.name:
                 cli.say(f"{path}: is half written, the run ended while it was saved; removed")
-                if place != "checkpoints" or not named:
+                if place != "checkpoints":
                     path.rmtree()
+            elif path.name.isdigit() and path.is_dir() and not is_complete(path):
+                cli.say(f"{path}: is half written, the run ended while it was saved; left out")
 
 
 def _check_sum(folder: epath.Path, part: str, tree: Any, meta: Mapping[str, Any]) -> None:

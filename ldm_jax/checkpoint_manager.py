@@ -1,5 +1,8 @@
 """Orbax's manager of RUN/checkpoints, made to say at once when a write in the background failed."""
 
+import contextlib
+import time
+
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -18,8 +21,9 @@ class Manager(ocp.CheckpointManager):
         self, folder: epath.Path, max_to_keep: int | None = None, max_failed: int = 0
     ) -> None:
         """max_failed: saves in a row that may fail before `OSError` is raised."""
-        self.max_failed, self.failed, self.again = max_failed, 0, False
-        """`failed` saves in a row; `again` asks for another before the next one is due."""
+        self.max_failed, self.failed = max_failed, 0
+        """Saves in a row that came to nothing: at most so many, and so far."""
+        self._attempts, self._again_at = 0, None
         self._under_way: tuple[int, int] | None = None
         self._error: Exception | None = None
         self._several = jax.process_count() > 1
@@ -34,6 +38,11 @@ class Manager(ocp.CheckpointManager):
         )
         super().__init__(folder, options=options)
 
+    @property
+    def again(self) -> bool:
+        """Whether a save is asked for before the next one is due: the last one may work now."""
+        return self._again_at is not None and time.monotonic() >= self._again_at
+
     def look(self) -> None:
         """To be called at every step: counts and says a write that has failed meanwhile."""
         if self._error is not None:
@@ -45,27 +54,41 @@ class Manager(ocp.CheckpointManager):
         try:
             self.wait_until_finished()
         except Exception as error:  # Orbax and TensorStore have no common class
-            self._error = None
-            step, needed = under_way or (0, 0)
-            self.again = not self._several and storage.FULL.search(str(error)) is None
-            self.fail(step, needed, storage.reason(error), final or self._several, error)
+            cause, self._error = self._error or error, None
+            self._failed_write(*(under_way or (0, 0)), cause, final or self._several)
         else:
-            self.failed = 0 if under_way else self.failed
+            if under_way is not None:
+                self.failed = self._attempts = 0
 
     def begin(self, step: int, needed: int, args: ocp.args.Composite) -> bool:
         """Starts a write of about `needed` bytes."""
-        self._under_way, self.again = (step, needed), False
+        self._under_way, self._again_at = (step, needed), None
         return self.save(step, args=args, force=True)
+
+    def _failed_write(self, step: int, needed: int, error: Exception, final: bool) -> None:
+        self._attempts += 1
+        if not self._several:  # other processes may be writing there still
+            for draft in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):  # a writer that has not heard of it yet
+                    draft.rmtree()  # it takes the room that the next one needs
+        self.reload()
+        if not final and storage.passes(error) and self._attempts < storage.ATTEMPTS:
+            delay = storage.WAIT * 2 ** (self._attempts - 1)
+            self._again_at = time.monotonic() + delay
+            cli.say(
+                f"{self.directory}: the checkpoint of step {step} was not written"
+                f" ({storage.reason(error)}); attempt {self._attempts + 1} of {storage.ATTEMPTS}"
+                f" follows in {delay:g} s, of the step that it is then"
+            )
+            return
+        self._attempts = 0
+        self.fail(step, needed, storage.reason(error), final, error)
 
     def fail(
         self, step: int, needed: int, why: str, final: bool, error: Exception | None = None
     ) -> None:
         """Counts a save that came to nothing; OSError if it was one too many, or `final`."""
         self.failed += 1
-        if not self._several:  # other processes may be writing there still
-            for draft in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                draft.rmtree()  # it takes the room that the next one needs
-        self.reload()
         kept = self.latest_step()
         kept = "no checkpoint is there yet" if kept is None else f"that of step {kept} is kept"
         failed = storage.not_written(self.directory, needed, why)
