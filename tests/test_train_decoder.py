@@ -10,8 +10,10 @@ import recipes
 
 from ldm_jax import checkpoint, cli, loading, schema
 from ldm_jax.configs import tiny
+from ldm_jax.convert import auxiliary, compvis, safetensors_file
 from ldm_jax.models import autoencoder as models
-from ldm_jax.train import autoencoder, main, reconstruction
+from ldm_jax.models import discriminator
+from ldm_jax.train import autoencoder, initial, main, reconstruction
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -81,6 +83,93 @@ def test_all_of_it_trains_on_from_a_first_stage(first_stage_run, tmp_path):
     after = checkpoint.restore_parts(tmp_path / "run", 1, ("params",))["params"]["autoencoder"]
     largest = recipes.largest_difference(after, before)
     assert 1e-4 < largest < 2e-3  # one step of Adam at a rate of 1e-3
+
+
+# --- discriminators ------------------------------------------------------------------------------
+
+GAN = recipes.gan_config()
+GAN = dataclasses.replace(GAN, model=dataclasses.replace(GAN.model, num_res_blocks=1))
+
+
+def published(path, params, disc=None):
+    """A first stage's checkpoint as it is released, with the losses that it was trained with."""
+    tensors = compvis.first_stage_state_dict(models.from_config(GAN.model), params["autoencoder"])
+    if disc is not None:
+        net = discriminator.from_config(GAN.discriminator)
+        found = auxiliary.discriminator_state_dict(net, disc)
+        tensors |= {f"loss.discriminator.main.{n}": x for n, x in found.items()}
+    tensors = {n: np.ascontiguousarray(x) for n, x in tensors.items()}
+    safetensors_file.write(path, {**tensors, "loss.logvar": np.zeros((), np.float32)}, {})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def new():
+    """(state before the first step, shapes, shardings) of `GAN` on two devices."""
+    mesh = recipes.mesh_of(data=2)
+    return recipes.start(GAN, mesh), *autoencoder.abstract_state(GAN, mesh)
+
+
+def variables(state):
+    """Those of another discriminator, none of them that of the state."""
+    found = {"params": state.disc_params, "batch_stats": state.disc_stats["batch_stats"]}
+    return jax.tree.map(lambda x: 2 * np.asarray(x) + 1, jax.device_get(found))
+
+
+def given_by(path, new, tmp_path, **changes):
+    """(state that starts from `path`, what was found there)."""
+    state, shapes, shardings = new
+    config = dataclasses.replace(GAN, init_from=path, **changes)
+    given = initial.find(config, tmp_path / "run", shapes)
+    return initial.start(config, state, shardings, given), given
+
+
+def test_a_released_discriminator_goes_on_too(new, tmp_path, capsys):
+    before = new[0]
+    disc = variables(before)
+    path = published(tmp_path / "model.safetensors", before.params, disc)
+    state, _ = given_by(path, new, tmp_path)
+    assert f"the discriminator starts from loss.discriminator of {path}" in capsys.readouterr().err
+    recipes.assert_same_bits(state.disc_params, disc["params"])
+    recipes.assert_same_bits(state.disc_stats["batch_stats"], disc["batch_stats"])
+    assert set(state.disc_stats) == set(before.disc_stats)  # averages of LeCam stay
+    recipes.assert_same_bits(state.params["autoencoder"], before.params["autoencoder"])
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_no_discriminator_or_another_is_told(new, tmp_path, capsys, layers):
+    """Of a file without one, and of one with other layers than the config has."""
+    before = new[0]
+    path = published(
+        tmp_path / "model.safetensors", before.params, variables(before) if layers else None
+    )
+    if layers:
+        other = dataclasses.replace(GAN.discriminator, layers=layers)
+        config = dataclasses.replace(GAN, discriminator=other, init_from=path)
+        shapes, _ = autoencoder.abstract_state(config, recipes.mesh_of(data=2))
+        given = initial.find(config, tmp_path / "run", shapes)
+        assert given.disc is None
+        assert "conv_2/kernel" in given.said
+    else:
+        state, given = given_by(path, new, tmp_path)
+        assert "starts anew" in capsys.readouterr().err
+        assert "holds no discriminator" in given.said
+        recipes.assert_same_bits(state.disc_params, before.disc_params)
+    assert given.said.startswith("the discriminator starts anew: ")
+
+
+@pytest.mark.slow
+def test_the_discriminator_of_a_run_goes_on_too(run, tmp_path, capsys):
+    config = dataclasses.replace(
+        tiny.get_config("gan"), init_from=str(run), steps=1, loss=schema.FirstStageLossConfig()
+    )  # which does not train it before step 50 001
+    assert autoencoder.train(config, tmp_path / "again") == 0
+    assert f"the discriminator starts from that of {run} at step 4" in capsys.readouterr().err
+    before, after = (
+        checkpoint.restore_parts(path, None, ("disc_params",))["disc_params"]
+        for path in (run, tmp_path / "again")
+    )
+    recipes.assert_same_bits(before, after)
 
 
 @pytest.mark.parametrize(
