@@ -3,8 +3,12 @@
 Reads DIR/first_stage, DIR/ldm and DIR/samples/samples.npz; writes DIR/report.json and pictures.
 Samples are judged in pixels averaged down to 8x8, the size the digits were scanned at, against
 held-out digits that neither stage nor the classifier has seen.
+
+`--beside DIR ...` measures nothing and prints one row of a table for every folder, of what is there
+already: DIR/report.json, and DIR/reconstruct/result.json of `ldm-eval reconstruct`.
 """
 
+import argparse
 import functools
 import json
 import sys
@@ -21,6 +25,7 @@ from ldm_jax import conditioning, data, images, latents, rundir, sampling
 from ldm_jax.metrics import manifold
 
 TARGETS = {"accuracy": 0.95, "precision": 0.70, "recall": 0.50, "psnr": 25.0}
+FIGURES = ("accuracy", "precision", "recall", "memorisation")
 COUNT = 360  # samples judged, as many as there are held-out digits
 NEIGHBOURS = 3
 
@@ -40,7 +45,38 @@ def psnr(real: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean(-10 * np.log10(np.maximum(mse, 1e-12))))
 
 
-def main(folder: epath.Path) -> int:
+def main() -> int:
+    """Reports on one folder, or shows several side by side; an exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=epath.Path, help="what make demo made")
+    parser.add_argument("--beside", nargs="+", type=epath.Path, help="folders to show beside it")
+    args = parser.parse_args()
+    if args.beside is None:
+        return report_on(args.folder)
+    print("\n".join(rows([args.folder, *args.beside])))
+    return 0
+
+
+def rows(folders: list[epath.Path]) -> list[str]:
+    """Lines of a Markdown table: a header, and the figures of every folder."""
+    lines = []
+    for folder in folders:
+        generated = json.loads((folder / "report.json").read_text())["generated"]
+        back = json.loads((folder / "reconstruct" / "result.json").read_text())["figures"]
+        cells = {
+            "": folder.name,
+            "PSNR": f"{back['psnr']:.2f}",
+            "SSIM": f"{back['ssim']:.4f}",
+            "R-FD (random features)": f"{back['r_fd_random_features']:.5f}",
+            **{name: f"{generated[name]:.3f}" for name in FIGURES},
+        }
+        if not lines:
+            lines = ["| " + " | ".join(cells) + " |", "| --- " * len(cells) + "|"]
+        lines.append("| " + " | ".join(cells.values()) + " |")
+    return lines
+
+
+def report_on(folder: epath.Path) -> int:
     """Writes the report and the pictures; returns 0 if every target is met."""
     model = ldm_jax.load(folder / "ldm")
     config = rundir.read_config(folder / "ldm").data
@@ -169,10 +205,9 @@ def curves(folder: epath.Path) -> None:
 
 def tell(folder: epath.Path, report: dict) -> int:
     """Prints the rows and where to look; 1 if a target is missed."""
-    names = ("accuracy", "precision", "recall", "memorisation")
-    print(f"{'':15}" + "".join(f"{name:>14}" for name in names))
+    print(f"{'':15}" + "".join(f"{name:>14}" for name in FIGURES))
     for kind in ("generated", "held_out", "training", "class_means", "reconstructed"):
-        print(f"{kind:15}" + "".join(f"{report[kind][name]:14.3f}" for name in names))
+        print(f"{kind:15}" + "".join(f"{report[kind][name]:14.3f}" for name in FIGURES))
     generated = report["generated"]
     print(
         f"reconstruction of held-out digits: {generated['psnr']:.1f} dB with"
@@ -194,4 +229,4 @@ def tell(folder: epath.Path, report: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(epath.Path(sys.argv[1])))
+    sys.exit(main())

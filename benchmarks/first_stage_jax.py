@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import first_stage_cases as cases
 import jax
@@ -89,34 +90,33 @@ def step(job: cases.Job, case: cases.Case) -> dict:
     return figures
 
 
-def pieces(config, perceptual, state, image) -> dict[str, float]:
-    """Seconds of each part, forward and backward."""
+def pieces(
+    config: schema.AutoencoderTrainConfig, perceptual: dict, state: Any, image: jax.Array
+) -> dict[str, float]:
+    """Seconds of each part, forward and backward; what does not learn is given to it too."""
     reconstruct, judge = reconstruction.make(config, MESH), adversary.make_judge(config)
-    keys = train_state.row_keys(ROOT, config.batch_size)
-    distance = lpips.LPIPS()
+    distance, other = lpips.LPIPS(), image[:, ::-1]
 
-    def whole(params):
+    def whole(params, image, keys):
         found = reconstruct({"autoencoder": params}, image, keys, keys[0], True)
         return jnp.mean(jnp.abs(image - found.image)) + found.regularization
 
-    def perceived(other):
+    def perceived(other, perceptual, image):
         return jnp.mean(distance.apply({"params": perceptual}, image, other))
 
-    def judged(params, other):
-        stats = state.disc_stats["batch_stats"]
+    def judged(params, stats, image, other):
         real, stats = judge(params, stats, image)
         fake, _ = judge(params, stats, other)
         return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
 
-    other = image[:, ::-1]
+    keys, stats = train_state.row_keys(ROOT, config.batch_size), state.disc_stats["batch_stats"]
     found = {}
     for name, function, arguments in (
-        ("autoencoder", whole, (state.params["autoencoder"],)),
-        ("LPIPS", perceived, (other,)),
-        ("discriminator", judged, (state.disc_params, other)),
+        ("autoencoder", whole, (state.params["autoencoder"], image, keys)),
+        ("LPIPS", perceived, (other, perceptual, image)),
+        ("discriminator", judged, (state.disc_params, stats, image, other)),
     ):
-        program = jax.jit(jax.value_and_grad(function))
-        once = functools.partial(program, *arguments)
+        once = functools.partial(jax.jit(jax.value_and_grad(function)), *arguments)
         found[name] = cases.median_of(lambda once=once: jax.block_until_ready(once()))
     return found
 
@@ -200,7 +200,7 @@ def data_config(case: cases.Case) -> schema.DataConfig:
         return schema.DataConfig(
             source=schema.TFDSConfig(name="sklearn_digits"), size=16, channels=1, crop="none"
         )
-    source = schema.SyntheticConfig(num_images=64, size=model.size)
+    source = schema.SyntheticConfig(num_images=16, size=model.size)
     return schema.DataConfig(source=source, size=model.size)
 
 
