@@ -118,7 +118,9 @@ class GroupNorm(nn.Module):
         else:
             variance = mean(jnp.square(x - average))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale[None, None, None]
-        return ((x - average) * factor + bias[None, None, None]).astype(self.dtype)
+        # not (x - average) * factor: on CPUs the difference would be kept for the variance too
+        shift = bias[None, None, None] - average * factor
+        return (x * factor + shift).astype(self.dtype)
 
 
 def one_pass(x) -> bool:
