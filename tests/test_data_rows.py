@@ -1,14 +1,16 @@
 """The stream of rows: determinism, epochs, augmentation, undecodable records."""
 
 import dataclasses
+import errno
 import logging
+import pathlib
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import data, schema
+from ldm_jax import data, schema, storage
 from ldm_jax.data import rows
 
 SYNTHETIC = schema.SyntheticConfig(num_images=13, size=16)
@@ -230,6 +232,39 @@ def test_broken_map_counts_as_a_broken_record(damaged):
     stream = open_stream(dataclasses.replace(config, source=source))
     assert greys(stream, 3) == [0, 2, 2]
     assert stream[1]["segmentation"][0, 0] == 2
+
+
+def test_storage_that_fails_for_a_while_costs_no_record(damaged, monkeypatch, caplog):
+    stream = open_stream(folder(damaged, shuffle=False))
+    read, left = pathlib.Path.read_bytes, [2]
+
+    def fails(path):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", fails)
+    monkeypatch.setattr(storage, "WAIT", 0.0)
+    assert greys(stream, 1) == [0]
+    assert stream.bad_records == 0
+    assert "0.png: Input/output error; attempt 3 of 4 follows" in caplog.messages[-1]
+    left[0] = 99
+    with pytest.raises(OSError, match="Input/output error"):
+        stream[1]
+
+
+def test_what_any_process_has_met_counts_on_all(damaged, monkeypatch):
+    stream = open_stream(folder(damaged, max_bad_records=3))
+    greys(stream, 10)
+    monkeypatch.setattr(rows.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(rows.processes, "union", lambda mine: mine | {0})
+    assert stream.bad_records == 0  # as of the last time that they agreed
+    with pytest.raises(RuntimeError, match=r"4 records cannot be decoded, the last: .*9.png"):
+        stream.agree()
+    monkeypatch.setattr(rows.processes, "union", lambda mine: mine)
+    stream.agree()
+    assert stream.bad_records == 3
 
 
 def test_a_file_that_vanished_is_an_error_not_a_bad_record(damaged):

@@ -79,6 +79,19 @@ def test_lines_and_tensorboard_hold_every_number(tmp_path, clock):
     assert ("loss", 2) not in shown
 
 
+def test_skipped_steps_are_said(tmp_path, capsys):
+    watch = monitor.Monitor(tmp_path, 0, 5, batch_size=8)
+    for step, skipped in enumerate((0, 1, 1, 3, 3), start=1):
+        values = {**metrics(1.0), "skipped_steps": jnp.int32(skipped)}
+        watch.step(step, values, bad_records=0, log=True)
+    watch.close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert [line.split("\r")[-1].strip() for line in said] == [
+        "step 2: 1 skipped, 1 in all",
+        "step 4: 2 skipped, 3 in all",
+    ]
+
+
 def test_time_spent_elsewhere_does_not_slow_the_rate(tmp_path, clock):
     watch = monitor.Monitor(tmp_path, 0, 4, batch_size=8)
     watch.step(1, metrics(1.0), 0, log=True)

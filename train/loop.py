@@ -66,6 +66,7 @@ def run(job: Job, state: Any, saved: int | None) -> int:
             job.train_step, state, batch, job.root, model_step=job.model_step
         )
     monitor = Monitor(job.run, first, config.steps, config.batch_size, clock, work)
+    monitor.skipped_steps = int(state.skips["count"])
     with (
         job.manager,  # on the way out, an error's too, the checkpoint under way is finished
         stop.on_signal() as stopping,

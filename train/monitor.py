@@ -73,7 +73,7 @@ class Monitor:
         self.lines: list[dict] = []
         self.last_time, self.last_step = time.perf_counter(), first_step
         self.board = None
-        self.bad_steps = 0
+        self.bad_steps = self.skipped_steps = 0
         """Steps in a row without a finite loss, as of the last metrics fetched."""
         self.fetched_step = first_step
         terminal = sys.stderr.isatty()
@@ -147,6 +147,10 @@ class Monitor:
         step, metrics = self.pending.popleft()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.bad_steps, self.fetched_step = int(values["bad_steps"]), step
+        skipped = int(values.get("skipped_steps", 0))
+        if skipped > self.skipped_steps:
+            self.say(f"step {step}: {skipped - self.skipped_steps} skipped, {skipped} in all")
+        self.skipped_steps = skipped
         now = time.perf_counter()
         if step > self.last_step:
             rate = (step - self.last_step) / (now - self.last_time)

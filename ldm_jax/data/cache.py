@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 from etils import epath
 from flax import serialization
 
-from ldm_jax import schema, serialize
+from ldm_jax import schema, serialize, storage
 
 FORMAT = 1  # of cache.json; a reader refuses a newer one
 MOMENTS = ("mean", "logvar")
@@ -201,7 +201,10 @@ def write_shard(path: epath.Path, records: Iterable[dict[str, Any]]) -> Iterator
     count = 0
     try:
         with _named(path):
-            writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")
+            writer = storage.retried(
+                str(path),
+                lambda: array_record_module.ArrayRecordWriter(str(draft), "group_size:1"),
+            )
         for record in records:
             with _named(path):
                 writer.write(serialization.msgpack_serialize(record))
@@ -212,10 +215,8 @@ def write_shard(path: epath.Path, records: Iterable[dict[str, Any]]) -> Iterator
             reader = array_record_module.ArrayRecordReader(str(draft), RANDOM_ACCESS)
             if reader.num_records() != count:
                 raise OSError(f"{reader.num_records()} of {count} records can be read back")
-            if remote:
-                draft.copy(path)
-            else:
-                draft.replace(path)
+            move = draft.copy if remote else draft.replace
+            storage.retried(str(path), lambda: move(path))
     finally:
         if draft.exists():
             draft.unlink()
