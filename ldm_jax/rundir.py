@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from ldm_jax import checkpoint, processes, schema, serialize, sharding, storage
 
 FORMAT = 1  # of latents.json; a reader refuses a newer one
-barrier = processes.barrier
 
 
 def is_run(path: epath.PathLike) -> bool:
@@ -55,13 +54,13 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
             f"{run}: is not a run (files, but no config.json); --workdir takes a run, or a new or"
             " empty directory"
         )
-    barrier("looked")  # nobody may look at what process 0 is about to write
+    processes.barrier("looked")  # nobody may look at what process 0 is about to write
     try:
         write_text(run / "config.json", serialize.to_json(config))
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{run}: cannot be written ({reason}); choose another --workdir") from error
-    barrier("opened")
+    processes.barrier("opened")
     return run, changed
 
 
@@ -98,7 +97,7 @@ def write_latents(run: epath.PathLike, latents: Mapping[str, Any]) -> None:
     """Writes {"scale": from latent to diffusion space, "how": how it was found}."""
     values = {"format": FORMAT, **latents}
     write_text(epath.Path(run) / "latents.json", json.dumps(values, indent=2) + "\n")
-    barrier("latents")
+    processes.barrier("latents")
 
 
 def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
@@ -130,7 +129,7 @@ def write_frozen(run: epath.PathLike, name: str, params: dict, config: Any) -> N
         if kept != digest:
             raise ValueError(f"{folder}: holds other weights ({kept}, not {digest}); use a new run")
         return
-    barrier(f"frozen_{name}")
+    processes.barrier(f"frozen_{name}")
     values = {"hash": digest, "config": serialize.to_dict(config)}
     checkpoint.write_folder(folder, params, values)
 
@@ -164,7 +163,7 @@ def write_frozen_files(
             for path in epath.Path(local).iterdir():
                 (draft / path.name).write_bytes(path.read_bytes())
         draft.replace(folder)
-    barrier(f"frozen_{name}")
+    processes.barrier(f"frozen_{name}")
 
 
 @contextlib.contextmanager
@@ -223,7 +222,7 @@ def drop_metrics_after(run: epath.PathLike, step: int) -> None:
                 path.unlink()
             elif len(kept) < len(records):
                 write_text(path, _lines(kept))
-    barrier("dropped")
+    processes.barrier("dropped")
 
 
 def _parts(run: epath.PathLike) -> list[tuple[epath.Path, list[dict[str, Any]]]]:
