@@ -7,10 +7,11 @@
 Every process of a run calls these functions together.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,9 +148,18 @@ def restore_parts(
 ) -> dict[str, Any]:
     """{part: tree of host arrays}; a part that the state held empty comes back as {}."""
     folder = _step_folder(_folder(source), step)
-    meta = read_meta(folder)
-    held = meta["checksums"]
-    return {name: read_tree(folder, name, meta) if name in held else {} for name in parts}
+    with _remedy():
+        meta = read_meta(folder)
+        held = meta["checksums"]
+        return {name: read_tree(folder, name, meta) if name in held else {} for name in parts}
+
+
+@contextlib.contextmanager
+def _remedy() -> Iterator[None]:
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"{error}; give another step, or bring back a copy") from error
 
 
 # --- snapshots ----------------------------------------------------------------------------------
@@ -164,7 +174,7 @@ def save_snapshot(
     if a weight is not finite.
     """
     folder = absolute(run) / "snapshots" / str(step)
-    if not is_complete(folder):
+    if not processes.any_of(is_complete(folder)):
         write_folder(folder, params, {"step": step, "model": model})
     return folder
 
@@ -177,8 +187,9 @@ def snapshot_steps(run: epath.PathLike) -> list[int]:
 def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, dict]:
     """(parameters as host arrays, meta with "step" and "model") of `step` (default: the newest)."""
     folder = _step_folder(absolute(run) / "snapshots", step)
-    meta = read_meta(folder)
-    return read_tree(folder, "params", meta), meta
+    with _remedy():
+        meta = read_meta(folder)
+        return read_tree(folder, "params", meta), meta
 
 
 # --- folders ------------------------------------------------------------------------------------
