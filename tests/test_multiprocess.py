@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import recipes
 from conftest import ldm_config, ldm_flags
 
 from ldm_jax import checkpoint, cli, data, rundir, schema, sharding
@@ -129,25 +130,56 @@ def test_two_processes_see_the_ordered_global_batch_of_one(tmp_path):
     assert rows["crossed", 0] == rows["crossed", 1] == list(range(8))
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param(MIXED, marks=pytest.mark.slow), "--mesh.data 1 --mesh.tensor 4"],
-    ids=["data,fsdp", "tensor across processes"],
-)
-def test_two_processes_train_as_one_and_one_goes_on(tmp_path, ldm_run, first_stage_run, mesh):
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_one_goes_on(tmp_path, ldm_run, first_stage_run):
     run = tmp_path / "run"
-    more = [*mesh.split(), "--steps", str(STEPS)]
+    more = [*MIXED.split(), "--steps", str(STEPS)]
     with two(tmp_path, training(run, first_stage_run, *more)) as processes:
         assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
     assert checkpoint.saved_steps(run) == [4, STEPS]
-    assert checkpoint.read_meta(rundir.epath.Path(run) / "checkpoints" / "6")["processes"] == 2
     assert checkpoint.snapshot_steps(run) == [STEPS]
     assert_losses_as(run, ldm_run, STEPS)
+    one_goes_on(run, ldm_run, first_stage_run)
 
-    config = ldm_config(first_stage_run, "--steps", "8")  # one process, another mesh
+
+def test_two_processes_go_on_where_one_stopped_and_one_where_they_did(
+    tmp_path, ldm_run, first_stage_run
+):
+    """On another mesh: tensor across processes."""
+    run = recipes.copy_until(ldm_run, 4, tmp_path / "run")
+    more = ["--mesh.data", "1", "--mesh.tensor", "4", "--steps", str(STEPS)]
+    with two(tmp_path, training(run, first_stage_run, *more)) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    assert checkpoint.read_meta(rundir.epath.Path(run) / "checkpoints" / "6")["processes"] == 2
+    assert_losses_as(run, ldm_run, STEPS)
+    one_goes_on(run, ldm_run, first_stage_run)
+
+
+def one_goes_on(run, ldm_run, first_stage_run):
+    """One process on the mesh of `ldm_run`, for two steps."""
+    config = ldm_config(first_stage_run, "--steps", "8")
     assert ldm.train(config, run) == 0
     assert checkpoint.saved_steps(run) == [4, STEPS, 8]
     assert_losses_as(run, ldm_run, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["--mesh.data 4", "--mesh.data 1 --mesh.fsdp 4"])
+def test_a_run_moves_between_one_process_and_two_on_one_mesh(
+    tmp_path, ldm_run, first_stage_run, mesh, record_property
+):
+    """Up and down at steps 8 and 16: how far the end is from that of one process is recorded."""
+    runs = [recipes.copy_until(ldm_run, 8, tmp_path / name) for name in ("moved", "stayed")]
+    with two(tmp_path, training(runs[0], first_stage_run, *mesh.split(), "--steps", "16")) as both:
+        assert codes(tmp_path, both) == [0, 0], logs(tmp_path)
+    for run in runs:
+        assert ldm.train(ldm_config(first_stage_run, *mesh.split()), run) == 0
+    parts = ("params", "ema_params", "opt_state")
+    ends = [checkpoint.restore_parts(run, 24, parts) for run in runs]
+    found = {n: recipes.largest_difference(ends[0][n], ends[1][n]) for n in parts}
+    record_property("differences", found)
+    lines = [[m["loss"] for m in rundir.read_metrics(run)] for run in runs]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4)
 
 
 @pytest.mark.slow
