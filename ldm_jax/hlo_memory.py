@@ -49,7 +49,8 @@ def _peak(module: hlo.Module, name: str) -> list[Buffer]:
         for buffer in held[op.name]:
             if id(buffer) not in born:
                 born.add(id(buffer))
-                if buffer.op is op and op.opcode != "parameter" and id(buffer) not in results:
+                own = buffer.op is op and op.opcode != "parameter"
+                if own and buffer.array.in_hbm and id(buffer) not in results:
                     live[id(buffer)] = buffer
                     total += buffer.bytes
         inner = _peak(module, op.attribute("body")) if op.opcode == "while" else []
@@ -95,7 +96,7 @@ def _made(op: hlo.Op, given: list[tuple[Buffer, ...]]) -> tuple[Buffer, ...]:
         index = int(out or 0)
         if index < len(buffers) and int(operand) < len(given) and len(given[int(operand)]) == 1:
             buffers[index] = given[int(operand)][0]
-    return tuple(b for b in buffers if b.op is not op or b.array.in_hbm or len(buffers) > 1)
+    return tuple(buffers)
 
 
 def _equal(a: hlo.Array, b: hlo.Array) -> bool:

@@ -127,6 +127,46 @@ def test_an_all_reduce_costs_a_ring_over_one_link():
     assert sum(estimate.shares().values()) == pytest.approx(1)
 
 
+def test_slices_talk_over_their_network_and_a_fused_collective_counts_once():
+    """Three fusions hold the gather of `v`, from its start to its end beside the first product."""
+    text, estimate = golden("slices"), charged("slices")
+    size = 1024 * 4096
+    gathers = [t for t in estimate.transfers if t.kind == "all-gather"]
+    assert text.count(" all-gather(") == 4
+    assert {t.arrays[0].dims for t in gathers} == {(1024, 4096), (4096, 1024)}
+    assert [(t.bytes, t.moved, t.group) for t in gathers] == [
+        (2 * size, 2 * size * 15 / 16, 16)
+    ] * 2
+    reduced = estimate.collectives["all-reduce"]
+    assert (reduced.count, reduced.bytes) == (1, 2 * 4 * size)
+    assert reduced.moved == 2 * 4 * size * 2 * 15 / 16
+    part = 4 * size / 16  # each chip sends its part of a gradient to the other slice
+    assert estimate.across_slices == {"all-reduce": tpu_cost.Traffic(2, 2 * part, 2 * part)}
+    network = sum(c.seconds for c in estimate.charges if c.source == "network")
+    assert network == pytest.approx(2 * part / 3.125e9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "opcode", "size"),
+    [
+        ("bf16[256,512]{1,0}", "reduce-scatter", 16),
+        ("(bf16[16,512]{1,0}, bf16[256,512]{1,0})", "all-gather-start", 1),
+        ("(bf16[256,512]{1,0}, bf16[256,512]{1,0}, u32[], u32[])", "collective-permute-start", 1),
+    ],
+)
+def test_the_larger_side_of_a_collective_is_its_size(shape, opcode, size):
+    text = f"""HloModule m
+
+ENTRY %main (p: bf16[{256 * size},512]) -> bf16[256,512] {{
+  %p = bf16[{256 * size},512]{{1,0}} parameter(0)
+  ROOT %x = {shape} {opcode}(%p), replica_groups=[1,16]<=[16], dimensions={{0}}
+}}
+"""
+    (transfer,) = tpu_cost.estimate(text, CHIP).transfers
+    assert transfer.kind == opcode.removesuffix("-start")
+    assert transfer.bytes == 256 * size * 512 * 2
+
+
 def test_trips_follow_start_and_step():
     assert only(tpu_cost.estimate(loop(), CHIP), "cycles").runs == 4  # 1, 3, 5, 7
     estimate = tpu_cost.estimate(loop("parameter(1)"), CHIP)
@@ -186,7 +226,7 @@ def test_fresh_compiles_cost_what_the_committed_ones_do(tmp_path):
         pytest.skip("libtpu is not installed: it compiles for TPUs")
     command = [sys.executable, tpu_programs.__file__, str(tmp_path)]
     subprocess.run(command, env=os.environ | tpu_programs.ENVIRONMENT, check=True)
-    for name in tpu_programs.PROGRAMS:
+    for name in (*tpu_programs.PROGRAMS, "slices"):
         text = (tmp_path / f"tpu_{name}.txt").read_text()
         fresh = tpu_cost.estimate(text, CHIP, kernels())
         assert fresh.seconds == pytest.approx(charged(name, kernels=kernels()).seconds, rel=0.2)

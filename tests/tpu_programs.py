@@ -1,4 +1,4 @@
-"""Four small programs compiled for a TPU v5e 4x4 ahead of time: what `tpu_cost` is tested on.
+"""Small programs compiled for TPU v5e 4x4 ahead of time: what `tpu_cost` is tested on.
 
     python tests/tpu_programs.py FOLDER # needs libtpu; writes FOLDER/tpu_NAME.txt
 
@@ -61,6 +61,15 @@ PROGRAMS = {
 """Function, then (shape, sharding over 16 chips) of each bfloat16 argument."""
 
 
+SLICES = 2
+
+
+def two_layers(w, v, x):
+    """One step of gradient descent; parameters split inside a slice, the batch over slices too."""
+    g, h = jax.grad(lambda w, v: jnp.mean((jnp.tanh(x @ w) @ v) ** 2), (0, 1))(w, v)
+    return w - g, v - h
+
+
 def shapes(name: str) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims, _ in PROGRAMS[name][1:]]
 
@@ -81,9 +90,27 @@ def write(folder: Path) -> None:
             )
             for dims, axes in given
         ]
-        text = jax.jit(function).lower(*arguments).compile().as_text()
-        text = re.sub(r"\nFileNames\n.*?\n(?=%|ENTRY)", "\n", text, flags=re.DOTALL)
-        (folder / f"tpu_{name}.txt").write_text(text)
+        save(folder, name, jax.jit(function).lower(*arguments).compile())
+    several = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:4x4", num_slices=SLICES
+    )
+    mesh = Mesh(np.array(several.devices).reshape(SLICES, 16), ("data", "fsdp"))
+    arguments = [
+        jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        for dims, axes in (
+            ((1024, 4096), ("fsdp",)),
+            ((4096, 1024), (None, "fsdp")),
+            ((4096, 1024), (("data", "fsdp"),)),
+        )
+    ]
+    step = jax.jit(two_layers, donate_argnums=(0, 1))
+    save(folder, "slices", step.lower(*arguments).compile())
+
+
+def save(folder: Path, name: str, compiled) -> None:
+    """The program's text without the names of source files."""
+    text = re.sub(r"\nFileNames\n.*?\n(?=%|ENTRY)", "\n", compiled.as_text(), flags=re.DOTALL)
+    (folder / f"tpu_{name}.txt").write_text(text)
 
 
 if __name__ == "__main__":
