@@ -1,12 +1,13 @@
-"""Breaks real runs of two hosts in every way of `faults_cases.CASES` and compares their ends.
+"""Breaks real runs of two hosts in every way of `faults_cases.RUNS` and compares their ends.
 
     python benchmarks/faults.py --out benchmarks/results
     python benchmarks/faults.py --out benchmarks/results --cases kill_one sigterm
 
 Every host is an `ldm-train` process of two CPU devices, joined by jax.distributed over Gloo on
-127.0.0.1, with a supervisor of its own. A case has passed if nothing hung, if no more steps were
-made again than since the last checkpoint, and if the last state has every bit of the run that was
-left alone. Results are added to OUT/faults.json, and OUT/faults.md is written anew.
+127.0.0.1, with a supervisor of its own. The cases of one entry of `faults_cases.RUNS` are done to
+one run, one after the other. A case has passed if nothing hung, if no more steps were made again
+than since the last checkpoint, and if the last state has every bit of the run that was left alone.
+Results are added to OUT/faults.json, and OUT/faults.md is written anew.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import faults_cases
@@ -27,9 +29,8 @@ import faults_report
 import jax
 from faults_cluster import Cluster
 
-SPIKES = ["--spikes.factor", "10", "--spikes.warmup", "20"]
-LONG = 600  # steps of the run with many kills
-DISK = 24  # MiB of the file system that is filled
+SPIKES = ["--spikes.factor", "10", "--spikes.warmup", "6"]
+DISK = 32  # MiB of the file system that is filled
 
 
 def main() -> int:
@@ -43,66 +44,77 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "xla"))
         config = faults_input.prepare(work)
-        for name in args.cases:
-            report["cases"][name] = one_case(work, config, name)
-            faults_cluster.save_json(stored, report)
-            (args.out / "faults.md").write_text(faults_report.markdown(report))
-            print(name, json.dumps(report["cases"][name]), flush=True)
+        for name, run in faults_cases.RUNS.items():
+            cases = [case for case in run.cases if case in args.cases]
+            if cases:
+                report["cases"] |= one_run(work, config, name, cases)
+                faults_cluster.save_json(stored, report)
+                (args.out / "faults.md").write_text(faults_report.markdown(report))
     return 0 if all(case["passed"] for case in report["cases"].values()) else 1
 
 
-def one_case(work: Path, config: str, name: str) -> dict:
-    """Figures of a case, and whether it passed."""
-    what, stage, supervised, case = faults_cases.CASES[name]
-    flags = flags_of(work, config, stage)
-    stage_config = f"{config}:{'clean' if stage == 'long' else stage}"
-    begin, found = time.time(), {"what": what}
+def one_run(work: Path, config: str, name: str, cases: list[str]) -> dict:
+    """{case: figures} of one run that all these cases are done to, and whether they passed."""
+    run = faults_cases.RUNS[name]
+    found = {case: {"what": run.cases[case][0], "passed": False} for case in cases}
+    flags = ["--steps", str(run.steps)]
+    if run.stage == "latents":
+        flags += ["--cache.path", faults_input.latents(work, config), *SPIKES]
+    stage = f"{config}:{run.stage}"
+    folder = work / name
+    end = {}
     try:
-        undisturbed = reference(work, stage_config, stage, flags)
-        folder = work / name
-        shutil.rmtree(folder, ignore_errors=True)
+        undisturbed = reference(work, stage, f"{run.stage}_{run.steps}", flags)
         with contextlib.ExitStack() as stack:
-            if name == "disk_full":
+            if "disk_full" in cases:
                 stack.enter_context(faults_cases.small_disk(folder, DISK))
+            shutil.rmtree(folder / "run", ignore_errors=True)
             folder.mkdir(exist_ok=True)
-            with Cluster(folder / "run", stage_config, flags, supervised) as cluster:
-                try:
-                    found |= case(cluster)
-                finally:
-                    found["said"] = cluster.said(*faults_cases.GONE)[:6]
-                    found["steps again"] = cluster.steps_again()
-                    for log in cluster.logs:
-                        shutil.copy(log, work / f"{name}.{log.name}")
-            found["differs"] = faults_cluster.differences(folder / "run", undisturbed)
-        found["passed"] = not found["differs"] and found["codes"] == [0, 0]
-        found["passed"] &= all(n <= 2 * faults_input.SAVE for n in found["steps again"])
+            cluster = stack.enter_context(
+                Cluster(folder / "run", work / f"{name}.logs", stage, flags, run.supervised)
+            )
+            cluster.start()
+            for case in cases:
+                one_case(cluster, run.cases[case][1], found[case])
+                print(case, json.dumps(found[case]), flush=True)
+            end = {"codes": cluster.codes()}
+            end["differs"] = faults_cluster.differences(folder / "run", undisturbed)
     except (faults_cluster.Hung, OSError, ValueError, AssertionError) as error:
         traceback.print_exc()
-        found |= {"passed": False, "error": str(error)[-1500:]}
-    return {**found, "took": time.time() - begin}
+        end |= {"error": str(error)[-1500:]}
+    print(name, json.dumps(end), flush=True)
+    passed = end.get("codes") == [0] * faults_cluster.HOSTS and end.get("differs") == []
+    for case in found.values():
+        again = all(n <= 2 * faults_input.SAVE for n in case.get("steps again", []))
+        case |= {**end, "passed": passed and again}
+    return found
 
 
-def flags_of(work: Path, config: str, stage: str) -> list[str]:
-    """Flags of a stage's runs."""
-    if stage in ("nan", "spike"):
-        flags = ["--cache.path", faults_input.latents(work, config, stage)]
-        return [*flags, *(SPIKES if stage == "spike" else [])]
-    return ["--steps", str(LONG)] if stage == "long" else []
+def one_case(
+    cluster: Cluster, function: Callable[[Cluster], dict], found: dict[str, object]
+) -> None:
+    """Does a case to a run that is at work, and adds what was found."""
+    cluster.at_step(1)
+    time.sleep(2 * faults_cluster.EVERY)
+    before, restarts = cluster.marks(), len(cluster.steps_again())
+    found |= function(cluster)
+    found["said"] = cluster.said(before, *faults_cases.SAID)[:6]
+    found["steps again"] = cluster.steps_again()[restarts:]
 
 
-def reference(work: Path, config: str, stage: str, flags: list[str]) -> Path:
+def reference(work: Path, config: str, name: str, flags: list[str]) -> Path:
     """The run of two hosts that nobody disturbs, made once."""
-    run = work / "undisturbed" / stage
+    run = work / "undisturbed" / name
     if not run.exists():
-        draft = work / "undisturbed" / f"{stage}.part"
+        draft = work / "undisturbed" / f"{name}.part"
         shutil.rmtree(draft, ignore_errors=True)
         draft.parent.mkdir(parents=True, exist_ok=True)
-        with Cluster(draft, config, flags, supervised=False) as cluster:
+        with Cluster(draft, work / f"{name}.logs", config, flags, supervised=False) as cluster:
             begin = time.monotonic()
             cluster.start()
             if cluster.codes() != [0, 0]:
                 raise OSError(f"the undisturbed run failed: {cluster.tail()}")
-            print(f"undisturbed {stage}: {time.monotonic() - begin:.0f} s", flush=True)
+            print(f"undisturbed {name}: {time.monotonic() - begin:.0f} s", flush=True)
         draft.rename(run)
     return run
 
@@ -119,14 +131,15 @@ def machine() -> dict:
 
 def arguments() -> argparse.Namespace:
     """Options of the command line."""
+    known = [case for run in faults_cases.RUNS.values() for case in run.cases]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="folder to keep, with runs to go on from")
-    parser.add_argument("--cases", nargs="+", default=list(faults_cases.CASES))
+    parser.add_argument("--cases", nargs="+", default=known)
     args = parser.parse_args()
-    unknown = sorted(set(args.cases) - set(faults_cases.CASES))
+    unknown = sorted(set(args.cases) - set(known))
     if unknown:
-        parser.error(f"{unknown[0]} is not one of {', '.join(faults_cases.CASES)}")
+        parser.error(f"{unknown[0]} is not one of {', '.join(known)}")
     return args
 
 

@@ -1,6 +1,7 @@
 """What is done to a run, case by case. Each returns its figures; the script compares the end."""
 
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -13,11 +14,15 @@ from pathlib import Path
 import faults_input
 from faults_cluster import HOSTS, TIMEOUT, Cluster
 
-from ldm_jax import checkpoint
+from ldm_jax import checkpoint, cli
 
-KILL_AT = 35  # step
+NEVER_READ = "every image on storage that does not answer"
+BAD_IMAGES = "three unreadable images, and a SIGKILL after the first"
+BAD_LATENTS = "a batch with NaN, two with huge latents, and a SIGKILL between"
 BOTH = tuple(range(HOSTS))
-GONE = (r"is lost: no sign", r"found: ", r"was killed", r"ended:", r"leaves with", r"ended by JAX")
+NOT_WRITTEN = r"was not written|No space left"
+SAID = (r"is lost: no sign|found: |was killed|ended:|leaves with|ended by JAX", NOT_WRITTEN)
+SAID += (r"moved to|going on from step|left half-written|removed", r"cannot be decoded")
 
 
 def back_at_work(cluster: Cluster, since: float) -> float:
@@ -30,17 +35,12 @@ def kill(*hosts: int, number: int = signal.SIGKILL) -> Callable[[Cluster], dict]
     """A signal to the training processes of these hosts; their supervisors stay."""
 
     def case(cluster: Cluster) -> dict:
-        cluster.start()
-        cluster.at_step(KILL_AT)
         others = [pid for i in BOTH if i not in hosts and (pid := cluster.worker(i))]
         hit = cluster.signal(number, *hosts)
         begin = time.monotonic()
-        # a stopped process ends too: its supervisor kills it
-        waits = others or list(hit.values())
-        found = {"detected": cluster.others_leave(waits)}
-        cluster.others_leave([*hit.values(), *others])
-        found["working again"] = back_at_work(cluster, begin)
-        return {**found, "codes": cluster.codes()}
+        found = {"detected": cluster.others_leave(others)} if others else {}
+        cluster.others_leave([*hit.values()])  # a stopped one too: its supervisor kills it
+        return {**found, "working again": back_at_work(cluster, begin)}
 
     return case
 
@@ -49,8 +49,6 @@ def alone(host: int, number: int = signal.SIGKILL) -> Callable[[Cluster], dict]:
     """The same without supervisors: how the other process ends; then both are started by hand."""
 
     def case(cluster: Cluster) -> dict:
-        cluster.start()
-        cluster.at_step(KILL_AT)
         hit = cluster.signal(number, host)
         found = {"detected": cluster.others_leave([cluster.worker(1 - host)])}
         code = cluster.processes[1 - host].wait()
@@ -58,15 +56,13 @@ def alone(host: int, number: int = signal.SIGKILL) -> Callable[[Cluster], dict]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         cluster.start()
-        return {**found, "code of the other": code, "codes": cluster.codes()}
+        return {**found, "code of the other": code}
 
     return case
 
 
 def power_cut(cluster: Cluster) -> dict:
     """Training processes and supervisors of all hosts at once; then started by hand."""
-    cluster.start()
-    cluster.at_step(KILL_AT)
     pids = [cluster.worker(i) for i in BOTH]
     for pid in [p.pid for p in cluster.processes] + pids:
         os.kill(pid, signal.SIGKILL)
@@ -74,42 +70,35 @@ def power_cut(cluster: Cluster) -> dict:
         process.wait()
     begin = time.monotonic()
     cluster.start()
-    return {"working again": back_at_work(cluster, begin), "codes": cluster.codes()}
+    return {"working again": back_at_work(cluster, begin)}
 
 
-def sigterm(cluster: Cluster) -> dict:
-    """SIGTERM to the supervisor of one host, as a scheduler sends it; then started by hand."""
-    cluster.start()
-    cluster.at_step(KILL_AT)
+def stop(cluster: Cluster) -> dict:
+    """SIGTERM to one host (its supervisor, if it has one), as a scheduler sends it."""
     pids = [cluster.worker(i) for i in BOTH]
-    cluster.processes[1].send_signal(signal.SIGTERM)
+    cluster.processes[1].send_signal(signal.SIGTERM if cluster.supervised else signal.SIGINT)
     found = {"detected": cluster.others_leave(pids), "codes of the stop": cluster.codes()}
-    found["saved at"] = checkpoint.latest_step(cluster.run)
-    cluster.start()
-    return {**found, "codes": cluster.codes()}
+    assert found["codes of the stop"] == [cli.INTERRUPTED] * HOSTS, found
+    return {**found, "saved at": checkpoint.latest_step(cluster.run)}
 
 
-def sigint_to_one(cluster: Cluster) -> dict:
-    """Ctrl-C to one training process without a supervisor; then started by hand."""
+def stop_and_start(cluster: Cluster) -> dict:
+    """The same, then started by hand."""
+    found = stop(cluster)
     cluster.start()
-    cluster.at_step(KILL_AT)
-    pids = [cluster.worker(i) for i in BOTH]
-    cluster.signal(signal.SIGINT, 1)
-    found = {"detected": cluster.others_leave(pids), "codes of the stop": cluster.codes()}
-    found["saved at"] = checkpoint.latest_step(cluster.run)
-    cluster.start()
-    return {**found, "codes": cluster.codes()}
+    return found
 
 
 def short_stop(cluster: Cluster) -> dict:
     """SIGSTOP for a third of the timeout: nobody may be taken for lost."""
-    cluster.start()
-    cluster.at_step(KILL_AT)
-    before = cluster.signal(signal.SIGSTOP, 1)
+    before = [cluster.worker(i) for i in BOTH]
+    cluster.signal(signal.SIGSTOP, 1)
     time.sleep(TIMEOUT / 3)
     cluster.signal(signal.SIGCONT, 1)
-    codes = cluster.codes()
-    return {"codes": codes, "restarts of": [] if not cluster.steps_again() else [*before]}
+    step = max(cluster.made(i) for i in BOTH)
+    cluster.at_step(step + 5)
+    assert before == [cluster.worker(i) for i in BOTH]
+    return {}
 
 
 # --- in the middle of a checkpoint --------------------------------------------------------------
@@ -125,9 +114,7 @@ def while_writing(point: str) -> Callable[[Cluster], dict]:
     }
 
     def case(cluster: Cluster) -> dict:
-        cluster.start()
         folder, kills, left = cluster.run / "checkpoints", 0, []
-        cluster.at_step(KILL_AT)
         while not left and kills < 6:
             known = set(folder.iterdir())
             if point == "named":
@@ -141,31 +128,23 @@ def while_writing(point: str) -> Callable[[Cluster], dict]:
             left = [f.name for f in folder.iterdir() if not f.name.isdigit()]
             left = left or (["none: it has its name"] if point == "named" else [])
             again = back_at_work(cluster, begin)
-        found = {"half-written": left[:1], "kills": kills, "working again": again}
-        return {**found, "codes": cluster.codes()}
+        return {"half-written": left[:1], "kills": kills, "working again": again}
 
     return case
 
 
 def truncated(cluster: Cluster) -> dict:
     """The largest file of the newest checkpoint is cut in half while nothing runs."""
-    cluster.start()
-    cluster.at_step(KILL_AT)
-    cluster.processes[0].send_signal(signal.SIGTERM)
-    cluster.codes()
+    stop(cluster)
     newest = cluster.run / "checkpoints" / str(checkpoint.latest_step(cluster.run))
     largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     begin = time.monotonic()
     cluster.start()
     found = {"file": str(largest.relative_to(cluster.run)), "saved at": int(newest.name)}
-    codes = cluster.codes()
-    if any(codes):  # refused by name: what it says to do is done
-        found |= {"detected": time.monotonic() - begin, "codes of the refusal": codes}
-        shutil.rmtree(newest)
-        cluster.start()
-        codes = cluster.codes()
-    return {**found, "codes": codes}
+    again = back_at_work(cluster, begin)
+    assert (cluster.run / "damaged" / newest.name).exists(), cluster.tail()
+    return {**found, "working again": again}
 
 
 # --- storage ------------------------------------------------------------------------------------
@@ -187,20 +166,19 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 def disk_full(cluster: Cluster) -> dict:
     """The file system of the run is filled to the last byte, and emptied after a failure."""
     ballast = cluster.run.parent / "ballast"
-    cluster.start()
-    cluster.at_step(KILL_AT)
     saved = checkpoint.latest_step(cluster.run)
-    begin = time.monotonic()
+    begin, since = time.monotonic(), cluster.marks()
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
-    pids = [cluster.worker(i) for i in BOTH]
-    found = {"detected": cluster.others_leave(pids)}
+    failed = lambda: cluster.said(since, NOT_WRITTEN)  # noqa: E731
+    found = {"detected": cluster.wait("a failed save", failed)}
+    time.sleep(2.0)
     found["kept"] = checkpoint.latest_step(cluster.run)
     assert found["kept"] >= saved
     ballast.unlink()
-    found["working again"] = back_at_work(cluster, begin)
-    return {**found, "codes": cluster.codes()}
+    cluster.wait("the next one", lambda: (checkpoint.latest_step(cluster.run) or 0) > found["kept"])
+    return {**found, "saving again": time.monotonic() - begin}
 
 
 # --- many ---------------------------------------------------------------------------------------
@@ -209,7 +187,6 @@ def disk_full(cluster: Cluster) -> dict:
 def random_kills(cluster: Cluster, count: int = 20, seed: int = 0) -> dict:
     """SIGKILL of a random host or both at random times, also in start-up and recovery."""
     rng, kills, slowest = random.Random(seed), [], 0.0
-    cluster.start()
     begin = time.monotonic()
     while len(kills) < count:
         hosts = rng.choice([(0,), (1,), BOTH])
@@ -228,8 +205,7 @@ def random_kills(cluster: Cluster, count: int = 20, seed: int = 0) -> dict:
         since = time.monotonic()
         cluster.others_leave(list(hit.values()))
         slowest = max(slowest, time.monotonic() - since)
-    found = {"kills": len(kills), "seconds": time.monotonic() - begin}
-    return {**found, "codes": cluster.codes()}
+    return {"kills": len(kills), "detected": slowest, "seconds": time.monotonic() - begin}
 
 
 # --- input --------------------------------------------------------------------------------------
@@ -237,20 +213,14 @@ def random_kills(cluster: Cluster, count: int = 20, seed: int = 0) -> dict:
 
 def restarted(cluster: Cluster) -> dict:
     """One kill between two bad batches; the comparison is with an uninterrupted run on them."""
-    cluster.start()
-    cluster.at_step(faults_input.BAD_STEPS[0] + 4)
-    begin = time.monotonic()
-    hit = cluster.signal(signal.SIGKILL, 1)
-    cluster.others_leave(list(hit.values()))
-    return {"working again": back_at_work(cluster, begin), "codes": cluster.codes()}
+    cluster.at_step(faults_input.BAD_STEPS[0] + 2)
+    return kill(1)(cluster)
 
 
 def hung_reader(cluster: Cluster) -> dict:
     """Every image file becomes a pipe that nobody writes to, as storage that no longer answers."""
     images = faults_input.images_of(cluster.run.parents[1])
     aside = images.with_name(images.name + ".aside")
-    cluster.start()
-    cluster.at_step(KILL_AT)
     pids = [cluster.worker(i) for i in BOTH]
     begin = time.monotonic()
     images.rename(aside)
@@ -263,44 +233,50 @@ def hung_reader(cluster: Cluster) -> dict:
     finally:
         shutil.rmtree(images)
         aside.rename(images)
-    found["working again"] = back_at_work(cluster, begin)
-    return {**found, "codes": cluster.codes()}
+    return {**found, "working again": back_at_work(cluster, begin)}
 
 
-# name: (what is done, stage of the config, with supervisors, function)
-CASES: dict[str, tuple[str, str, bool, Callable[[Cluster], dict]]] = {
-    "kill_one": ("SIGKILL of one host's process", "clean", True, kill(1)),
-    "kill_coordinator": ("SIGKILL of the coordinator", "clean", True, kill(0)),
-    "kill_all": ("SIGKILL of all processes", "clean", True, kill(*BOTH)),
-    "power_cut": ("SIGKILL of all, supervisors too", "clean", True, power_cut),
-    "sigterm": ("SIGTERM to one host", "clean", True, sigterm),
-    "sigint": ("Ctrl-C to one process, no supervisor", "clean", False, sigint_to_one),
-    "sigstop": ("SIGSTOP of one host", "clean", True, kill(1, number=signal.SIGSTOP)),
-    "sigstop_coordinator": (
-        "SIGSTOP of the coordinator",
-        "clean",
-        True,
-        kill(0, number=signal.SIGSTOP),
-    ),
-    "short_stop": ("SIGSTOP for a third of the timeout", "clean", True, short_stop),
-    "kill_one_alone": ("SIGKILL of one, no supervisor", "clean", False, alone(1)),
-    "coordinator_alone": ("SIGKILL of the coordinator, no supervisor", "clean", False, alone(0)),
-    "sigstop_alone": (
-        "SIGSTOP of one, no supervisor",
-        "clean",
-        False,
-        alone(1, number=signal.SIGSTOP),
-    ),
-    "write_folder": ("SIGKILL in a save: its folder", "clean", True, while_writing("folder")),
-    "write_arrays": ("SIGKILL in a save: parameters", "clean", True, while_writing("arrays")),
-    "write_optimizer": ("SIGKILL in a save: optimizer", "clean", True, while_writing("optimizer")),
-    "write_meta": ("SIGKILL in a save: its meta", "clean", True, while_writing("meta")),
-    "write_named": ("SIGKILL right after a save", "clean", True, while_writing("named")),
-    "truncated": ("file of the newest checkpoint cut in half", "clean", True, truncated),
-    "disk_full": ("disk full (tmpfs)", "clean", True, disk_full),
-    "hung_reader": ("storage of the images does not answer", "images", True, hung_reader),
-    "corrupt_record": ("three unreadable images, and a kill", "folder", True, restarted),
-    "nan_batch": ("three batches with NaN, and a kill", "nan", True, restarted),
-    "loss_spike": ("three batches with huge latents, and a kill", "spike", True, restarted),
-    "random_kills": ("20 random SIGKILLs in a row", "long", True, random_kills),
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, and what is done to it, one after the other; a case finds it at work."""
+
+    stage: str
+    """Of the config."""
+    steps: int
+    supervised: bool
+    cases: dict[str, tuple[str, Callable[[Cluster], dict]]]
+    """{name: (what it is, function)}"""
+
+
+STOP = signal.SIGSTOP
+SUPERVISED = {
+    "kill_one": ("SIGKILL of one host's process", kill(1)),
+    "kill_coordinator": ("SIGKILL of the coordinator: lost", kill(0)),
+    "kill_all": ("SIGKILL of all processes", kill(*BOTH)),
+    "sigterm": ("SIGTERM to one host; started by hand", stop_and_start),
+    "sigstop": ("SIGSTOP of one host", kill(1, number=STOP)),
+    "write_folder": ("SIGKILL of all in a save: its folder", while_writing("folder")),
+    "write_arrays": ("SIGKILL of all in a save: parameters", while_writing("arrays")),
+    "write_optimizer": ("SIGKILL of all in a save: optimizer", while_writing("optimizer")),
+    "write_meta": ("SIGKILL of all in a save: its meta", while_writing("meta")),
+    "write_named": ("SIGKILL of all right after a save", while_writing("named")),
+    "truncated": ("stopped; a file of the newest checkpoint cut in half", truncated),
+    "disk_full": ("disk full (tmpfs), then room again", disk_full),
+    "sigstop_coordinator": ("SIGSTOP of the coordinator", kill(0, number=STOP)),
+    "short_stop": ("SIGSTOP for a third of the timeout", short_stop),
+    "power_cut": ("SIGKILL of all, supervisors too; started by hand", power_cut),
+}
+BY_HAND = {
+    "kill_one_alone": ("SIGKILL of one, no supervisor", alone(1)),
+    "coordinator_alone": ("SIGKILL of the coordinator, no supervisor", alone(0)),
+    "sigstop_alone": ("SIGSTOP of one, no supervisor", alone(1, number=STOP)),
+    "sigint_alone": ("Ctrl-C to one, no supervisor", stop_and_start),
+}
+RUNS = {
+    "supervised": Run("clean", 120, True, SUPERVISED),
+    "by_hand": Run("clean", 120, False, BY_HAND),
+    "random": Run("clean", 120, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
+    "folder": Run("folder", 30, True, {"corrupt_record": (BAD_IMAGES, restarted)}),
+    "latents": Run("latents", 30, True, {"nan_and_spike": (BAD_LATENTS, restarted)}),
+    "images": Run("images", 30, True, {"hung_reader": (NEVER_READ, hung_reader)}),
 }

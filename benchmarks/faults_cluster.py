@@ -33,12 +33,13 @@ class Hung(Exception):
 class Cluster:
     """The hosts of one run. Use with `with`: nothing outlives it."""
 
-    def __init__(self, run: Path, config: str, flags: list[str], supervised: bool = True):
+    def __init__(self, run: Path, logs: Path, config: str, flags: list[str], supervised: bool):
         self.run, self.config, self.flags, self.supervised = run, config, flags, supervised
         self.processes: list[subprocess.Popen] = []
-        self.logs = [run.parent / f"{run.name}.{i}.log" for i in range(HOSTS)]
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"{i}.log" for i in range(HOSTS)]
         for log in self.logs:
-            log.unlink(missing_ok=True)
+            log.write_text("")
 
     def __enter__(self) -> "Cluster":
         return self
@@ -120,20 +121,19 @@ class Cluster:
         except subprocess.TimeoutExpired as error:
             raise Hung(f"still running after {LIMIT:.0f} s: {self.tail()}") from error
 
-    def text(self) -> str:
-        """All that both hosts printed."""
-        return "\n".join(log.read_text(errors="replace") for log in self.logs)
-
     def tail(self) -> str:
         """The last lines of both."""
         return " | ".join(log.read_text(errors="replace")[-1500:] for log in self.logs)
 
-    def said(self, *patterns: str) -> list[str]:
-        """Lines that match one of the patterns, in order, first host first."""
-        lines = [
-            line for line in self.text().splitlines() if any(re.search(p, line) for p in patterns)
-        ]
-        return [line.strip() for line in lines]
+    def marks(self) -> list[int]:
+        """How much each host has printed."""
+        return [len(log.read_text(errors="replace")) for log in self.logs]
+
+    def said(self, since: list[int], *patterns: str) -> list[str]:
+        """Lines after `since` that match one of the patterns, each once, first host first."""
+        text = "\n".join(log.read_text(errors="replace")[n:] for log, n in zip(self.logs, since))
+        lines = dict.fromkeys(line.strip() for line in text.splitlines())
+        return [line for line in lines if any(re.search(p, line) for p in patterns)]
 
     def steps_again(self) -> list[int]:
         """Steps made again at every restart: the larger figure of the two hosts."""

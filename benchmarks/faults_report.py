@@ -18,9 +18,8 @@ def markdown(report: dict) -> str:
         "",
         "    python benchmarks/faults.py --out benchmarks/results",
         "",
-        f"Two hosts of two CPU devices, {faults_input.STEPS} steps, a checkpoint every"
-        f" {faults_input.SAVE}; a sign of life every {EVERY} s, lost after {TIMEOUT:.0f} s without,"
-        f" first restart after {DELAY:.0f} s.",
+        f"Two hosts of two CPU devices, a checkpoint every {faults_input.SAVE} steps; a sign of"
+        f" life every {EVERY} s, lost after {TIMEOUT:.0f} s without, first restart after {DELAY:.0f} s.",
         f"{machine['cpus']} CPUs, load average {machine['load']:.0f}, Python {machine['python']},"
         f" JAX {machine['jax']}: seconds are those of a busy machine.",
         "",
@@ -69,11 +68,19 @@ def notes(case: dict) -> str:
         "codes of the stop": "exit codes",
         "code of the other": "exit code of the other",
         "codes of the refusal": "exit codes of the refusal",
+        "saving again": "saving again after, s",
         "saved at": "saved at step",
         "kept": "kept the checkpoint of step",
         "half-written": "left",
         "file": "file",
         "kills": "kills",
     }
-    found = [f"{label} {case[name]}" for name, label in names.items() if name in case]
+    found = [f"{label} {plain(case[name])}" for name, label in names.items() if name in case]
     return f" ({'; '.join(found)})" if found else ""
+
+
+def plain(value: object) -> str:
+    """A number with one digit, a list without brackets."""
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
