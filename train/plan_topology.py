@@ -93,9 +93,9 @@ def check_compiler(topology: Topology) -> None:
     """ImportError if the topology's compiler is not installed, with the command that does it."""
     if topology.kind != "gpu" and importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            f"no compiler for {topology.name}: libtpu is not installed. It needs no TPU:"
-            f" pip install --no-deps '{wanted_libtpu()}' (or the extra [plan] of ldm-jax, which"
-            " must fit jaxlib; --no-deps keeps pip from changing jax)"
+            f"no compiler for {topology.name}: libtpu is not installed, which needs no TPU:"
+            f" pip install --no-deps '{wanted_libtpu()}' (it must be the one of this jax, and"
+            " --no-deps leaves jax as it is; the extra ldm-jax[plan] asks for the same)"
         )
 
 
