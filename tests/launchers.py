@@ -15,7 +15,7 @@ CLUSTER = Path(__file__).parents[1] / "docs" / "cluster"
 OWN = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JAX_COORD", "JAX_NUM", "JOB_")
 
 # What it is called with, call after call.
-NOTE = 'line=$(printf \'%q \' "$@")\nprintf \'%s\\0\' "$line" >> {folder}/{name}.calls\n'
+NOTE = "line=$(printf '%q ' \"$@\")\nprintf '%s\\0' \"$line\" >> {folder}/{name}.calls\n"
 # Ends with the codes in the file `codes`, one after the other, then with 0.
 TRAIN = (
     NOTE
@@ -72,12 +72,12 @@ elif verb == "ssh":
         found.append(subprocess.run(command_line, cwd=home, env=remote).returncode)
     sys.exit(max(found))
 """
-# On a machine: `python3 -m venv` makes an environment whose pip installs the fake ldm-train.
-PYTHON = """mkdir -p ~/venv/bin && cat > ~/venv/bin/pip <<X
-echo "\\$@" >> {folder}/pip.calls
-cp {folder}/bin/ldm-train ~/venv/bin/ldm-train
+# On a machine: `python3 -m pip install uv`, which installs the fake ldm-train.
+PYTHON = """mkdir -p ~/.local/bin && cat > ~/.local/bin/uv <<X
+echo "\\$@" >> {folder}/uv.calls
+mkdir -p ~/venv/bin && cp {folder}/bin/ldm-train ~/venv/bin/ldm-train
 X
-chmod +x ~/venv/bin/pip
+chmod +x ~/.local/bin/uv
 """
 
 
@@ -102,7 +102,8 @@ class Room:
     def script(self, name: str, text: str, python: bool = False) -> None:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!{sys.executable if python else '/bin/bash'}\n{text}")
+        interpreter = f"{sys.executable} -IS" if python else "/bin/bash"  # without site-packages
+        path.write_text(f"#!{interpreter}\n{text}")
         path.chmod(0o755)
 
     def environment(self, **variables: str) -> dict[str, str]:

@@ -245,11 +245,12 @@ def test_tpu_vm_is_made_and_trains_on_every_host(room):
     )
     calls = room.calls("ldm-train")
     assert len(calls) == 2  # a slice here has two hosts
-    for call in calls:
-        workdir, config = parsed(call)
-        assert (workdir, config.first_stage.path) == ("gs://bucket/runs/ldm", flags[2])
-    installed = (room.folder / "pip.calls").read_text().splitlines()
-    assert installed == ["install --quiet jax[tpu] gcsfs ldm.whl"] * 2
+    assert calls[0] == calls[1]
+    workdir, config = parsed(calls[0])
+    assert (workdir, config.first_stage.path) == ("gs://bucket/runs/ldm", flags[2])
+    installed = (room.folder / "uv.calls").read_text().splitlines()
+    assert len(installed) == 4
+    assert sum(line.endswith("bin/python jax[tpu] gcsfs ldm.whl") for line in installed) == 2
 
 
 def test_tpu_vm_goes_on_after_a_stop_and_a_preemption(room):
@@ -283,9 +284,8 @@ def test_multislice_asks_for_all_slices_and_starts_on_all(room):
         " --node-prefix ldm --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite"
     )
     assert len(room.calls("ldm-train")) == 4  # a slice here has two hosts
-    for call in room.calls("ldm-train"):
-        _, config = parsed(call)
-        assert (config.mesh.dcn_data, config.batch_size) == (2, 8 * 2 * 16)
+    _, config = parsed(room.calls("ldm-train")[0])
+    assert (config.mesh.dcn_data, config.batch_size) == (2, 8 * 2 * 16)
     assert sorted(p.name for p in (room.folder / "hosts").iterdir()) == ["ldm-0", "ldm-1"]
 
 

@@ -225,7 +225,7 @@ def test_processes_share_the_shards():
 
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(cached, first_stage_run, tmp_path):
-    """Encoding, and packing in test_train_pack: each its own shards, none waits for another."""
+    """Each encodes its own shards, and nobody waits for another."""
     path = tmp_path / "cache"
 
     def run(address):

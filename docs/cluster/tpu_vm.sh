@@ -36,7 +36,9 @@ install() {
         gcloud compute tpus tpu-vm scp "$wheels"/ldm_jax-*.whl "$TPU:" "${here[@]}" --worker=all
         rm -r "$wheels"
     fi
-    on all "python3 -m venv ~/venv && ~/venv/bin/pip install --quiet 'jax[tpu]' gcsfs ${PACKAGE:-~/ldm_jax-*.whl}"
+    # uv brings a Python; that of the machines may be older than 3.11
+    on all "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --python 3.12 ~/venv &&
+        ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python 'jax[tpu]' gcsfs ${PACKAGE:-~/ldm_jax-*.whl}"
 }
 
 # On every host, unless it runs: the training, which goes on without this shell, and its exit code.
