@@ -19,7 +19,8 @@ def markdown(report: dict) -> str:
         "    python benchmarks/faults.py --out benchmarks/results",
         "",
         f"Two hosts of two CPU devices, a checkpoint every {faults_input.SAVE} steps; a sign of"
-        f" life every {EVERY} s, lost after {TIMEOUT:.0f} s without, first restart after {DELAY:.0f} s.",
+        f" life every {EVERY} s, lost after {TIMEOUT:.0f} s without, first restart after"
+        f" {DELAY:.0f} s.",
         f"{machine['cpus']} CPUs, load average {machine['load']:.0f}, Python {machine['python']},"
         f" JAX {machine['jax']}: seconds are those of a busy machine.",
         "",
