@@ -1,5 +1,7 @@
 """Small states for tests of checkpoints, and damage done to what is saved of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +11,21 @@ from ldm_jax import schema, sharding, train_state
 TX, _ = train_state.make_optimizer(schema.OptimizerConfig())
 
 
-def state_of(step, mesh=None, width=64):
-    """A state whose every value depends on `step`, sharded over `mesh` (default: all devices)."""
-    mesh = mesh or sharding.make_mesh(schema.MeshConfig(data=1, fsdp=-1))
+def state_of(step, width=64):
+    """A state whose every value depends on `step`, sharded over all devices."""
+    return _program(width)(jnp.asarray(step, jnp.int32))
 
-    def init(key):
-        kernel = jax.random.normal(key, (3, 3, 8, width))
+
+@functools.cache
+def _program(width):
+    def init(step):
+        kernel = jax.random.normal(jax.random.key(step), (3, 3, 8, width))
         params = {"unet": {"conv_in": {"kernel": kernel, "bias": kernel[0, 0, 0]}}}
-        state = train_state.create(params, TX, schema.EMAConfig())
-        return state.replace(step=jnp.asarray(step, jnp.int32))
+        return train_state.create(params, TX, schema.EMAConfig()).replace(step=step)
 
-    key = jax.random.key(step)
-    shardings = sharding.by_rules(jax.eval_shape(init, key), sharding.RULES, mesh)
-    return jax.jit(init, out_shardings=shardings)(key)
+    mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=-1))
+    shapes = jax.eval_shape(init, jnp.zeros((), jnp.int32))
+    return jax.jit(init, out_shardings=sharding.by_rules(shapes, sharding.RULES, mesh))
 
 
 def assert_same(a, b):

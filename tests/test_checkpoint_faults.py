@@ -145,7 +145,7 @@ def test_without_room_nothing_is_begun(run, said, monkeypatch):
         (line,) = said().splitlines()
         assert line == (
             f"{run}/checkpoints: the checkpoint of step 3 was not written (the disk is full); it"
-            " takes about 75.3 kB, 1.0 kB are free; that of step 2 is kept; training goes on,"
+            " takes about 74.8 kB, 1.0 kB are free; that of step 2 is kept; training goes on,"
             " failed saves in a row: 1"
         )
         with pytest.raises(OSError, match=r"step 4 .* make room .*\(--max-failed-saves 1\)"):
