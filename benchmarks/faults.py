@@ -86,7 +86,7 @@ def one_run(work: Path, config: str, name: str, cases: list[str]) -> dict:
     passed = end.get("codes") == [0] * faults_cluster.HOSTS and end.get("differs") == []
     for case in found.values():
         again = all(n <= 2 * faults_input.SAVE for n in case.get("steps again", []))
-        case |= {**end, "passed": passed and again}
+        case |= {**end, "passed": passed and again and "error" not in case}
     return found
 
 
@@ -97,7 +97,13 @@ def one_case(
     cluster.at_step(1)
     time.sleep(2 * faults_cluster.EVERY)
     before, restarts = cluster.marks(), len(cluster.steps_again())
-    found |= function(cluster)
+    try:
+        found |= function(cluster)
+    except (faults_cluster.Hung, OSError, AssertionError) as error:  # the others come all the same
+        traceback.print_exc()
+        found["error"] = str(error)[-1500:]
+        if cluster.ended():
+            cluster.start()
     found["said"] = cluster.said(before, *faults_cases.SAID)[:6]
     found["steps again"] = cluster.steps_again()[restarts:]
 

@@ -96,7 +96,7 @@ def short_stop(cluster: Cluster) -> dict:
     time.sleep(TIMEOUT / 3)
     cluster.signal(signal.SIGCONT, 1)
     step = max(cluster.made(i) for i in BOTH)
-    cluster.at_step(step + 5)
+    cluster.at_step(step + 3)
     assert before == [cluster.worker(i) for i in BOTH]
     return {}
 
@@ -273,10 +273,10 @@ BY_HAND = {
     "sigint_alone": ("Ctrl-C to one, no supervisor", stop_and_start),
 }
 RUNS = {
-    "supervised": Run("clean", 120, True, SUPERVISED),
-    "by_hand": Run("clean", 120, False, BY_HAND),
-    "random": Run("clean", 120, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
-    "folder": Run("folder", 30, True, {"corrupt_record": (BAD_IMAGES, restarted)}),
-    "latents": Run("latents", 30, True, {"nan_and_spike": (BAD_LATENTS, restarted)}),
-    "images": Run("images", 30, True, {"hung_reader": (NEVER_READ, hung_reader)}),
+    "supervised": Run("clean", 60, True, SUPERVISED),
+    "by_hand": Run("clean", 60, False, BY_HAND),
+    "random": Run("clean", 60, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
+    "folder": Run("folder", 24, True, {"corrupt_record": (BAD_IMAGES, restarted)}),
+    "latents": Run("latents", 24, True, {"nan_and_spike": (BAD_LATENTS, restarted)}),
+    "images": Run("images", 24, True, {"hung_reader": (NEVER_READ, hung_reader)}),
 }

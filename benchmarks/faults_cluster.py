@@ -96,7 +96,7 @@ class Cluster:
         """Seconds until `until()` is true. `Hung` past the limit or when all hosts have ended."""
         begin = time.monotonic()
         while not until():
-            if all(p.poll() is not None for p in self.processes) and not until():
+            if self.ended() and not until():
                 raise Hung(f"ended while waiting for {what}: {self.tail()}")
             if time.monotonic() - begin > limit:
                 raise Hung(f"no {what} within {limit:.0f} s: {self.tail()}")
@@ -112,6 +112,10 @@ class Cluster:
         beat = self.beat(host)
         alive = beat.get("pid") == self.worker(host) and beat.get("state") == "running"
         return (beat.get("step") or 0) if alive else 0
+
+    def ended(self) -> bool:
+        """Whether no process of the run is left."""
+        return all(p.poll() is not None for p in self.processes)
 
     def codes(self) -> list[int]:
         """Exit codes, when all hosts have ended."""
