@@ -23,7 +23,7 @@ EVERY, TIMEOUT, DELAY = 0.5, 15.0, 1.0  # seconds: signs of life, lost without o
 LIMIT = 900.0  # seconds after which anything counts as hung
 POLL = 0.005
 AGAIN = re.compile(r"last checkpoint is step (\d+), (\d+) steps are made again")
-WATCH = f"--watch.every {EVERY} --watch.timeout {TIMEOUT} --watch.stall 30".split()
+WATCH = f"--watch.every {EVERY} --watch.timeout {TIMEOUT} --watch.stall 90".split()
 
 
 class Hung(Exception):
