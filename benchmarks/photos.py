@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, name: str, run: Path, until: int) -> None:
         args.work,
         run.name,
         *("train.main", f"photos:{name}", "--workdir", run, "--steps", until),
-        *("--optimizer.decay-steps", steps, "--disc-optimizer.decay-steps", steps),
+        *("--optimizer.decay-steps", steps),
         *("--loss.disc-start", start, "--loss.disc-factor", factor),
         *("--intervals.evaluate", max(1, steps // 10), "--intervals.save", max(1, steps // 4)),
         *args.extra.split(),
@@ -200,8 +200,6 @@ def command(work: Path, name: str, module: str, *flags: object) -> None:
     began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("a") as file:
         code = subprocess.run(line, stdout=file, stderr=file, check=False).returncode
-    if code:
-        raise RuntimeError(f"{name}: ended with {code}; see {log}")
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = {
         "seconds": time.perf_counter() - began,
@@ -212,6 +210,8 @@ def command(work: Path, name: str, module: str, *flags: object) -> None:
     before = kept.get(name, {})
     kept[name] = {key: round(before.get(key, 0) + x, 1) for key, x in spent.items()}
     path.write_text(json.dumps(kept, indent=1) + "\n")
+    if code:
+        raise RuntimeError(f"{name}: ended with {code}; see {log}")
 
 
 def machine() -> dict:

@@ -9,13 +9,11 @@ r"""Photos that come with scikit-learn and scikit-image: first stages in minutes
 of them. `--loss.disc-factor 0` trains without the discriminator.
 """
 
-import dataclasses
-
 from ldm_jax import schema
 
 DATA = schema.DataConfig(source=schema.PhotosConfig(crop=64), size=64, crop="none", flip=True)
 STEPS = 1000
-WIDTHS = {4: (1, 1, 2), 8: (1, 1, 2, 2)}  # of each level over 32
+WIDTHS = {4: (1, 1, 1), 8: (1, 1, 1, 2)}  # of each level over 64
 CHANNELS = {4: 3, 8: 4}  # of a latent
 
 
@@ -37,7 +35,7 @@ def get_config(stage: str = "ldm") -> schema.TrainConfig:
 def kl(factor: int) -> schema.AutoencoderTrainConfig:
     """KL latents; errors are summed over an image."""
     model = schema.AutoencoderKLConfig(
-        channels=32,
+        channels=64,  # 32 would leave a GroupNorm one channel a group: no colour gets through
         channel_mult=WIDTHS[factor],
         num_res_blocks=1,
         z_channels=CHANNELS[factor],
@@ -50,7 +48,7 @@ def kl(factor: int) -> schema.AutoencoderTrainConfig:
 def vq(factor: int) -> schema.AutoencoderTrainConfig:
     """1024 codes that follow the latents, revived where nothing takes them; errors averaged."""
     model = schema.AutoencoderVQConfig(
-        channels=32,
+        channels=64,
         channel_mult=WIDTHS[factor],
         num_res_blocks=1,
         z_channels=CHANNELS[factor],
