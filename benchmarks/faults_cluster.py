@@ -63,6 +63,7 @@ class Cluster:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs are kept too
         }
         restart = f"--restart on-failure --max-restarts 50 --restart-delay {DELAY}".split()
         self.processes = []
@@ -70,6 +71,7 @@ class Cluster:
             place = ["--distributed", f"127.0.0.1:{port},{HOSTS},{i}"]
             command = [sys.executable, "-m", "ldm_jax.train.main", self.config, *place]
             command += ["--workdir", str(self.run), *self.flags, *WATCH]
+            command.append("--no-compilation-cache")  # ours: JAX's own, as the environment has it
             command += restart if self.supervised else []
             with self.logs[i].open("a") as log:
                 self.processes.append(
