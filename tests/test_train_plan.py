@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -156,19 +160,46 @@ def _compiler_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "words", "kept"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", ["ended by SIGSEGV", "known to crash on large"]),
-        ("os.abort()", ["ended by SIGABRT", "[8, 8, 4096, 4096], 4.29 GB over all devices"]),
-        ("os.kill(os.getpid(), signal.SIGKILL)", ["ended by SIGKILL", "memory runs out"]),
-        ("sys.exit('F0101 check failed: x')", ["exit code 1: F0101 check failed: x"]),
+        (
+            "os.kill(os.getpid(), signal.SIGSEGV)",
+            ["ended by SIGSEGV", "known to crash on large"],
+            1,
+        ),
+        ("os.abort()", ["ended by SIGABRT", "[8, 8, 4096, 4096], 4.29 GB over all devices"], 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", ["ended by SIGKILL", "memory runs out"], 0),
+        ("sys.exit('F0101 check failed: x')", ["exit code 1: F0101 check failed: x"], 0),
     ],
 )
-def test_a_dead_compiler_is_told_and_not_kept(tmp_path, capsys, code, words):
+def test_a_dead_compiler_is_told(tmp_path, capsys, code, words, kept):
     result, out = planned(tmp_path, capsys, code)
     assert result == 1
     assert all(word in out for word in [*words, f"are in {tmp_path}"])
-    assert list(tmp_path.glob("*/result.json")) == []
+    assert len(list(tmp_path.glob("*/result.json"))) == kept
+    assert Path(out.split("words are in ")[1].strip()).exists()
+
+
+def test_the_compiler_ends_with_its_command(tmp_path):
+    (tmp_path / "request.json").write_text("{}")
+    child = [
+        sys.executable,
+        "-c",
+        "import os, time; print(os.getpid(), flush=True); time.sleep(60)",
+    ]
+
+    def end():
+        while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text().endswith("\n"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    with pytest.raises(SystemExit, match="143"):
+        plan.run_child(REQUEST, tmp_path, 1, child)
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "log").read_text()), 0)
 
 
 def test_a_slow_compiler_is_stopped(tmp_path, capsys):

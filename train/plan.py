@@ -1,5 +1,6 @@
 """`ldm-train plan CONFIG --topology v5e:16x16`: what a run needs of devices that are not there."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -217,7 +219,10 @@ def read(path: Path) -> tuple[Request, Result]:
 def compiled(
     request: Request, root: Path, options: PlanOptions, child: Sequence[str] = CHILD
 ) -> Result:
-    """The result of a request, from `root` if it is there. A killed compiler is never kept."""
+    """The result of a request, from `root` if it is there.
+
+    Kept is also that it does not fit, or that the compiler crashed; not that it was stopped.
+    """
     path = root / key(request)
     if (path / "result.json").exists() and not options.again:
         return read(path)[1]
@@ -226,17 +231,17 @@ def compiled(
     (work / "request.json").write_text(json.dumps(request.to_json()))
     sys.stderr.write(f"compiling for {request.topology} in {work}; this takes minutes ...\n")
     about = run_child(request, work, options.minutes, child)
+    if about.get("failed", {}).get("kind", "") not in ("", "memory", "crashed"):
+        return Result(about, None)
+    if "failed" in about:
+        about["failed"]["log"] = str(path / "log")
     values = {
         "request": request.to_json(),
         "versions": plan_topology.versions(request.topology),
         "about": about,
     }
-    if about.get("failed", {}).get("kind") in ("killed", "timeout", "crashed"):
-        text = None
-    else:
-        (work / "result.json").write_text(json.dumps(values))
-        text = keep(work, path)
-    return Result(about, text)
+    (work / "result.json").write_text(json.dumps(values))
+    return Result(about, keep(work, path))
 
 
 def keep(work: Path, path: Path) -> str | None:
@@ -246,8 +251,7 @@ def keep(work: Path, path: Path) -> str | None:
     if (work / "program.txt.gz").exists():
         os.replace(work / "program.txt.gz", path / "program.txt.gz")
         text = gzip.decompress((path / "program.txt.gz").read_bytes()).decode()
-    if (work / "log").exists():
-        os.replace(work / "log", path / "log")
+    os.replace(work / "log", path / "log")
     os.replace(work / "result.json", path / "result.json")  # last: it says that all is there
     for left in work.iterdir():
         left.unlink()
@@ -262,7 +266,7 @@ def run_child(request: Request, work: Path, minutes: float, child: Sequence[str]
     """traced.json and compiled.json of a request; "failed" says how it ended if it did not."""
     environment = os.environ | plan_topology.environment(request.topology)
     timed_out = False
-    with (work / "log").open("w") as log:
+    with (work / "log").open("w") as log, _ending_with_us():
         process = subprocess.Popen([*child, str(work)], env=environment, stdout=log, stderr=log)
         try:
             code = process.wait(minutes * 60 or None)
@@ -284,9 +288,22 @@ def run_child(request: Request, work: Path, minutes: float, child: Sequence[str]
     return about
 
 
+@contextlib.contextmanager
+def _ending_with_us() -> Iterator[None]:
+    """SIGTERM ends this process as an exception, which takes the compiler along."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def how_it_failed(code: int, work: Path) -> dict[str, str]:
     """{"kind", "how", "log"} of a process that ended with `code`. ValueError for an error that is
-    the request's: kinds are "memory", "killed", "crashed" and "error"."""
+    the request's: kinds are "memory", "crashed", "killed" and "error"."""
     found = {"log": str(work / "log")}
     if (work / "failed.json").exists():
         error = json.loads((work / "failed.json").read_text())
@@ -298,11 +315,11 @@ def how_it_failed(code: int, work: Path) -> dict[str, str]:
         return found | {"kind": "memory" if memory else "error", "how": how}
     if code < 0:
         name = signal.Signals(-code).name
-        kind = "killed" if name == "SIGKILL" else "crashed"
+        kind = "killed" if name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") else "crashed"
         return found | {"kind": kind, "how": f"the compiler ended by {name}"}
     lines = (work / "log").read_text(errors="replace").strip().splitlines()
     how = f"exit code {code}: {lines[-1][:300] if lines else 'it said nothing'}"
-    return found | {"kind": "crashed", "how": how}
+    return found | {"kind": "error", "how": how}
 
 
 def search(
