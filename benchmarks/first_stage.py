@@ -106,6 +106,7 @@ def add(case: dict, side: str, figures: dict) -> None:
     for key in ("compile", "path_per_second"):
         if key in figures:
             entry[key] = max(figures[key], entry.get(key, 0.0))
+    entry["losses"] = figures["losses"]
     reference = case.setdefault("losses", figures["losses"])
     apart = reporting.difference(reference, figures["losses"])
     entry["difference"] = max(apart, entry.get("difference", 0.0))

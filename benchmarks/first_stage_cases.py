@@ -14,6 +14,9 @@ import unet_cases
 OURS, TORCH = "ldm_jax", "torch"
 IMAGES, CACHE = "from images", "from a cache"
 LEARNING_RATE = 1e-4  # of both Adams: their updates show in the losses of the next step
+# Where a gradient is zero but for rounding, Adam divides rounding by itself. These are above it and
+# below the other gradients: of a sum over an image, and of a mean.
+EPSILON, DISC_EPSILON = 1e-2, 1e-6
 COMPARED = 3  # steps whose losses are compared
 TERMS = ("loss", "nll_loss", "g_loss", "d_weight", "disc_loss")
 

@@ -27,8 +27,9 @@ from ldm_jax.train import adversary, autoencoder, encode, reconstruction
 MESH = sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1])
 ROOT = jax.random.key(0)
 OPTIMIZER = schema.OptimizerConfig(
-    learning_rate=cases.LEARNING_RATE, b1=0.5, b2=0.9, weight_decay=0.0
+    learning_rate=cases.LEARNING_RATE, b1=0.5, b2=0.9, eps=cases.EPSILON, weight_decay=0.0
 )
+DISC_OPTIMIZER = dataclasses.replace(OPTIMIZER, eps=cases.DISC_EPSILON)
 ENCODED = 3  # seconds at least that records are encoded and written for
 
 
@@ -55,6 +56,7 @@ def step_config(case: cases.Case) -> schema.AutoencoderTrainConfig:
         model=model_config(case),
         loss=loss,
         optimizer=OPTIMIZER,
+        disc_optimizer=DISC_OPTIMIZER,
         batch_size=case.batch,
     )
 
@@ -171,7 +173,7 @@ def encoding(job: cases.Job, case: cases.Case) -> dict:
         return jax.block_until_ready(program(params, image))
 
     figures, values = cases.measure(alone, job.seconds)
-    means = [float(jnp.mean(jnp.abs(x))) for x in values[0].values()]
+    means = [float(jnp.mean(jnp.abs(values[0][name]))) for name in cache.MOMENTS]
     figures |= {"compile": compiling, "losses": [means]}
     source = encode.data.open_source(config.data, "train")
     count = max(2 * case.batch, int(ENCODED * case.batch / min(figures["runs"])))

@@ -60,8 +60,8 @@ class Trained:
             self.noise = {name: again.nchw(file[name]) for name in file.files}
         self.x = again.nchw(cases.images(case))
         how = {"lr": cases.LEARNING_RATE, "betas": (0.5, 0.9), "fused": True}
-        self.tx = torch.optim.Adam(self.net.parameters(), **how)
-        self.disc_tx = torch.optim.Adam(self.disc.parameters(), **how)
+        self.tx = torch.optim.Adam(self.net.parameters(), **how, eps=cases.EPSILON)
+        self.disc_tx = torch.optim.Adam(self.disc.parameters(), **how, eps=cases.DISC_EPSILON)
 
     def reconstruct(self, noise):
         """(images, weighted KL)"""
