@@ -22,7 +22,7 @@ from ldm_jax.configs import first_stages
 
 
 def get_config(stage: str = "512") -> schema.TrainConfig:
-    """`512`, `1024` (pixels a side), or `first_stage`: kl-f8."""
+    """`512` or `1024` (pixels a side), or `first_stage`: kl-f8."""
     stages = {"512": at_512, "1024": at_1024}
     if stage == "first_stage":
         return first_stages.get_config("kl-f8")

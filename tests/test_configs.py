@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import meshes
 import numpy as np
 import pytest
 from reference import released
@@ -17,17 +18,18 @@ STAGES = {
     "digits": ("first_stage", "gan", "ldm"),
     "first_stages": (*first_stages.KL, *first_stages.VQ),
     "folder": ("first_stage", "ldm", "class", "text", "clip"),
-    "imagenet": ("first_stage", "cin256-v2"),
+    "imagenet": ("cin256-v2", "first_stage"),
     "photos": ("first_stage", "kl_f8", "vq_f4", "vq_f8", "ldm"),
-    "stable_diffusion": ("first_stage", "512", "1024"),
+    "stable_diffusion": ("512", "1024", "first_stage"),
     "tiny": ("first_stage", "gan", "vq", *tiny.CONDITIONS),
 }
-QUICK = ("kl-f2", "vq-f4-noattn")  # of first_stages; tracing a deep one takes seconds
+# tracing a deep one takes seconds; imagenet's UNet is that of folder:class
+QUICK = {"first_stages": ("kl-f2", "vq-f4-noattn"), "imagenet": (), "stable_diffusion": ("512",)}
 ALL = [
     pytest.param(
         name,
         stage,
-        marks=[pytest.mark.slow] if name == "first_stages" and stage not in QUICK else [],
+        marks=[pytest.mark.slow] if stage not in QUICK.get(name, stages) else [],
     )
     for name, stages in STAGES.items()
     for stage in stages
@@ -67,6 +69,7 @@ def test_stage_builds_and_fits_its_mesh(name, stage):
     if stage in first_stages.RELEASED:
         theirs = released()[f"first_stage_{stage}"][1].values()
         assert sum(x.size for x in leaves) == sum(x.size for x in theirs)
+    meshes.refuse_copies(shapes)
     if name == "first_stages":  # whose batches are those of one device
         mesh = sharding.make_mesh(schema.MeshConfig(data=2), jax.devices()[:2])
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
