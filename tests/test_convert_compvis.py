@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import meshes
 import numpy as np
 import pytest
 from reference import case, released
@@ -103,6 +104,7 @@ def test_published_unet_fits_by_shape(name):
     if name in UNETS:  # every distinct one is
         assert (len(tensors), millions(params)) == UNETS[name]
         assert params == expected(unet, model)
+        meshes.refuse_copies({"unet": params})
         back = compvis.unet_state_dict(model, params)
         assert {compvis.UNET_PREFIX + key: x for key, x in back.items()} == tensors
     assert millions(params) in {count for _, count in UNETS.values()}
@@ -115,6 +117,7 @@ def test_published_first_stage_fits_by_shape(name):
     if name in FIRST_STAGES:
         assert (len(tensors), millions(params)) == FIRST_STAGES[name]
         assert params == expected(autoencoder, model)
+        meshes.refuse_copies({"first_stage": params})
         assert compvis.first_stage_state_dict(model, params) == tensors
     assert millions(params) in {count for _, count in FIRST_STAGES.values()}
 
@@ -153,6 +156,7 @@ def test_published_cond_stage_fits_by_shape(name):
         assert params == jax.eval_shape(
             lambda key: conditioning.init(cond, model, key), jax.random.key(0)
         )
+        meshes.refuse_copies({"cond_stage": params})
         back = compvis.cond_stage_state_dict(cond, params)
         assert {compvis.COND_STAGE_PREFIX + key: x for key, x in back.items()} == tensors
     assert (len(tensors), millions(params)) in COND_STAGES.values()

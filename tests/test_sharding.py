@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -19,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ldm_jax import schema, sharding, train_state
-from ldm_jax.models import autoencoder, bert, clip, unet
+from ldm_jax.models import autoencoder, bert, clip, discriminator, lpips, unet
 
 MESH = AbstractMesh((2, 8, 2), sharding.AXES)
 
@@ -359,6 +360,16 @@ def test_every_parameter_of_an_autoencoder_has_a_rule(levels):
     assert attention["query"]["kernel"].spec == P("fsdp", "tensor")
     assert attention["proj_attn"]["kernel"].spec == P("tensor", "fsdp")
     assert attention["proj_attn"]["bias"].spec == P()
+
+
+def test_what_first_stages_are_judged_by_has_rules():
+    """Full sizes; the rest of their states is in test_configs.py."""
+    net = discriminator.PatchGAN(norm="act")
+    image = discriminator.smallest_image(net, 3)
+    judge = jax.eval_shape(net.init, jax.random.key(0), image)
+    for tree in (lpips.shapes(), judge):
+        meshes.refuse_copies(tree)
+        assert share_held(tree, AbstractMesh((1, 64, 1), sharding.AXES)) < 0.018
 
 
 def test_output_convolution_falls_back_to_its_input_channels():
