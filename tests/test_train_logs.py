@@ -27,7 +27,16 @@ def second(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
 
 
-def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys):
+@pytest.fixture
+def other_handler():
+    """What absl leaves on the root logger when Orbax is imported."""
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+    yield handler
+    logging.getLogger().removeHandler(handler)
+
+
+def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys, other_handler):
     with logs.kept():
         cli.say("before the run is known")
         assert parts(tmp_path) == []
@@ -50,7 +59,9 @@ def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("before the run is known\nodd\n")
     assert "UserWarning: old" in said
-    assert not [h for h in logging.getLogger().handlers if isinstance(h, logs.RunLog)]
+    handlers = logging.getLogger().handlers
+    assert other_handler in handlers
+    assert not [h for h in handlers if isinstance(h, (logs.RunLog, logs.Terminal))]
 
 
 def test_another_process_is_silent_but_for_errors_with_its_number(tmp_path, capsys, second):

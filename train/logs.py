@@ -105,6 +105,9 @@ def kept() -> Iterator[None]:
     """
     root, ours, said = logging.getLogger(), logging.getLogger("ldm_jax"), RunLog()
     handlers, level, hook = (said, Terminal()), ours.level, threading.excepthook
+    others = [h for h in root.handlers if type(h) is logging.StreamHandler]  # Orbax's import adds
+    for handler in others:
+        root.removeHandler(handler)
     for handler in handlers:
         root.addHandler(handler)
     ours.setLevel(logging.INFO)
@@ -122,6 +125,8 @@ def kept() -> Iterator[None]:
         ours.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
+        for handler in others:
+            root.addHandler(handler)
         said.close()
 
 

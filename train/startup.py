@@ -33,14 +33,14 @@ def report(config: schema.TrainConfig, mesh: Mesh, state: Any, stream: data.Stre
     splits = mesh.shape["data"] * mesh.shape["fsdp"]
     micro = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
     held = bytes_per_device(state)
+    parts = [f"{part} {_size(size)}" for part, size in held.items() if size >= 2**10]
     cache = jax.config.jax_compilation_cache_dir
     for line in (
         f"{jax.process_count()} processes, {jax.device_count()} devices"
         f" ({mesh.devices.flat[0].device_kind}), {jax.local_device_count()} of them in each"
         f" process; {_versions()}",
         f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}",
-        f"state: {_size(sum(held.values()))} per device"
-        f" ({', '.join(f'{n} {_size(b)}' for n, b in held.items())})",
+        f"state: {_size(sum(held.values()))} per device ({', '.join(parts)})",
         f"batch {config.batch_size}: {config.batch_size // splits} per device{micro},"
         f" {len(rows)} read by each process",
         f"compiled programs: {cache or 'not kept'}" + (", written by process 0" if cache else ""),
@@ -68,7 +68,7 @@ def bytes_per_device(state: Any) -> dict[str, int]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def _ranges(rows: list[int]) -> str:
