@@ -29,6 +29,8 @@ import faults_report
 import jax
 from faults_cluster import Cluster
 
+from ldm_jax import checkpoint
+
 SPIKES = ["--spikes.factor", "10", "--spikes.warmup", "6"]
 DISK = 32  # MiB of the file system that is filled
 
@@ -75,7 +77,7 @@ def one_run(work: Path, config: str, name: str, cases: list[str]) -> dict:
             )
             cluster.start()
             for case in cases:
-                one_case(cluster, run.cases[case][1], found[case])
+                one_case(cluster, run.cases[case][1], run.steps, found[case])
                 print(case, json.dumps(found[case]), flush=True)
             end = {"codes": cluster.codes()}
             end["differs"] = faults_cluster.differences(folder / "run", undisturbed)
@@ -91,11 +93,11 @@ def one_run(work: Path, config: str, name: str, cases: list[str]) -> dict:
 
 
 def one_case(
-    cluster: Cluster, function: Callable[[Cluster], dict], found: dict[str, object]
+    cluster: Cluster, function: Callable[[Cluster], dict], last: int, found: dict[str, object]
 ) -> None:
-    """Does a case to a run that is at work, and adds what was found."""
-    cluster.at_step(1)
-    time.sleep(2 * faults_cluster.EVERY)
+    """Does a case to a run that has a new checkpoint since the one before, and adds the figures."""
+    saved = checkpoint.latest_step(cluster.run) or 0
+    cluster.at_step(min(saved + faults_input.SAVE + 2, last - 5))
     before, restarts = cluster.marks(), len(cluster.steps_again())
     try:
         found |= function(cluster)

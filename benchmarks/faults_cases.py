@@ -274,7 +274,7 @@ BY_HAND = {
 }
 RUNS = {
     "supervised": Run("clean", 60, True, SUPERVISED),
-    "by_hand": Run("clean", 40, False, BY_HAND),
+    "by_hand": Run("clean", 60, False, BY_HAND),
     "random": Run("clean", 60, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
     "folder": Run("folder", 20, True, {"corrupt_record": (BAD_IMAGES, restarted)}),
     "latents": Run("latents", 20, True, {"nan_and_spike": (BAD_LATENTS, restarted)}),
