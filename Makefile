@@ -7,12 +7,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
+STAGE := first_stage
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help demo test test-all lint
 
 help:
 	@echo 'make demo      train both stages on handwritten digits, sample, measure: $(DEMO)/'
+	@echo '               STAGE=gan DEMO=runs/demo_gan: with a discriminator in the first stage'
 	@echo 'make test      the tests, without the slow ones'
 	@echo 'make test-all  every test'
 	@echo 'make lint      ruff: rules and format'
@@ -25,7 +27,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/ldm-train digits:first_stage --workdir $(DEMO)/first_stage
+	$(BIN)/ldm-train digits:$(STAGE) --workdir $(DEMO)/first_stage
+	$(BIN)/ldm-eval reconstruct --model $(DEMO)/first_stage --out $(DEMO)/reconstruct --features random --batch-size 60
 	$(BIN)/ldm-train digits --workdir $(DEMO)/ldm --first-stage.path $(DEMO)/first_stage
 	$(BIN)/ldm-sample class2img --model $(DEMO)/ldm --out $(DEMO)/samples --num-images 36 --batch-size 60 --npz --overwrite
 	$(BIN)/python benchmarks/demo_report.py $(DEMO)
