@@ -125,7 +125,7 @@ def test_a_killed_process_is_made_known_to_the_others(tmp_path, supervise):
     body = f"tell(state='running', **{told})\nif start == 0: os.kill(os.getpid(), signal.SIGKILL)"
     assert supervise(body)[0] == 0
     fault = watchdog.read(run, "fault.json")
-    assert (fault["attempt"], fault["by"]) == (7, 0)
+    assert (fault["attempt"], fault["by"]) == (7, "the supervisor of process 0")
     assert "was killed by SIGKILL" in fault["why"]
 
 
@@ -138,7 +138,7 @@ def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_pa
         watchdog.write_whole(supervisor_path(tmp_path, index), values)
     said = supervisor.why(End(1, told))
     assert "was ended by JAX with code 1: process 0 (host b, pid 6, step 2, saving) is gone" in said
-    watchdog.write_fault(tmp_path, 7, 0, "process 0 was killed", True)
+    watchdog.write_fault(tmp_path, 7, "process 0", "process 0 was killed", True)
     assert supervisor.why(End(1, told)).endswith("process 0 was killed")
 
 

@@ -83,9 +83,9 @@ def test_a_ring_of_three_learns_what_one_of_them_finds(run):
         assert third.look(1.0) is None  # watches the first
         assert rounds(first, 1) is None  # watches the second, which is silent
     why, retry = rounds(first, 1)
-    watchdog.write_fault(run, ATTEMPT, 0, why, retry)
+    watchdog.write_fault(run, ATTEMPT, "process 0", why, retry)
     assert rounds(third, 1) == (f"process 0 found: {why}", True)
-    watchdog.write_fault(run, ATTEMPT, 2, "another", False)  # the first one counts
+    watchdog.write_fault(run, ATTEMPT, "process 2", "another", False)  # the first one counts
     assert rounds(third, 1) == (f"process 0 found: {why}", True)
 
 
@@ -105,7 +105,7 @@ def test_after_a_broken_operation_all_others_are_looked_at_and_sooner(run):
 
 def test_what_an_earlier_start_left_is_not_believed(run):
     watches(run, attempt=6)
-    watchdog.write_fault(run, 6, 1, "long ago", False)
+    watchdog.write_fault(run, 6, "process 1", "long ago", False)
     first = watchdog.Watch(run, CONFIG, index=0, count=2, attempt=ATTEMPT)
     assert rounds(first, 100) is None
 
@@ -185,7 +185,7 @@ def test_the_thread_leaves_with_a_message_and_the_next_start_can_read_it(run, ca
     assert left[0] == watchdog.LOST == 76
     assert "process 1" in capsys.readouterr().err
     fault = watchdog.read(run, "fault.json")
-    assert (fault["attempt"], fault["by"], fault["retry"]) == (ATTEMPT, 0, True)
+    assert (fault["attempt"], fault["by"], fault["retry"]) == (ATTEMPT, "process 0", True)
     assert watchdog.read(run, "0.json")["state"] == "lost"
 
 

@@ -237,7 +237,8 @@ def _publish(end: End) -> None:
     if end.code >= 0 or told.get("count", 1) == 1 or told["state"] in watchdog.ENDED:
         return
     with contextlib.suppress(Exception):  # then they find out by themselves
-        watchdog.write_fault(told["run"], told["attempt"], told["index"], why(end), True)
+        by = f"the supervisor of process {told['index']}"
+        watchdog.write_fault(told["run"], told["attempt"], by, why(end), True)
 
 
 def _others(told: dict[str, Any]) -> str | None:

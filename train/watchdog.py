@@ -205,7 +205,7 @@ class Watch:
         self._write()
         fault = read(self.run, "fault.json")
         if fault and fault["attempt"] == self.attempt:
-            return f"process {fault['by']} found: {fault['why']}", fault["retry"]
+            return f"{fault['by']} found: {fault['why']}", fault["retry"]
         others = range(self.count) if self.broken else [(self.index + 1) % self.count]
         found = [self._judge(other, elapsed) for other in others if other != self.index]
         found = [one for one in found if one is not None]
@@ -244,7 +244,7 @@ class Watch:
         self._show()
         with contextlib.suppress(Exception):
             if self.count > 1:
-                write_fault(self.run, self.attempt, self.index, why, retry)
+                write_fault(self.run, self.attempt, me, why, retry)
                 self._write()
         if self.count > 1 and self.index == 0:
             # JAX ends the others at once when they lose it, before they could say why
@@ -285,7 +285,7 @@ def read(run: epath.PathLike, name: str) -> dict[str, Any] | None:
         return None
 
 
-def write_fault(run: epath.PathLike, attempt: int, by: int, why: str, retry: bool) -> None:
+def write_fault(run: epath.PathLike, attempt: int, by: str, why: str, retry: bool) -> None:
     """Lets the other processes of this start know why they should leave; the first one counts."""
     known = read(run, "fault.json")
     if not known or known["attempt"] != attempt:
