@@ -138,7 +138,9 @@ class Cluster:
     def said(self, since: list[int], *patterns: str) -> list[str]:
         """Lines after `since` that match one of the patterns, each once, first host first."""
         text = "\n".join(log.read_text(errors="replace")[n:] for log, n in zip(self.logs, since))
-        lines = dict.fromkeys(line.strip() for line in text.splitlines())
+        # the log of a process may be printed beside what it says
+        known = (line.strip().removeprefix("INFO:ldm_jax.said:") for line in text.splitlines())
+        lines = dict.fromkeys(known)
         return [line for line in lines if any(re.search(p, line) for p in patterns)]
 
     def steps_again(self) -> list[int]:
