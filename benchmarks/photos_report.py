@@ -150,8 +150,8 @@ def table_8(stages: dict) -> list[str]:
     lines = [
         f"{one['held_out_crops']} held-out crops of 64x64; {training['steps']} steps of"
         f" {training['batch_size']} crops each, seed {training['seed']}, averaged weights; the GAN"
-        f" term from step {training['disc_start']} on, or never. The last columns but one are sums"
-        " over the reconstructions over sums over the originals: 1 is as sharp as these.",
+        f" term from step {training['disc_start']} on, or never. Gradient energy and power are the"
+        " sum over the reconstructions by that over the originals: 1 is as sharp as these.",
         "",
         "| | f | codes | c | GAN term | " + " | ".join(COLUMNS.values()) + " |",
         "| --- |" + " --- |" * (4 + len(COLUMNS)),
@@ -186,11 +186,11 @@ def over_the_boundary(stages: dict) -> list[str]:
         stage, way = name.rsplit("_", 1)
         edge = found["boundary"]
         cells = [stage.replace("_", " "), WAYS[way]]
-        cells += [f"{edge[key]:.2f}" for key in ("psnr_at", "psnr_lowest_after", "psnr_end")]
+        cells += [shown("psnr", edge[key]) for key in ("psnr_at", "psnr_lowest_after", "psnr_end")]
         for key in ("d_weight", "disc_loss", "logits_real", "logits_fake"):
             three = edge.get(key) if way == "gan" else None
             cells.append(" / ".join(f"{x:.3g}" for x in three) if three else "")
-        cells.append(f"{edge['bad_steps']:g}")
+        cells.append("" if edge["bad_steps"] is None else f"{edge['bad_steps']:g}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
