@@ -35,7 +35,7 @@ class OnDevice:
 def alone(tmp_path, monkeypatch):
     """run(steps, **intervals): the events of a loop over steps that compute nothing."""
     events = []
-    one = jnp.ones(())
+    one, zero = jnp.ones(()), jnp.zeros((), jnp.int32)
 
     def step(state, batch, root):
         number = int(state.step) + 1
@@ -60,6 +60,7 @@ def alone(tmp_path, monkeypatch):
         step: jax.Array
         params: dict
         ema_params: dict
+        skips: dict
 
     def run(steps, **intervals):
         off = dict.fromkeys(("save", "snapshot", "evaluate", "sample"), 0)
@@ -83,7 +84,7 @@ def alone(tmp_path, monkeypatch):
             section={},
             watch=Watch(),
         )
-        code = loop.run(job, State(jnp.int32(0), {"a": one}, {}), None)
+        code = loop.run(job, State(jnp.int32(0), {"a": one}, {}, {"count": zero}), None)
         return code, events
 
     monkeypatch.setattr(loop, "compile_step", lambda *arguments, model_step: (step, 0.0))
