@@ -123,13 +123,23 @@ class Monitor:
             self.pause()
         self.lines.append({"step": step, **values})
         if self.main:
-            if self.board is None:
-                from tensorboardX import SummaryWriter
+            self._to_board(step, values)
 
-                self.board = SummaryWriter(str(self.workdir / "tensorboard"))
-            for name, value in values.items():
-                if math.isfinite(value):  # it warns of others, on lines of its own
-                    self.board.add_scalar(name, value, step)
+    def _to_board(self, step: int, values: dict[str, float]) -> None:
+        # on a full disk its thread dies, and what comes when its queue is full would wait for ever
+        if self.board is not None and not self.board.file_writer.event_writer._worker.is_alive():
+            self.board = None
+            self.say("TensorBoard's file could not be written: another is begun")
+        if self.board is None:
+            from tensorboardX import SummaryWriter
+
+            try:
+                self.board = SummaryWriter(str(self.workdir / "tensorboard"), max_queue=1000)
+            except OSError:
+                return  # metrics/ says what is wrong with the disk
+        for name, value in values.items():
+            if math.isfinite(value):  # it warns of others, on lines of its own
+                self.board.add_scalar(name, value, step)
 
     def say(self, message: str) -> None:
         """A line above the bar."""
