@@ -142,11 +142,10 @@ class Monitor:
                 self.board.add_scalar(name, value, step)
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
-        if self.main:
-            self.bar.clear()
-            cli.say(message)
-            self.bar.refresh()
+        """A line above the bar; in the log of every process."""
+        self.bar.clear()
+        cli.say(message)
+        self.bar.refresh()
 
     def pause(self) -> None:
         """Time until now does not count as time per step (after an evaluation or a compilation)."""
