@@ -20,7 +20,7 @@ NEVER_READ = "every image on storage that does not answer"
 BAD_IMAGES = "three unreadable images, and a SIGKILL after the first"
 BAD_LATENTS = "a batch with NaN, two with huge latents, and a SIGKILL between"
 BOTH = tuple(range(HOSTS))
-NOT_WRITTEN = r"was not written|No space left"
+NOT_WRITTEN = r"was not written|leaves with code"
 SAID = (r"is lost: no sign|found: |was killed|ended:|leaves with|ended by JAX", NOT_WRITTEN)
 SAID += (r"moved to|going on from step|left half-written|removed", r"cannot be decoded")
 

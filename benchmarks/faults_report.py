@@ -1,5 +1,6 @@
 """The fault table as Markdown."""
 
+import faults_cases
 import faults_input
 from faults_cluster import DELAY, EVERY, TIMEOUT
 
@@ -29,6 +30,14 @@ def markdown(report: dict) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [row(case) for case in cases.values()]
+    left = [
+        case[0]
+        for run in faults_cases.RUNS.values()
+        for name, case in run.cases.items()
+        if name not in cases
+    ]
+    lines += [""] + [f"- {note}" for note in report.get("notes", [])]
+    lines += [f"- Not run yet: {'; '.join(left)}."] if left else []
     lines += ["", "## What was said", ""]
     for case in cases.values():
         said = case.get("said", [])[:3]
