@@ -129,17 +129,21 @@ def test_a_killed_process_is_made_known_to_the_others(tmp_path, supervise):
     assert "was killed by SIGKILL" in fault["why"]
 
 
-def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_path):
+@pytest.mark.parametrize(("ended", "how"), [(1, "code 1"), (-6, "SIGABRT")])
+def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_path, ended, how):
     told = {"run": str(tmp_path), "attempt": 7, "count": 3, "index": 1, "step": 3}
     told |= {"host": "h", "pid": 5, "doing": "training", "every": 0.05, "timeout": 1.0}
     beat = {"attempt": 7, "beat": 3, "host": "b", "pid": 6, "step": 2, "doing": "saving"}
     for index, state in ((0, "running"), (2, "stopped")):
         values = {**beat, "index": index, "state": state}
         watchdog.write_whole(supervisor_path(tmp_path, index), values)
-    said = supervisor.why(End(1, told))
-    assert "was ended by JAX with code 1: process 0 (host b, pid 6, step 2, saving) is gone" in said
+    said = supervisor.why(End(ended, told))
+    gone = "process 0 (host b, pid 6, step 2, saving) is gone"
+    assert f"was ended by JAX with {how}: {gone}" in said
+    supervisor._publish(End(ended, told | {"state": "running"}))
+    assert watchdog.read(tmp_path, "fault.json") is None  # it is not the one to blame
     watchdog.write_fault(tmp_path, 7, "process 0", "process 0 was killed", True)
-    assert supervisor.why(End(1, told)).endswith("process 0 was killed")
+    assert supervisor.why(End(ended, told)).endswith("process 0 was killed")
 
 
 def supervisor_path(run, index):

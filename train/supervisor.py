@@ -133,10 +133,15 @@ def why(end: End) -> str:
         return f"{me} gave no sign of life for {told['timeout']:.0f} s and was killed"
     if told.get("state") in ("failed", "lost"):
         return f"{me}: {told['why']}" if told["state"] == "failed" else told["why"]
-    if end.code < 0:
-        return f"{me} was killed by {signal.Signals(-end.code).name}"
-    found = _others(told)
-    return f"{me} was ended by JAX with code {end.code}: {found or 'see what it printed'}"
+    how = f"{signal.Signals(-end.code).name}" if end.code < 0 else f"code {end.code}"
+    if end.code < 0 and not _aborted(end):
+        return f"{me} was killed by {how}"
+    return f"{me} was ended by JAX with {how}: {_others(told) or 'see what it printed'}"
+
+
+def _aborted(end: End) -> bool:
+    """Whether JAX aborted a process of several: it does where the coordinator is gone."""
+    return end.code == -signal.SIGABRT and end.told.get("count", 1) > 1
 
 
 def lost(end: End, saved: int) -> str:
@@ -235,6 +240,8 @@ def _publish(end: End) -> None:
     """A process that was killed could not tell the others: its supervisor does."""
     told = end.told
     if end.code >= 0 or told.get("count", 1) == 1 or told["state"] in watchdog.ENDED:
+        return
+    if _aborted(end):  # not the cause
         return
     with contextlib.suppress(Exception):  # then they find out by themselves
         by = f"the supervisor of process {told['index']}"
