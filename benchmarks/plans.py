@@ -4,8 +4,8 @@
     python benchmarks/plans.py --keep runs/plan # compiles what is missing, one after the other
     python benchmarks/plans.py --keep runs/plan --table # only what is there
 
-Every row is a command of `ldm-train plan`; a compile takes 5 to 60 minutes on one core and some
-5 GB, and its result stays in --keep. Writes OUT/plan.md after each.
+Every row is a command of `ldm-train plan`; a compile takes 5 to 60 minutes on one core and 5 to
+20 GB, and its result stays in --keep. Writes OUT/plan.md after each.
 """
 
 import argparse
@@ -45,6 +45,7 @@ CASES = {
         "stable_diffusion:1024 --cached --topology v5e:4x4 --batch-size 32"
     ),
 }
+SMALL, LARGE = "SD v1 training, 512 px", "SD v1 training, 512 px, 256 chips"
 COLUMNS = (
     "program",
     "slice",
@@ -62,9 +63,8 @@ COLUMNS = (
 def main() -> int:
     args = arguments()
     done = 0
-    for title, command in CASES.items():
-        if args.only and args.only not in title:
-            continue
+    for title in args.only or CASES:
+        command = CASES[title]
         request, options, result = case(command, args.keep)
         if not args.table and result is None:
             plan_topology.check_compiler(request.topology)
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--keep", type=Path, default=Path("runs/plan"))
     parser.add_argument("--table", action="store_true", help="compile nothing")
-    parser.add_argument("--only", help="part of a row's name")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="these rows, so")
     return parser.parse_args()
 
 
@@ -102,18 +102,53 @@ def case(command: str, keep: Path):
 
 def write(out: Path, keep: Path) -> None:
     """OUT/plan.md of all that is there."""
-    rows, details = [], []
+    rows, details, kept = [], [], {}
     for title, command in CASES.items():
         request, _, result = case(command, keep)
         if result is None:
             rows.append([title, *["not compiled yet", *[""] * (len(COLUMNS) - 2)]])
             details += ["", f"## {title}", "", f"`ldm-train plan {command}`: not compiled yet."]
             continue
+        kept[title] = request, result
         rows.append(table_row(title, request, result))
         report = plan_report.render(request, result).rstrip()
         details += ["", f"## {title}", "", f"`ldm-train plan {command}`", "", "```", report, "```"]
-    lines = [*head(), "", row(COLUMNS), row(["---"] * len(COLUMNS)), *map(row, rows), *details, ""]
+    lines = [*head(), "", row(COLUMNS), row(["---"] * len(COLUMNS)), *map(row, rows)]
+    lines += [*compared(kept), *details, ""]
     (out / "plan.md").write_text("\n".join(lines))
+
+
+def compared(kept: dict) -> list[str]:
+    """What a chip sends at 16 and at 256 chips, by kind, group and array."""
+    small, large = (kept.get(title) for title in (SMALL, LARGE))
+    if small is None or large is None or "failed" in {**small[1].about, **large[1].about}:
+        return []
+    columns = [sent_by_kind(*one) for one in (small, large)]
+    lines = [
+        "",
+        "## From 16 to 256 chips",
+        "",
+        "Both split parameters over 16 chips; 256 chips hold 16 such copies. MB sent by a chip in"
+        " a step; a ring of n sends (n - 1) / n of an array, an all-reduce twice that.",
+        "",
+        row(["collective", "moves", "in groups of", "16 chips", "256 chips", "ratio"]),
+        row(["---"] * 6),
+    ]
+    for name in sorted({*columns[0], *columns[1]}, key=lambda n: -columns[1].get(n, 0)):
+        before, after = (column.get(name, 0.0) for column in columns)
+        ratio = f"{after / before:.2f}" if before else "new"
+        cells = [f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", ratio]
+        lines.append(row([*map(str, name), *cells]))
+    return lines
+
+
+def sent_by_kind(request, result) -> dict[tuple, float]:
+    """{(kind, parameters or activations, group): bytes}."""
+    found: dict[tuple, float] = {}
+    for transfer in plan_report.estimate(request, result).transfers:
+        name = (transfer.kind, plan_report.kind_of(transfer, result.about), transfer.group)
+        found[name] = found.get(name, 0.0) + transfer.runs * transfer.moved
+    return found
 
 
 def head() -> list[str]:

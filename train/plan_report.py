@@ -215,8 +215,8 @@ def failure(request: Request, about: dict) -> list[str]:
         lines.append("  it fits no better on the hardware: this is the compiler's own count")
     elif failed["kind"] == "killed":
         lines.append(
-            "  SIGKILL is what the kernel sends when memory runs out: compiling takes 5 to 12 GB;"
-            " end other programs, or compile where there is more memory"
+            "  SIGKILL is what the kernel sends when memory runs out: compiling takes 5 to 20 GB"
+            " and more; end other programs, or compile where there is more memory"
         )
     elif failed["kind"] == "crashed":
         lines.append("  libtpu is known to crash on large attention logits")
