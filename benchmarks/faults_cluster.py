@@ -91,7 +91,8 @@ class Cluster:
             return parent if self.processes[host].poll() is None else None
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-            return int(children[0]) if children else None
+            alive = [int(pid) for pid in children if running(int(pid))]
+            return alive[0] if alive else None
         return None
 
     def wait(self, what: str, until: Callable[[], object], limit: float = LIMIT) -> float:
