@@ -213,12 +213,12 @@ def poison(monkeypatch):
             def __exit__(self, *exception):
                 self.batches.close()
 
-            def __iter__(self):
-                for step, batch in self.batches:
-                    if step in steps:
-                        image = batch["image"]
-                        batch["image"] = jax.device_put(_spoiled(image), image.sharding)
-                    yield step, batch
+            def __next__(self):
+                step, batch = next(self.batches)
+                if step in steps:
+                    image = batch["image"]
+                    batch["image"] = jax.device_put(_spoiled(image), image.sharding)
+                return step, batch
 
         monkeypatch.setattr(ldm.data, "prefetch", Poisoned)
 
