@@ -35,7 +35,7 @@ def get_config(stage: str = "ldm") -> schema.TrainConfig:
 def kl(factor: int) -> schema.AutoencoderTrainConfig:
     """KL latents; errors are summed over an image."""
     model = schema.AutoencoderKLConfig(
-        channels=64,  # 32 would leave a GroupNorm one channel a group: no colour gets through
+        channels=64,  # with 32 a GroupNorm's groups are single channels, which lose their means
         channel_mult=WIDTHS[factor],
         num_res_blocks=1,
         z_channels=CHANNELS[factor],
