@@ -92,8 +92,8 @@ def _mesh(about: dict) -> str:
 
 
 def gb(size: float) -> str:
-    """Bytes as 10^9."""
-    return f"{size / 1e9:.2f} GB"
+    """Bytes as 10^9, few as 10^6."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def memory_lines(request: Request, about: dict) -> list[str]:
@@ -119,7 +119,7 @@ def memory_lines(request: Request, about: dict) -> list[str]:
 
 def time_lines(request: Request, about: dict, found: tpu_cost.Estimate) -> list[str]:
     """FLOPs, time and utilization."""
-    lines = ["", f"operations of the model: {about['operations'] / 1e12:.2f} TFLOP per device"]
+    lines = ["", f"operations of the model: {about['operations'] / 1e12:.4g} TFLOP per device"]
     chip = request.topology.chip
     if chip is None:
         return lines
@@ -190,7 +190,7 @@ def buffer_lines(text: str, count: int = 8) -> list[str]:
     total = sum(buffer.bytes for buffer in found)
     lines = ["", f"largest temporary arrays (of {len(found)} at once, {gb(total)}):"]
     for (label, size), n in _grouped(found)[:count]:
-        lines.append(f"  {n} x {size / 1e6:.0f} MB {label}")
+        lines.append(f"  {n} x {gb(size)} {label}")
     return lines
 
 
