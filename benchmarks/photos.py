@@ -70,13 +70,11 @@ def arguments() -> argparse.Namespace:
 def stage(args: argparse.Namespace, name: str) -> None:
     """Trains `name` to disc_start, copies the run, trains both ways on, and measures both."""
     steps, start = budget(args, name)
-    for way in WAYS:
-        run = args.work / f"{name}_{way}"
-        if not finished(run, start):
-            if way == "gan":
-                train(args, name, run, start)
-            else:
-                fork(args.work / f"{name}_gan", run)
+    shared, copied = (args.work / f"{name}_{way}" for way in ("gan", "plain"))
+    if not finished(shared, start):
+        train(args, name, shared, start)
+    if not finished(copied, start):
+        fork(shared, copied)
     for way in WAYS:
         run = args.work / f"{name}_{way}"
         if not finished(run, steps):
