@@ -28,8 +28,11 @@ LARGEST_COPY = 2**20
 # its specs the first that names every dimension and divides it; P() fits anything.
 RULES = (
     # attention: q, k, v by head; the way back sums over heads
-    (r"(to_[qkv]|query|key|value|[qkv]_proj)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
-    (r"(to_out_0|proj_attn|out_proj)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
+    (r"(to_[qkv]|[qkv]_proj)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
+    (r"(to_out_0|out_proj)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
+    # that of first stages has one head: tensor would split its width, and send feature maps
+    (r"(query|key|value)/kernel", P("fsdp", None), P()),
+    (r"proj_attn/kernel", P(None, "fsdp"), P()),
     # feed-forward by hidden unit
     (r"(ff/net_0/proj|fc1)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
     (r"(ff/net_2|fc2)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),

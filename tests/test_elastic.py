@@ -58,9 +58,7 @@ def test_a_mesh_that_does_not_fit_leaves_the_run_as_it_was(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", ["--mesh.data 2", "--mesh.data 1 --mesh.fsdp 2", "--accumulate 2"], ids=str
-)
+@pytest.mark.parametrize("flags", ["--mesh.data 2", "--mesh.data 1 --mesh.fsdp 2"], ids=str)
 def test_it_goes_on_on_fewer_devices(tmp_path, ldm_run, first_stage_run, flags, record_property):
     half = recipes.copy_until(ldm_run, 12, tmp_path / "half")
     arguments = ldm_flags(first_stage_run, "--workdir", str(half), *flags.split())

@@ -162,3 +162,12 @@ def test_a_step_sends_parameters_and_gradients_but_no_activations():
     assert len(gathered) > 20
     assert {one.devices for one in gathered} == {2}
     assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"fsdp": 4}], ids=str)
+def test_a_first_stage_and_its_discriminator_send_no_feature_maps(mesh):
+    found = sent(first_step("kl", tuple(mesh.items())).text)
+    assert {one.devices for one in found} <= {2, 4}
+    side = CONFIGS["kl"].data.size
+    assert not [x for x in found if x.dims[1:3] == (side, side) or side**2 in x.dims]
