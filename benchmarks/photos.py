@@ -113,9 +113,12 @@ def fork(source: Path, run: Path) -> None:
     config = rundir.read_config(source)
     if steps[-1] != config.loss.disc_start:
         raise ValueError(f"{source}: stands at {steps[-1]}; remove it, or copy it at disc_start")
-    shutil.copytree(source, run)
+    draft = run.with_name(f".{run.name}")  # under its own name it is whole
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
     loss = dataclasses.replace(config.loss, disc_factor=0.0)
-    (run / "config.json").write_text(serialize.to_json(dataclasses.replace(config, loss=loss)))
+    (draft / "config.json").write_text(serialize.to_json(dataclasses.replace(config, loss=loss)))
+    draft.rename(run)
 
 
 def finished(run: Path, steps: int) -> bool:
