@@ -68,14 +68,17 @@ def passes(error: Exception) -> bool:
         return error.errno in PASSES
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    return SAYS_SO.search(str(error)) is not None
+    return SAYS_SO.search(f"{error} {error.__cause__ or ''}") is not None
 
 
 def reason(error: BaseException) -> str:
     """What went wrong, in at most 200 characters of one line."""
-    full = FULL.search(str(error))
+    cause = error.__cause__
+    full = FULL.search(f"{error} {cause or ''}")
     if full:
         return full.group()
+    if cause is not None and "TensorStore details" in str(error):  # which are the cause
+        return reason(cause)
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 

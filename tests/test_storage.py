@@ -96,6 +96,11 @@ def test_a_reason_is_one_short_line():
     assert storage.reason(ValueError("one\ntwo")) == "one"
     assert storage.reason(OSError(errno.EIO, "Input/output error", "file")) == "Input/output error"
     assert storage.reason(KeyError()) == "KeyError"
+    wrapped = ValueError("Encountered error. See full TensorStore details: <bound method>")
+    wrapped.__cause__ = ValueError("DATA_LOSS: 12 bytes expected, 6 found")
+    assert storage.reason(wrapped) == "DATA_LOSS: 12 bytes expected, 6 found"
+    wrapped.__cause__ = ValueError("UNAVAILABLE: later")
+    assert storage.passes(wrapped)
 
 
 def test_the_digest_of_a_file(tmp_path):
