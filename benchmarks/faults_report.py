@@ -12,8 +12,8 @@ def markdown(report: dict) -> str:
     lines = [
         "# Faults",
         "",
-        f"{passed} of {len(cases)} cases passed: nothing hung, nothing was lost beyond the last"
-        " checkpoint, and the last state",
+        f"{passed} of {len(cases)} cases passed: nothing of them hung, nothing was lost beyond"
+        " the last checkpoint, and the last state",
         "(parameters, averages, optimizer, counters) and every loss have the bits of the run that"
         " was left alone.",
         "",
