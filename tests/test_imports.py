@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module sees earlier levels and what stands before it in its own level; the files
 # of a package see each other as long as there is no circle.
 LEVELS = (
-    "schema serialize cluster cli storage overlap flops hlo hlo_memory tpu_cost images diffusion sharding"
-    " processes checksums checkpoint_manager checkpoint rundir lora",
+    "schema serialize cluster cli storage overlap flops hlo hlo_memory tpu_cost images diffusion"
+    " sharding processes checksums checkpoint_manager checkpoint rundir lora",
     "guidance denoising data models solvers metrics",
     "latents conditioning losses train_state bundle windows tiling convert neighbours",
     "sampling loading saving compat export",
