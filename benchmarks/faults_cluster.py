@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import checkpoint, rundir
-from ldm_jax.train import watchdog
+from ldm_jax.train.run import watchdog
 
 HOSTS = 2
 EVERY, TIMEOUT, DELAY = 0.5, 15.0, 1.0  # seconds: signs of life, lost without one, first restart

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax import checkpoint, cli
-from ldm_jax.train import loop, startup
 from ldm_jax.train import main as train_main
-from ldm_jax.train.monitor import compile_step
+from ldm_jax.train.run import loop, startup
+from ldm_jax.train.run.monitor import compile_step
 
 
 class Paired:

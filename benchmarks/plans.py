@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from ldm_jax import tpu_cost
-from ldm_jax.train import plan, plan_report, plan_topology
 from ldm_jax.train.main import load_config
+from ldm_jax.train.plan import command, reports, topologies
 
 SD = "stable_diffusion --cached"
 CASES = {
@@ -64,11 +64,11 @@ def main() -> int:
     args = arguments()
     done = 0
     for title in args.only or CASES:
-        command = CASES[title]
-        request, options, result = case(command, args.keep)
+        line = CASES[title]
+        request, options, result = case(line, args.keep)
         if not args.table and result is None:
-            plan_topology.check_compiler(request.topology)
-            result = plan.compiled(request, args.keep, options)
+            topologies.check_compiler(request.topology)
+            result = command.compiled(request, args.keep, options)
             write(args.out, args.keep)
         done += result is not None
     write(args.out, args.keep)
@@ -84,15 +84,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def case(command: str, keep: Path):
+def case(line: str, keep: Path):
     """(request, options, its result or None) of a row."""
-    name, *argv = command.split()
-    config, options = plan.parse(load_config(name), [*argv, "--out", str(keep)], name)
-    request = plan.request_of(config, options, name, load_config)
-    wanted = plan.shaped_by(request)
+    name, *argv = line.split()
+    config, options = command.parse(load_config(name), [*argv, "--out", str(keep)], name)
+    request = command.request_of(config, options, name, load_config)
+    wanted = command.shaped_by(request)
     for path in sorted(keep.glob("*/result.json"), key=lambda p: -p.stat().st_mtime):
-        kept, result = plan.read(path.parent)
-        if plan.shaped_by(kept) == wanted:
+        kept, result = command.read(path.parent)
+        if command.shaped_by(kept) == wanted:
             return request, options, result
     return request, options, None
 
@@ -103,16 +103,16 @@ def case(command: str, keep: Path):
 def write(out: Path, keep: Path) -> None:
     """OUT/plan.md of all that is there."""
     rows, details, kept = [], [], {}
-    for title, command in CASES.items():
-        request, _, result = case(command, keep)
+    for title, line in CASES.items():
+        request, _, result = case(line, keep)
         if result is None:
             rows.append([title, *["not compiled yet", *[""] * (len(COLUMNS) - 2)]])
-            details += ["", f"## {title}", "", f"`ldm-train plan {command}`: not compiled yet."]
+            details += ["", f"## {title}", "", f"`ldm-train plan {line}`: not compiled yet."]
             continue
         kept[title] = request, result
         rows.append(table_row(title, request, result))
-        report = plan_report.render(request, result).rstrip()
-        details += ["", f"## {title}", "", f"`ldm-train plan {command}`", "", "```", report, "```"]
+        report = reports.render(request, result).rstrip()
+        details += ["", f"## {title}", "", f"`ldm-train plan {line}`", "", "```", report, "```"]
     lines = [*head(), "", row(COLUMNS), row(["---"] * len(COLUMNS)), *map(row, rows)]
     lines += [*compared(kept), *details, ""]
     (out / "plan.md").write_text("\n".join(lines))
@@ -145,16 +145,16 @@ def compared(kept: dict) -> list[str]:
 def sent_by_kind(request, result) -> dict[tuple, float]:
     """{(kind, parameters or activations, group): bytes}."""
     found: dict[tuple, float] = {}
-    for transfer in plan_report.estimate(request, result).transfers:
-        name = (transfer.kind, plan_report.kind_of(transfer, result.about), transfer.group)
+    for transfer in reports.estimate(request, result).transfers:
+        name = (transfer.kind, reports.kind_of(transfer, result.about), transfer.group)
         found[name] = found.get(name, 0.0) + transfer.runs * transfer.moved
     return found
 
 
 def head() -> list[str]:
     packages = ("jax", "jaxlib", "flax", "optax")
-    versions = ", ".join(f"{name} {plan_topology.version(name)}" for name in packages)
-    versions += f", {plan_topology.wanted_libtpu()}"
+    versions = ", ".join(f"{name} {topologies.version(name)}" for name in packages)
+    versions += f", {topologies.wanted_libtpu()}"
     chips = "; ".join(
         f"{name} {c.operations / 1e12:.0f} TFLOP/s, {c.memory_bandwidth / 1e9:.0f} GB/s,"
         f" {c.memory / 1e9:.2f} GB, {c.clock / 1e9} GHz, {c.link_bandwidth / 1e9:.0f} GB/s a link,"
@@ -187,7 +187,7 @@ def table_row(title: str, request, result) -> list[str]:
     if "failed" in about:
         how = about["failed"]["how"][:200].replace("|", "/")
         return [*start, how, *[""] * (len(COLUMNS) - 4)]
-    found = plan_report.estimate(request, result)
+    found = reports.estimate(request, result)
     shares = found.shares()
     sent = {
         "slice": sum(t.moved for t in found.collectives.values()),
@@ -195,7 +195,7 @@ def table_row(title: str, request, result) -> list[str]:
     }
     return [
         *start,
-        f"{plan_report.needed(about) / 1e9:.2f} ({about['argument'] / 1e9:.2f}"
+        f"{reports.needed(about) / 1e9:.2f} ({about['argument'] / 1e9:.2f}"
         f" + {about['temp'] / 1e9:.2f})",
         f"{about['operations'] / 1e12:.2f}",
         f"{1e3 * found.seconds:.0f}",

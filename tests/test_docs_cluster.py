@@ -14,7 +14,8 @@ import yaml
 from launchers import CLUSTER, Room
 
 from ldm_jax import checkpoint, cli, rundir
-from ldm_jax.train import main, supervisor
+from ldm_jax.train import main
+from ldm_jax.train.run import supervisor
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.name for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch"))

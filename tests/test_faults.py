@@ -8,7 +8,7 @@ import pytest
 from test_multiprocess import MIXED, SECONDS, assert_losses_as, codes, logs, training, two
 
 from ldm_jax import checkpoint
-from ldm_jax.train import watchdog
+from ldm_jax.train.run import watchdog
 
 pytestmark = pytest.mark.slow
 WATCH = ["--watch.every", "0.5", "--watch.timeout", "15"]

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from ldm_jax import cli
-from ldm_jax.train import supervisor, watchdog
-from ldm_jax.train.supervisor import End, Policy
+from ldm_jax.train.run import supervisor, watchdog
+from ldm_jax.train.run.supervisor import End, Policy
 
 QUICK = Policy(max_restarts=3, delay=0.01)
 
@@ -160,7 +160,7 @@ def test_looking_for_checkpoints_leaves_the_devices_alone(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-1").mkdir()
     program = (
-        "import sys\nfrom ldm_jax.train import supervisor\n"
+        "import sys\nfrom ldm_jax.train.run import supervisor\n"
         "from jax._src import xla_bridge\n"
         "print(supervisor.newest(sys.argv[1]), xla_bridge.backends_are_initialized())"
     )

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from ldm_jax.train import goodput
+from ldm_jax.train.run import goodput
 
 
 class Made:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from ldm_jax import cli
-from ldm_jax.train import logs
+from ldm_jax.train.run import logs
 
 OTHER = logging.getLogger("somebody.else")
 

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from ldm_jax import checkpoint, rundir, schema
 from ldm_jax.configs import tiny
-from ldm_jax.train import loop, profiling, startup
-from ldm_jax.train.watchdog import Watch
+from ldm_jax.train.run import loop, profiling, startup
+from ldm_jax.train.run.watchdog import Watch
 
 
 class OnDevice:

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from ldm_jax import rundir
-from ldm_jax.train import monitor
+from ldm_jax.train.run import monitor
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ import pytest
 
 from ldm_jax import schema, sharding
 from ldm_jax.configs import tiny
-from ldm_jax.train import main, plan, plan_program, plan_report, plan_topology
+from ldm_jax.train import main
+from ldm_jax.train.plan import command, programs, reports, topologies
 
 GOLDEN = Path(__file__).parent / "golden"
-REQUEST = plan_program.Request(
-    tiny.get_config("class"), plan_topology.parse("v5e:2x2"), tiny.first_stage().model
+REQUEST = programs.Request(
+    tiny.get_config("class"), topologies.parse("v5e:2x2"), tiny.first_stage().model
 )
 CONFIG = REQUEST.config
-CHECK_COMPILER = plan_topology.check_compiler  # tests of what follows do without one
+CHECK_COMPILER = topologies.check_compiler  # tests of what follows do without one
 
 
 def with_config(**fields):
@@ -38,7 +39,7 @@ def with_config(**fields):
     ],
 )
 def test_topologies(text, slices, name, devices):
-    found = plan_topology.parse(text, slices)
+    found = topologies.parse(text, slices)
     assert (str(found), found.num_devices) == (name, devices)
     assert (found.chip is None) == (found.kind == "gpu")
 
@@ -58,35 +59,35 @@ def test_topologies(text, slices, name, devices):
 )
 def test_wrong_topologies_are_told(text, slices, complaint):
     with pytest.raises(ValueError, match=complaint):
-        plan_topology.parse(text, slices)
+        topologies.parse(text, slices)
 
 
 def test_a_missing_compiler_is_told_with_its_version(monkeypatch):
-    monkeypatch.setattr(plan_topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps 'libtpu==0\.\d+\.\d+\.\*'"):
         CHECK_COMPILER(REQUEST.topology)
-    CHECK_COMPILER(plan_topology.parse("gpu:2"))
+    CHECK_COMPILER(topologies.parse("gpu:2"))
 
 
 def test_a_result_is_found_by_what_shapes_the_program(monkeypatch):
-    name = plan.key(REQUEST)
+    name = command.key(REQUEST)
     same = with_config(steps=99, seed=1, intervals=schema.IntervalConfig(log=7))
-    assert plan.key(same) == name
+    assert command.key(same) == name
     others = [
         with_config(batch_size=16),
         with_config(remat=True),
         with_config(mesh=schema.MeshConfig(fsdp=2)),
-        dataclasses.replace(REQUEST, topology=plan_topology.parse("v5e:2x4")),
+        dataclasses.replace(REQUEST, topology=topologies.parse("v5e:2x4")),
         dataclasses.replace(REQUEST, cached=True),
     ]
-    assert len({name, *map(plan.key, others)}) == 6
-    monkeypatch.setattr(plan_topology, "version", lambda name: "0")
-    assert plan.key(REQUEST) != name
+    assert len({name, *map(command.key, others)}) == 6
+    monkeypatch.setattr(topologies, "version", lambda name: "0")
+    assert command.key(REQUEST) != name
 
 
 def test_a_request_comes_back_from_json():
     values = json.loads(json.dumps(REQUEST.to_json()))
-    assert plan_program.Request.from_json(values) == REQUEST
+    assert programs.Request.from_json(values) == REQUEST
 
 
 @pytest.mark.parametrize(
@@ -97,32 +98,32 @@ def test_a_request_comes_back_from_json():
     ],
 )
 def test_options_that_do_not_fit(argv, complaint):
-    config, options = plan.parse(CONFIG, [*argv, "--sample"], "tiny:class")
+    config, options = command.parse(CONFIG, [*argv, "--sample"], "tiny:class")
     with pytest.raises(ValueError, match=complaint):
-        plan.request_of(config, options, "tiny:class", main.load_config)
+        command.request_of(config, options, "tiny:class", main.load_config)
 
 
 def test_options_make_a_request():
     argv = ["--topology", "v5e:4x4", "--slices", "2", "--mesh.dcn-data", "2", "--remat"]
-    config, options = plan.parse(CONFIG, [*argv, "--cached"], "tiny:class")
-    request = plan.request_of(config, options, "tiny:class", main.load_config)
+    config, options = command.parse(CONFIG, [*argv, "--cached"], "tiny:class")
+    request = command.request_of(config, options, "tiny:class", main.load_config)
     assert (request.topology.num_devices, request.cached, request.sample) == (32, True, False)
     assert (request.config.mesh.dcn_data, request.config.remat) == (2, True)
     assert request.first_stage == tiny.first_stage().model
     argv = ["--topology", "v5e:4x4", "--sample", "--space", "8", "--height", "64"]
-    config, options = plan.parse(CONFIG, argv, "tiny:class")
-    request = plan.request_of(config, options, "tiny:class", main.load_config)
+    config, options = command.parse(CONFIG, argv, "tiny:class")
+    request = command.request_of(config, options, "tiny:class", main.load_config)
     assert (request.images, request.height, request.width, request.space) == (2, 64, 16, 8)
 
 
 def test_rows_of_a_batch_are_those_of_training():
     mesh = sharding.make_mesh(schema.MeshConfig())
-    shapes = plan_program.abstract_batch(dataclasses.replace(REQUEST, cached=True), mesh)
+    shapes = programs.abstract_batch(dataclasses.replace(REQUEST, cached=True), mesh)
     assert {n: x.shape for n, x in shapes.items()} == {
         "label": (8,), "mean": (8, 8, 8, 4), "logvar": (8, 8, 8, 4)
     }  # fmt: skip
     text = dataclasses.replace(REQUEST, config=tiny.get_config("hybrid"))
-    shapes = plan_program.abstract_batch(text, mesh)
+    shapes = programs.abstract_batch(text, mesh)
     assert set(shapes) == {"tokens", "null_tokens", "mask", "image"}
     assert shapes["image"].sharding.spec == sharding.batch_sharding(mesh).spec
 
@@ -150,13 +151,13 @@ def planned(tmp_path, capsys, code, *options):
     """(exit code, what is printed) of a plan whose compiler runs `code`."""
     child = [sys.executable, "-c", CHILD + code]
     argv = ["--topology", "v5e:2x2", "--out", str(tmp_path), *options]
-    result = plan.plan(argv, "tiny:class", main.load_config, child)
+    result = command.plan(argv, "tiny:class", main.load_config, child)
     return result, capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)
 def _compiler_is_there(monkeypatch):
-    monkeypatch.setattr(plan_topology, "check_compiler", lambda topology: None)
+    monkeypatch.setattr(topologies, "check_compiler", lambda topology: None)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_the_compiler_ends_with_its_command(tmp_path):
     thread = threading.Thread(target=end)
     thread.start()
     with pytest.raises(SystemExit, match="143"):
-        plan.run_child(REQUEST, tmp_path, 1, child)
+        command.run_child(REQUEST, tmp_path, 1, child)
     thread.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "log").read_text()), 0)
@@ -259,9 +260,9 @@ def test_a_report(tmp_path, capsys):
 
 def test_what_moves_activations_is_named():
     text = (GOLDEN / "tpu_slices.txt").read_text()
-    found = plan_report.estimate(REQUEST, plan_report.Result(TRACED, text))
+    found = reports.estimate(REQUEST, reports.Result(TRACED, text))
     about = TRACED | {"parameters": [[[7], [7]]]}
-    lines = plan_report.collective_lines(about, found)
+    lines = reports.collective_lines(about, found)
     assert any("of these not of a parameter's size: 3" in line for line in lines)
 
 
@@ -288,12 +289,12 @@ if asked["remat"]:
 def test_a_plan_traces_the_step_of_training():
     """Nothing is compiled; operations are those of the whole batch over the devices."""
     request = dataclasses.replace(
-        with_config(mesh=schema.MeshConfig(fsdp=2)), topology=plan_topology.parse("gpu:4")
+        with_config(mesh=schema.MeshConfig(fsdp=2)), topology=topologies.parse("gpu:4")
     )
-    mesh = plan_program.make_mesh(request, jax.devices())
-    program = plan_program.build(request, mesh)
+    mesh = programs.make_mesh(request, jax.devices())
+    program = programs.build(request, mesh)
     traced = program.jitted.trace(*program.arguments)
-    found = plan_program.facts(request, mesh, program, traced)
+    found = programs.facts(request, mesh, program, traced)
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
     assert found["resident"]["moments"] == pytest.approx(2 * found["resident"]["parameters"], 0.01)
     assert 1e7 < found["operations"] < 1e9
@@ -304,16 +305,16 @@ def test_a_plan_traces_the_step_of_training():
 @pytest.mark.parametrize("stage", ["class", "gan"])
 def test_gpus_are_planned_on_fake_devices(tmp_path, capsys, stage):
     argv = ["--topology", "gpu:2", "--out", str(tmp_path), "--mesh.data", "1", "--mesh.fsdp", "2"]
-    assert plan.plan(argv, f"tiny:{stage}", main.load_config) == 0
+    assert command.plan(argv, f"tiny:{stage}", main.load_config) == 0
     out = capsys.readouterr().out
     assert "NOT A GPU COMPILE" in out
     assert "all-gather in a slice" in out
     assert "time of a step" not in out
-    assert plan.plan([*argv], f"tiny:{stage}", main.load_config, ["false"]) == 0
+    assert command.plan([*argv], f"tiny:{stage}", main.load_config, ["false"]) == 0
 
 
 @pytest.mark.slow
 def test_samplers_are_planned_on_fake_devices(tmp_path, capsys):
     argv = ["--topology", "gpu:2", "--out", str(tmp_path), "--sample", "--space", "2"]
-    assert plan.plan([*argv, "--sample-steps", "2"], "tiny:class", main.load_config) == 0
+    assert command.plan([*argv, "--sample-steps", "2"], "tiny:class", main.load_config) == 0
     assert "2 devices an image, 2 steps" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ldm_jax import schema
-from ldm_jax.train import watchdog
+from ldm_jax.train.run import watchdog
 
 CONFIG = schema.WatchConfig(every=1.0, timeout=10.0, stall=50.0, pause=200.0)
 ATTEMPT = 7

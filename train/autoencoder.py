@@ -26,18 +26,9 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import quantize
-from ldm_jax.train import (
-    adversary,
-    checks,
-    codebook,
-    held_out,
-    initial,
-    logs,
-    loop,
-    reconstruction,
-    startup,
-)
-from ldm_jax.train.watchdog import Watch
+from ldm_jax.train import adversary, checks, codebook, held_out, initial, reconstruction
+from ldm_jax.train.run import logs, loop, startup
+from ldm_jax.train.run.watchdog import Watch
 from ldm_jax.train_state import GanState
 
 DRAWS = ("encode", "dropout", "disc_encode", "disc_dropout")  # one key per row for each

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import data, schema, sharding, train_state
 from ldm_jax.models import discriminator, lpips
-from ldm_jax.train import profiling
+from ldm_jax.train.run import profiling
 
 
 def first_stage(config: schema.AutoencoderTrainConfig, stream: data.Stream, mesh: Mesh) -> None:

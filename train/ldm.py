@@ -27,8 +27,9 @@ from ldm_jax import (
     train_state,
 )
 from ldm_jax.models import attention, convolution, unet
-from ldm_jax.train import first_stage, logs, loop, preview, profiling, startup, text_encoder
-from ldm_jax.train.watchdog import Watch
+from ldm_jax.train import first_stage, preview, text_encoder
+from ldm_jax.train.run import logs, loop, profiling, startup
+from ldm_jax.train.run.watchdog import Watch
 from ldm_jax.train_state import TrainState
 
 DRAWS = ("encode", "t", "noise", "offset", "drop_cond", "dropout")  # one key per row for each

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from ldm_jax import checkpoint, cli, configs, schema
-from ldm_jax.train import logs, supervisor, watchdog
+from ldm_jax.train.run import logs, supervisor, watchdog
 
 
 def load_config(name: str) -> schema.TrainConfig:
@@ -148,11 +148,11 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from ldm_jax.train import plan
+    from ldm_jax.train.plan import command
 
     configs_known = f"one of {', '.join(available())}, or a .py file"
     name, rest = cli.split_first(argv, "ldm-train plan", "CONFIG[:STAGE]", configs_known)
-    return plan.plan(rest, name, load_config)
+    return command.plan(rest, name, load_config)
 
 
 def restart_on_failure(argv: Sequence[str]) -> int:

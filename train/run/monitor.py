@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 
 from ldm_jax import cli, flops, rundir
-from ldm_jax.train import goodput
+from ldm_jax.train.run import goodput
 
 # steps/s also where a step takes seconds; tqdm would turn it into s/step
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"

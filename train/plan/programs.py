@@ -1,4 +1,4 @@
-"""Compiles one program for devices that are not there: `python -m ldm_jax.train.plan_program DIR`.
+"""Compiles one program for devices that are not there: `python -m ldm_jax.train.plan.programs DIR`.
 
 A process of its own, because compilers crash and are killed. DIR/request.json says what; DIR gets
 traced.json once the program is traced, then program.txt.gz and compiled.json, or failed.json.
@@ -34,7 +34,8 @@ from ldm_jax import (
 from ldm_jax.models import attention, autoencoder, lpips
 from ldm_jax.models import unet as unets
 from ldm_jax.train import autoencoder as first_stages
-from ldm_jax.train import first_stage, ldm, plan_topology, text_encoder
+from ldm_jax.train import first_stage, ldm, text_encoder
+from ldm_jax.train.plan import topologies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Request:
     """What to compile for which devices."""
 
     config: schema.TrainConfig
-    topology: plan_topology.Topology
+    topology: topologies.Topology
     first_stage: schema.FirstStageModelConfig | None = None
     """Of a latent diffusion model."""
     cached: bool = False
@@ -71,7 +72,7 @@ class Request:
             values[name] = values[name] and serialize.from_dict(values[name])
         topology = values["topology"]
         topology["sizes"] = tuple(topology["sizes"])
-        return Request(**values | {"topology": plan_topology.Topology(**topology)})
+        return Request(**values | {"topology": topologies.Topology(**topology)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +343,7 @@ def compile_request(folder: Path) -> None:
     """Compiles what DIR/request.json asks for."""
     request = Request.from_json(json.loads((folder / "request.json").read_text()))
     began = time.perf_counter()
-    mesh = make_mesh(request, plan_topology.devices(request.topology))
+    mesh = make_mesh(request, topologies.devices(request.topology))
     program = build(request, mesh)
     traced = program.jitted.trace(*program.arguments)
     found = facts(request, mesh, program, traced)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ldm_jax import checkpoint, cli
-from ldm_jax.train import watchdog
+from ldm_jax.train.run import watchdog
 
 LONGEST_DELAY = 300.0  # seconds
 USAGE = 2  # exit code of a command line that is wrong

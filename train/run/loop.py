@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from ldm_jax import checkpoint, cli, data, rundir, schema, sharding
 from ldm_jax.checkpoint_manager import Manager
-from ldm_jax.train import goodput, profiling, stop
-from ldm_jax.train.monitor import Monitor, compile_step
-from ldm_jax.train.watchdog import Watch
+from ldm_jax.train.run import goodput, profiling, stop
+from ldm_jax.train.run.monitor import Monitor, compile_step
+from ldm_jax.train.run.watchdog import Watch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax import cli, data, schema, sharding
-from ldm_jax.train.monitor import count_parameters
+from ldm_jax.train.run.monitor import count_parameters
 
 PARTS = {  # fields of a state, as the report sums them up
     "params": "parameters",

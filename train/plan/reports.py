@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ldm_jax import hlo, hlo_memory, schema, tpu_cost
-from ldm_jax.train.plan_program import Request
+from ldm_jax.train.plan.programs import Request
 
 SOURCES = ("cycles", "kernels", "sentinels", "copies", "collectives", "network")
 SMALL = 2**20

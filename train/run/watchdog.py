@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ldm_jax import cli, schema
-from ldm_jax.train import logs
+from ldm_jax.train.run import logs
 
 LOST = 76  # exit code: another process is gone, or one stands still; start again
 PIPE = "LDM_JAX_SUPERVISOR"  # environment variable with the number of the supervisor's pipe

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax import checkpoint, schema
 from ldm_jax.checkpoint_manager import Manager
-from ldm_jax.train.monitor import Monitor
+from ldm_jax.train.run.monitor import Monitor
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import tyro
 
 from ldm_jax import schema, serialize
-from ldm_jax.train import plan_report, plan_topology
-from ldm_jax.train.plan_program import Request
-from ldm_jax.train.plan_report import Result
+from ldm_jax.train.plan import reports, topologies
+from ldm_jax.train.plan.programs import Request
+from ldm_jax.train.plan.reports import Result
 
 BESIDE_THE_PROGRAM = (
     "steps",
@@ -34,7 +34,7 @@ BESIDE_THE_PROGRAM = (
     "deterministic",
 )
 """Fields of a config that change no program."""
-CHILD = (sys.executable, "-m", "ldm_jax.train.plan_program")
+CHILD = (sys.executable, "-m", "ldm_jax.train.plan.programs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,11 @@ def plan(
     """
     config, options = parse(load(name), argv, name)
     request = request_of(config, options, name, load)
-    plan_topology.check_compiler(request.topology)
+    topologies.check_compiler(request.topology)
     root = folder(options)
     result = compiled(request, root, options, child)
-    sys.stdout.write(plan_report.render(request, result))
-    fits = plan_report.fits(request, result.about)
+    sys.stdout.write(reports.render(request, result))
+    fits = reports.fits(request, result.about)
     if options.search and not fits and request.topology.chip is not None:
         fits = search(request, result, root, options, child)
     return 0 if fits else 1
@@ -122,7 +122,7 @@ def request_of(
     load: Callable[[str], schema.TrainConfig],
 ) -> Request:
     """What is to be compiled. ValueError for options that do not fit each other."""
-    topology = plan_topology.parse(options.topology, options.slices)
+    topology = topologies.parse(options.topology, options.slices)
     if isinstance(config, schema.AutoencoderTrainConfig):
         if options.sample or options.cached:
             raise ValueError(f"{name} trains a first stage: it has no --sample and no --cached")
@@ -192,7 +192,7 @@ def shaped_by(request: Request) -> dict[str, Any]:
 
 def key(request: Request) -> str:
     """Name of a request's result: a hash of what shapes the program and of the versions."""
-    values = shaped_by(request) | {"versions": plan_topology.versions(request.topology)}
+    values = shaped_by(request) | {"versions": topologies.versions(request.topology)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -237,7 +237,7 @@ def compiled(
         about["failed"]["log"] = str(path / "log")
     values = {
         "request": request.to_json(),
-        "versions": plan_topology.versions(request.topology),
+        "versions": topologies.versions(request.topology),
         "about": about,
     }
     (work / "result.json").write_text(json.dumps(values))
@@ -264,7 +264,7 @@ def keep(work: Path, path: Path) -> str | None:
 
 def run_child(request: Request, work: Path, minutes: float, child: Sequence[str] = CHILD) -> dict:
     """traced.json and compiled.json of a request; "failed" says how it ended if it did not."""
-    environment = os.environ | plan_topology.environment(request.topology)
+    environment = os.environ | topologies.environment(request.topology)
     timed_out = False
     with (work / "log").open("w") as log, _ending_with_us():
         process = subprocess.Popen([*child, str(work)], env=environment, stdout=log, stderr=log)
@@ -328,12 +328,12 @@ def search(
     """Compiles what may fit until something does; whether it did."""
     if "resident" not in result.about:
         return False
-    for fields, text in plan_report.changes(request, result.about):
+    for fields, text in reports.changes(request, result.about):
         config = dataclasses.replace(request.config, **fields)
         other = dataclasses.replace(request, config=config)
         sys.stdout.write(f"\n--search: {text}\n")
         found = compiled(other, root, options, child)
-        sys.stdout.write(plan_report.render(other, found))
-        if plan_report.fits(other, found.about):
+        sys.stdout.write(reports.render(other, found))
+        if reports.fits(other, found.about):
             return True
     return False

@@ -1,0 +1,1 @@
+"""`ldm-train plan`: programs compiled for devices that are not there."""

@@ -1,0 +1,1 @@
+"""What surrounds a training step: the loop, what is said and measured, stops, restarts."""
