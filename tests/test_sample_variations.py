@@ -9,10 +9,12 @@ import reference
 import task_models
 import text_model
 
-from ldm_jax import conditioning, diffusion, images, sampling, schema
+from ldm_jax import conditioning, diffusion, images, sampling, schema, sharding
 from ldm_jax.sample import variations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MESH = sharding.make_mesh(schema.MeshConfig())
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_variations_lie_near_the_image(classes):
     for strength in (0.0, 0.2, 1.0):
         near = dataclasses.replace(options, strength=strength)
         variations.check(near)
-        stops, names, null = variations.conditions(classes, near, guided=False)
+        stops, names, null = variations.conditions(classes, MESH, near, guided=False)
         assert null is None
         batch = variations.batch_of(classes, near, variations.legs(near, names), stops, null)
         np.testing.assert_array_equal(batch["embedding"], stops.repeat(3, axis=0))
@@ -93,7 +95,7 @@ def test_a_path_between_prompts():
     model = text_model.make()
     options = variations.Options(model="", out="", prompt=("a disc", "a square"), seeds=(2,))
     variations.check(options)
-    context, names, null = variations.conditions(model, options, guided=True)
+    context, names, null = variations.conditions(model, MESH, options, guided=True)
     assert context.shape == (2, 12, 32)
     (leg,) = variations.legs(options, names)
     batch = variations.batch_of(model, options, [leg], context, null)

@@ -235,7 +235,7 @@ def figures_of(network: features.Network, found: extraction.Found) -> dict[str, 
     figures |= report.per_image(found, tuple(names))
     for name in SHARPNESS:
         if f"{name}_real" in found and np.sum(found[f"{name}_real"]) > 0:
-            sums = [np.sum(found[f"{name}_{side}"], dtype=np.float64) for side in ("other", "real")]
+            sums = [np.asarray(found[f"{name}_{s}"], np.float64).sum() for s in ("other", "real")]
             figures[name] = float(sums[0] / sums[1])
     if "total_codes" in found:
         figures |= scores.codebook(found["total_codes"])
