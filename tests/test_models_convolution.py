@@ -57,7 +57,7 @@ def test_columns_equal_xla(height, width, strides, padding):
         ((2, 4, 4, 8), 3, 1, False),
         ((2, 4, 4, 8), 3, 2, True),  # half the side afterwards
         ((64, 2, 2, 8), 3, 1, True),
-        ((1, 4, 4, 8), 1, 1, False),
+        ((1, 4, 4, 8), 1, 2, False),
     ],
 )
 def test_cpu_gathers_columns_for_few_pixels(shape, kernel_size, strides, expected):
@@ -75,3 +75,31 @@ def test_other_platforms_use_xla():
 def test_images_split_over_devices_use_xla():
     assert convolution.choose("cpu", sharding.make_mesh(schema.MeshConfig())) is convolution.cpu
     assert convolution.choose("cpu", sharding.spatial_mesh(4)) is convolution.xla
+
+
+def test_a_product_on_the_channels_equals_xla():
+    x, kernel = draw(2, 3, 4, 6), draw(1, 1, 6, 5, seed=1)
+
+    def value_and_gradients(function):
+        def loss(x, kernel):
+            out = function(x, kernel, (1, 1), ((0, 0), (0, 0)))
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    def pointwise(*args):
+        return convolution.pointwise(*args, precision="highest")
+
+    got, want = value_and_gradients(pointwise), value_and_gradients(reference)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), got, want)
+
+
+@pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (1, 2), (3, 1)])
+def test_only_pixels_by_themselves_are_products(kernel_size, strides):
+    module = blocks.conv(32, 32, kernel_size, strides=strides)
+    program = str(
+        jax.make_jaxpr(lambda key, x: module.init_with_output(key, x))(
+            jax.random.key(0), jnp.zeros((1, 4, 4, 32))
+        )
+    )
+    assert ("conv_general_dilated" in program) == ((kernel_size, strides) != (1, 1))

@@ -68,7 +68,11 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize(
     ("kind", "negative"),
-    [("v1", "a disc"), pytest.param("v1", "", marks=pytest.mark.slow), ("v", "")],
+    [
+        ("v1", "a disc"),
+        pytest.param("v1", "", marks=pytest.mark.slow),
+        pytest.param("v", "", marks=pytest.mark.slow),
+    ],
 )
 def test_stable_diffusion(made, tmp_path, record_property, kind, negative):
     folder, pipe = made(kind)

@@ -107,6 +107,7 @@ def differ(ours, theirs, record_property):
     return found
 
 
+@pytest.mark.slow
 def test_img2img(made, photos, tmp_path, monkeypatch, record_property):
     from diffusers import StableDiffusionImg2ImgPipeline
 

@@ -84,7 +84,7 @@ def test_a_quantized_run_is_reconstructed_with_its_codes_counted(tmp_path):
 @pytest.mark.parametrize(
     "condition",
     [
-        "inpaint",
+        pytest.param("inpaint", marks=pytest.mark.slow),
         pytest.param("superres", marks=pytest.mark.slow),
         pytest.param("semantic", marks=pytest.mark.slow),
     ],

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
-from ldm_jax.models.convolution import ConvolutionFunction, xla
+from ldm_jax.models.convolution import ConvolutionFunction, pointwise, xla
 
 GROUPS = 32  # of every GroupNorm
 
@@ -35,7 +35,8 @@ def conv(
 ) -> nn.Conv:
     """Square convolution; `padding` is (before, after) on both axes, default: keeps the size.
 
-    `zero` starts with all parameters zero, as the reference's `zero_module`.
+    `convolution` is for kernels above 1x1. `zero` starts with all parameters zero, as the
+    reference's `zero_module`.
     """
     before, after = (kernel_size // 2, kernel_size // 2) if padding is None else padding
     kernel_init, bias_init = initializers(in_channels * kernel_size**2, zero)
@@ -48,7 +49,7 @@ def conv(
         bias_init=bias_init,
         dtype=dtype,
         precision=precision,
-        conv_general_dilated=convolution,
+        conv_general_dilated=pointwise if (kernel_size, strides) == (1, 1) else convolution,
         name=name,
     )
 

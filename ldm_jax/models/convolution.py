@@ -59,6 +59,15 @@ def columns(x, kernel, window_strides, padding, precision: PrecisionLike = None)
     return product(x, kernel).reshape(len(x), rows, cols, channels)
 
 
+def pointwise(x, kernel, window_strides, padding, *, precision: PrecisionLike = None, **layout):
+    """A 1x1 kernel is a matrix product on the channels: XLA's convolution says the same.
+
+    On CPUs the product is up to 2.5 times as fast, its gradients up to 5 times; see
+    benchmarks/README.md. For stride 1 without padding.
+    """
+    return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0], precision=precision)
+
+
 def cpu(x, kernel, window_strides, padding, *, precision: PrecisionLike = None, **layout):
     """`columns` for large kernels on few pixels, `xla` elsewhere."""
     stride = window_strides[0] * window_strides[1]
