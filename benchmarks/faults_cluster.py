@@ -139,6 +139,7 @@ class Cluster:
     def said(self, since: list[int], *patterns: str) -> list[str]:
         """Lines after `since` that match one of the patterns, each once, first host first."""
         text = "\n".join(log.read_text(errors="replace")[n:] for log, n in zip(self.logs, since))
+        text = text.replace(f"{self.run.parent.parent}/", "")  # where it was run is nobody's matter
         # the log of a process may be printed beside what it says
         known = (line.strip().removeprefix("INFO:ldm_jax.said:") for line in text.splitlines())
         lines = dict.fromkeys(known)
