@@ -10,19 +10,17 @@ turns, so what else the machine does hits both alike. Writes OUT/overhead.md and
 """
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import os
-import platform
-import re
-import shlex
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import machine
 
 HERE = Path(__file__).parent
 CONFIGS = ("digits", "tiny:class")
@@ -36,7 +34,7 @@ def main() -> int:
         import overhead_worker
 
         return overhead_worker.main(args.worker, args.block, args.flags)
-    report = {"machine": machine(args), "rows": []}
+    report = {"machine": machine.facts() | {"jax": importlib.metadata.version("jax")}, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for config in args.configs:
             stage = first_stage(config, Path(folder))
@@ -168,23 +166,6 @@ def markdown(report: dict) -> str:
             "",
         )
     )
-
-
-def machine(args: argparse.Namespace) -> dict:
-    """What a reader needs to judge the figures or to repeat them."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": importlib.metadata.version("jax"),
-    }
 
 
 def environment() -> dict[str, str]:

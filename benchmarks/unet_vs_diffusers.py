@@ -9,19 +9,17 @@ threads. Every measurement is a process of its own, one after the other: ours, t
 
 import argparse
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import re
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import machine as this
 import numpy as np
 import unet_cases
 
@@ -80,22 +78,13 @@ def arguments() -> argparse.Namespace:
 
 def machine(args: argparse.Namespace) -> dict:
     """What a reader needs to judge the figures or to repeat them."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
+        **this.facts(),
         "threads": args.threads,
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
         "platform": args.platform,
         "dtype": args.dtype,
-        "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

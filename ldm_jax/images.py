@@ -9,6 +9,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
+from ldm_jax import storage
+
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """[-1, 1] -> 0..255, clipped and rounded (the reference truncates)."""
@@ -49,11 +51,7 @@ def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None
     buffer = io.BytesIO()
     squeezed = image[..., 0] if image.shape[-1] == 1 else image
     Image.fromarray(squeezed).save(buffer, "PNG", pnginfo=text)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.part"
-    draft.write_bytes(buffer.getvalue())
-    draft.replace(path)
+    storage.write_whole(epath.Path(path), buffer.getvalue())
 
 
 def read_settings(path: Any) -> dict:

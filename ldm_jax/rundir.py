@@ -252,14 +252,6 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Process 0 writes the file under another name first: readers see all of it or the old one."""
-    if jax.process_index() != 0:
-        return
-    draft = path.parent / f".{path.name}.part"
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text)
-        draft.replace(path)
-
-    storage.retried(str(path), write)
+    """Process 0 writes the file: readers see all of it or the old one."""
+    if jax.process_index() == 0:
+        storage.retried(str(path), lambda: storage.write_whole(path, text.encode()))

@@ -109,6 +109,17 @@ def size(count: float) -> str:
     return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
+def write_whole(path: epath.Path, data: bytes, tag: str = "part") -> None:
+    """Writes a file under another name first: readers see all of it, or what was there before.
+
+    Two that may write the same file at once need a `tag` each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{tag}"
+    draft.write_bytes(data)
+    draft.replace(path)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()

@@ -220,12 +220,12 @@ def test_files_appear_whole(tmp_path, monkeypatch):
     rundir.open_run(tmp_path, CONFIG)
     path_type = type(rundir.epath.Path(tmp_path))
 
-    def dies(self, text):
-        with open(self, "w") as file:
-            file.write(text[: len(text) // 2])
+    def dies(self, data):
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(path_type, "write_text", dies)
+    monkeypatch.setattr(path_type, "write_bytes", dies)
     with pytest.raises(OSError, match="no space left"):
         rundir.open_run(tmp_path, dataclasses.replace(CONFIG, steps=9))
     monkeypatch.undo()

@@ -140,7 +140,7 @@ def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_pa
     beat = {"attempt": 7, "beat": 3, "host": "b", "pid": 6, "step": 2, "doing": "saving"}
     for index, state in ((0, "running"), (2, "stopped")):
         values = {**beat, "index": index, "state": state}
-        watchdog.write_whole(supervisor_path(tmp_path, index), values)
+        watchdog.write(tmp_path, f"{index}.json", values)
     said = supervisor.why(End(ended, told))
     gone = "process 0 (host b, pid 6, step 2, saving) is gone"
     assert f"was ended by JAX with {how}: {gone}" in said
@@ -148,10 +148,6 @@ def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_pa
     assert watchdog.read(tmp_path, "fault.json") is None  # it is not the one to blame
     watchdog.write_fault(tmp_path, 7, "process 0", "process 0 was killed", True)
     assert supervisor.why(End(ended, told)).endswith("process 0 was killed")
-
-
-def supervisor_path(run, index):
-    return watchdog.epath.Path(run) / "processes" / f"{index}.json"
 
 
 def test_looking_for_checkpoints_leaves_the_devices_alone(tmp_path):

@@ -126,7 +126,7 @@ def test_storage_that_is_down_is_no_death(run, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(watchdog, "write_whole", full)
+        patch.setattr(watchdog, "write", full)
         assert rounds(first, 100) is None
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert rounds(first, 10) is None

@@ -320,8 +320,7 @@ def train(
     else:
         rundir.drop_metrics_after(run, int(state.step))
     startup.report(config, mesh, state, stream)
-    if (first := int(state.step)) >= config.steps:
-        cli.say(f"{run}: already at step {first} of {config.steps}; raise --steps to go on")
+    if loop.ended(config, run, state):
         return 0
 
     evaluate_batch = make_eval_step(config, mesh, perceptual)

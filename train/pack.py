@@ -16,7 +16,7 @@ import jax
 import tqdm
 from etils import epath
 
-from ldm_jax import checkpoint, cli, processes, rundir, schema
+from ldm_jax import checkpoint, cli, processes, rundir, schema, storage
 from ldm_jax.data import cache, packed, rows, transforms
 from ldm_jax.data.folder import FolderSource
 
@@ -188,10 +188,7 @@ def summary_path(path: epath.Path, shard: cache.Shard) -> epath.Path:
 def write_summary(path: epath.Path, shard: cache.Shard, left_out: list[list[str]]) -> None:
     """Every process writes those of its own shards, when they are whole."""
     values = {"records": shard.last - shard.first - len(left_out), "left_out": left_out}
-    file = summary_path(path, shard)
-    draft = path / f".{file.name}.part"
-    draft.write_text(_json(values))
-    draft.replace(file)
+    storage.write_whole(summary_path(path, shard), _json(values).encode())
 
 
 def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.Shard]]) -> None:

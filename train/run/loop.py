@@ -54,6 +54,14 @@ def averaged(state: Any) -> dict:
     return {**state.params, **state.ema_params}
 
 
+def ended(config: schema.TrainConfig, run: epath.Path, state: Any) -> bool:
+    """Whether `config.steps` are made already; says so."""
+    if (step := int(state.step)) < config.steps:
+        return False
+    cli.say(f"{run}: already at step {step} of {config.steps}; raise --steps to go on")
+    return True
+
+
 def run(job: Job, state: Any, saved: int | None) -> int:
     """Trains from `state`, whose last checkpoint is `saved`, to the end; returns an exit code."""
     config, first = job.config, int(state.step)

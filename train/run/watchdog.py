@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import cli, schema
+from ldm_jax import cli, schema, storage
 from ldm_jax.train.run import logs
 
 LOST = 76  # exit code: another process is gone, or one stands still; start again
@@ -263,7 +263,7 @@ class Watch:
 
     def _write(self) -> None:
         if self.count > 1 and (self.written or (self.run / "config.json").exists()):
-            write_whole(self.run / "processes" / f"{self.index}.json", self._beat())
+            write(self.run, f"{self.index}.json", self._beat())
             self.written = True
 
 
@@ -290,15 +290,13 @@ def write_fault(run: epath.PathLike, attempt: int, by: str, why: str, retry: boo
     known = read(run, "fault.json")
     if not known or known["attempt"] != attempt:
         fault = {"attempt": attempt, "by": by, "why": why, "retry": retry}
-        write_whole(epath.Path(run) / "processes" / "fault.json", fault)
+        write(run, "fault.json", fault)
 
 
-def write_whole(path: epath.Path, values: dict[str, Any]) -> None:
-    """Writes JSON so that a reader sees all of it or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{os.getpid()}"
-    draft.write_text(json.dumps(values))
-    draft.replace(path)
+def write(run: epath.PathLike, name: str, values: dict[str, Any]) -> None:
+    """RUN/processes/NAME; an older start that still lives may write the same file."""
+    path = epath.Path(run) / "processes" / name
+    storage.write_whole(path, json.dumps(values).encode(), str(os.getpid()))
 
 
 def describe(error: BaseException) -> str:
