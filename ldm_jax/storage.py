@@ -25,10 +25,13 @@ PASSES = frozenset(  # errors of a file system that may be gone a moment later
         *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
     )
 )
-# of TensorStore, ArrayRecord and the clients of object stores, which raise what they like
+# of TensorStore, ArrayRecord and the clients of object stores, which raise what they like; a bare
+# number would be found in the names of folders, checkpoints/500 among them
 SAYS_SO = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|Input/output error|Stale file handle|Connection (reset|refused)"
-    r"|temporarily unavailable|timed out|Too Many Requests|\b(429|500|502|503|504)\b"
+    r"|temporarily unavailable|timed out|Too Many Requests|Internal Server Error|Bad Gateway"
+    r"|Service Unavailable|Gateway Time-?out"
+    r"|(HTTP|[Ss]tatus|[Cc]ode|[Ee]rror)( (response|status|error))?( code)?[:=]? ?(429|50[0234])\b"
 )
 FULL = re.compile(r"No space left on device|Disk quota exceeded")
 

@@ -37,6 +37,8 @@ PASSING = [
     ConnectionResetError("peer"),
     ValueError("UNAVAILABLE: storage.googleapis.com"),
     RuntimeError("HTTP error 503"),
+    RuntimeError("Error reading gs://runs/meta: HTTP response code: 500 with no body"),
+    RuntimeError("503 GET https://storage/b/runs: Service Unavailable"),
 ]
 
 
@@ -64,6 +66,8 @@ def test_what_does_not_pass_in_four_attempts_is_raised(waits):
         FileNotFoundError(errno.ENOENT, "No such file"),
         PermissionError(errno.EACCES, "denied"),
         ValueError("DATA_LOSS: the checksum differs"),
+        FileNotFoundError("_METADATA does not exist at runs/pytest-500/checkpoints/500/params"),
+        ValueError("runs/503: error in row 429"),
         KeyError("connection"),
     ],
     ids=str,
