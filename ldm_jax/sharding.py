@@ -68,10 +68,6 @@ RULES = (
     (r"(step|bad_steps|count)", P()),
 )
 
-# Kernels that multiply one row or a few per image: left alone, the compiler sends the rows of the
-# whole batch to the kernel's shards, and these grow with the devices where the kernel does not.
-FEW_ROWS = re.compile(r"(?:^|/)(time_emb_proj|linear_[12]|attn2/to_[kv])/kernel$")
-
 
 def make_mesh(config: schema.MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all) with axes `data`, `fsdp`, `tensor`.
@@ -265,21 +261,21 @@ def by_rules(tree: Any, rules: Sequence[tuple], mesh: Mesh) -> Any:
 
 
 def gather(params: Any, mesh: Mesh) -> Any:
-    """Traced parameters, those of `FEW_ROWS` whole along fsdp; to be used where the model is.
+    """Traced parameters whole along fsdp: what a model is given, wherever it trains or samples.
 
-    The others need no help: their products have so many rows that the compiler gathers them too.
+    A device then computes its own rows, and only parameters and gradients travel. Left to itself
+    the compiler splits a layer as its kernel is: it sends the rows of the whole batch to the shards
+    (all of a text encoder's), or feature maps around in rings; benchmarks/README.md has what this
+    costs on TPUs.
     """
     if mesh.shape["fsdp"] == 1:
         return params
-    shardings = by_rules(params, RULES, mesh)
 
-    def whole(path: tuple, leaf: Any, s: NamedSharding) -> Any:
-        if not FEW_ROWS.search(path_name(path)):
-            return leaf
+    def whole(leaf: Any, s: NamedSharding) -> Any:
         spec = P(*(None if axis == "fsdp" else axis for axis in s.spec))
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(whole, params, shardings)
+    return jax.tree.map(whole, params, by_rules(params, RULES, mesh))
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:

@@ -365,8 +365,9 @@ def _group_size(attributes: str) -> int:
     iota = re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", attributes)
     if iota:
         return int(iota.group(1))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if mesh:
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh:  # between them device_ids may stand; 'x':(2)4 is a part of size 4 of the axis x
         sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"[\w.]+", mesh.group(2)))
+        axes = re.findall(r"'?([A-Za-z_][\w.]*)'?(?::\(\d+\)(\d+))?", mesh.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     raise ValueError(f"a collective's groups are not understood: {attributes[:200]!r}")

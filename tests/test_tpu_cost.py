@@ -206,6 +206,8 @@ def _parts(text):
         ("[2,8]<=[16]", 8),
         ("mesh['a'=2,'b'=8] {'b'}", 8),
         ("mesh['a'=2,'b'=8] {'a','b'}", 16),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a','b'}", 4),
+        ("mesh['a'=2,'b'=8] {'a','b':(2)4}", 8),
     ],
 )
 def test_group_sizes(groups, size):

@@ -115,9 +115,10 @@ def make_loss(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
 
     def loss(frozen: dict, params: dict, rows: dict, train: bool) -> tuple[jax.Array, dict]:
         image, keys = rows["batch"]["image"], rows["keys"]
+        perceptual, params = sharding.gather((frozen["perceptual"], params), mesh)
         found = reconstruct(params, image, keys["encode"], keys["dropout"][0], train)
         logvar = params.get("logvar", jnp.asarray(config.loss.logvar_init))
-        likelihood = functools.partial(nll, frozen["perceptual"], image)
+        likelihood = functools.partial(nll, perceptual, image)
         if judge is None or not train:
             value, metrics = likelihood(found.image, logvar)
             metrics = {**metrics, "nll_loss": value}
@@ -125,7 +126,8 @@ def make_loss(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
 
             def generator(image: jax.Array) -> tuple[jax.Array, dict]:
                 stats = frozen["disc_stats"]["batch_stats"]
-                logits, stats = judge(frozen["disc_params"], stats, image)
+                disc_params = sharding.gather(frozen["disc_params"], mesh)
+                logits, stats = judge(disc_params, stats, image)
                 return losses.generator(logits), stats
 
             value, terms, (metrics, batch_stats) = losses.adversarial(
@@ -242,7 +244,8 @@ def make_discriminator_update(
         def disc_loss(params: dict, rows: dict) -> tuple[jax.Array, dict]:
             image, keys = rows["batch"]["image"], rows["keys"]
             dropout = keys["disc_dropout"][0]
-            found = reconstruct(state.params, image, keys["disc_encode"], dropout, True)
+            params, generator = sharding.gather((params, state.params), mesh)
+            found = reconstruct(generator, image, keys["disc_encode"], dropout, True)
             return loss(params, before, image, jax.lax.stop_gradient(found.image), step)
 
         grads, metrics = train_state.gradients(

@@ -45,9 +45,10 @@ def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: An
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def reconstruct(params: dict, image: jax.Array) -> jax.Array:
-        found = net.apply({"params": params["autoencoder"]}, image, method="encode")
+        variables = {"params": sharding.gather(params["autoencoder"], mesh)}
+        found = net.apply(variables, image, method="encode")
         z = found[0] if isinstance(found, tuple) else found  # the mode of a posterior
-        return net.apply({"params": params["autoencoder"]}, z, method="decode")
+        return net.apply(variables, z, method="decode")
 
     def draw(params: dict, path: epath.Path) -> None:
         pictures = np.concatenate([image, np.asarray(reconstruct(params, image), np.float32)])

@@ -103,6 +103,7 @@ def make_loss(
 
     def loss(frozen_params: dict, params: dict, rows: dict, train: bool) -> tuple:
         batch, keys = rows["batch"], rows["keys"]
+        frozen_params, params = sharding.gather((frozen_params, params), mesh)
         encode = functools.partial(
             latents.encode, frozen.module, frozen_params["first_stage"], scale=frozen.scale
         )
@@ -123,7 +124,7 @@ def make_loss(
         if cond.concat is not None:
             x_t = jnp.concatenate([x_t, cond.concat], axis=-1)
         out = net.apply(
-            {"params": sharding.gather(params["unet"], mesh)},
+            {"params": params["unet"]},
             x_t,
             t,
             cond.context,

@@ -52,6 +52,7 @@ def make(
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def run(params: dict, batch: dict, keys: jax.Array) -> jax.Array:
+        params = sharding.gather(params, mesh)
         encode = functools.partial(
             latents.encode, model.first_stage, params["first_stage"], scale=frozen.scale
         )
