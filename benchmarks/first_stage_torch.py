@@ -120,7 +120,7 @@ def step(job: cases.Job, case: cases.Case) -> dict:
     """Figures of the step, and the losses of the first ones."""
     trained = Trained(job, case)
     figures, values = cases.measure(trained.step, job.seconds)
-    figures["losses"] = values[: cases.COMPARED]
+    figures["losses"] = cases.of_steps(values)
     if job.pieces:
         figures["pieces"] = trained.pieces()
     return figures
