@@ -193,7 +193,7 @@ def random_kills(cluster: Cluster, count: int = 20, seed: int = 0) -> dict:
         # half of them while it trains, half at any time after the one before
         if rng.random() < 0.5:
             cluster.at_step(1)
-            time.sleep(rng.uniform(0, 2))
+            time.sleep(rng.uniform(0, 6))  # a checkpoint comes every second or two
         else:
             time.sleep(rng.uniform(0, 25))
         if any(p.poll() is not None for p in cluster.processes):
@@ -275,7 +275,7 @@ BY_HAND = {
 RUNS = {
     "supervised": Run("clean", 60, True, SUPERVISED),
     "by_hand": Run("clean", 60, False, BY_HAND),
-    "random": Run("clean", 60, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
+    "random": Run("clean", 240, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
     "folder": Run("folder", 20, True, {"corrupt_record": (BAD_IMAGES, restarted)}),
     "latents": Run("latents", 20, True, {"nan_and_spike": (BAD_LATENTS, restarted)}),
     "images": Run("images", 20, True, {"hung_reader": (NEVER_READ, hung_reader)}),
