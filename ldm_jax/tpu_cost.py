@@ -337,7 +337,7 @@ def _between_chips(kind: str, op: hlo.Op, computation: dict[str, hlo.Op], runs: 
     size = sum(a.bytes for a in larger)
     if kind in ("collective-permute", "collective-broadcast"):
         return Transfer(kind, "chips", runs, 2, tuple(larger), size, size, op)
-    n = _group_size(op.attributes)
+    n = group_size(op.attributes)
     moved = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
     return Transfer(kind, "chips", runs, n, tuple(larger), size, moved, op)
 
@@ -354,7 +354,7 @@ def _between_slices(op: hlo.Op, runs: int) -> Transfer:
     return Transfer(kind, "slices", runs, n, op.shape[:1], size, size * share, op)
 
 
-def _group_size(attributes: str) -> int:
+def group_size(attributes: str) -> int:
     """Chips that take part in one collective together.
 
     Raises ValueError for groups written in an unknown way.

@@ -23,6 +23,16 @@ def reference(x, kernel, strides, padding):
     )
 
 
+def value_and_gradients(function, x, kernel, strides, padding):
+    """((loss, output), gradients) of a convolution."""
+
+    def loss(x, kernel):
+        out = function(x, kernel, strides, padding)
+        return jnp.sum(jnp.sin(out)), out
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "strides", "padding"),
     [
@@ -36,17 +46,10 @@ def reference(x, kernel, strides, padding):
 def test_columns_equal_xla(height, width, strides, padding):
     x, kernel = draw(2, height, width, 6), draw(3, 3, 6, 5, seed=1)
 
-    def value_and_gradients(function):
-        def loss(x, kernel):
-            out = function(x, kernel, strides, padding)
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
-
     def columns(*args):
         return convolution.columns(*args, precision="highest")
 
-    got, want = value_and_gradients(columns), value_and_gradients(reference)
+    got, want = (value_and_gradients(f, x, kernel, strides, padding) for f in (columns, reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
 
 
@@ -80,17 +83,12 @@ def test_images_split_over_devices_use_xla():
 def test_a_product_on_the_channels_equals_xla():
     x, kernel = draw(2, 3, 4, 6), draw(1, 1, 6, 5, seed=1)
 
-    def value_and_gradients(function):
-        def loss(x, kernel):
-            out = function(x, kernel, (1, 1), ((0, 0), (0, 0)))
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
-
     def pointwise(*args):
         return convolution.pointwise(*args, precision="highest")
 
-    got, want = value_and_gradients(pointwise), value_and_gradients(reference)
+    got, want = (
+        value_and_gradients(f, x, kernel, (1, 1), ((0, 0), (0, 0))) for f in (pointwise, reference)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), got, want)
 
 

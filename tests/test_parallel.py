@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import optax
 import pytest
 import recipes
 
-from ldm_jax import hlo, schema
+from ldm_jax import hlo, schema, tpu_cost
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -108,32 +107,21 @@ class Sent(NamedTuple):
     scope: str
 
 
+def devices(kind: str, op: hlo.Op) -> int:
+    """How many take part in one exchange; a permutation is written as pairs."""
+    return 2 if kind == "collective-permute" else tpu_cost.group_size(op.attributes)
+
+
 def sent(text: str) -> list[Sent]:
     """All that a compiled program's devices exchange, beside a few numbers."""
     ops = [op for ops in hlo.parse(text).computations.values() for op in ops.values()]
     return [
-        Sent(kind, array.dims, _group(op.attributes), op.scope)
+        Sent(kind, array.dims, devices(kind, op), op.scope)
         for op in ops
         if (kind := op.opcode.removesuffix("-start")) in KINDS
         for array in op.shape
         if math.prod(array.dims) > FEW
     ]
-
-
-def _group(attributes: str) -> int:
-    """Devices of one group: {{0,1},{2,3}}, [groups,devices]<=[...] or mesh['x'=2,'y'=2] {'x'}."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if listed:
-        return len(listed.group(1).split(","))
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    if counted:
-        return int(counted.group(1))
-    named = re.search(r"replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}", attributes)
-    if named is None:  # pairs of a permutation
-        return 2
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
-    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named.group(2))
-    return math.prod(int(part or sizes[axis]) for axis, part in axes)
 
 
 def shape_of(dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -168,3 +156,12 @@ def test_a_step_sends_parameters_and_gradients_but_no_activations():
 def test_text_encoders_first_stages_and_discriminators_send_none_either(name):
     found = first_step(name, (("data", 2), ("fsdp", 2)))
     assert_only_parameters_and_gradients(found.text, (found.params, found.kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"fsdp": 4}], ids=str)
+def test_a_first_stage_and_its_discriminator_send_no_feature_maps(mesh):
+    found = sent(first_step("kl", tuple(mesh.items())).text)
+    assert {one.devices for one in found} <= {2, 4}
+    side = CONFIGS["kl"].data.size
+    assert not [x for x in found if x.dims[1:3] == (side, side) or side**2 in x.dims]
