@@ -12,8 +12,7 @@ LANES, SUBLANES = 128, 8  # a TPU's matrix unit works on whole tiles of these
 
 
 def count(jaxpr: Any, padded: bool = False) -> float:
-    """Operations (a multiply-add is two) of a closed jaxpr; what is inside a `shard_map` counts
-    for one device.
+    """Operations (a multiply-add is two) of a closed jaxpr, by all devices together.
 
     A `while` of unknown length counts once, a `cond` as its most expensive branch. What a gradient
     computes again counts again: for the operations that a model needs, count it without remat and
@@ -80,6 +79,8 @@ def largest_batched(jaxpr: Any) -> dict | None:
 def _times(eqn: Any) -> int:
     if eqn.primitive.name == "pallas_call":
         return math.prod(eqn.params["grid_mapping"].grid)
+    if eqn.primitive.name == "shard_map":  # what is inside has the shapes of one device
+        return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
 

@@ -6,9 +6,10 @@ also has `space`, which splits their height. Across slices, each axis is as long
 it times the devices inside one.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from ldm_jax import schema
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Axes that the batch is split over."""
 # A parameter with more bytes is replicated under fsdp only if its rule has no spec but P().
 LARGEST_COPY = 2**20
 
@@ -200,12 +204,12 @@ def image_sharding(mesh: Mesh) -> NamedSharding:
     B must be a multiple of the former, h of the latter; a multiple of `space` times the model's
     coarsest downsampling also splits its inner levels evenly.
     """
-    return NamedSharding(mesh, P(("data", "fsdp"), "space"))
+    return NamedSharding(mesh, P(ROWS, "space"))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (axis 0) over `data` and `fsdp`; replicated over `tensor`."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -278,6 +282,56 @@ def gather(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(whole, params, by_rules(params, RULES, mesh))
 
 
+def each_on_its_rows(
+    gradients: Callable[..., tuple[Any, Any]], mesh: Mesh, dtype: DTypeLike = "float32"
+) -> Callable[..., tuple[Any, Any]]:
+    """`gradients(frozen, params, rows) -> (mean gradient, mean metrics)`, by devices on their own.
+
+    Every device is given whole parameters and its part of the rows, and sums nothing with others
+    until it is done: parameters travel once, in, and gradients once, out in `dtype`, however many
+    microbatches there are; compilers left to themselves send gradients after every microbatch.
+    A device is sent the shards that it keeps, half of what an all-reduce sends, but where a TPU
+    compiler makes one again (it does for all devices of a program). The price: each holds whole
+    gradients.
+
+    What is drawn or normalized for a row may not depend on the rows of other devices. `frozen` and
+    `params` are laid out by `RULES`, and so is the gradient; `tensor` is left to the compiler.
+    """
+    devices = math.prod(mesh.shape[axis] for axis in ROWS)
+    if devices == 1:
+        return gradients
+
+    def of_all(frozen: Any, params: Any, rows: Any) -> tuple[Any, Any]:
+        given = (frozen, params)
+        cuts = jax.tree.map(lambda s: _cut(s.spec), by_rules(given, RULES, mesh))
+        specs = jax.tree.map(lambda cut: P(*[None] * cut, "fsdp") if cut >= 0 else P(), cuts)
+        split = jax.shard_map(
+            functools.partial(of_own, cuts),
+            mesh=mesh,
+            in_specs=(specs, P(ROWS)),
+            out_specs=(specs[1], P()),
+            axis_names=set(ROWS),
+            check_vma=False,
+        )
+        return split(given, rows)
+
+    def of_own(cuts: Any, given: Any, rows: Any) -> tuple[Any, Any]:
+        grads, metrics = gradients(*jax.tree.map(whole, given, cuts), rows)
+        return jax.tree.map(mean, grads, cuts[1]), jax.lax.pmean(metrics, ROWS)
+
+    def whole(shard: jax.Array, cut: int) -> jax.Array:
+        return shard if cut < 0 else jax.lax.all_gather(shard, "fsdp", axis=cut, tiled=True)
+
+    def mean(grad: jax.Array, cut: int) -> jax.Array:
+        if cut < 0:
+            return jax.lax.pmean(grad, ROWS)
+        sent = grad.astype(dtype)
+        shard = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=cut, tiled=True)
+        return jax.lax.psum(shard, "data").astype(grad.dtype) / devices
+
+    return of_all
+
+
 def with_shardings(tree: Any, shardings: Any) -> Any:
     """The tree's shapes and dtypes with their shardings: what `checkpoint.restore` takes."""
     return jax.tree.map(
@@ -303,6 +357,11 @@ def _axes(spec: P) -> list[str]:
     """Mesh axes that a spec names."""
     entries = [e if isinstance(e, tuple) else (e,) for e in spec if e is not None]
     return [axis for entry in entries for axis in entry]
+
+
+def _cut(spec: P) -> int:
+    """The dimension that is split over fsdp, or -1."""
+    return list(spec).index("fsdp") if "fsdp" in spec else -1
 
 
 def _fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:

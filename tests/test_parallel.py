@@ -131,10 +131,15 @@ def shape_of(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def assert_only_parameters_and_gradients(text, trees):
-    """Data 2 x fsdp 2: parameters are gathered along fsdp alone, gradients summed over both."""
-    known = {shape_of(x.shape) for x in jax.tree.leaves(trees)}
+    """Data 2 x fsdp 2: parameters are gathered along fsdp alone, gradients summed over both: whole
+    ones over four devices, or scattered along fsdp and then their shards over two."""
+    shapes = [x.shape for x in jax.tree.leaves(trees)]
+    halves = [(*s[:i], s[i] // 2, *s[i + 1 :]) for s in shapes for i in range(len(s))]
+    whole, shards = ({shape_of(s) for s in group} for group in (shapes, halves))
     found = sent(text)
-    assert not [one for one in found if shape_of(one.dims) not in known]
+    summed_shards = {one for one in found if one.kind != "all-gather" and one.devices == 2}
+    known = lambda one: shape_of(one.dims) in (whole | shards if one in summed_shards else whole)  # noqa: E731
+    assert not [one for one in found if not known(one)]
     gathered = [one for one in found if one.kind == "all-gather"]
     assert len(gathered) > 20
     assert {one.devices for one in gathered} == {2}

@@ -95,7 +95,8 @@ def make_loss(
 ) -> Callable:
     """loss(frozen_params, params, rows, train) -> (mean loss, metrics) of one microbatch.
 
-    `rows` is {"batch": {...}, "keys": {draw: [B] keys}}: every draw depends on its row's key.
+    Parameters are whole along fsdp. `rows` is {"batch": {...}, "keys": {draw: [B] keys}}: every
+    draw but dropout's depends on its row's key.
     """
     net, cond_stage = modules(config, mesh)
     schedule = diffusion.from_config(config.diffusion)
@@ -103,7 +104,6 @@ def make_loss(
 
     def loss(frozen_params: dict, params: dict, rows: dict, train: bool) -> tuple:
         batch, keys = rows["batch"], rows["keys"]
-        frozen_params, params = sharding.gather((frozen_params, params), mesh)
         encode = functools.partial(
             latents.encode, frozen.module, frozen_params["first_stage"], scale=frozen.scale
         )
@@ -150,18 +150,27 @@ def make_train_step(
     tx, learning_rate = train_state.make_optimizer(config.optimizer)
     loss = make_loss(config, frozen, mesh)
 
+    def gradients(frozen_params: dict, params: dict, rows: dict) -> tuple:
+        return train_state.gradients(
+            lambda params, rows: loss(frozen_params, params, rows, True),
+            params,
+            rows,
+            config.accumulate,
+        )
+
+    if config.unet.dropout:  # draws one mask for a microbatch: the same on every mesh
+        of_all = lambda *given: gradients(*sharding.gather(given[:2], mesh), given[2])  # noqa: E731
+    else:  # sums of microbatches are float32, and so they travel
+        dtype = config.dtype if config.accumulate == 1 else "float32"
+        of_all = sharding.each_on_its_rows(gradients, mesh, dtype)
+
     def step(frozen_params: dict, state: TrainState, batch: dict, key: jax.Array) -> tuple:
         keys = train_state.step_keys(jax.random.fold_in(key, TRAIN), state.step, DRAWS)
         rows = {
             "batch": batch,
             "keys": {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()},
         }
-        grads, metrics = train_state.gradients(
-            lambda params, rows: loss(frozen_params, params, rows, True),
-            state.params,
-            rows,
-            config.accumulate,
-        )
+        grads, metrics = of_all(frozen_params, state.params, rows)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -206,6 +215,7 @@ def make_eval_step(
     def evaluate(frozen_params: dict, params: dict, batch: dict, key: jax.Array) -> jax.Array:
         keys = train_state.step_keys(key, 0, DRAWS)
         keys = {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()}
+        frozen_params, params = sharding.gather((frozen_params, params), mesh)
         return loss(frozen_params, params, {"batch": batch, "keys": keys}, False)[0]
 
     jitted = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))

@@ -152,21 +152,24 @@ def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> Atten
 
 def _split(function, mesh, q_bqnd, k_bknd, v_bknd, precision=None):
     """`function` on each device's rows, heads and queries; an axis that does not divide them is
-    left out."""
+    left out, and so is one that the caller has split by hand."""
+    context = jax.sharding.get_abstract_mesh()
+    free = [axis for axis in mesh.axis_names if axis not in context.manual_axes]
     rows, _, heads, _ = q_bqnd.shape
     row_axes: tuple[str, ...] = ()
     for axis in ("data", "fsdp"):
-        if axis in mesh.shape and rows % mesh.shape[axis] == 0:
+        if axis in free and rows % mesh.shape[axis] == 0:
             row_axes, rows = (*row_axes, axis), rows // mesh.shape[axis]
-    head_axis = "tensor" if "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0 else None
-    space = "space" in mesh.shape and q_bqnd.shape[1] % mesh.shape["space"] == 0
+    head_axis = "tensor" if "tensor" in free and heads % mesh.shape["tensor"] == 0 else None
+    space = "space" in free and q_bqnd.shape[1] % mesh.shape["space"] == 0
     spec = PartitionSpec(row_axes or None, None, head_axis, None)
     q_spec = PartitionSpec(row_axes or None, "space" if space else None, head_axis, None)
     split = jax.shard_map(
         functools.partial(function, precision=precision),
-        mesh=mesh,
+        mesh=context if context.manual_axes else mesh,
         in_specs=(q_spec, spec, spec),
         out_specs=q_spec,
+        axis_names=set(free),
         check_vma=False,
     )
     return split(q_bqnd, k_bknd, v_bknd)
