@@ -20,22 +20,30 @@ from ldm_jax.train.plan import command, reports, topologies
 
 SD = "stable_diffusion --cached"
 CASES = {
-    "SD v1 training, 512 px": f"{SD} --topology v5e:4x4 --batch-size 128",
+    "SD v1 training, 512 px": (
+        f"{SD} --topology v5e:4x4 --batch-size 128 --mesh.data 4 --mesh.fsdp 4"
+    ),
+    "SD v1 training, 512 px, the published batch": (
+        f"{SD} --topology v5e:4x4 --batch-size 2048 --accumulate 16"
+    ),
     "kl-f8 first stage with discriminator": (
         "first_stages:kl-f8 --topology v5e:4x4 --batch-size 64 --dtype bfloat16"
     ),
     "SD v1 sampling, 512 px": (
         "stable_diffusion --sample --images 64 --topology v5e:4x4 --mesh.data -1 --mesh.fsdp 1"
     ),
-    "cin256-v2 training": "imagenet --cached --topology v5e:4x4 --batch-size 256",
+    "cin256-v2 training": (
+        "imagenet --cached --topology v5e:4x4 --batch-size 256 --mesh.data 4 --mesh.fsdp 4"
+    ),
     "SD v1 training, 512 px, 256 chips": (
-        f"{SD} --topology v5e:16x16 --batch-size 2048 --mesh.data 16 --mesh.fsdp 16"
+        f"{SD} --topology v5e:16x16 --batch-size 2048 --mesh.data 64 --mesh.fsdp 4"
     ),
     "SD v1 training, 512 px, v5p": (
-        f"{SD} --topology v5p:4x4x4 --batch-size 1024 --mesh.data 4 --mesh.fsdp 16"
+        f"{SD} --topology v5p:4x4x4 --batch-size 1024 --mesh.data 16 --mesh.fsdp 4"
     ),
     "SD v1 training, 512 px, two slices": (
-        f"{SD} --topology v5e:4x4 --slices 2 --mesh.dcn-data 2 --batch-size 256"
+        f"{SD} --topology v5e:4x4 --slices 2 --batch-size 256"
+        " --mesh.data 4 --mesh.fsdp 4 --mesh.dcn-data 2"
     ),
     "SD v1 sampling, 2048 px, 16 chips an image": (
         "stable_diffusion --sample --images 1 --space 16 --height 2048 --width 2048"
@@ -128,7 +136,7 @@ def compared(kept: dict) -> list[str]:
         "",
         "## From 16 to 256 chips",
         "",
-        "Both split parameters over 16 chips; 256 chips hold 16 such copies. MB sent by a chip in"
+        "Both split parameters over 4 chips, and hold 4 and 64 such copies. MB sent by a chip in"
         " a step; a ring of n sends (n - 1) / n of an array, an all-reduce twice that.",
         "",
         row(["collective", "moves", "in groups of", "16 chips", "256 chips", "ratio"]),
