@@ -11,8 +11,8 @@ IMAGES holds NAME.txt beside NAME.jpg. SD is a diffusers folder of Stable Diffus
 stage and its text encoder, ViT-L/14, are frozen. UNet, noise and scale are those of
 `v1-inference.yaml` (CompVis/stable-diffusion); batch, rate and warm-up those of the model card.
 Parameters, moments and average take 13.8 GB, so they are split over all devices (`mesh.fsdp`); on
-more than 64 split them over some, as `--mesh.data -1 --mesh.fsdp 16`. A batch of 2048 on few
-devices takes `--accumulate`. Not trained here.
+TPU slices over some are enough, as `--mesh.data -1 --mesh.fsdp 4`, and send less. A batch of 2048
+on few devices takes `--accumulate`. Not trained here.
 """
 
 import dataclasses
