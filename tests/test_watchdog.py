@@ -110,12 +110,19 @@ def test_what_an_earlier_start_left_is_not_believed(run):
     assert rounds(first, 100) is None
 
 
-def test_a_newer_start_takes_over(run):
-    old, _ = watches(run)
-    watches(run, attempt=8)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_newer_start_takes_over(run, count, monkeypatch, capfd):
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    left = []
+    old, new = watches(run, count)[0], watches(run, count, attempt=8)[0]
+    old._leave_with = left.append
     why, retry = rounds(old, 1)
     assert f"has taken its place in {run}" in why
     assert not retry
+    old._leave(why, retry)
+    assert left == [watchdog.LOST]
+    assert "has taken its place" in capfd.readouterr().err
+    assert rounds(new, 3) is None
     assert json.loads((run / "processes" / "0.json").read_text())["attempt"] == 8
 
 

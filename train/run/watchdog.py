@@ -4,7 +4,8 @@
     RUN/processes/fault.json   what was found, by the first that found it
 
 A process watches the next one in a ring, its own main thread and fault.json, so what it reads does
-not grow with their number. A sign of life is a file that changes: no two clocks are compared.
+not grow with their number. A sign of life is a file that changes: no two clocks are compared. In
+its own file a process sees a newer start of the run, and leaves the run to it.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class Watch:
         self.now: dict[str, Any] = {"step": None, "doing": "starting", "saved": None}
         self.state, self.why, self.retry = "running", "", True
         self.beats = self.moves = 0
-        self.stepped = self.written = self.broken = self.blind = False
+        self.stepped = self.written = self.broken = self.blind = self.replaced = False
         self.since, self.longest = time.monotonic(), 0.0
         self.seen: dict[int, tuple[Any, float]] = {}
         self.stood: tuple[int, float] = (0, 0.0)
@@ -177,7 +178,7 @@ class Watch:
         self.beats += 1
         self._show()
         stands = self._stands(elapsed)
-        if self.count == 1 or self.run is None or not (self.run / "config.json").exists():
+        if self.run is None or not (self.run / "config.json").exists():
             return stands
         try:
             return self._others(elapsed) or stands
@@ -201,6 +202,7 @@ class Watch:
     def _others(self, elapsed: float) -> tuple[str, bool] | None:
         successor = read(self.run, f"{self.index}.json")
         if self.written and successor and successor["attempt"] != self.attempt:
+            self.replaced = True
             return f"{who(successor)} has taken its place in {self.run}", False
         self._write()
         fault = read(self.run, "fault.json")
@@ -245,7 +247,7 @@ class Watch:
         with contextlib.suppress(Exception):
             if self.count > 1:
                 write_fault(self.run, self.attempt, me, why, retry)
-                self._write()
+            self._write()
         if self.count > 1 and self.index == 0:
             # JAX ends the others at once when they lose it, before they could say why
             time.sleep(2 * self.config.every)
@@ -262,7 +264,8 @@ class Watch:
         tell(**self._beat(), **limits, run=self.run and str(self.run), count=self.count)
 
     def _write(self) -> None:
-        if self.count > 1 and (self.written or (self.run / "config.json").exists()):
+        there = self.written or (self.run / "config.json").exists()
+        if there and not self.replaced:  # else the newer start would take this for a newer one
             write(self.run, f"{self.index}.json", self._beat())
             self.written = True
 
