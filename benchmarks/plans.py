@@ -9,6 +9,7 @@ Every row is a command of `ldm-train plan`; a compile takes 5 to 60 minutes on o
 """
 
 import argparse
+import collections
 import datetime
 import platform
 import sys
@@ -127,7 +128,7 @@ def write(out: Path, keep: Path) -> None:
 
 
 def compared(kept: dict) -> list[str]:
-    """What a chip sends at 16 and at 256 chips, by kind, group and array."""
+    """What a chip sends at 16 and at 256 chips, by kind of collective and what it moves."""
     small, large = (kept.get(title) for title in (SMALL, LARGE))
     if small is None or large is None or "failed" in {**small[1].about, **large[1].about}:
         return []
@@ -136,26 +137,31 @@ def compared(kept: dict) -> list[str]:
         "",
         "## From 16 to 256 chips",
         "",
-        "Both split parameters over 4 chips, and hold 4 and 64 such copies. MB sent by a chip in"
-        " a step; a ring of n sends (n - 1) / n of an array, an all-reduce twice that.",
+        "Both split parameters over 4 chips, and hold 4 and 64 copies of them. MB sent by a chip in"
+        " a step, and how many chips take part together. A ring of n sends (n - 1) / n of an array,"
+        f" an all-reduce twice that: from 4 to 64 chips {63 / 64 / (3 / 4):.2f} times as much.",
         "",
-        row(["collective", "moves", "in groups of", "16 chips", "256 chips", "ratio"]),
-        row(["---"] * 6),
+        row(["collective", "moves", "16 chips", "256 chips", "ratio"]),
+        row(["---"] * 5),
     ]
-    for name in sorted({*columns[0], *columns[1]}, key=lambda n: -columns[1].get(n, 0)):
-        before, after = (column.get(name, 0.0) for column in columns)
+    for name in sorted({*columns[0], *columns[1]}, key=lambda n: -sum(columns[1][n].values())):
+        before, after = (sum(column[name].values()) for column in columns)
         ratio = f"{after / before:.2f}" if before else "new"
-        cells = [f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", ratio]
-        lines.append(row([*map(str, name), *cells]))
+        cells = [
+            f"{sum(column[name].values()) / 1e6:.1f} ({', '.join(map(str, sorted(column[name])))})"
+            for column in columns
+        ]
+        lines.append(row([*name, *cells, ratio]))
     return lines
 
 
-def sent_by_kind(request, result) -> dict[tuple, float]:
-    """{(kind, parameters or activations, group): bytes}."""
-    found: dict[tuple, float] = {}
+def sent_by_kind(request, result) -> dict[tuple, dict[int, float]]:
+    """{(kind, parameters or activations): {chips that take part together: bytes}}."""
+    found: dict[tuple, dict[int, float]] = collections.defaultdict(dict)
     for transfer in reports.estimate(request, result).transfers:
-        name = (transfer.kind, reports.kind_of(transfer, result.about), transfer.group)
-        found[name] = found.get(name, 0.0) + transfer.runs * transfer.moved
+        groups = found[transfer.kind, reports.kind_of(transfer, result.about)]
+        sent = transfer.runs * transfer.moved
+        groups[transfer.group] = groups.get(transfer.group, 0.0) + sent
     return found
 
 
