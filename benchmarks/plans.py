@@ -59,7 +59,7 @@ COLUMNS = (
     "program",
     "slice",
     "per chip",
-    "HBM, GB (arguments + temporary)",
+    "HBM at most, GB (arguments, temporary)",
     "TFLOP per chip",
     "time, ms",
     "MFU",
@@ -197,6 +197,8 @@ def table_row(title: str, request, result) -> list[str]:
     rows = request.images if request.sample else request.config.batch_size
     devices = request.topology.num_devices
     each = f"{rows // devices} images" if rows >= devices else f"1/{devices // rows} image"
+    if not request.sample and request.config.accumulate > 1:
+        each += f", {rows // devices // request.config.accumulate} at a time"
     start = [title, str(request.topology), each]
     if "failed" in about:
         how = about["failed"]["how"][:200].replace("|", "/")
@@ -210,7 +212,7 @@ def table_row(title: str, request, result) -> list[str]:
     return [
         *start,
         f"{reports.needed(about) / 1e9:.2f} ({about['argument'] / 1e9:.2f}"
-        f" + {about['temp'] / 1e9:.2f})",
+        f", {about['temp'] / 1e9:.2f})",
         f"{about['operations'] / 1e12:.2f}",
         f"{1e3 * found.seconds:.0f}",
         f"{100 * found.utilization(about['operations'], chip):.1f} %",
