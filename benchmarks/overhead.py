@@ -161,8 +161,8 @@ def markdown(report: dict) -> str:
             " than the same compiled step on a batch that is on the device, blocks of both taking"
             " turns. `one save`: what a block with an asynchronous checkpoint takes more than one"
             " without, so writing in the background counts too; `share of saving`: that, at the"
-            " interval of the config. Goal: at most 3 % without saving. The rows of `tiny` are"
-            " there for the milliseconds: nobody trains with so short a step.",
+            " interval of the config. Goal: at most 3 % without saving. Rows of `tiny` are for"
+            " the milliseconds: nobody trains with so short a step.",
             "",
         )
     )
