@@ -59,7 +59,7 @@ COLUMNS = (
     "program",
     "slice",
     "per chip",
-    "HBM at most, GB (arguments, temporary)",
+    "HBM, GB (arguments + temporary)",
     "TFLOP per chip",
     "time, ms",
     "MFU",
@@ -212,7 +212,7 @@ def table_row(title: str, request, result) -> list[str]:
     return [
         *start,
         f"{reports.needed(about) / 1e9:.2f} ({about['argument'] / 1e9:.2f}"
-        f", {about['temp'] / 1e9:.2f})",
+        f" + {about['temp'] / 1e9:.2f})",
         f"{about['operations'] / 1e12:.2f}",
         f"{1e3 * found.seconds:.0f}",
         f"{100 * found.utilization(about['operations'], chip):.1f} %",

@@ -21,13 +21,8 @@ class Result(NamedTuple):
 
 
 def needed(about: dict) -> float:
-    """Bytes of a device that the program takes, at most at a time.
-
-    By the compiler's own count, which it refuses programs by: temporary arrays may lie where
-    arguments were. Where it has none, all of them, with results in the place of arguments once.
-    """
-    parts = about["argument"] + about["output"] - about["alias"] + about["temp"]
-    return about["peak"] or parts
+    """Bytes of a device that the program takes: results in the place of donated arguments once."""
+    return about["argument"] + about["output"] - about["alias"] + about["temp"]
 
 
 def unread(about: dict) -> float:
@@ -115,6 +110,8 @@ def memory_lines(request: Request, about: dict) -> list[str]:
         f"  results {gb(about['output'])}, of these in the place of arguments {gb(about['alias'])}",
         f"  temporary {gb(about['temp'])}",
     ]
+    if about["peak"]:
+        lines.append(f"  most at a time, by the compiler's own count: {gb(about['peak'])}")
     if unread(about) > SMALL:
         lines.append(f"  besides, held but not read by this program: {gb(unread(about))}")
     return lines
