@@ -25,7 +25,7 @@ CASES = {
         f"{SD} --topology v5e:4x4 --batch-size 128 --mesh.data 4 --mesh.fsdp 4"
     ),
     "SD v1 training, 512 px, the published batch": (
-        f"{SD} --topology v5e:4x4 --batch-size 2048 --accumulate 16 --mesh.data 2 --mesh.fsdp 8"
+        f"{SD} --topology v5e:4x4 --batch-size 2048 --accumulate 16 --mesh.fsdp 16"
     ),
     "kl-f8 first stage with discriminator": (
         "first_stages:kl-f8 --topology v5e:4x4 --batch-size 64 --dtype bfloat16"
