@@ -100,12 +100,28 @@ def test_a_process_reads_the_rows_of_its_devices_and_no_others():
 
 def test_reading_ahead_takes_the_rows_of_this_process_only():
     stream = open_stream()
-    local = [0, 1, 6, 7]
-    ahead = pipeline._LocalRows(stream.made, BATCH, 2, local)
+    pieces = [[0, 1], [6], [7]]
+    ahead = pipeline._LocalRows(stream.made, BATCH, 2, pieces)
     for step in (2, 3):
-        for i, row in enumerate(local):
-            made = ahead[(step - 2) * len(local) + i]
-            np.testing.assert_array_equal(made.row["image"], stream[step * BATCH + row]["image"])
+        for i, rows in enumerate(pieces):
+            made = ahead[(step - 2) * len(pieces) + i]
+            assert len(made) == len(rows)
+            for got, row in zip(made, rows):
+                expected = stream[step * BATCH + row]
+                np.testing.assert_array_equal(got.row["image"], expected["image"])
+
+
+@pytest.mark.parametrize(
+    ("number", "pieces"),
+    [
+        (1, [[2, 3, 4, 8, 9]]),
+        (2, [[2, 3, 4], [8, 9]]),
+        (4, [[2, 3], [4], [8], [9]]),
+        (9, [[2], [3], [4], [8], [9]]),
+    ],
+)
+def test_pieces_are_in_order_and_nearly_equal(number, pieces):
+    assert pipeline.pieces([2, 3, 4, 8, 9], number) == pieces
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from ldm_jax import schema
 
 # Every plugin now: `open` loads them when it first meets their format, and a thread that meets one
-# while another loads it is told that no such format exists.
+# while another loads it is told that no such format exists. The common formats are tried first.
+Image.preinit()
 Image.init()
 
 Images = dict[str, Image.Image]
