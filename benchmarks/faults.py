@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ import faults_cluster
 import faults_input
 import faults_report
 import jax
+import machine
 from faults_cluster import Cluster
 
 from ldm_jax import checkpoint
@@ -40,7 +40,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     stored = args.out / "faults.json"
     report = json.loads(stored.read_text()) if stored.exists() else {"cases": {}}
-    report["machine"] = machine()
+    report["machine"] = machine.facts() | {"load": os.getloadavg()[0], "jax": jax.__version__}
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
@@ -125,16 +125,6 @@ def reference(work: Path, config: str, name: str, flags: list[str]) -> Path:
             print(f"undisturbed {name}: {time.monotonic() - begin:.0f} s", flush=True)
         draft.rename(run)
     return run
-
-
-def machine() -> dict:
-    """What the figures were taken on."""
-    return {
-        "cpus": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
 
 
 def arguments() -> argparse.Namespace:

@@ -22,7 +22,7 @@ def markdown(report: dict) -> str:
         f"Two hosts of two CPU devices, a checkpoint every {faults_input.SAVE} steps; a sign of"
         f" life every {EVERY} s, lost after {TIMEOUT:.0f} s without, first restart after"
         f" {DELAY:.0f} s.",
-        f"{machine['cpus']} CPUs, load average {machine['load']:.0f}, Python {machine['python']},"
+        f"{machine['cores']} CPUs, load average {machine['load']:.0f}, Python {machine['python']},"
         f" JAX {machine['jax']}.",
         "",
         "| fault | others left after, s | every host stepping again after, s | steps made again |"

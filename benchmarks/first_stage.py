@@ -14,13 +14,13 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import first_stage_cases as cases
 import first_stage_report as reporting
+import sides
 import unet_vs_diffusers
 
 HERE = Path(__file__).parent
@@ -69,27 +69,13 @@ def one_process(args: argparse.Namespace, name: str, side: str, kept: Path, piec
     """Figures of one side of a case, from a process of its own."""
     kind = cases.CASES[name].kind
     job = cases.Job(name, side, args.seconds, args.threads, pieces, str(kept))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        "JAX_PLATFORMS": "cpu",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        (out / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
-
-        def start(script: str, *arguments: str) -> None:
-            command = [sys.executable, str(HERE / script), *arguments]
-            subprocess.run(command, check=True, env=environment)
-
-        done = cases.weights_of(job) / "done"
-        if not done.exists():  # written by a process of its own
-            start(next(iter(cases.SIDES[kind].values())), "--weights", str(out / "job.json"))
-            done.touch()
-        load = os.getloadavg()[0]
-        start(cases.SIDES[kind][side], str(out / "job.json"), folder)
-        figures = json.loads((out / "figures.json").read_text())
-    figures["load"] = [load, os.getloadavg()[0]]
+    scripts = cases.SIDES[kind]
+    done = cases.weights_of(job) / "done"
+    if not done.exists():
+        first = next(iter(scripts.values()))
+        sides.run(first, dataclasses.replace(job, side=cases.WEIGHTS), JAX_PLATFORMS="cpu")
+        done.touch()
+    figures, _ = sides.run(scripts[side], job, JAX_PLATFORMS="cpu")
     print(f"{name:18} {side:14} {statistics.median(figures['runs']):9.4f} s", flush=True)
     return figures
 

@@ -1,18 +1,17 @@
-"""What the sides of `first_stage.py` share: cases, the job of a process, the stopwatch."""
+"""What the sides of `first_stage.py` share: cases, and the job of a process."""
 
 import dataclasses
-import json
-import os
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import sides
 import unet_cases
 
 OURS, TORCH = "ldm_jax", "torch"
 IMAGES, CACHE = "from images", "from a cache"
+WEIGHTS = "weights"
+"""No side: asks the first one's script to write what all of them load."""
 LEARNING_RATE = 1e-4  # of both Adams: their updates show in the losses of the next step
 # Where a gradient is zero but for rounding, Adam divides rounding by itself. These are above it and
 # below the other gradients: of a sum over an image, and of a mean.
@@ -105,26 +104,19 @@ def of_steps(values: list[list[float]]) -> list[list[float]]:
     return [values[0], *([step[nll]] for step in values[1:COMPARED])]
 
 
-def measure(run: Callable[[int], object], seconds: float) -> tuple[dict, list]:
-    """({"first", "runs"} in seconds, what each `run(i)` gave); `run` waits for its result."""
-    values, runs = [], []
-    while len(runs) < COMPARED or sum(runs[1:]) < seconds:
-        value, took = unet_cases.timed(lambda: run(len(runs)))
-        values.append(value)
-        runs.append(took)
-    return {"first": runs[0], "runs": runs[1:]}, values
-
-
 def median_of(run: Callable[[], object], count: int = 3) -> float:
     """Median seconds of `count` runs after one that does not count."""
     run()
-    return sorted(unet_cases.timed(run)[1] for _ in range(count))[count // 2]
+    return sorted(sides.timed(run)[1] for _ in range(count))[count // 2]
 
 
-def serve(run_case: Callable[[Job, Case], dict]) -> None:
-    """Does the job that the command line names, `JOB.json OUT`, and writes OUT/figures.json."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
-    figures = run_case(job, CASES[job.case])
-    figures["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    (Path(sys.argv[2]) / "figures.json").write_text(json.dumps(figures))
+def serve(
+    run_case: Callable[[Job, Case], dict], write_weights: Callable[[Job], None] | None = None
+) -> None:
+    """Does the job of this process; see `sides`."""
+    job, out = sides.asked(Job)
+    if job.side == WEIGHTS:
+        write_weights(job)
+        sides.answer(out, {}, {})
+    else:
+        sides.answer(out, run_case(job, CASES[job.case]), {})

@@ -5,8 +5,6 @@
 
 import dataclasses
 import functools
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import first_stage_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import unet_cases
+import sides
 from etils import epath
 
 from ldm_jax import diffusion, schema, sharding, train_state
@@ -78,14 +76,14 @@ def step(job: cases.Job, case: cases.Case) -> dict:
     batch = {"image": jnp.asarray(cases.images(case))}
     train_step = autoencoder.make_train_step(config, MESH, perceptual)
     lowered = train_step.func.lower(*train_step.args, state[0], batch, ROOT)
-    program, compiling = unet_cases.timed(lowered.compile)
+    program, compiling = sides.timed(lowered.compile)
 
-    def run(i: int) -> list[float]:
+    def run() -> list[float]:
         state[0], metrics = program(*train_step.args, state[0], batch, ROOT)
         jax.block_until_ready(state[0])
         return [float(metrics[name]) for name in cases.TERMS]
 
-    figures, values = cases.measure(run, job.seconds)
+    figures, values = sides.measure(run, job.seconds, cases.COMPARED - 1)
     figures |= {"compile": compiling, "losses": cases.of_steps(values)}
     if job.pieces:
         figures["pieces"] = pieces(config, perceptual, state[0], batch["image"])
@@ -168,11 +166,11 @@ def encoding(job: cases.Job, case: cases.Case) -> dict:
     run = encode.make_encoder(config, model, MESH)
     image = cases.images(case)
 
-    def alone(i: int) -> dict[str, jax.Array]:
+    def alone() -> dict[str, jax.Array]:
         return jax.block_until_ready(run(params, image))
 
-    _, compiling = unet_cases.timed(lambda: alone(0))  # and the first run
-    figures, values = cases.measure(alone, job.seconds)
+    _, compiling = sides.timed(alone)  # and the first run
+    figures, values = sides.measure(alone, job.seconds, cases.COMPARED - 1)
     means = [float(jnp.mean(jnp.abs(values[0][name]))) for name in cache.MOMENTS]
     figures |= {"compile": compiling, "losses": [means]}
     source = encode.data.open_source(config.data, "train")
@@ -185,7 +183,7 @@ def encoding(job: cases.Job, case: cases.Case) -> dict:
     def written() -> int:
         return sum(1 for _ in cache.write_shard(path, found))
 
-    number, took = unet_cases.timed(written)
+    number, took = sides.timed(written)
     return figures | {"path_per_second": number / took, "path_images": number}
 
 
@@ -206,7 +204,4 @@ def data_config(case: cases.Case) -> schema.DataConfig:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--weights":
-        write_weights(cases.Job(**json.loads(Path(sys.argv[2]).read_text())))
-    else:
-        cases.serve(run_case)
+    cases.serve(run_case, write_weights)

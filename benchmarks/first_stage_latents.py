@@ -4,14 +4,12 @@
 """
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import first_stage_cases as cases
 import first_stage_jax
 import jax
-import unet_cases
+import sides
 
 from ldm_jax import checkpoint, data, rundir, schema, serialize, sharding
 from ldm_jax.configs import digits, folder
@@ -60,20 +58,17 @@ def run_case(job: cases.Job, case: cases.Case) -> dict:
     train_step = ldm.make_train_step(config, frozen, MESH)
     given = (state[0], data.global_batch(stream, 0, rows), ROOT)
     lowered = train_step.func.lower(*train_step.args, *given)
-    program, compiling = unet_cases.timed(lowered.compile)
+    program, compiling = sides.timed(lowered.compile)
     with data.prefetch(stream, 0, rows) as batches:
 
-        def step(i: int) -> list[float]:
+        def step() -> list[float]:
             _, batch = next(batches)
             state[0], metrics = program(*train_step.args, state[0], batch, ROOT)
             return [float(metrics["loss"])]  # waits
 
-        figures, values = cases.measure(step, job.seconds)
+        figures, values = sides.measure(step, job.seconds, cases.COMPARED - 1)
     return figures | {"compile": compiling, "losses": values[: cases.COMPARED]}
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--weights":
-        write_weights(cases.Job(**json.loads(Path(sys.argv[2]).read_text())))
-    else:
-        cases.serve(run_case)
+    cases.serve(run_case, write_weights)

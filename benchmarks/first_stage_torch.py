@@ -3,12 +3,14 @@
 LPIPS, discriminator and losses are those that the tests compare with.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 import diffusers
 import first_stage_cases as cases
 import numpy as np
+import sides
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -58,7 +60,7 @@ class Trained:
         self.disc = load(disc, folder / "discriminator.npz").train()
         with np.load(folder / "noise.npz") as file:
             self.noise = {name: again.nchw(file[name]) for name in file.files}
-        self.x = again.nchw(cases.images(case))
+        self.x, self.steps = again.nchw(cases.images(case)), itertools.count()
         how = {"lr": cases.LEARNING_RATE, "betas": (0.5, 0.9), "fused": True}
         self.tx = torch.optim.Adam(self.net.parameters(), **how, eps=cases.EPSILON)
         self.disc_tx = torch.optim.Adam(self.disc.parameters(), **how, eps=cases.DISC_EPSILON)
@@ -72,9 +74,10 @@ class Trained:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return self.net.decoder(self.net.post_quant_conv(z)), KL_WEIGHT * kl
 
-    def step(self, i: int) -> list[float]:
+    def step(self) -> list[float]:
         """As the reference's two optimizers: what does not learn needs no gradients."""
-        noise = [self.noise[f"{i % cases.COMPARED}/{draw}"] for draw in ("encode", "disc_encode")]
+        i = next(self.steps) % cases.COMPARED
+        noise = [self.noise[f"{i}/{draw}"] for draw in ("encode", "disc_encode")]
         self.disc.requires_grad_(False)
         images, regularization = self.reconstruct(noise[0])
         error = (self.x - images).abs() + self.lpips(self.x, images)
@@ -119,7 +122,7 @@ class Trained:
 def step(job: cases.Job, case: cases.Case) -> dict:
     """Figures of the step, and the losses of the first ones."""
     trained = Trained(job, case)
-    figures, values = cases.measure(trained.step, job.seconds)
+    figures, values = sides.measure(trained.step, job.seconds, cases.COMPARED - 1)
     figures["losses"] = cases.of_steps(values)
     if job.pieces:
         figures["pieces"] = trained.pieces()
@@ -132,11 +135,11 @@ def encoding(job: cases.Job, case: cases.Case) -> dict:
     x = again.nchw(cases.images(case))
 
     @torch.inference_mode()
-    def run(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = net.quant_conv(net.encoder(x)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
-    figures, values = cases.measure(run, job.seconds)
+    figures, values = sides.measure(run, job.seconds, cases.COMPARED - 1)
     return figures | {"losses": [[x.abs().mean().item() for x in values[0]]]}
 
 

@@ -24,6 +24,6 @@ def facts() -> dict:
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
         "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
     }

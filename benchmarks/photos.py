@@ -14,17 +14,14 @@ WORK and go on where they were stopped. Writes OUT/photos.md, OUT/photos.json an
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import machine
 import photos_report
 
 from ldm_jax import checkpoint, rundir, serialize
@@ -39,7 +36,7 @@ SEEDS = (0, 1, 2)  # of the diffusion model
 def main() -> int:
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    started = machine()
+    started = machine.facts() | report.versions()
     for case in args.cases:
         if case == "ldm":
             ldm(args)
@@ -213,17 +210,6 @@ def command(work: Path, name: str, module: str, *flags: object) -> None:
     path.write_text(json.dumps(kept, indent=1) + "\n")
     if code:
         raise RuntimeError(f"{name}: ended with {code}; see {log}")
-
-
-def machine() -> dict:
-    """What a reader needs to judge the figures or to repeat them."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
-        "command": shlex.join(["python", *sys.argv]),
-        "device": f"{len(os.sched_getaffinity(0))} cores, {cpu[1] if cpu else platform.machine()}",
-        **report.versions(),
-    }
 
 
 def note(args: argparse.Namespace, started: dict) -> None:

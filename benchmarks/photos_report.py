@@ -132,9 +132,8 @@ def markdown(found: dict) -> str:
     lines = ["# First stages on photos", ""]
     for machine in found["machines"]:
         packages = ", ".join(f"{n} {machine[n]}" for n in ("python", "jax", "jaxlib", "flax"))
-        lines.append(
-            f"- `{machine['command']}`, {machine['date']}, {machine['device']}, {packages}"
-        )
+        place = f"{machine['cores']} core(s), {machine['cpu']}"
+        lines.append(f"- `{machine['command']}`, {machine['date']}, {place}, {packages}")
     if found["stages"]:
         lines += ["", *table_8(found["stages"]), "", *over_the_boundary(found["stages"])]
     if found["ldm"]:

@@ -10,7 +10,6 @@ other: ours, eager, compiled, ours, ... and medians count. Writes OUT/sampling_P
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import sampling_cases
 import sampling_report
+import sides
 import unet_vs_diffusers
 
 HERE = Path(__file__).parent
@@ -91,8 +91,7 @@ def one_process(
 ) -> tuple[dict, np.ndarray | None]:
     """(figures, image) of a case, or of the operations alone, in a process of its own."""
     script, variant = SIDES[side]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(kept / "inductor")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor")}
     if args.platform == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
     weights = kept
@@ -110,15 +109,8 @@ def one_process(
         split=split,
         cache=str(kept / "xla"),
     )
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        (out / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
-        command = [sys.executable, str(HERE / script), str(out / "job.json"), folder]
-        subprocess.run(command, check=True, env=environment)
-        figures = json.loads((out / "figures.json").read_text())
-        image = np.load(out / "image.npy") if (out / "image.npy").exists() else None
-    figures["load"] = [load, os.getloadavg()[0]]
+    figures, arrays = sides.run(script, job, **environment)
+    image = arrays.get("image")
     if image is not None:
         took = [statistics.median(figures[part]["runs"]) for part in ("steps", "decode")]
         print(f"{name:12} {side:22} {took[0]:8.3f} {took[1]:8.3f} s", flush=True)

@@ -1,13 +1,11 @@
 """What the sides of `sampling.py` share: cases, inputs, memory, and how a process is served."""
 
 import dataclasses
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import sides
 import unet_cases
 
 CONTEXT = unet_cases.CONTEXT
@@ -72,7 +70,7 @@ class Job:
     variant: str
     """A setting of that side; see `sampling.SIDES`."""
     seconds: float
-    """Timed runs go on for so long, and for `unet_cases.LEAST_RUNS` at least."""
+    """Timed runs go on for so long, and for `sides.LEAST_RUNS` at least."""
     threads: int
     dtype: str
     platform: str
@@ -111,10 +109,10 @@ def parts(
     The first runs, which may compile, are kept apart from the timed ones.
     """
     figures = {}
-    figures["steps"], latents = unet_cases.measure(steps, job.seconds)
+    figures["steps"], latents = sides.measure(steps, job.seconds)
     latent = latents[0]
     del latents
-    figures["decode"], images = unet_cases.measure(lambda: decode(latent), job.seconds)
+    figures["decode"], images = sides.measure(lambda: decode(latent), job.seconds)
     image = images[0]
     del images
     forget_peak()
@@ -138,13 +136,10 @@ def serve(
     run_case: Callable[[Job, Case], tuple[dict, np.ndarray]],
     run_operations: Callable[[Job], dict],
 ) -> None:
-    """Does the job that the command line names, `JOB.json OUT`: OUT/figures.json and image.npy."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    out = Path(sys.argv[2])
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
+    """Does the job of this process; see `sides`. A case's array is its `image`."""
+    job, out = sides.asked(Job)
     if job.case == OPERATIONS:
-        figures = run_operations(job)
+        sides.answer(out, run_operations(job), {})
     else:
         figures, image = run_case(job, CASES[job.case])
-        np.save(out / "image.npy", image)
-    (out / "figures.json").write_text(json.dumps(figures))
+        sides.answer(out, figures, {"image": image})

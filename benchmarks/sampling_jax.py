@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sampling_cases
+import sides
 import unet_cases
 import unet_jax
 
@@ -57,8 +58,8 @@ def run_case(job: sampling_cases.Job, case: sampling_cases.Case) -> tuple[dict, 
 
     def program(function, *args):
         """(compiled program, seconds, operations) of a function."""
-        traced, tracing = unet_cases.timed(lambda: jax.jit(function).trace(*args))
-        compiled, compiling = unet_cases.timed(lambda: traced.lower().compile())
+        traced, tracing = sides.timed(lambda: jax.jit(function).trace(*args))
+        compiled, compiling = sides.timed(lambda: traced.lower().compile())
         return compiled, tracing + compiling, flops.count(traced.jaxpr)
 
     sample_program, sample_compile, sample_flops = program(sample, params, *given)
@@ -96,11 +97,11 @@ def run_operations(job: sampling_cases.Job) -> dict:
                 for name, tokens in (("q", queries), ("k", keys), ("v", keys))
             ]
             run = functools.partial(lambda x: jax.block_until_ready(attend(*x)), qkv)
-            found[where] = unet_cases.measure(run, job.seconds / 4)[0]
+            found[where] = sides.measure(run, job.seconds / 4)[0]
     side = sampling_cases.matrix_side(job.platform)
     a = jnp.asarray(unet_cases.draw("a", (side, side)), job.dtype)
     product = jax.jit(jnp.dot)
-    figures, _ = unet_cases.measure(lambda: product(a, a).block_until_ready(), job.seconds)
+    figures, _ = sides.measure(lambda: product(a, a).block_until_ready(), job.seconds)
     return {"attention": found, "product": figures | {"flops": 2.0 * side**3}}
 
 

@@ -9,6 +9,7 @@ import sys
 import diffusers
 import numpy as np
 import sampling_cases
+import sides
 import torch
 import unet_cases
 import unet_torch
@@ -135,10 +136,10 @@ def run_operations(job: sampling_cases.Job) -> dict:
                 for name, tokens in (("q", queries), ("k", keys), ("v", keys))
             ]
             run = functools.partial(attend, qkv)
-            found[where] = unet_cases.measure(run, job.seconds / 4)[0]
+            found[where] = sides.measure(run, job.seconds / 4)[0]
     side = sampling_cases.matrix_side(job.platform)
     a = on_device("a", (side, side))
-    figures, _ = unet_cases.measure(product, job.seconds)
+    figures, _ = sides.measure(product, job.seconds)
     return {"attention": found, "product": figures | {"flops": 2.0 * side**3}}
 
 

@@ -1,22 +1,16 @@
-"""What both sides of `unet_vs_diffusers.py` share: cases, equal numbers for both, the stopwatch."""
+"""What both sides of `unet_vs_diffusers.py` share: cases, and equal numbers for both."""
 
 import dataclasses
-import json
 import math
-import os
-import resource
-import sys
-import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+import sides
 
 CONTEXT = (77, 768)  # tokens of a prompt, width of a token
 LEARNING_RATE = 1e-4  # everything else of AdamW: torch's defaults, which are ours
 KINDS = ("convolution", "dense", "attention", "norms", "elementwise", "copies", "AdamW", "rest")
-LEAST_RUNS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Job:
 
     cases: tuple[str, ...]
     seconds: float
-    """Timed runs of a case go on for so long, and for LEAST_RUNS at least."""
+    """Timed runs of a case go on for so long, and for `sides.LEAST_RUNS` at least."""
     threads: int
     dtype: str
     platform: str
@@ -86,35 +80,13 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def measure(run: Callable[[], object], seconds: float) -> tuple[dict, list]:
-    """({"first", "runs"} in seconds, what each run returned); `run` waits for its result."""
-    values, runs = [], []
-    while len(runs) <= LEAST_RUNS or sum(runs[1:]) < seconds:
-        value, took = timed(run)
-        values.append(value)
-        runs.append(took)
-    return {"first": runs[0], "runs": runs[1:]}, values
-
-
-def timed(function: Callable[[], object]) -> tuple[object, float]:
-    """(what `function` returns, seconds)."""
-    start = time.perf_counter()
-    value = function()
-    return value, time.perf_counter() - start
-
-
 def serve(run_case: Callable[[Job, Case], tuple[dict, np.ndarray | None]]) -> None:
-    """Does the job that the command line names, `JOB.json OUT`; writes OUT/figures.json and arrays.
+    """Does the job of this process; see `sides`.
 
     `run_case` returns the figures of a case, and the output of a forward pass.
     """
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    out = Path(sys.argv[2])
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
-    figures = {}
-    for name in job.cases:
-        figures[name], output = run_case(job, CASES[name])
-        if output is not None:
-            np.save(out / f"{name}.npy", output)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    (out / "figures.json").write_text(json.dumps({"cases": figures, "peak_gib": peak}))
+    job, out = sides.asked(Job)
+    found = {name: run_case(job, CASES[name]) for name in job.cases}
+    figures = {name: figures for name, (figures, _) in found.items()}
+    outputs = {name: output for name, (_, output) in found.items() if output is not None}
+    sides.answer(out, {"cases": figures}, outputs)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import sides
 import unet_cases
 from flax import traverse_util
 
@@ -41,7 +42,7 @@ def parameters(net: unet.UNet) -> dict:
 
 
 def run_case(job: unet_cases.Job, case: unet_cases.Case) -> tuple[dict, np.ndarray | None]:
-    """Times one case; see `unet_cases.serve`."""
+    """Figures of one case, and the output of a forward pass."""
     jax.config.update("jax_compilation_cache_dir", job.cache)
     net = unet.from_config(
         schema.UNetConfig(model_channels=case.model_channels),
@@ -74,7 +75,7 @@ def run_case(job: unet_cases.Job, case: unet_cases.Case) -> tuple[dict, np.ndarr
         state = [(params, tx.init(params))]
         del params
         lowered = jax.jit(step, donate_argnums=0).lower(state[0], given)
-        program, compiling = unet_cases.timed(lowered.compile)
+        program, compiling = sides.timed(lowered.compile)
 
         def run():
             state[0], value = program(state[0], given)
@@ -82,17 +83,17 @@ def run_case(job: unet_cases.Job, case: unet_cases.Case) -> tuple[dict, np.ndarr
             return float(value)
     else:
         lowered = jax.jit(forward).lower(params, **given)
-        program, compiling = unet_cases.timed(lowered.compile)
+        program, compiling = sides.timed(lowered.compile)
 
         def run():
             return jax.block_until_ready(program(params, **given))
 
-    figures, values = unet_cases.measure(run, job.seconds)
+    figures, values = sides.measure(run, job.seconds)
     figures["compile"] = compiling
     if job.split:
         figures["split"] = split(run, program.as_text())
     if case.train:
-        return figures | {"losses": values[: unet_cases.LEAST_RUNS]}, None
+        return figures | {"losses": values[: sides.LEAST_RUNS]}, None
     return figures, np.asarray(values[0])
 
 

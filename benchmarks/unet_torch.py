@@ -6,6 +6,7 @@ import warnings
 
 import diffusers
 import numpy as np
+import sides
 import torch
 import unet_cases
 from torch.profiler import ProfilerActivity, profile
@@ -50,7 +51,7 @@ def model(case: unet_cases.Case) -> diffusers.UNet2DConditionModel:
 
 
 def run_case(job: unet_cases.Job, case: unet_cases.Case) -> tuple[dict, np.ndarray | None]:
-    """Times one case; see `unet_cases.serve`."""
+    """Figures of one case, and the output of a forward pass."""
     torch.set_num_threads(job.threads)
     device = {"cpu": "cpu", "gpu": "cuda"}[job.platform]
     dtype = getattr(torch, job.dtype)
@@ -91,11 +92,11 @@ def run_case(job: unet_cases.Job, case: unet_cases.Case) -> tuple[dict, np.ndarr
         unet.train()
         optimizer = torch.optim.AdamW(unet.parameters(), unet_cases.LEARNING_RATE, fused=True)
     run = step if case.train else forward
-    figures, values = unet_cases.measure(run, job.seconds)
+    figures, values = sides.measure(run, job.seconds)
     if job.split:
         figures["split"] = split(run, device)
     if case.train:
-        return figures | {"losses": values[: unet_cases.LEAST_RUNS]}, None
+        return figures | {"losses": values[: sides.LEAST_RUNS]}, None
     return figures, values[0].float().permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -8,19 +8,18 @@ threads. Every measurement is a process of its own, one after the other: ours, t
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import machine as this
 import numpy as np
+import sides
 import unet_cases
 
 HERE = Path(__file__).parent
@@ -109,24 +108,15 @@ def one_process(
         split=split,
         cache=cache,
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    if args.platform == "cpu":
-        environment["JAX_PLATFORMS"] = "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        (out / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
-        load = os.getloadavg()[0]
-        command = [sys.executable, str(HERE / script), str(out / "job.json"), folder]
-        subprocess.run(command, check=True, env=environment)
-        result = json.loads((out / "figures.json").read_text())
-        outputs = {path.stem: np.load(path) for path in out.glob("*.npy")}
+    environment = {"JAX_PLATFORMS": "cpu"} if args.platform == "cpu" else {}
+    result, outputs = sides.run(script, job, **environment)
     report["processes"].append(
         {
             "side": side,
             "cases": cases,
             "peak_gib": result["peak_gib"],
-            "load_before": load,
-            "load_after": os.getloadavg()[0],
+            "load_before": result["load"][0],
+            "load_after": result["load"][1],
         }
     )
     for name, figures in result["cases"].items():
