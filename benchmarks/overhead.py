@@ -11,6 +11,7 @@ turns, so what else the machine does hits both alike. Writes OUT/overhead.md and
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ from pathlib import Path
 import machine
 
 HERE = Path(__file__).parent
-CONFIGS = ("digits", "tiny:class")
+BLOCKS = {"digits": 20, "tiny:class": 100}  # steps in a block: longer than a save takes
 FIRST = {"digits": "digits:first_stage", "tiny": "tiny:first_stage"}
 QUIET = ["--intervals.evaluate", "0", "--intervals.sample", "0", "--intervals.snapshot", "0"]
 
@@ -69,13 +70,14 @@ def measure(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     run = folder / f"{config.replace(':', '_')}_{processes}"
-    steps = args.block * (2 * args.rounds + 2)
+    block = args.block or BLOCKS[config]
+    steps = block * (2 * args.rounds + 2)
     flags = ["--workdir", str(run), "--first-stage.path", str(stage), "--steps", str(steps), *QUIET]
-    flags += ["--intervals.save", str(2 * args.block)]
+    flags += ["--intervals.save", str(2 * block)]
     started = []
     for i in range(processes):
         place = f"127.0.0.1:{port},{processes},{i}" if processes > 1 else "off"
-        command = [sys.executable, __file__, "--block", str(args.block), "--worker"]
+        command = [sys.executable, __file__, "--block", str(block), "--worker"]
         command += [str(folder / f"{run.name}.{i}.json"), "--", config, *flags]
         with (folder / f"{run.name}.{i}.log").open("w") as log:
             started.append(
@@ -95,40 +97,54 @@ def measure(
 def summary(found: dict) -> dict:
     """Medians over blocks, each against the bare blocks before and after it.
 
-    found: {"block": steps, "loop": [s], "bare": [s], "saves": [in the loop's block], "stood": [s],
-    "config_save": steps, "state_mib"}; bare[i] comes before loop[i].
+    found: {"block": steps, "loop": [(s, CPU s)], "bare": [(s, CPU s)], "saves": [in the loop's
+    block], "stood": [s], "config_save": steps, "state_mib"}; bare[i] comes before loop[i].
     """
-    bare = [(a + b) / 2 for a, b in zip(found["bare"], found["bare"][1:])]
-    extra = [loop - b for loop, b in zip(found["loop"], bare)]
-    plain = [e / b for e, b, saves in zip(extra, bare, found["saves"]) if not saves]
-    without = [e for e, saves in zip(extra, found["saves"]) if not saves]
-    with_save = [e for e, saves in zip(extra, found["saves"]) if saves]
-    step = statistics.median(bare) / found["block"]
+    block, saves = found["block"], found["saves"]
+    bare, extra = of_blocks(found, 0)
+    without, with_save = split(extra, saves)
+    plain, _ = split([e / b for e, b in zip(extra, bare)], saves)
+    cpu, _ = split([e / b for b, e in zip(*of_blocks(found, 1))], saves)
+    step = statistics.median(bare) / block
     save = statistics.median(with_save) - statistics.median(without)
     return {
         "bare_step_ms": 1e3 * step,
         "overhead": statistics.median(plain),
         "quartiles": statistics.quantiles(plain, n=4)[::2],
-        "overhead_step_ms": 1e3 * statistics.median(without) / found["block"],
+        "overhead_cpu": statistics.median(cpu),
+        "quartiles_cpu": statistics.quantiles(cpu, n=4)[::2],
+        "overhead_step_ms": 1e3 * statistics.median(without) / block,
         "save_ms": 1e3 * save,
         "stood_ms": 1e3 * statistics.median(found["stood"]),
         "save_interval": found["config_save"],
         "save_share": save / (found["config_save"] * step),
         "state_mib": found["state_mib"],
         "blocks": len(plain),
-        "block": found["block"],
+        "block": block,
         "raw": found,
     }
 
 
+def of_blocks(found: dict, clock: int) -> tuple[list[float], list[float]]:
+    """(bare blocks around each of the loop's, what that took more), s of `passed`'s clock."""
+    bare, loop = ([block[clock] for block in found[kind]] for kind in ("bare", "loop"))
+    around = [(a + b) / 2 for a, b in itertools.pairwise(bare)]
+    return around, [a - b for a, b in zip(loop, around)]
+
+
+def split(values: list[float], saves: list[bool]) -> tuple[list[float], list[float]]:
+    """(those of blocks without a save, those with one)."""
+    return [[v for v, s in zip(values, saves) if s is which] for which in (False, True)]
+
+
 def line(row: dict) -> str:
     """A row of the table."""
-    low, high = (f"{100 * q:+.1f}" for q in row["quartiles"])
     cells = (
         f"`{row['config']}`",
         row["processes"],
         f"{row['bare_step_ms']:.1f}",
-        f"{100 * row['overhead']:+.1f} % ({low} to {high})",
+        share(row["overhead"], row["quartiles"]),
+        share(row["overhead_cpu"], row["quartiles_cpu"]),
         f"{row['overhead_step_ms']:.2f}",
         f"{row['state_mib']:.0f}",
         f"{row['save_ms']:.0f}",
@@ -139,12 +155,17 @@ def line(row: dict) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def share(median: float, quartiles: list[float]) -> str:
+    low, high = (f"{100 * q:+.1f}" for q in quartiles)
+    return f"{100 * median:+.1f} % ({low} to {high})"
+
+
 def markdown(report: dict) -> str:
     m = report["machine"]
     heads = (
-        *("config", "processes", "bare step, ms", "loop without saving", "ms per step"),
-        *("state, MiB", "one save, ms", "of it the loop stands, ms", "share of saving"),
-        "load before, after",
+        *("config", "processes", "bare step, ms", "loop without saving", "in CPU time"),
+        *("ms per step", "state, MiB", "one save, ms", "of it the loop stands, ms"),
+        *("share of saving", "load before, after"),
     )
     return "\n".join(
         (
@@ -159,10 +180,11 @@ def markdown(report: dict) -> str:
             "",
             "`loop without saving`: median over blocks (and quartiles) of what the loop takes more"
             " than the same compiled step on a batch that is on the device, blocks of both taking"
-            " turns. `one save`: what a block with an asynchronous checkpoint takes more than one"
-            " without, so writing in the background counts too; `share of saving`: that, at the"
-            " interval of the config. Goal: at most 3 % without saving. Rows of `tiny` are for"
-            " the milliseconds: nobody trains with so short a step.",
+            " turns; beside it the same in the CPU time of the process. `one save`: what a block"
+            " with an asynchronous checkpoint takes more than one without, so writing in the"
+            " background counts too; `share of saving`: that, at the interval of the config."
+            " Goal: at most 3 % without saving. Rows of `tiny` are for the milliseconds: nobody"
+            " trains with so short a step.",
             "",
         )
     )
@@ -175,10 +197,10 @@ def environment() -> dict[str, str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--configs", nargs="+", default=CONFIGS)
+    parser.add_argument("--configs", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--processes", nargs="+", type=int, default=(1, 2))
-    parser.add_argument("--block", type=int, default=40, help="steps in a block")
-    parser.add_argument("--rounds", type=int, default=10, help="blocks with and without a save")
+    parser.add_argument("--block", type=int, help="steps in a block instead of the config's")
+    parser.add_argument("--rounds", type=int, default=12, help="blocks with and without a save")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -23,11 +23,11 @@ class Paired:
 
     def __init__(self, step: Callable, block: int) -> None:
         self.step, self.block, self.calls = step, block, 0
-        self.loop: list[float] = []
-        self.bare: list[float] = []
+        self.loop: list[tuple[float, float]] = []
+        self.bare: list[tuple[float, float]] = []
         self.saves: list[bool] = []
         self.own: tuple | None = None
-        self.since: float | None = None
+        self.since: tuple[float, float] | None = None
 
     def __call__(self, state: Any, batch: Any, root: jax.Array) -> tuple:
         if self.own is None:
@@ -38,23 +38,33 @@ class Paired:
         if self.calls % self.block == 0:
             jax.block_until_ready((state, metrics))
             if self.since is not None:
-                self.loop.append(time.perf_counter() - self.since)
+                self.loop.append(passed(self.since))
                 # the save after a block's last step falls into the next one
                 self.saves.append((self.calls // self.block) % 2 == 1)
             time.sleep(0.3)  # batches are read ahead again, a checkpoint gets written
             self.run_bare(root)
-            self.since = time.perf_counter()
+            self.since = now()
         return state, metrics
 
     def run_bare(self, root: jax.Array) -> None:
         state, batch = self.own
         jax.block_until_ready(state)
-        start = time.perf_counter()
+        start = now()
         for _ in range(self.block):
             state, metrics = self.step(state, batch, root)
         jax.block_until_ready((state, metrics))
-        self.bare.append(time.perf_counter() - start)
+        self.bare.append(passed(start))
         self.own = (state, batch)
+
+
+def now() -> tuple[float, float]:
+    """Seconds of the clock, and of this process on its core."""
+    return time.perf_counter(), time.process_time()
+
+
+def passed(since: tuple[float, float]) -> tuple[float, float]:
+    """Both since then."""
+    return tuple(a - b for a, b in zip(now(), since))
 
 
 def main(out: Path, block: int, flags: list[str]) -> int:
