@@ -46,6 +46,10 @@ CASES = {
         f"{SD} --topology v5e:4x4 --slices 2 --batch-size 256"
         " --mesh.data 4 --mesh.fsdp 4 --mesh.dcn-data 2"
     ),
+    "SD v1 training, 512 px, two slices, a copy each": (
+        f"{SD} --topology v5e:4x4 --slices 2 --batch-size 256"
+        " --mesh.data 1 --mesh.fsdp 16 --mesh.dcn-data 2"
+    ),
     "SD v1 sampling, 2048 px, 16 chips an image": (
         "stable_diffusion --sample --images 1 --space 16 --height 2048 --width 2048"
         " --topology v5e:4x4"
