@@ -23,8 +23,6 @@ import first_stage_report as reporting
 import sides
 import unet_vs_diffusers
 
-HERE = Path(__file__).parent
-
 
 def main() -> int:
     args = arguments()

@@ -22,7 +22,6 @@ import numpy as np
 import sides
 import unet_cases
 
-HERE = Path(__file__).parent
 # Name of a side: its script and its setting. The first two are compared, the others stand beside.
 SIDES = {
     "ldm_jax": ("unet_jax.py", "auto"),
