@@ -25,6 +25,7 @@ class Manager(ocp.CheckpointManager):
         """Saves in a row that came to nothing: at most so many, and so far."""
         self._attempts, self._again_at = 0, None
         self._under_way: tuple[int, int] | None = None
+        self._drafts: list[epath.Path] = []
         self._error: Exception | None = None
         self._several = jax.process_count() > 1
         sync = self._sync if self._several else None
@@ -62,15 +63,16 @@ class Manager(ocp.CheckpointManager):
 
     def begin(self, step: int, needed: int, args: ocp.args.Composite) -> bool:
         """Starts a write of about `needed` bytes."""
+        self._remove_drafts()
+        self._drafts = []
         self._under_way, self._again_at = (step, needed), None
         return self.save(step, args=args, force=True)
 
     def _failed_write(self, step: int, needed: int, error: Exception, final: bool) -> None:
         self._attempts += 1
         if not self._several:  # other processes may be writing there still
-            for draft in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                with contextlib.suppress(OSError):  # a writer that has not heard of it yet
-                    draft.rmtree()  # it takes the room that the next one needs
+            self._drafts += self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
+            self._remove_drafts()
         self.reload()
         if not final and storage.passes(error) and self._attempts < storage.ATTEMPTS:
             delay = storage.WAIT * 2 ** (self._attempts - 1)
@@ -83,6 +85,16 @@ class Manager(ocp.CheckpointManager):
             return
         self._attempts = 0
         self.fail(step, needed, storage.reason(error), final, error)
+
+    def _remove_drafts(self) -> None:
+        """Those of failed writes: they take the room that the next one needs.
+
+        Again before the next: a writer that has not heard of the failure may have gone on.
+        """
+        for draft in self._drafts:
+            if draft.exists():
+                with contextlib.suppress(OSError):
+                    draft.rmtree()
 
     def fail(
         self, step: int, needed: int, why: str, final: bool, error: Exception | None = None
