@@ -66,6 +66,7 @@ def save(manager: Manager, state: Any, meta: Mapping[str, Any], *, final: bool =
         return False
     parts = _parts(state)
     needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    manager.remove_drafts()
     free = storage.free_bytes(manager.directory)
     if processes.any_of(free is not None and free < PACKED * needed):
         manager.fail(step, needed, "the disk is full", final)

@@ -63,7 +63,6 @@ class Manager(ocp.CheckpointManager):
 
     def begin(self, step: int, needed: int, args: ocp.args.Composite) -> bool:
         """Starts a write of about `needed` bytes."""
-        self._remove_drafts()
         self._drafts = []
         self._under_way, self._again_at = (step, needed), None
         return self.save(step, args=args, force=True)
@@ -72,7 +71,7 @@ class Manager(ocp.CheckpointManager):
         self._attempts += 1
         if not self._several:  # other processes may be writing there still
             self._drafts += self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
-            self._remove_drafts()
+            self.remove_drafts()
         self.reload()
         if not final and storage.passes(error) and self._attempts < storage.ATTEMPTS:
             delay = storage.WAIT * 2 ** (self._attempts - 1)
@@ -86,7 +85,7 @@ class Manager(ocp.CheckpointManager):
         self._attempts = 0
         self.fail(step, needed, storage.reason(error), final, error)
 
-    def _remove_drafts(self) -> None:
+    def remove_drafts(self) -> None:
         """Those of failed writes: they take the room that the next one needs.
 
         Again before the next: a writer that has not heard of the failure may have gone on.

@@ -194,7 +194,9 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_write_that_fails_behind_the_back_is_said_at_the_next_step(run, said, failing_writes):
+def test_a_write_that_fails_behind_the_back_is_said_at_the_next_step(
+    run, said, failing_writes, monkeypatch
+):
     with checkpoint.manager(run, max_to_keep=1, max_failed=2) as manager:
         failing_writes["message"] = FULL
         assert checkpoint.save(manager, state_of(3), {})
@@ -205,6 +207,7 @@ def test_a_write_that_fails_behind_the_back_is_said_at_the_next_step(run, said, 
         (draft,) = manager._drafts
         draft.mkdir(exist_ok=True)  # by a writer that has not heard of the failure
         (draft / "late").write_text("takes room")
+        monkeypatch.setattr(storage, "free_bytes", lambda path: 0 if draft.exists() else None)
         assert checkpoint.saved_steps(manager)[-1] == 2
         assert not manager.again  # room does not come by itself
         failing_writes["message"] = ""
