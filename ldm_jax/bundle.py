@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import conditioning, diffusion, schema
 from ldm_jax.conditioning import Cond
-from ldm_jax.models import attention, autoencoder, convolution, unet
+from ldm_jax.models import attention, autoencoder, blocks, convolution, unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,14 @@ def section(
 
 
 def bind(unet: Any, params: dict) -> Callable:
-    """The UNet as model(x, t, cond) -> raw prediction; concat conditioning joins x's channels."""
+    """The UNet as model(x, t, cond) -> raw prediction; concat conditioning joins x's channels.
+
+    Under guidance cond has n times the rows of x: rows n i to n i + n - 1 go with row i.
+    """
 
     def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+        beside = cond.concat if cond.concat is not None else cond.label
+        x, t = blocks.rows_of(x, beside), blocks.rows_of(t, beside)  # for context the UNet repeats
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
         variables = {"params": params}

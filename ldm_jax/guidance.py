@@ -16,21 +16,29 @@ def classifier_free(
     scale: jax.Array | float,
     rescale: jax.Array | float = 0.0,
     interval: tuple[jax.Array | float, jax.Array | float] | None = None,
+    shared: bool = False,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`guided(x, t_b)` from `model(x, t_b, cond)`: away from `null` (Ho and Salimans 2022, eq. 6).
 
-    cond and null: pytrees of the same structure whose leaves are [B, ...]; one call on the batch
-    [null, cond].
+    cond and null: pytrees of the same structure whose leaves are [B, ...]; one call on both, each
+    row's null before its cond, so that a row and its devices stay together.
     scale: scalar or [B]; 1 is the plain conditional model, 0 the unconditional one.
     rescale: phi of `rescaled`, scalar or [B]; the Python number 0 leaves it out of the program.
     interval: (lowest, highest) timestep with guidance, scalars (Kynkäänniemi et al. 2024);
     outside of it the model is called once on `cond`. All rows of t_b must then be equal.
+    shared: `model` takes x and t_b [B, ...] with cond [2 B, ...] and repeats rows itself, where
+    they begin to differ (`bundle.bind`).
     """
-    both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
+
+    def in_turn(null, cond):
+        return jnp.stack([null, cond], axis=1).reshape(-1, *cond.shape[1:])
+
+    both = jax.tree.map(in_turn, null, cond)
 
     def guided(x, t_b):
-        out = model(jnp.concatenate([x, x]), jnp.concatenate([t_b, t_b]), both)
-        out_null, out_cond = jnp.split(out.astype(x.dtype), 2)
+        rows = (x, t_b) if shared else (jnp.repeat(a, 2, axis=0) for a in (x, t_b))
+        out = model(*rows, both).astype(x.dtype)
+        out_null, out_cond = jnp.moveaxis(out.reshape(len(x), 2, *out.shape[1:]), 1, 0)
         out = out_null + like_rows(scale, x.ndim) * (out_cond - out_null)
         if isinstance(rescale, int | float) and rescale == 0:
             return out

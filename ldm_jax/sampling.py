@@ -114,7 +114,13 @@ def make_sampler(
         if guided:
             null = project(bundle.unet, params["unet"], null)
             model = guidance.classifier_free(
-                net, cond, null, guidance_scale, guidance_rescale, guidance_interval
+                net,
+                cond,
+                null,
+                guidance_scale,
+                guidance_rescale,
+                guidance_interval,
+                shared=around is None,
             )
         else:
             model = lambda x, t: net(x, t, cond)  # noqa: E731

@@ -167,7 +167,7 @@ def until(condition):
 
 
 def test_reads_ahead_as_far_as_asked_and_no_further(monkeypatch):
-    stream = open_stream()
+    stream = open_stream(dataclasses.replace(CONFIG, keep_mib=0))
     read = []
     getitem = SyntheticSource.__getitem__
     monkeypatch.setattr(

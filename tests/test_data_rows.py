@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import logging
 import pathlib
+import pickle
 import re
 
 import numpy as np
@@ -131,6 +132,7 @@ def test_label_and_maps_belong_to_the_image():
         ({"seed": -1}, "seed is -1, but must be at least 0"),
         ({"config": dataclasses.replace(CONFIG, read_ahead=0)}, "data.read_ahead is 0"),
         ({"config": dataclasses.replace(CONFIG, workers=-2)}, "data.workers is -2"),
+        ({"config": dataclasses.replace(CONFIG, keep_mib=-1)}, "data.keep_mib is -1"),
         ({"config": dataclasses.replace(CONFIG, crop_range=(0.0, 1.0))}, "crop_range is 0.0 1.0"),
         ({"config": dataclasses.replace(CONFIG, crop_range=(0.9, 0.5))}, "crop_range is 0.9 0.5"),
     ],
@@ -138,6 +140,87 @@ def test_label_and_maps_belong_to_the_image():
 def test_values_out_of_range(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         open_stream(**fields)
+
+
+# --- decoded records in memory ----------------------------------------------------------------
+
+
+def counted(config, **options):
+    """A stream, and the list of the records that are read from now on."""
+    stream, read = open_stream(config, **options), []
+    getitem = type(stream.source).__getitem__
+
+    class Counting(type(stream.source)):
+        def __getitem__(self, index):
+            read.append(index)
+            return getitem(self, index)
+
+    stream.source.__class__ = Counting
+    return stream, read
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, PLAIN, dataclasses.replace(CONFIG, crop="center", size=8)]
+)
+def test_kept_records_give_the_same_rows_and_are_read_once(config, split):
+    stream, read = counted(config, split=split)
+    plain, read_again = counted(dataclasses.replace(config, keep_mib=0), split=split)
+    for i in range(40):
+        assert_equal_rows(stream[i], plain[i])
+    assert sorted(read) == list(range(stream.num_records))
+    assert len(read_again) == 40
+
+
+def test_rows_of_a_kept_record_are_separate():
+    stream = open_stream(dataclasses.replace(PLAIN, shuffle=False))
+    expected = {name: value.copy() for name, value in stream[2].items()}
+    for value in (stream[2]["image"], stream[2]["segmentation"], stream[2]["mask"]):
+        value[...] = 7
+    assert_equal_rows(stream[2], expected)
+
+
+def test_no_more_is_kept_than_allowed(tmp_path):
+    for i in range(8):
+        Image.fromarray(np.full((512, 512), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    source = schema.FolderConfig(path=str(tmp_path), eval_path=str(tmp_path))
+    grey = schema.DataConfig(source=source, size=512, channels=1, keep_mib=1, shuffle=False)
+    stream, read = counted(grey)  # a quarter of a MiB each, and a little for the objects
+    for i in range(24):
+        assert stream[i]["image"][0, 0, 0] == np.float32(10 * (i % 8)) / np.float32(127.5) - 1
+    assert [read.count(i) for i in range(8)] == [1, 1, 1, 3, 3, 3, 3, 3]
+    colour, read = counted(dataclasses.replace(grey, channels=3))
+    for i in range(24):
+        colour[i]
+    assert [read.count(i) for i in range(8)] == [3] * 8  # PIL holds 1 MiB for each
+
+
+def test_only_what_is_cropped_stays_where_nothing_is_drawn(tmp_path):
+    for i in range(3):
+        Image.new("L", (700, 600), 10 * i).save(tmp_path / f"{i}.png")
+    source = schema.FolderConfig(path=str(tmp_path), eval_path=str(tmp_path))
+    config = schema.DataConfig(source=source, size=64, channels=1, keep_mib=1)
+    stream, read = counted(config)
+    for i in range(9):
+        stream[i]
+    assert sorted(read) == [0, 1, 2]
+    stream, read = counted(dataclasses.replace(config, crop="random"))
+    for i in range(9):
+        stream[i]
+    assert len(read) == 3 + 2  # 0.4 MiB each: the third does not fit beside two
+
+
+def test_workers_share_the_room_and_begin_empty():
+    config = dataclasses.replace(PLAIN, keep_mib=2, workers=3)
+    make = rows.MakeRow(open_stream(config).source, config, True)
+    make(0, np.random.default_rng(0))
+    assert len(make.kept) == 1
+    sent = pickle.loads(pickle.dumps(make))
+    assert len(sent.kept) == 0
+    for kept in (make.kept, sent.kept):
+        kept.put(1, "fits", 2**20 // 2)
+        kept.put(2, "is too much", 2**20 // 2)
+        assert (kept.get(1), kept.get(2)) == ("fits", None)
 
 
 # --- undecodable records ----------------------------------------------------------------------

@@ -152,13 +152,18 @@ class TestCropBox:
             transforms.crop_box(20, 9, config(crop="none"), None)
 
 
+def row_of(images, config, rng):
+    settled = transforms.settle(images, config, train=rng is not None)
+    return transforms.to_row(settled, config, rng)
+
+
 class TestToRow:
     def images(self, pixels, **maps):
         return {"image": Image.fromarray(pixels)} | {k: Image.fromarray(v) for k, v in maps.items()}
 
     def test_scale(self):
         pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-        row = transforms.to_row(self.images(pixels), config(size=16, channels=1), None)
+        row = row_of(self.images(pixels), config(size=16, channels=1), None)
         expected = (np.arange(256) / 127.5 - 1).reshape(16, 16, 1)
         np.testing.assert_allclose(row["image"], expected, atol=1e-7)
         assert row["image"].dtype == np.float32
@@ -166,7 +171,7 @@ class TestToRow:
 
     def test_area_is_the_mean_of_each_cell(self):
         pixels = noise(32, 32)
-        row = transforms.to_row(self.images(pixels), config(resize="area"), None)
+        row = row_of(self.images(pixels), config(resize="area"), None)
         means = pixels.reshape(8, 4, 8, 4, 3).mean((1, 3))
         np.testing.assert_allclose((row["image"] + 1) * 127.5, means, atol=0.501)
 
@@ -179,7 +184,7 @@ class TestToRow:
 
     def test_bicubic_sees_only_the_crop(self):
         pixels = noise(32, 48)
-        row = transforms.to_row(self.images(pixels), config(), None)
+        row = row_of(self.images(pixels), config(), None)
         square = Image.fromarray(pixels[:, 8:40]).resize((8, 8), Image.Resampling.BICUBIC)
         np.testing.assert_allclose(row["image"], np.asarray(square) / 127.5 - 1, atol=1e-6)
 
@@ -189,7 +194,7 @@ class TestToRow:
         images["mask"] = Image.fromarray((pixels[..., 0] >= 128).astype(np.uint8) * 255)
         cut = config(size=10, crop="random", crop_range=(0.5, 0.5), flip=True)
         for seed in range(20):
-            row = transforms.to_row(images, cut, np.random.default_rng(seed))
+            row = row_of(images, cut, np.random.default_rng(seed))
             red = np.round((row["image"][..., 0] + 1) * 127.5)
             np.testing.assert_array_equal(row["segmentation"], red)
             np.testing.assert_array_equal(row["mask"][..., 0], red >= 128)
@@ -200,17 +205,15 @@ class TestToRow:
     def test_maps_are_resized_without_new_values(self):
         ids = RNG.choice([3, 90], (32, 32)).astype(np.int32)
         images = self.images(noise(32, 32), segmentation=ids)
-        row = transforms.to_row(images, config(), None)
+        row = row_of(images, config(), None)
         np.testing.assert_array_equal(row["segmentation"], ids[2::4, 2::4])
 
     def test_half_of_the_rows_are_mirrored(self):
         pixels = noise(8, 8)
-        plain = transforms.to_row(self.images(pixels), config(flip=True), None)["image"]
+        plain = row_of(self.images(pixels), config(flip=True), None)["image"]
         mirrored = 0
         for seed in range(400):
-            row = transforms.to_row(
-                self.images(pixels), config(flip=True), np.random.default_rng(seed)
-            )
+            row = row_of(self.images(pixels), config(flip=True), np.random.default_rng(seed))
             if not np.array_equal(row["image"], plain):
                 np.testing.assert_array_equal(row["image"], plain[:, ::-1])
                 mirrored += 1
@@ -219,4 +222,4 @@ class TestToRow:
     def test_map_of_another_size(self):
         images = self.images(noise(16, 16), segmentation=np.zeros((16, 12), np.int32))
         with pytest.raises(ValueError, match="segmentation is 12x16 but the image is 16x16"):
-            transforms.to_row(images, config(), None)
+            row_of(images, config(), None)

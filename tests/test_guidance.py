@@ -20,7 +20,7 @@ def model(x, t_b, cond):
     return jnp.tanh(x) * row[:, None, None, None] + x**2
 
 
-def test_one_call_on_null_then_cond():
+def test_one_call_with_the_null_before_the_cond_of_each_row():
     calls = []
 
     def spy(x, t_b, cond):
@@ -29,10 +29,23 @@ def test_one_call_on_null_then_cond():
 
     classifier_free(spy, COND, NULL, 3.0)(X, T)
     ((x, t_b, cond),) = calls
-    np.testing.assert_array_equal(x, np.concatenate([X, X]))
-    np.testing.assert_array_equal(t_b, [7, 9, 7, 9])
-    np.testing.assert_array_equal(cond["label"], [9, 9, 3, 4])
+    np.testing.assert_array_equal(x, np.stack([X[0], X[0], X[1], X[1]]))
+    np.testing.assert_array_equal(t_b, [7, 7, 9, 9])
+    np.testing.assert_array_equal(cond["label"], [9, 3, 9, 4])
     assert cond["concat"] is None
+
+
+def test_a_model_that_repeats_rows_itself_gets_them_once():
+    calls = []
+
+    def spy(x, t_b, cond):
+        calls.append((x, t_b))
+        return model(jnp.repeat(x, 2, axis=0), jnp.repeat(t_b, 2), cond)
+
+    out = classifier_free(spy, COND, NULL, 3.0, shared=True)(X, T)
+    np.testing.assert_array_equal(out, classifier_free(model, COND, NULL, 3.0)(X, T))
+    np.testing.assert_array_equal(calls[0][0], X)
+    np.testing.assert_array_equal(calls[0][1], T)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 7.5, np.array([0.0, 3.0], np.float32)], ids=str)

@@ -198,6 +198,40 @@ def test_an_image_does_not_see_its_batch():
     np.testing.assert_allclose(run(model, params, **alone), tiny_output()[1:], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_downsample": (1, 2)},
+        {"attention_downsample": (1, 2), "only_cross_attention": (True, False)},
+        {"attention_downsample": (), "scale_shift_norm": True, "resblock_updown": True},
+    ],
+    ids=str,
+)
+def test_rows_that_differ_in_context_alone_share_what_is_before_it(changes):
+    model, params = model_and_params(dataclasses.replace(TINY, **changes))
+    given = inputs(TINY) | {"context_blc": draw(6, 5, 24)}
+    repeated = {name: np.repeat(given[name], 3, axis=0) for name in ("x", "t_b")}
+    expected = run(model, params, **given | repeated)
+    np.testing.assert_allclose(run(model, params, **given), expected, atol=1e-5)
+
+
+def test_what_is_before_the_context_is_computed_once():
+    model, params = model_and_params(dataclasses.replace(TINY, attention_downsample=(1, 2)))
+    given = inputs(TINY) | {"context_blc": draw(6, 5, 24)}
+    made = jax.eval_shape(
+        lambda: model.apply({"params": params}, **given, capture_intermediates=True)
+    )[1]["intermediates"]
+    first = made["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]
+
+    def rows(module):
+        return module["__call__"][0].shape[0]
+
+    assert rows(made["conv_in"]) == rows(made["down_blocks_0"]["resnets_0"]) == 2
+    assert rows(first["attn1"]) == 2
+    assert rows(first["attn2"]) == rows(made["down_blocks_1"]["resnets_0"]) == 6
+
+
 def test_time_may_be_a_float():
     model, params = model_and_params(TINY)
     given = inputs(TINY)
@@ -318,6 +352,7 @@ def test_label_moves_its_own_row(field, label, other):
         ({}, {"context_blc": None}, "context of width None: the UNet takes width 24"),
         ({}, {"context_blc": draw(2, 5, 32)}, "context of width 32: the UNet takes width 24"),
         ({"spatial_transformer": False}, {}, "context of width 24: the UNet takes width None"),
+        ({}, {"context_blc": draw(3, 5, 24)}, "context of 3 rows for x of 2: give as many"),
         ({}, {"label": np.zeros(2, int)}, "takes no label"),
         ({"num_classes": 3}, {}, r"needs a label \(num_classes=3"),
     ],

@@ -123,11 +123,11 @@ def test_a_self_attention_that_reads_the_context_is_projected_too():
 # --- cost ---------------------------------------------------------------------------------------
 
 
-def test_a_step_costs_one_call_and_guidance_one_of_twice_the_rows(model):
+def test_a_step_costs_one_call_and_guidance_one_of_twice_the_context(model):
     net, params = model.unet, model.params["unet"]
 
-    def one_call(rows):
-        x, cond = jnp.zeros((rows, *SHAPE)), Cond(context=jnp.zeros((rows, TOKENS, 32)))
+    def one_call(rows, contexts):
+        x, cond = jnp.zeros((rows, *SHAPE)), Cond(context=jnp.zeros((contexts, TOKENS, 32)))
         projected = jax.eval_shape(lambda cond: bundle.project(net, params, cond), cond)
         call = lambda x, cond: bundle.bind(net, params)(x, jnp.zeros(rows), cond)  # noqa: E731
         return flops.count(jax.make_jaxpr(call)(x, projected))
@@ -139,8 +139,25 @@ def test_a_step_costs_one_call_and_guidance_one_of_twice_the_rows(model):
 
         return cost(5) - cost(4)
 
-    assert one_step(guided=False) == one_call(ROWS)
-    assert one_step() == one_call(2 * ROWS)
+    assert one_step(guided=False) == one_call(ROWS, ROWS)
+    assert one_step() == one_call(ROWS, 2 * ROWS)
+    # windows get every row: what is before the context is then computed for each
+    assert one_step(around=lambda net: net) == one_call(2 * ROWS, 2 * ROWS)
+    assert one_call(ROWS, 2 * ROWS) < one_call(2 * ROWS, 2 * ROWS)
+
+
+def test_guidance_sends_nothing_between_devices_that_hold_rows(model):
+    rows = jax.sharding.NamedSharding(
+        jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        jax.sharding.PartitionSpec("data"),
+    )
+    sample = jax.jit(made(model), in_shardings=(None, rows, rows, rows, None))
+    cond = Cond(context=draw(4, TOKENS, 32))
+    keys = jax.random.split(KEYS[0], 4)
+    program = sample.lower(model.params, cond, cond, keys, 3.0).compile()
+    assert program.output_shardings.is_equivalent_to(rows, 4)
+    sent = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    assert re.findall(rf"= .*\b(?:{sent})(?:-start)?\(.*", program.as_text()) == []
 
 
 # --- compilations -------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_what_may_change_on_resume():
         "sample_guidance", "remat", "attention", "deterministic", "cache", "profile", "watch",
     }  # fmt: skip
     data = {f.name for f in dataclasses.fields(schema.DataConfig) if "execution" in f.metadata}
-    assert data == {"threads", "workers", "read_ahead"}
+    assert data == {"threads", "workers", "read_ahead", "keep_mib"}
 
 
 def test_every_field_has_a_type_that_json_can_check():

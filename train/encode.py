@@ -224,7 +224,9 @@ class Reader:
         self.source, self.seed = source, config.seed
         self.views = config.cache.views if train else 1
         self.flips = 2 if train and config.data.flip else 1
-        self._make = rows.MakeRow(source, dataclasses.replace(config.data, flip=False), train)
+        # every record is read once only, so none is kept
+        images = dataclasses.replace(config.data, flip=False, keep_mib=0)
+        self._make = rows.MakeRow(source, images, train)
 
     def __call__(self, index: int) -> Read:
         made = [

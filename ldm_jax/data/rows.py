@@ -4,9 +4,10 @@ Epochs reshuffle, every row has its own random generator, and a record that cann
 replaced by the next one that can: nothing depends on what was read before, where, or how far ahead.
 """
 
-import dataclasses
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -15,6 +16,7 @@ import numpy as np
 
 from ldm_jax import processes, schema, storage
 from ldm_jax.data import cache, transforms
+from ldm_jax.data.kept import MIB, Kept
 from ldm_jax.data.sources import Source, open_source
 
 LOG = logging.getLogger(__name__)
@@ -158,6 +160,7 @@ def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
         ("data.workers", config.workers, 0),
         ("data.read_ahead", config.read_ahead, 1),
         ("data.max_bad_records", config.max_bad_records, 0),
+        ("data.keep_mib", config.keep_mib, 0),
     ):
         if value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}")
@@ -166,46 +169,67 @@ def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
         raise ValueError(f"data.crop_range is {low} {high}, but 0 < low <= high <= 1 is needed")
 
 
-@dataclasses.dataclass(frozen=True)
+class Decoded(NamedTuple):
+    """A record before anything is drawn: its images as `transforms.settle` left them (None for a
+    record of a latent cache), all else of it, its number, and `Made.bad`."""
+
+    images: transforms.Images | None
+    rest: dict[str, Any]
+    record: int
+    bad: tuple[tuple[int, str], ...] = ()
+
+    def size(self) -> int:
+        """Bytes in memory."""
+        arrays = sum(a.nbytes for a in self.rest.values() if isinstance(a, np.ndarray))
+        return arrays + (0 if self.images is None else transforms.size_in_memory(self.images))
+
+
 class MakeRow:
-    """Record -> row; pickled into worker processes."""
+    """Record -> row; pickled into worker processes, which keep a part of `keep_mib` each."""
 
-    source: Source
-    config: schema.DataConfig
-    train: bool
-    tokenizer: Any = None
-    null_tokens: np.ndarray | None = None
+    def __init__(
+        self,
+        source: Source,
+        config: schema.DataConfig,
+        train: bool,
+        tokenizer: Any = None,
+        null_tokens: np.ndarray | None = None,
+    ):
+        self.source, self.config, self.train = source, config, train
+        self.tokenizer, self.null_tokens = tokenizer, null_tokens
+        self.kept = Kept(config.keep_mib * MIB // max(1, config.workers))
 
-    def __call__(self, index: int, rng: np.random.Generator | None) -> Made:
+    def __call__(self, index: int, rng: np.random.Generator) -> Made:
         """`rng` augments, if this trains."""
         rng = rng if self.train else None
-        cached, bad = "mean" in self.source.features, ()
-        if cached:
-            record = read(self.source, index)
-        else:
-            index, record, images, bad = self._decode(index)
-        try:
-            if cached:
-                row = cache.to_row(record, self.config.flip, rng)
+        decoded = self.kept.get(index)
+        if decoded is None:
+            decoded = self._decode(index)
+            if not decoded.bad:
+                self.kept.put(index, decoded, decoded.size())
+        with self._naming(decoded.record):
+            if decoded.images is None:
+                row = cache.to_row(decoded.rest, self.config.flip, rng)
             else:
-                row = transforms.to_row(images, self.config, rng)
+                row = transforms.to_row(decoded.images, self.config, rng)
             if self.source.num_classes is not None:
-                row["label"] = _label(record["label"], self.source.num_classes)
+                row["label"] = _label(decoded.rest["label"], self.source.num_classes)
             if self.tokenizer is not None:
-                row["tokens"] = self.tokenizer.encode([record["caption"]])[0]
+                row["tokens"] = self.tokenizer.encode([decoded.rest["caption"]])[0]
                 row["null_tokens"] = self.null_tokens
-        except ValueError as error:
-            raise ValueError(f"{self.source.describe(index)}: {error}") from error
-        return Made(row, bad, index)
+        return Made(row, decoded.bad, decoded.record)
 
-    def _decode(self, index: int) -> tuple[int, dict, transforms.Images, tuple]:
+    def _decode(self, index: int) -> Decoded:
         """Record `index`, or the next one in the source's order that can be decoded."""
+        if "mean" in self.source.features:
+            return Decoded(None, read(self.source, index), index)
         bad: list[tuple[int, str]] = []
         while True:
             record = read(self.source, index)
             try:
-                images = transforms.decode(record, self.config.channels)
-                return index, record, images, tuple(bad)
+                with self._naming(index):
+                    images = transforms.decode(record, self.config.channels)
+                    images = transforms.settle(images, self.config, self.train)
             except transforms.UndecodableError as error:
                 name = self.source.describe(index)
                 bad.append((index, str(error)))
@@ -215,8 +239,19 @@ class MakeRow:
                         f"not one record can be decoded; the last: {name}"
                     ) from error
                 index = (index + 1) % len(self.source)
-            except ValueError as error:
-                raise ValueError(f"{self.source.describe(index)}: {error}") from error
+            else:
+                rest = {name: value for name, value in record.items() if name not in images}
+                return Decoded(images, rest, index, tuple(bad))
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Puts the record's name before what is wrong with it."""
+        try:
+            yield
+        except transforms.UndecodableError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.source.describe(index)}: {error}") from error
 
 
 def read(source: Source, index: int) -> dict[str, Any]:

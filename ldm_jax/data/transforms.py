@@ -172,10 +172,8 @@ def to_arrays(images: Images) -> dict[str, np.ndarray]:
     return arrays
 
 
-def to_row(
-    images: Images, config: schema.DataConfig, rng: np.random.Generator | None
-) -> dict[str, np.ndarray]:
-    """Crop, resize, flip and scale; without `rng` the centre crop, unmirrored.
+def settle(images: Images, config: schema.DataConfig, train: bool) -> Images:
+    """What chance does not touch, done once: where no crop is drawn, crop and resize.
 
     ValueError as in `crop_box`, and for a map that is not as large as its image.
     """
@@ -185,7 +183,27 @@ def to_row(
             raise ValueError(
                 f"the {name} is {image.width}x{image.height} but the image is {width}x{height}"
             )
-    images = crop_and_resize(images, crop_box(width, height, config, rng), config)
+    if train and config.crop == "random":
+        return images
+    return crop_and_resize(images, crop_box(width, height, config, None), config)
+
+
+def to_row(
+    settled: Images, config: schema.DataConfig, rng: np.random.Generator | None
+) -> dict[str, np.ndarray]:
+    """What `settle` left: crop and resize if the crop is drawn, flip, scale.
+
+    `rng` is None exactly where `settle` was told that nothing trains: nothing is drawn then.
+    ValueError as in `crop_box`.
+    """
+    images = settled
+    if rng is not None and config.crop == "random":
+        images = crop_and_resize(images, crop_box(*images["image"].size, config, rng), config)
     if config.flip and rng is not None and rng.random() < 0.5:
         images = flip(images)
     return to_arrays(images)
+
+
+def size_in_memory(images: Images) -> int:
+    """Bytes of the pixels. PIL takes 4 for each but of grey images, 1."""
+    return sum(im.width * im.height * (1 if im.mode == "L" else 4) for im in images.values())

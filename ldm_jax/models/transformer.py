@@ -12,7 +12,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ldm_jax.models.attention import AttentionFunction, xla
-from ldm_jax.models.blocks import conv, dense, group_norm, initializers, one_pass
+from ldm_jax.models.blocks import conv, dense, group_norm, initializers, one_pass, rows_of
 
 
 class AttentionBlock(nn.Module):
@@ -140,7 +140,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a LayerNorm.
 
-    (`attention.BasicTransformerBlock`)
+    (`attention.BasicTransformerBlock`) Rows are repeated for the context where it is first read.
     """
 
     num_heads: int
@@ -165,7 +165,10 @@ class TransformerBlock(nn.Module):
             fast = one_pass(x_bqc)
             return nn.LayerNorm(1e-5, use_fast_variance=fast, dtype=self.dtype, name=name)
 
+        if self.only_cross_attention:
+            x_bqc = rows_of(x_bqc, context_blc)
         x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc), first)
+        x_bqc = rows_of(x_bqc, context_blc)
         x_bqc += Attention(name="attn2", **heads, **low)(norm("norm2")(x_bqc), context_blc)
         x_bqc += FeedForward(name="ff", **low)(norm("norm3")(x_bqc))
         return x_bqc
@@ -209,4 +212,4 @@ class SpatialTransformer(nn.Module):
                 **low,
             )(h_bqc, context_blc)
         h = einops.rearrange(h_bqc, "b (h w) c -> b h w c", h=height, w=width)
-        return x + project("proj_out", zero=True)(h)
+        return rows_of(x, h) + project("proj_out", zero=True)(h)

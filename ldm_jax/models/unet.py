@@ -21,6 +21,7 @@ from ldm_jax.models.blocks import (
     conv,
     dense,
     group_norm,
+    rows_of,
     timestep_embedding,
 )
 from ldm_jax.models.convolution import ConvolutionFunction
@@ -69,7 +70,9 @@ class UNet(nn.Module):
 
         x: [B, H, W, in_channels], noised latents and concatenated conditioning.
         t_b: [B], int or float32 in [0, timesteps).
-        context_blc: [B, L, context_dim] tokens, exactly when transformers have a context_dim.
+        context_blc: [B, L, context_dim] tokens, exactly when transformers have a context_dim. With
+        n B rows, rows n i to n i + n - 1 go with row i of x, and so many come back; what is before
+        the first transformer's context is computed once for them.
         label: int [B] for a model with num_classes, float [B, vector_dim] for one with vector_dim.
         train: dropout is on, and draws from the rng "dropout".
         Raises ValueError when an input and the model do not fit.
@@ -212,6 +215,10 @@ class UNet(nn.Module):
         given = None if context_blc is None else context_blc.shape[-1]
         if context_dim != given:
             raise ValueError(f"context of width {given}: the UNet takes width {context_dim}")
+        if context_blc is not None and len(context_blc) % len(x):
+            raise ValueError(
+                f"context of {len(context_blc)} rows for x of {len(x)}: give as many, or a multiple"
+            )
         labelled = self.num_classes is not None or self.vector_dim is not None
         if labelled != (label is not None):
             raise ValueError(
@@ -284,7 +291,7 @@ class UpBlock(nn.Module):
     def __call__(self, x, skips, emb, context_blc, train):
         for i in range(self.num_layers):
             *skips, skip = skips
-            x = jnp.concatenate([x, skip], axis=-1)
+            x = jnp.concatenate([x, rows_of(skip, x)], axis=-1)
             x = self.resnet(self.channels, name=f"resnets_{i}")(x, emb, train)
             if self.attend is not None:
                 x = self.attend(name=f"attentions_{i}")(x, context_blc)

@@ -102,3 +102,5 @@ class DataConfig:
     """Worker processes that decode ahead in each process; 0 uses the threads only."""
     read_ahead: int = execution(4)
     """Batches decoded ahead."""
+    keep_mib: int = execution(256)
+    """MiB of decoded images that each process keeps: small datasets are decoded once. 0: none."""
