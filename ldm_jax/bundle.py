@@ -98,7 +98,8 @@ def bind(unet: Any, params: dict) -> Callable:
 
     def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         beside = cond.concat if cond.concat is not None else cond.label
-        x, t = blocks.rows_of(x, beside), blocks.rows_of(t, beside)  # for context the UNet repeats
+        if beside is not None and len(beside) != len(x):  # for the context the UNet repeats
+            x, t = blocks.rows_of(x, beside), blocks.rows_of(t, beside)
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
         variables = {"params": params}

@@ -92,12 +92,16 @@ def test_a_product_on_the_channels_equals_xla():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), got, want)
 
 
-@pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (1, 2), (3, 1)])
-def test_only_pixels_by_themselves_are_products(kernel_size, strides):
-    module = blocks.conv(32, 32, kernel_size, strides=strides)
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "dtype"),
+    [(1, 1, "float32"), (1, 2, "float32"), (3, 1, "float32"), (1, 1, "bfloat16")],
+)
+def test_only_pixels_by_themselves_are_products_and_not_in_bfloat16(kernel_size, strides, dtype):
+    module = blocks.conv(32, 32, kernel_size, strides=strides, dtype=dtype)
     program = str(
         jax.make_jaxpr(lambda key, x: module.init_with_output(key, x))(
             jax.random.key(0), jnp.zeros((1, 4, 4, 32))
         )
     )
-    assert ("conv_general_dilated" in program) == ((kernel_size, strides) != (1, 1))
+    product = (kernel_size, strides, dtype) == (1, 1, "float32")
+    assert ("conv_general_dilated" in program) == (not product)

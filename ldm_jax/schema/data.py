@@ -103,4 +103,4 @@ class DataConfig:
     read_ahead: int = execution(4)
     """Batches decoded ahead."""
     keep_mib: int = execution(256)
-    """MiB of decoded images that each process keeps: small datasets are decoded once. 0: none."""
+    """MiB of decoded records of a split that each process keeps: what is small is decoded once."""
