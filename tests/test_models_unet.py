@@ -227,7 +227,7 @@ def test_what_is_before_the_context_is_computed_once():
     def rows(module):
         return module["__call__"][0].shape[0]
 
-    assert rows(made["conv_in"]) == rows(made["down_blocks_0"]["resnets_0"]) == 2
+    assert rows(made["down_blocks_0"]["resnets_0"]) == 2
     assert rows(first["attn1"]) == 2
     assert rows(first["attn2"]) == rows(made["down_blocks_1"]["resnets_0"]) == 6
 

@@ -81,9 +81,11 @@ class UNet(nn.Module):
         low = {"dtype": self.dtype, "precision": self.precision}
         emb = self._embed(t_b, label)
         resnet = self._resnet()
-        x = conv(self.in_channels, self.model_channels, name="conv_in", **low)(x)
+        conv_in = conv(self.in_channels, self.model_channels, name="conv_in", **low)
+        given, x = x, conv_in(x)
+        repeated = rows_of(given, context_blc)  # cheaper than repeating what conv_in makes of it
+        skips = [x if repeated is given else conv_in(repeated)]
 
-        skips = [x]
         last = len(self.channel_mult) - 1
         for level, mult in enumerate(self.channel_mult):
             channels = self.model_channels * mult
