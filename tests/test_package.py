@@ -32,6 +32,27 @@ def test_configs_are_read_without_jax():
     assert fresh(code) == "[]"
 
 
+def test_metrics_are_written_without_torch(tmp_path):
+    """tensorboardX would import it where it is installed; whoever wants it later still gets it."""
+    code = f"""
+import importlib.util, pathlib, sys
+from ldm_jax.train.run import monitor
+path = pathlib.Path({str(tmp_path)!r})
+watch = monitor.Monitor(path, 0, 1, batch_size=1)
+watch.write(1, {{"loss": 0.5}})
+watch.close()
+before = "torch" in sys.modules
+try:
+    import torch
+    found = True
+except ImportError:
+    found = False
+files = list((path / "tensorboard").iterdir())
+print(before, found == (importlib.util.find_spec("torch") is not None), len(files))
+"""
+    assert fresh(code) == "False True 1"
+
+
 def test_nothing_reads_torch_tensorflow_or_transformers_in():
     code = (
         "import sys, ldm_jax.train.ldm, ldm_jax.train.autoencoder, ldm_jax.sample.main\n"

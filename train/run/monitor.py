@@ -50,6 +50,20 @@ def compile_step(
     return lambda *rest: compiled(*step.args, *rest), work
 
 
+def summary_writer() -> type:
+    """tensorboardX's writer, without torch: it would import that where it is installed, for nothing
+    here, in two seconds."""
+    unknown = "torch" not in sys.modules
+    if unknown:
+        sys.modules["torch"] = None  # to an import: not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if unknown:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class Monitor:
     """Progress bar, JSONL parts and TensorBoard of one run; only process 0 writes.
 
@@ -73,6 +87,7 @@ class Monitor:
         self.lines: list[dict] = []
         self.last_time, self.last_step = time.perf_counter(), first_step
         self.board = None
+        self.board_type = summary_writer() if self.main else None  # here: not between two steps
         self.bad_steps = self.skipped_steps = 0
         """Steps in a row without a finite loss, as of the last metrics fetched."""
         self.fetched_step = first_step
@@ -131,10 +146,8 @@ class Monitor:
             self.board = None
             self.say("TensorBoard's file could not be written: another is begun")
         if self.board is None:
-            from tensorboardX import SummaryWriter
-
             try:
-                self.board = SummaryWriter(str(self.workdir / "tensorboard"), max_queue=1000)
+                self.board = self.board_type(str(self.workdir / "tensorboard"), max_queue=1000)
             except OSError:
                 return  # metrics/ says what is wrong with the disk
         for name, value in values.items():
