@@ -224,7 +224,7 @@ class Reader:
         self.source, self.seed = source, config.seed
         self.views = config.cache.views if train else 1
         self.flips = 2 if train and config.data.flip else 1
-        # every record is read once only, so none is kept
+        # once its views are made a record does not come again: none is kept
         images = dataclasses.replace(config.data, flip=False, keep_mib=0)
         self._make = rows.MakeRow(source, images, train)
 

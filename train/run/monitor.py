@@ -60,7 +60,7 @@ def summary_writer() -> type:
         from tensorboardX import SummaryWriter
     finally:
         if unknown:
-            del sys.modules["torch"]
+            sys.modules.pop("torch", None)
     return SummaryWriter
 
 
