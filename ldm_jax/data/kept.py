@@ -3,7 +3,6 @@
 import threading
 from typing import Any
 
-MIB = 2**20
 OBJECTS = 2048
 """Bytes that Python's objects around a record take, roughly."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ldm_jax import processes, schema, storage
 from ldm_jax.data import cache, transforms
-from ldm_jax.data.kept import MIB, Kept
+from ldm_jax.data.kept import Kept
 from ldm_jax.data.sources import Source, open_source
 
 LOG = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class MakeRow:
     ):
         self.source, self.config, self.train = source, config, train
         self.tokenizer, self.null_tokens = tokenizer, null_tokens
-        self.kept = Kept(config.keep_mib * MIB // max(1, config.workers))
+        self.kept = Kept(config.keep_mib * 2**20 // max(1, config.workers))
 
     def __call__(self, index: int, rng: np.random.Generator) -> Made:
         """`rng` augments, if this trains."""
