@@ -273,7 +273,8 @@ BY_HAND = {
     "sigint_alone": ("Ctrl-C to one, no supervisor", stop_and_start),
 }
 RUNS = {
-    "supervised": Run("clean", 60, True, SUPERVISED),
+    # a case uses up to two intervals between checkpoints
+    "supervised": Run("clean", 2 * faults_input.SAVE * len(SUPERVISED), True, SUPERVISED),
     "by_hand": Run("clean", 60, False, BY_HAND),
     "random": Run("clean", 240, True, {"random": ("20 random SIGKILLs in a row", random_kills)}),
     "folder": Run("folder", 20, True, {"corrupt_record": (BAD_IMAGES, restarted)}),

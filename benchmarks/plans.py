@@ -5,7 +5,8 @@
     python benchmarks/plans.py --keep runs/plan --table # only what is there
 
 Every row is a command of `ldm-train plan`; a compile takes 5 to 60 minutes on one core and 5 to
-20 GB, and its result stays in --keep. Writes OUT/plan.md after each.
+20 GB, and its result stays in --keep. Writes OUT/plan.md after each; rows of which nothing is in
+--keep stay in it as they are.
 """
 
 import argparse
@@ -59,6 +60,7 @@ CASES = {
     ),
 }
 SMALL, LARGE = "SD v1 training, 512 px", "SD v1 training, 512 px, 256 chips"
+COMPARISON = "From 16 to 256 chips"
 COLUMNS = (
     "program",
     "slice",
@@ -70,6 +72,7 @@ COLUMNS = (
     "share of the time by source",
     "sent per chip, MB",
     "compiled in",
+    "at",
 )
 
 
@@ -78,7 +81,7 @@ def main() -> int:
     done = 0
     for title in args.only or CASES:
         line = CASES[title]
-        request, options, result = case(line, args.keep)
+        request, options, result, _ = case(line, args.keep)
         if not args.table and result is None:
             topologies.check_compiler(request.topology)
             result = command.compiled(request, args.keep, options)
@@ -98,7 +101,7 @@ def arguments() -> argparse.Namespace:
 
 
 def case(line: str, keep: Path):
-    """(request, options, its result or None) of a row."""
+    """(request, options, its result or None, when it was compiled) of a row."""
     name, *argv = line.split()
     config, options = command.parse(load_config(name), [*argv, "--out", str(keep)], name)
     request = command.request_of(config, options, name, load_config)
@@ -106,29 +109,53 @@ def case(line: str, keep: Path):
     for path in sorted(keep.glob("*/result.json"), key=lambda p: -p.stat().st_mtime):
         kept, result = command.read(path.parent)
         if command.shaped_by(kept) == wanted:
-            return request, options, result
-    return request, options, None
+            when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+            return request, options, result, f"{when:%Y-%m-%d %H:%M}"
+    return request, options, None, None
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 
 def write(out: Path, keep: Path) -> None:
-    """OUT/plan.md of all that is there."""
+    """OUT/plan.md of all that is in `keep`; rows that are not stay as they are in the file."""
+    path = out / "plan.md"
+    before = sections(path.read_text()) if path.exists() else {}
     rows, details, kept = [], [], {}
     for title, line in CASES.items():
-        request, _, result = case(line, keep)
-        if result is None:
-            rows.append([title, *["not compiled yet", *[""] * (len(COLUMNS) - 2)]])
-            details += ["", f"## {title}", "", f"`ldm-train plan {line}`: not compiled yet."]
-            continue
-        kept[title] = request, result
-        rows.append(table_row(title, request, result))
-        report = reports.render(request, result).rstrip()
-        details += ["", f"## {title}", "", f"`ldm-train plan {line}`", "", "```", report, "```"]
-    lines = [*head(), "", row(COLUMNS), row(["---"] * len(COLUMNS)), *map(row, rows)]
-    lines += [*compared(kept), *details, ""]
-    (out / "plan.md").write_text("\n".join(lines))
+        command_line = f"`ldm-train plan {line}`"
+        request, _, result, when = case(line, keep)
+        stands = next((r for r in before.get("", []) if r.startswith(f"| {title} |")), None)
+        if result is not None:
+            kept[title] = request, result
+            rows.append(row([*table_row(title, request, result), when]))
+            report = reports.render(request, result).rstrip()
+            section = [f"## {title}", "", command_line, "", "```", report, "```"]
+        elif stands and command_line in before.get(title, []):
+            rows.append(stands)
+            section = [f"## {title}", *before[title]]
+        else:
+            rows.append(row([title, *["not compiled yet", *[""] * (len(COLUMNS) - 2)]]))
+            section = [f"## {title}", "", f"{command_line}: not compiled yet."]
+        details += ["", *section]
+    comparison = compared(kept) or before.get(COMPARISON, [])
+    if comparison:
+        comparison = ["", f"## {COMPARISON}", *comparison]
+    lines = [*head(), "", row(COLUMNS), row(["---"] * len(COLUMNS)), *rows]
+    path.write_text("\n".join([*lines, *comparison, *details, ""]))
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """{heading: its lines} of a report; what is before the first heading under ""."""
+    found: dict[str, list[str]] = {"": []}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
+            found[heading] = []
+        else:
+            found[heading].append(line)
+    return {name: "\n".join(lines).rstrip().split("\n") for name, lines in found.items()}
 
 
 def compared(kept: dict) -> list[str]:
@@ -138,8 +165,6 @@ def compared(kept: dict) -> list[str]:
         return []
     columns = [sent_by_kind(*one) for one in (small, large)]
     lines = [
-        "",
-        "## From 16 to 256 chips",
         "",
         "Both split parameters over 4 chips, and hold 4 and 64 copies of them. MB sent by a chip in"
         " a step, and how many chips take part together. A ring of n sends (n - 1) / n of an array,"
@@ -206,7 +231,7 @@ def table_row(title: str, request, result) -> list[str]:
     start = [title, str(request.topology), each]
     if "failed" in about:
         how = about["failed"]["how"][:200].replace("|", "/")
-        return [*start, how, *[""] * (len(COLUMNS) - 4)]
+        return [*start, how, *[""] * (len(COLUMNS) - 5)]
     found = reports.estimate(request, result)
     shares = found.shares()
     sent = {
