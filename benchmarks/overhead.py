@@ -6,7 +6,7 @@ Each process is a whole `ldm-train`: batches read ahead, metrics, bar, log, watc
 its compiled step is wrapped: after every block of steps that the loop asked for, the same program
 runs as many steps on one batch that is on the device already, with nothing around it. Blocks take
 turns, so what else the machine does hits both alike. Writes OUT/overhead.md and
-.json. See README.md beside it.
+.json; with --add the runs that are there stay, and all blocks count. See README.md beside it.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -35,7 +36,11 @@ def main() -> int:
         import overhead_worker
 
         return overhead_worker.main(args.worker, args.block, args.flags)
-    report = {"machine": machine.facts() | {"jax": importlib.metadata.version("jax")}, "rows": []}
+    stored = args.out / "overhead.json"
+    report = json.loads(stored.read_text()) if args.add else {"runs": []}
+    facts = machine.facts() | {"jax": importlib.metadata.version("jax")}
+    run = {"machine": facts, "rows": []}
+    report["runs"].append(run)
     with tempfile.TemporaryDirectory() as folder:
         for config in args.configs:
             stage = first_stage(config, Path(folder))
@@ -44,10 +49,10 @@ def main() -> int:
                 figures = measure(args, config, processes, stage, Path(folder))
                 row = {"config": config, "processes": processes, "load": [load], **figures}
                 row["load"].append(os.getloadavg()[0])
-                report["rows"].append(row)
-                (args.out / "overhead.json").write_text(json.dumps(report, indent=1) + "\n")
+                run["rows"].append(row)
+                stored.write_text(json.dumps(report, indent=1) + "\n")
                 (args.out / "overhead.md").write_text(markdown(report))
-                print(line(row), flush=True)
+                print(line(len(report["runs"]), row), flush=True)
     return 0
 
 
@@ -103,8 +108,7 @@ def summary(found: dict) -> dict:
     block, saves = found["block"], found["saves"]
     bare, extra = of_blocks(found, 0)
     without, with_save = split(extra, saves)
-    plain, _ = split([e / b for e, b in zip(extra, bare)], saves)
-    cpu, _ = split([e / b for b, e in zip(*of_blocks(found, 1))], saves)
+    plain, cpu = shares(found, 0), shares(found, 1)
     step = statistics.median(bare) / block
     save = statistics.median(with_save) - statistics.median(without)
     return {
@@ -125,6 +129,12 @@ def summary(found: dict) -> dict:
     }
 
 
+def shares(found: dict, clock: int) -> list[float]:
+    """What each block of the loop without a save took more, over the bare blocks around it."""
+    without, _ = split([e / b for b, e in zip(*of_blocks(found, clock))], found["saves"])
+    return without
+
+
 def of_blocks(found: dict, clock: int) -> tuple[list[float], list[float]]:
     """(bare blocks around each of the loop's, what that took more), s of `passed`'s clock."""
     bare, loop = ([block[clock] for block in found[kind]] for kind in ("bare", "loop"))
@@ -137,9 +147,10 @@ def split(values: list[float], saves: list[bool]) -> tuple[list[float], list[flo
     return [[v for v, s in zip(values, saves) if s is which] for which in (False, True)]
 
 
-def line(row: dict) -> str:
+def line(run: int, row: dict) -> str:
     """A row of the table."""
     cells = (
+        run,
         f"`{row['config']}`",
         row["processes"],
         f"{row['bare_step_ms']:.1f}",
@@ -160,23 +171,55 @@ def share(median: float, quartiles: list[float]) -> str:
     return f"{100 * median:+.1f} % ({low} to {high})"
 
 
+def together(runs: list[dict]) -> list[str]:
+    """Rows of all blocks of all runs, with what the median may be by chance."""
+    rows = [row for run in runs for row in run["rows"]]
+    lines = []
+    for key in dict.fromkeys((row["config"], row["processes"]) for row in rows):
+        cells = [f"`{key[0]}`", key[1]]
+        for clock in (0, 1):
+            each = [(row["config"], row["processes"]) == key for row in rows]
+            found = [row["raw"] for row, which in zip(rows, each) if which]
+            values = [value for one in found for value in shares(one, clock)]
+            draws = random.Random(0)
+            medians = [statistics.median(draws.choices(values, k=len(values))) for _ in range(4000)]
+            low, *_, high = statistics.quantiles(medians, n=40)
+            quartiles = statistics.quantiles(values, n=4)[::2]
+            cells += [share(statistics.median(values), quartiles)]
+            cells += [f"{100 * low:+.1f} to {100 * high:+.1f} %"]
+        lines.append(f"| {' | '.join(map(str, [*cells, len(values)]))} |")
+    return lines
+
+
+def table(heads: tuple[str, ...], rows: list[str]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads), *rows]
+
+
 def markdown(report: dict) -> str:
-    m = report["machine"]
+    runs = list(enumerate(report["runs"], 1))
+    m = report["runs"][-1]["machine"]
     heads = (
-        *("config", "processes", "bare step, ms", "loop without saving", "in CPU time"),
+        *("run", "config", "processes", "bare step, ms", "loop without saving", "in CPU time"),
         *("ms per step", "state, MiB", "one save, ms", "of it the loop stands, ms"),
         *("share of saving", "load before, after"),
+    )
+    all_heads = ("config", "processes", "loop without saving", "the median, 95 %")
+    all_heads += ("in CPU time", "the median, 95 %", "blocks")
+    commands = (
+        f"- run {i}: {r['machine']['date']}, commit {r['machine']['commit']}:"
+        f" `{r['machine']['command']}`"
+        for i, r in runs
     )
     return "\n".join(
         (
             "# Overhead of the training loop",
             "",
-            f"{m['date']}, commit {m['commit']}: `{m['command']}`. {m['cpu']}, {m['cores']} cores;"
-            f" Python {m['python']}, jax {m['jax']}. One core per process.",
+            f"{m['cpu']}, {m['cores']} cores; Python {m['python']}, jax {m['jax']}. One core per"
+            " process.",
             "",
-            f"| {' | '.join(heads)} |",
-            "|" + " --- |" * len(heads),
-            *(line(row) for row in report["rows"]),
+            *table(heads, [line(i, row) for i, run in runs for row in run["rows"]]),
+            "",
+            *commands,
             "",
             "`loop without saving`: median over blocks (and quartiles) of what the loop takes more"
             " than the same compiled step on a batch that is on the device, blocks of both taking"
@@ -185,6 +228,11 @@ def markdown(report: dict) -> str:
             " background counts too; `share of saving`: that, at the interval of the config."
             " Goal: at most 3 % without saving. Rows of `tiny` are for the milliseconds: nobody"
             " trains with so short a step.",
+            "",
+            "All blocks of all runs together, and where the median lies if blocks are drawn again"
+            " (4000 draws):",
+            "",
+            *table(all_heads, together(report["runs"])),
             "",
         )
     )
@@ -201,6 +249,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--block", type=int, help="steps in a block instead of the config's")
     parser.add_argument("--rounds", type=int, default=12, help="blocks with and without a save")
+    parser.add_argument("--add", action="store_true", help="to the runs that are in OUT")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return parser.parse_args()
