@@ -10,6 +10,7 @@ turns, so what else the machine does hits both alike. Writes OUT/overhead.md and
 """
 
 import argparse
+import collections
 import importlib.metadata
 import itertools
 import json
@@ -173,13 +174,13 @@ def share(median: float, quartiles: list[float]) -> str:
 
 def together(runs: list[dict]) -> list[str]:
     """Rows of all blocks of all runs, with what the median may be by chance."""
-    rows = [row for run in runs for row in run["rows"]]
+    raw = collections.defaultdict(list)
+    for row in (row for run in runs for row in run["rows"]):
+        raw[row["config"], row["processes"]].append(row["raw"])
     lines = []
-    for key in dict.fromkeys((row["config"], row["processes"]) for row in rows):
-        cells = [f"`{key[0]}`", key[1]]
+    for (config, processes), found in raw.items():
+        cells = [f"`{config}`", processes]
         for clock in (0, 1):
-            each = [(row["config"], row["processes"]) == key for row in rows]
-            found = [row["raw"] for row, which in zip(rows, each) if which]
             values = [value for one in found for value in shares(one, clock)]
             draws = random.Random(0)
             medians = [statistics.median(draws.choices(values, k=len(values))) for _ in range(4000)]

@@ -118,7 +118,8 @@ def case(line: str, keep: Path):
 
 
 def write(out: Path, keep: Path) -> None:
-    """OUT/plan.md of all that is in `keep`; rows that are not stay as they are in the file."""
+    """OUT/plan.md of all that is in `keep`; rows that are not stay as they are in the file, and so
+    does the comparison unless both of its programs are there."""
     path = out / "plan.md"
     before = sections(path.read_text()) if path.exists() else {}
     rows, details, kept = [], [], {}
