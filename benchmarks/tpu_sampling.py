@@ -1,11 +1,13 @@
 """Stable Diffusion v1's UNet on TPU v5e 4x4, compiled here without the TPU: memory, FLOPs, time.
 
     pip install --no-deps 'libtpu==0.0.42.*' # the one that belongs to jaxlib 0.10.2
-    python benchmarks/tpu_sampling.py --out benchmarks/results
+    pip install --no-deps --target FORMER 'diffusers==0.35.2' # the last with Flax
+    python benchmarks/tpu_sampling.py --out benchmarks/results --former FORMER
 
 bfloat16 at 512x512, 8 images per chip: batch 8 without guidance; 8:16 with, as `make_sampler`
-calls it (8 rows of x, 16 of the context); 16 as two halves that share nothing. Data parallel on 16
-chips; nothing runs on one. Each program is compiled in its own process, minutes each, because large
+calls it (8 rows of x, 16 of the context); 16 as two halves that share nothing. With --former also
+diffusers' former Flax UNet, as it was called by default. Data parallel on 16 chips; nothing runs on
+one. Each program is compiled in its own process, minutes each, because large
 attention logits can crash the compiler; its text stays in --keep and is read from there the next
 time. How time is estimated: `ldm_jax/tpu_cost.py`. Writes OUT/tpu_sampling.md.
 """
@@ -33,18 +35,21 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 CHIP, CHIPS, TOPOLOGY = tpu_cost.CHIPS["v5e"], 16, "v5e:4x4"
-FORMER = 0.210
-"""Seconds of diffusers' Flax UNet at batch 16, plain attention, compiled and charged likewise."""
+FORMER = "former"
+"""In the place of an attention's name: diffusers' Flax UNet with its default, plain attention."""
 SOURCES = ("cycles", "kernels", "sentinels", "copies", "collectives")
 
 
 def main() -> int:
     args = arguments()
     if args.child:
-        compile_case(args.child[0], args.child[1], Path(args.child[2]))
+        compile_case(args.child[0], args.child[1], Path(args.child[2]), args.former)
         return 0
     args.keep.mkdir(parents=True, exist_ok=True)
-    rows = [run_case(batch, name, args.keep) for batch in args.batches for name in args.attention]
+    cases = [(batch, name) for batch in args.batches for name in args.attention]
+    if args.former is not None:  # it has no rows of x apart from those of the context
+        cases += [(batch, FORMER) for batch in args.batches if ":" not in batch]
+    rows = [run_case(*case, args.keep, args.former) for case in cases]
     text = report(rows)
     (args.out / "tpu_sampling.md").write_text(text)
     print(text)
@@ -59,6 +64,7 @@ def arguments() -> argparse.Namespace:
         "--batches", nargs="+", default=["8", "16", "8:16"], help="rows per chip, of x:context"
     )
     parser.add_argument("--attention", nargs="+", default=["xla", "flash"])
+    parser.add_argument("--former", type=Path, help="folder of a diffusers with Flax, 0.35.2")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -66,12 +72,13 @@ def arguments() -> argparse.Namespace:
 # --- one process per program ---------------------------------------------------------------------
 
 
-def run_case(batch: str, name: str, keep: Path) -> dict:
+def run_case(batch: str, name: str, keep: Path, former: Path | None) -> dict:
     """What the compiler says of one program, or how it ended."""
     path = keep / f"unet_{name}_{batch.replace(':', '_')}"
     about = path.with_suffix(".json")
     if not about.exists():
         command = [sys.executable, __file__, "--child", batch, name, str(path)]
+        command += [] if former is None else ["--former", str(former)]
         with path.with_suffix(".log").open("w") as log:
             done = subprocess.run(
                 command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, check=False
@@ -93,15 +100,19 @@ def rows_of(batch: str) -> tuple[int, int]:
     return int(x), int(context or x)
 
 
-def compile_case(batch: str, name: str, path: Path) -> None:
+def compile_case(batch: str, name: str, path: Path, former: Path | None) -> None:
     """Compiles the UNet; writes PATH.txt.gz and PATH.json."""
     import jax
 
-    function, shapes = unet_case(batch, name)
+    case = unet_case
+    if name == FORMER:
+        sys.path.insert(0, str(former))
+        case = former_case
+    function, shapes = case(batch, name)
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*shapes).compile()
     memory = compiled.memory_analysis()
-    plain, _ = unet_case(batch, "xla")
+    plain, _ = case(batch, "xla")
     about = {
         "attention": name,
         "seconds": time.perf_counter() - began,
@@ -122,35 +133,62 @@ def unet_case(batch: str, name: str):
     """The UNet's forward pass and the shapes it is compiled for, so many rows on every chip."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from ldm_jax import schema
     from ldm_jax.models import attention, unet
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = mesh_of_chips()
     net = unet.from_config(
         schema.LatentDiffusionConfig().unet,  # the defaults are Stable Diffusion v1
         dtype=jnp.bfloat16,
         attention=attention.choose("tpu", mesh, name),
     )
+    variables = jax.eval_shape(net.init, jax.random.key(0), *unet.example_inputs(net))
+    shapes = shapes_of(mesh, variables["params"], batch, (64, 64, 4))
+    return lambda params, x, t_b, context: net.apply({"params": params}, x, t_b, context), shapes
+
+
+def former_case(batch: str, name: str):
+    """As `unet_case`, for the UNet of diffusers' Flax pipelines; `name` changes nothing."""
+    import jax
+    import jax.numpy as jnp
+    from diffusers import FlaxUNet2DConditionModel
+
+    del name
+    net = FlaxUNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, dtype=jnp.bfloat16
+    )  # its other defaults are Stable Diffusion v1 too
+    params = jax.eval_shape(net.init_weights, jax.random.key(0))
+    shapes = shapes_of(mesh_of_chips(), params, batch, (4, 64, 64))
+    return lambda params, *inputs: net.apply({"params": params}, *inputs).sample, shapes
+
+
+def mesh_of_chips():
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
+    return Mesh(np.array(devices), ("data",))
+
+
+def shapes_of(mesh, params, batch: str, latent: tuple[int, ...]):
+    """Shapes of (params, x, t_b, context), each chip with its rows of the batch."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
 
     def shape(dims, dtype, *spec):
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-    variables = jax.eval_shape(net.init, jax.random.key(0), *unet.example_inputs(net))
-    params = jax.tree.map(lambda x: shape(x.shape, jnp.bfloat16), variables["params"])
-    rows, contexts = (n * len(devices) for n in rows_of(batch))
-    shapes = (
-        params,
-        shape((rows, 64, 64, 4), jnp.bfloat16, "data"),
+    rows, contexts = (n * mesh.size for n in rows_of(batch))
+    return (
+        jax.tree.map(lambda x: shape(x.shape, jnp.bfloat16), params),
+        shape((rows, *latent), jnp.bfloat16, "data"),
         shape((rows,), jnp.int32, "data"),
         shape((contexts, 77, 768), jnp.bfloat16, "data"),
     )
-    return lambda params, x, t_b, context: net.apply({"params": params}, x, t_b, context), shapes
 
 
 # --- the report ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The side of ldm_jax in `unet_vs_diffusers.py`, which starts it."""
 
+import bisect
 import collections
 import heapq
 import re
@@ -107,7 +108,8 @@ def split(run, hlo: str) -> dict[str, float]:
         with jax.profiler.trace(folder):
             run()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        seconds = shares(intervals(jax.profiler.ProfileData.from_file(str(path))))
+        found = intervals(jax.profiler.ProfileData.from_file(str(path)))
+    seconds = shares(until_read(found, hlo))
     kinds = kinds_of(hlo)
     total = dict.fromkeys(unet_cases.KINDS, 0.0)
     for operation, value in seconds.items():
@@ -129,6 +131,47 @@ def intervals(data) -> list[tuple[float, float, str]]:
     return [
         (e.start_ns, max(e.start_ns + e.duration_ns, ends.get(p, 0)), op) for e, op, p in starts
     ]
+
+
+def until_read(found: list[tuple[float, float, str]], hlo: str) -> list[tuple[float, float, str]]:
+    """The intervals, each over at the latest when an operation starts that reads its result.
+
+    On CPUs an operation in several parts starts the next ones from within the last part, so that
+    in the trace they lie in it.
+    """
+    readers = readers_of(hlo, {operation for _, _, operation in found})
+    starts = collections.defaultdict(list)
+    for start, _, operation in sorted(found):
+        starts[operation].append(start)
+
+    def over(start: float, end: float, operation: str) -> float:
+        for reader in readers[operation]:
+            later = starts[reader][bisect.bisect_right(starts[reader], start) :][:1]
+            end = min([end, *later])
+        return end
+
+    return [(start, over(start, end, operation), operation) for start, end, operation in found]
+
+
+def readers_of(hlo: str, traced: set[str]) -> dict[str, set[str]]:
+    """{operation: those of `traced` that read its result}, also through operations without a trace,
+    as tuples and bitcasts are."""
+    direct = collections.defaultdict(set)
+    for line in hlo.splitlines():
+        if found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*?\s[\w-]+\((.*?)\)(?:, |$)", line):
+            for operand in re.findall(r"%([\w.-]+)", found[2]):
+                direct[operand].add(found[1])
+
+    def reached(operation: str) -> set[str]:
+        seen, todo = set(), list(direct[operation])
+        while todo:
+            reader = todo.pop()
+            if reader not in seen:
+                seen.add(reader)
+                todo += [] if reader in traced else direct[reader]
+        return seen & traced
+
+    return {operation: reached(operation) for operation in traced}
 
 
 def shares(found: list[tuple[float, float, str]]) -> dict[str | None, float]:

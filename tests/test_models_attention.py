@@ -31,7 +31,10 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_LOGITS", 11 * 10)  # ten queries at a time
 
 
-@pytest.mark.parametrize("function", [attention.xla, attention.chunked])
+EVERYWHERE = [attention.xla, attention.chunked, attention.grouped]
+
+
+@pytest.mark.parametrize("function", EVERYWHERE)
 @pytest.mark.parametrize("scale", [1.0, 1000.0])  # logits of some thousands must not overflow
 def test_formula(function, scale, small_chunks):
     args = qkv(scale=scale)
@@ -39,25 +42,40 @@ def test_formula(function, scale, small_chunks):
     np.testing.assert_allclose(got, formula(*args), atol=2e-6 * scale)
 
 
-def test_chunked_has_the_gradients_of_xla(small_chunks):
+@pytest.mark.parametrize("function", [attention.chunked, attention.grouped])
+def test_gradients_are_those_of_xla(function, small_chunks):
+    compare_gradients(function, qkv())
+
+
+def compare_gradients(function, args):
     def loss(function, args):
         return jnp.sum(jnp.sin(function(*args, precision="highest")))
 
-    got = jax.jit(jax.grad(functools.partial(loss, attention.chunked)))(qkv())
-    want = jax.jit(jax.grad(functools.partial(loss, attention.xla)))(qkv())
+    got = jax.jit(jax.grad(functools.partial(loss, function)))(args)
+    want = jax.jit(jax.grad(functools.partial(loss, attention.xla)))(args)
     for a, b in zip(got, want, strict=True):
         assert float(jnp.abs(b).max()) > 0.1
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("function", [attention.xla, attention.chunked])
+def test_grouped_takes_as_many_heads_as_fit(monkeypatch):
+    args = qkv(batch=1, heads=7)
+    monkeypatch.setattr(attention, "CHUNK_LOGITS", 4 * 37 * 11 - 1)  # three heads, two of padding
+    loops = [e for e in jax.make_jaxpr(attention.grouped)(*args).eqns if e.primitive.name == "scan"]
+    assert [loop.params["length"] for loop in loops] == [3]
+    got = jax.jit(functools.partial(attention.grouped, precision="highest"))(*args)
+    np.testing.assert_allclose(got, formula(*args), atol=2e-6)
+    compare_gradients(attention.grouped, args)
+
+
+@pytest.mark.parametrize("function", EVERYWHERE)
 def test_bfloat16_keeps_its_type_and_stays_close(function, small_chunks):
     got = jax.jit(function)(*qkv(dtype=jnp.bfloat16))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(got), formula(*qkv()), atol=2e-2)
 
 
-@pytest.mark.parametrize("function", [attention.xla, attention.chunked])
+@pytest.mark.parametrize("function", EVERYWHERE)
 def test_logits_are_float32_for_bfloat16_inputs(function):
     # logits 64 and 64.25 (before the scale) are the same number in bfloat16
     q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
@@ -137,10 +155,10 @@ def test_choose_refuses_unknown_names_and_what_the_platform_lacks():
 
 def test_cpu_takes_chunks_for_long_sequences(monkeypatch):
     monkeypatch.setattr(attention, "chunked", lambda *args: "chunked")
-    monkeypatch.setattr(attention, "xla", lambda *args: "xla")
-    long, short = jnp.zeros((1, 256, 1, 8)), jnp.zeros((8, 16, 8, 8))
+    monkeypatch.setattr(attention, "grouped", lambda *args: "grouped")
+    long, short = jnp.zeros((1, 512, 1, 8)), jnp.zeros((8, 256, 8, 8))
     assert attention.cpu(long, long, long) == "chunked"
-    assert attention.cpu(short, short, short) == "xla"
+    assert attention.cpu(short, short, short) == "grouped"
 
 
 def mesh_of(data, fsdp, tensor):

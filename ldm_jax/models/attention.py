@@ -2,7 +2,8 @@
 
 Every attention here is `f(q_bqnd, k_bknd, v_bknd, precision=None) -> out_bqnd`, which is
 softmax(q k^T / sqrt(d)) v without masks, softmax in float32.
-Axes: b batch, q and k query and key positions, n heads, d width of a head, c chunks.
+Axes: b batch, q and k query and key positions, n heads, d width of a head, c chunks or groups,
+x heads of all images.
 """
 
 import functools
@@ -20,8 +21,8 @@ AttentionFunction = Callable[..., jax.Array]
 
 NAMES = ("auto", "xla", "chunked", "cudnn", "flash")
 CHUNK_LOGITS = 2**21
-"""Logits of one head that `chunked` keeps at a time: 8 MiB."""
-CPU_LOGITS = 2**16
+"""Logits that `chunked` and `grouped` keep at a time: 8 MiB."""
+CPU_LOGITS = 2**18
 """Logits of one head from which on `cpu` takes `chunked`: measured, forward and backward."""
 FLASH_LOGITS = 2**18
 """Logits of one head from which on `flash` takes the kernel: estimated (`tpu_cost`)."""
@@ -43,7 +44,7 @@ def chunked(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 
     Logits stay in a CPU's cache, and memory grows linearly with the number of tokens.
     """
-    batch, queries, _, width = q_bqnd.shape
+    batch, queries = q_bqnd.shape[:2]
     most = max(1, CHUNK_LOGITS // k_bknd.shape[1])
     chunk = -(-queries // -(-queries // most))  # equal chunks, so that little is padding
     q_bqnd = jnp.pad(q_bqnd, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
@@ -51,30 +52,56 @@ def chunked(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     k_xkd = einops.rearrange(k_bknd, "b k n d -> (b n) k d")
     v_xkd = einops.rearrange(v_bknd, "b k n d -> (b n) k d")
 
-    @jax.checkpoint
-    def attend(q_qd, k_kd, v_kd):
-        logits_qk = jnp.einsum(
-            "qd,kd->qk", q_qd, k_kd, precision=precision, preferred_element_type=jnp.float32
-        )
-        logits_qk *= width**-0.5
-        peak_q1 = jax.lax.stop_gradient(jnp.max(logits_qk, axis=-1, keepdims=True))
-        weights_qk = jnp.exp(logits_qk - peak_q1)
-        total_q1 = jnp.sum(weights_qk, axis=-1, keepdims=True)
-        sum_qd = jnp.einsum(
-            "qk,kd->qd",
-            weights_qk.astype(v_kd.dtype),
-            v_kd,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        return (sum_qd / total_q1).astype(v_kd.dtype)
-
     def head(qkv):
         q_cqd, k_kd, v_kd = qkv
-        return jax.lax.map(lambda q_qd: attend(q_qd, k_kd, v_kd), q_cqd)
+        return jax.lax.map(lambda q_qd: _attend(precision, q_qd, k_kd, v_kd), q_cqd)
 
     out_xcqd = jax.lax.map(head, (q_xcqd, k_xkd, v_xkd))
     return einops.rearrange(out_xcqd, "(b n) c q d -> b (c q) n d", b=batch)[:, :queries]
+
+
+def grouped(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
+    """Some heads at a time, of one image or several, recomputed in the backward pass.
+
+    `chunked` for heads of few logits: a loop over each of them costs more than their operations.
+    """
+    batch, queries, num_heads, _ = q_bqnd.shape
+    heads = batch * num_heads
+    most = max(1, CHUNK_LOGITS // (queries * k_bknd.shape[1]))
+    group = -(-heads // -(-heads // most))  # equal groups, so that little is padding
+
+    def groups(a_blnd):
+        a_xld = einops.rearrange(a_blnd, "b l n d -> (b n) l d")
+        a_xld = jnp.pad(a_xld, ((0, -heads % group), (0, 0), (0, 0)))
+        return einops.rearrange(a_xld, "(c x) l d -> c x l d", x=group)
+
+    qkv = tuple(map(groups, (q_bqnd, k_bknd, v_bknd)))
+    out_cxqd = jax.lax.map(lambda qkv: _attend(precision, *qkv), qkv)
+    out_xqd = einops.rearrange(out_cxqd, "c x q d -> (c x) q d")[:heads]
+    return einops.rearrange(out_xqd, "(b n) q d -> b q n d", b=batch)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _attend(precision, q, k, v):
+    """Attention of [..., q, d], [..., k, d] and [..., k, d]; leading axes are batches.
+
+    Divided by the sum at the end: logits to exponentials are one op of XLA's for CPUs then.
+    """
+    logits = jnp.einsum(
+        "...qd,...kd->...qk", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    logits *= q.shape[-1] ** -0.5
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "...qk,...kd->...qd",
+        weights.astype(v.dtype),
+        v,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return (out / total).astype(v.dtype)
 
 
 def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
@@ -118,9 +145,9 @@ def flash(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 
 
 def cpu(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
-    """`chunked` for long sequences, `xla` for short ones."""
+    """`chunked` for long sequences, `grouped` for short ones."""
     long = q_bqnd.shape[1] * k_bknd.shape[1] >= CPU_LOGITS
-    return (chunked if long else xla)(q_bqnd, k_bknd, v_bknd, precision)
+    return (chunked if long else grouped)(q_bqnd, k_bknd, v_bknd, precision)
 
 
 @functools.lru_cache
