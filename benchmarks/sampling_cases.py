@@ -11,6 +11,8 @@ import unet_cases
 CONTEXT = unet_cases.CONTEXT
 GUIDANCE = 7.5
 SCALE = 0.18215  # of Stable Diffusion's latents
+IN_A_ROW = 8
+"""Attentions timed together, each reading what the one before gave, as in a network."""
 OPERATIONS = "operations"
 """The other kind of process: attention and matrix products alone."""
 KINDS = ("convolution", "dense", "attention", "norms", "elementwise", "copies", "solver", "rest")

@@ -88,6 +88,16 @@ def split(run, program) -> dict[str, float]:
 def run_operations(job: sampling_cases.Job) -> dict:
     """Seconds of attention at the shapes of the cases, and operations per second of a product."""
     attend = jax.jit(attention.choose(job.platform, name=job.variant))
+
+    @jax.jit
+    def row(q, k, v):
+        for _ in range(sampling_cases.IN_A_ROW):
+            q = attend(q, k, v)
+        return q
+
+    def wait(function, qkv):
+        return function(*qkv).block_until_ready()
+
     found = {}
     for case in job.attention_of:
         for where, shape in sampling_cases.attention_shapes(case).items():
@@ -96,8 +106,10 @@ def run_operations(job: sampling_cases.Job) -> dict:
                 jnp.asarray(unet_cases.draw(name, (batch, tokens, heads, width)), job.dtype)
                 for name, tokens in (("q", queries), ("k", keys), ("v", keys))
             ]
-            run = functools.partial(lambda x: jax.block_until_ready(attend(*x)), qkv)
-            found[where] = sides.measure(run, job.seconds / 4)[0]
+            found[where] = {
+                name: sides.measure(functools.partial(wait, function, qkv), job.seconds / 4)[0]
+                for name, function in (("one", attend), ("row", row))
+            }
     side = sampling_cases.matrix_side(job.platform)
     a = jnp.asarray(unet_cases.draw("a", (side, side)), job.dtype)
     product = jax.jit(jnp.dot)

@@ -116,8 +116,10 @@ def run_operations(job: sampling_cases.Job) -> dict:
         return torch.from_numpy(unet_cases.draw(name, shape)).to(device, dtype)
 
     @torch.inference_mode()
-    def attend(qkv):
-        out = torch.nn.functional.scaled_dot_product_attention(*qkv)
+    def attend(qkv, times):
+        out, *kv = qkv
+        for _ in range(times):
+            out = torch.nn.functional.scaled_dot_product_attention(out, *kv)
         synchronize()
         return out
 
@@ -135,8 +137,10 @@ def run_operations(job: sampling_cases.Job) -> dict:
                 on_device(name, (batch, tokens, heads, width)).transpose(1, 2)
                 for name, tokens in (("q", queries), ("k", keys), ("v", keys))
             ]
-            run = functools.partial(attend, qkv)
-            found[where] = sides.measure(run, job.seconds / 4)[0]
+            found[where] = {
+                name: sides.measure(functools.partial(attend, qkv, times), job.seconds / 4)[0]
+                for name, times in (("one", 1), ("row", sampling_cases.IN_A_ROW))
+            }
     side = sampling_cases.matrix_side(job.platform)
     a = on_device("a", (side, side))
     figures, _ = sides.measure(product, job.seconds)
