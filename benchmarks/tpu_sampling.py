@@ -7,9 +7,10 @@
 bfloat16 at 512x512, 8 images per chip: batch 8 without guidance; 8:16 with, as `make_sampler`
 calls it (8 rows of x, 16 of the context); 16 as two halves that share nothing. With --former also
 diffusers' former Flax UNet, as it was called by default. Data parallel on 16 chips; nothing runs on
-one. Each program is compiled in its own process, minutes each, because large
-attention logits can crash the compiler; its text stays in --keep and is read from there the next
-time. How time is estimated: `ldm_jax/tpu_cost.py`. Writes OUT/tpu_sampling.md.
+one. Each program is compiled in its own process, minutes each, because large attention logits can
+crash the compiler; its text stays in --keep and is read from there the next time. Rows of
+OUT/tpu_sampling.md that are not asked for stay as they are. How time is estimated:
+`ldm_jax/tpu_cost.py`. Writes OUT/tpu_sampling.md.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -50,8 +52,9 @@ def main() -> int:
     if args.former is not None:  # it has no rows of x apart from those of the context
         cases += [(batch, FORMER) for batch in args.batches if ":" not in batch]
     rows = [run_case(*case, args.keep, args.former) for case in cases]
-    text = report(rows)
-    (args.out / "tpu_sampling.md").write_text(text)
+    path = args.out / "tpu_sampling.md"
+    text = report(rows, path.read_text() if path.exists() else "")
+    path.write_text(text)
     print(text)
     return 0
 
@@ -88,7 +91,8 @@ def run_case(batch: str, name: str, keep: Path, former: Path | None) -> dict:
             if done.returncode < 0:
                 ended = signal.Signals(-done.returncode).name
             about.write_text(json.dumps({"attention": name, "failed": ended}))
-    found = json.loads(about.read_text()) | {"batch": batch}
+    at = datetime.date.fromtimestamp(about.stat().st_mtime)
+    found = json.loads(about.read_text()) | {"batch": batch, "attention": name, "at": at}
     if "failed" not in found:
         found["text"] = gzip.decompress(path.with_suffix(".txt.gz").read_bytes()).decode()
     return found
@@ -194,50 +198,71 @@ def shapes_of(mesh, params, batch: str, latent: tuple[int, ...]):
 # --- the report ----------------------------------------------------------------------------------
 
 
-def report(rows: list[dict]) -> str:
+def report(rows: list[dict], before: str) -> str:
+    """The page: `rows`, and those of the page `before` that are not among them."""
     packages = ("jax", "jaxlib", "libtpu", "flax")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    batches, names = ({str(row[key]): None for row in rows} for key in ("batch", "attention"))
-    command = f"--batches {' '.join(batches)} --attention {' '.join(names)}"
+    table, details = entries(before)
+    for row in rows:
+        key = row["batch"], row["attention"]
+        if "failed" in row:
+            failed = f"the compiler ended with {row['failed']}"
+            table[key] = f"| {key[0]} | {key[1]} | {failed} | | | | | | {row['at']} |"
+            continue
+        found = tpu_cost.estimate(row["text"], CHIP, kernels_of(row))
+        table[key], details[key] = table_row(row, found), detail(row, found)
     lines = [
         "# Stable Diffusion v1 on TPU v5e, estimated",
         "",
-        f"`python benchmarks/tpu_sampling.py {command}`. {datetime.date.today()}, Python"
+        f"`python benchmarks/tpu_sampling.py`, {datetime.date.today()}, Python"
         f" {platform.python_version()}, {versions}. No TPU took part.",
         "",
         f"One forward pass of the UNet in bfloat16, compiled for {TOPOLOGY}, data parallel, at"
         " 512x512 (latents 64x64x4, 77 tokens). Batch 8 per chip is 8 images without guidance, 8:16"
         " with (8 rows of x, 16 of the context, so that what is before the first cross-attention is"
-        " computed once), 16 with two halves that share nothing. A chip:"
-        f" {CHIP.operations / 1e12:.0f} TFLOP/s, {CHIP.memory_bandwidth / 1e9:.0f} GB/s,"
-        f" {CHIP.memory / 1e9:.0f} GB, {CHIP.clock / 1e9} GHz.",
+        " computed once), 16 with two halves that share nothing. `former` is the Flax UNet of"
+        f" diffusers 0.35.2 with its default attention. A chip: {CHIP.operations / 1e12:.0f}"
+        f" TFLOP/s, {CHIP.memory_bandwidth / 1e9:.0f} GB/s, {CHIP.memory / 1e9:.0f} GB,"
+        f" {CHIP.clock / 1e9} GHz.",
         "",
         "| batch per chip | attention | ms | MFU | GFLOP per row of x"
-        " | HBM, GB (arguments + temporary) | ms by source | hidden copies, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    details = []
-    for row in rows:
-        if "failed" in row:
-            failed = f"the compiler ended with {row['failed']}"
-            lines.append(f"| {row['batch']} | {row['attention']} | {failed} | | | | | |")
-            continue
-        found = tpu_cost.estimate(row["text"], CHIP, kernels_of(row))
-        lines.append(table_row(row, found))
-        details += detail(row, found)
-    lines += [
+        " | HBM, GB (arguments + temporary) | ms by source | hidden copies, ms | compiled |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table.values(),
         "",
+        *over_former(table),
         "FLOPs: of the jaxpr with plain attention, 2 per multiply-add. Time: `estimated_cycles` of"
         " every op over the clock, loop bodies as often as they run; ops without (kernels,"
         " sentinels, copies) at the larger of executed operations (padding included) over the peak"
         f" and bytes over HBM bandwidth, over {tpu_cost.EFFICIENCY}; collectives at a ring over one"
         f" link of {CHIP.link_bandwidth / 1e9:.0f} GB/s. Copies that run beside other ops are in no"
-        " sum. The former Flax UNet of diffusers, compiled likewise with plain attention: 210 ms"
-        " at batch 16.",
-        *details,
-        "",
+        " sum.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for part in details.values() for line in part), ""])
+
+
+def entries(page: str) -> tuple[dict, dict]:
+    """({(batch, attention): row of the table}, {the same: lines of its details}) of a page."""
+    table = {m.groups(): m[0] for m in re.finditer(r"^\| ([\d:]+) \| (\w+) \|.*$", page, re.M)}
+    details = {}
+    for part in re.split(r"\n(?=\nBatch )", page)[1:]:
+        key = tuple(re.match(r"\nBatch ([\d:]+), `(\w+)`", part).groups())
+        details[key] = part.removesuffix("\n").split("\n")
+    return table, details
+
+
+def over_former(table: dict[tuple[str, str], str]) -> list[str]:
+    """How many times as fast as the former UNet with as many rows of the context."""
+    ms = {}
+    for key, line in table.items():
+        if found := re.match(r"[\d.]+$", line.split("|")[3].strip()):
+            ms[key] = float(found[0])
+    ratios = [
+        f"{ms[former] / ms[key]:.2f} times as fast at {key[0]} ({key[1]})"
+        for key in ms
+        if key[1] != FORMER and (former := (key[0].rpartition(":")[2], FORMER)) in ms
+    ]
+    return [f"Over the former UNet: {', '.join(ratios)}.", ""] if ratios else []
 
 
 def kernels_of(row: dict) -> dict[str, dict]:
@@ -254,13 +279,12 @@ def table_row(row: dict, found: tpu_cost.Estimate) -> str:
         for source in SOURCES
         if source in shares
     )
-    faster = f" ({FORMER / found.seconds:.2f}x)" if rows_of(row["batch"])[1] == 16 else ""
     return (
-        f"| {row['batch']} | {row['attention']} | {1e3 * found.seconds:.1f}{faster}"
+        f"| {row['batch']} | {row['attention']} | {1e3 * found.seconds:.1f}"
         f" | {100 * found.utilization(row['operations'], CHIP):.1f} %"
         f" | {row['operations'] / rows_of(row['batch'])[0] / 1e9:.1f}"
         f" | {row['arguments'] / 1e9:.2f} + {row['temporaries'] / 1e9:.2f}"
-        f" | {sources} | {1e3 * found.hidden_copies:.1f} |"
+        f" | {sources} | {1e3 * found.hidden_copies:.1f} | {row['at']} |"
     )
 
 
@@ -293,6 +317,7 @@ def kind(charge: tpu_cost.Charge) -> str:
     """A line of the table, by the path in the model that the compiler kept."""
     scope = charge.op.scope
     kinds = {
+        "online-softmax": "attention: the compiler's own kernels",
         "attn1/": "self-attention",
         "attn2/": "cross-attention",
         "/ff/": "feed-forward",
