@@ -2,7 +2,7 @@
 
 Every attention here is `f(q_bqnd, k_bknd, v_bknd, precision=None) -> out_bqnd`, which is
 softmax(q k^T / sqrt(d)) v without masks, softmax in float32.
-Axes: b batch, q and k query and key positions, n heads, d width of a head, c chunks or groups,
+Axes: b batch, q and k query and key positions, n heads, d width of a head, c chunks,
 x heads of all images.
 """
 
@@ -65,43 +65,34 @@ def grouped(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 
     `chunked` for heads of few logits: a loop over each of them costs more than their operations.
     """
-    batch, queries, num_heads, _ = q_bqnd.shape
-    heads = batch * num_heads
+    batch, queries = q_bqnd.shape[:2]
     most = max(1, CHUNK_LOGITS // (queries * k_bknd.shape[1]))
-    group = -(-heads // -(-heads // most))  # equal groups, so that little is padding
-
-    def groups(a_blnd):
-        a_xld = einops.rearrange(a_blnd, "b l n d -> (b n) l d")
-        a_xld = jnp.pad(a_xld, ((0, -heads % group), (0, 0), (0, 0)))
-        return einops.rearrange(a_xld, "(c x) l d -> c x l d", x=group)
-
-    qkv = tuple(map(groups, (q_bqnd, k_bknd, v_bknd)))
-    out_cxqd = jax.lax.map(lambda qkv: _attend(precision, *qkv), qkv)
-    out_xqd = einops.rearrange(out_cxqd, "c x q d -> (c x) q d")[:heads]
+    qkv = tuple(einops.rearrange(a, "b l n d -> (b n) l d") for a in (q_bqnd, k_bknd, v_bknd))
+    out_xqd = jax.lax.map(lambda head: _attend(precision, *head), qkv, batch_size=most)
     return einops.rearrange(out_xqd, "(b n) q d -> b q n d", b=batch)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _attend(precision, q, k, v):
-    """Attention of [..., q, d], [..., k, d] and [..., k, d]; leading axes are batches.
+def _attend(precision, q_qd, k_kd, v_kd):
+    """Attention of one head.
 
     Divided by the sum at the end: logits to exponentials are one op of XLA's for CPUs then.
     """
-    logits = jnp.einsum(
-        "...qd,...kd->...qk", q, k, precision=precision, preferred_element_type=jnp.float32
+    logits_qk = jnp.einsum(
+        "qd,kd->qk", q_qd, k_kd, precision=precision, preferred_element_type=jnp.float32
     )
-    logits *= q.shape[-1] ** -0.5
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum(
-        "...qk,...kd->...qd",
-        weights.astype(v.dtype),
-        v,
+    logits_qk *= q_qd.shape[-1] ** -0.5
+    peak_q1 = jax.lax.stop_gradient(jnp.max(logits_qk, axis=-1, keepdims=True))
+    weights_qk = jnp.exp(logits_qk - peak_q1)
+    total_q1 = jnp.sum(weights_qk, axis=-1, keepdims=True)
+    sum_qd = jnp.einsum(
+        "qk,kd->qd",
+        weights_qk.astype(v_kd.dtype),
+        v_kd,
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return (out / total).astype(v.dtype)
+    return (sum_qd / total_q1).astype(v_kd.dtype)
 
 
 def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
