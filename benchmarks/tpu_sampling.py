@@ -208,6 +208,7 @@ def report(rows: list[dict], before: str) -> str:
         if "failed" in row:
             failed = f"the compiler ended with {row['failed']}"
             table[key] = f"| {key[0]} | {key[1]} | {failed} | | | | | | {row['at']} |"
+            details.pop(key, None)  # those of an older program that did compile
             continue
         found = tpu_cost.estimate(row["text"], CHIP, kernels_of(row))
         table[key], details[key] = table_row(row, found), detail(row, found)
