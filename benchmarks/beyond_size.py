@@ -20,8 +20,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import bundle, guidance, latents, schema, sharding, tiling, windows
+from ldm_jax import bundle, guidance, latents, schema, sharding
 from ldm_jax.conditioning import Cond
+from ldm_jax.large import tiling, windows
 from ldm_jax.models import attention, autoencoder, unet
 
 WINDOW, STRIDE = (64, 64), (32, 32)  # of the latent: windows as large as in training

@@ -21,8 +21,9 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 import ldm_jax
-from ldm_jax import conditioning, data, images, latents, rundir, sampling
+from ldm_jax import conditioning, data, latents, sampling
 from ldm_jax.metrics import manifold
+from ldm_jax.runtime import images, rundir
 
 TARGETS = {"accuracy": 0.95, "precision": 0.70, "recall": 0.50, "psnr": 25.0}
 FIGURES = ("accuracy", "precision", "recall", "memorisation")

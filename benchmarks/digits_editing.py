@@ -19,7 +19,8 @@ from etils import epath
 from sklearn.svm import SVC
 
 import ldm_jax
-from ldm_jax import cli, data, images, rundir, sampling
+from ldm_jax import data, sampling
+from ldm_jax.runtime import cli, images, rundir
 from ldm_jax.sample import main as sample
 
 COUNT = 80  # held-out digits that are completed

@@ -29,7 +29,7 @@ import jax
 import machine
 from faults_cluster import Cluster
 
-from ldm_jax import checkpoint
+from ldm_jax.runtime import checkpoint
 
 SPIKES = ["--spikes.factor", "10", "--spikes.warmup", "6"]
 DISK = 32  # MiB of the file system that is filled

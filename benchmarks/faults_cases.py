@@ -14,7 +14,7 @@ from pathlib import Path
 import faults_input
 from faults_cluster import HOSTS, TIMEOUT, Cluster
 
-from ldm_jax import checkpoint, cli
+from ldm_jax.runtime import checkpoint, cli
 
 NEVER_READ = "every image on storage that does not answer"
 BAD_IMAGES = "three unreadable images, and a SIGKILL after the first"

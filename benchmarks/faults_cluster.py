@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from ldm_jax import checkpoint, rundir
+from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.train.run import watchdog
 
 HOSTS = 2

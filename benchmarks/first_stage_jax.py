@@ -17,10 +17,13 @@ from etils import epath
 
 from ldm_jax import diffusion, schema, sharding, train_state
 from ldm_jax.configs import first_stages
-from ldm_jax.convert import auxiliary, rows_diffusers, table
+from ldm_jax.convert import auxiliary, table
+from ldm_jax.convert.diffusers import tables
 from ldm_jax.data import cache
 from ldm_jax.models import discriminator, lpips
-from ldm_jax.train import adversary, autoencoder, encode, reconstruction
+from ldm_jax.train import autoencoder
+from ldm_jax.train.autoencoder import adversary, reconstruction
+from ldm_jax.train.prepare import encode
 
 MESH = sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1])
 ROOT = jax.random.key(0)
@@ -132,7 +135,7 @@ def write_weights(job: cases.Job) -> None:
     variables = {"params": state.disc_params, "batch_stats": state.disc_stats["batch_stats"]}
     side = cases.MODELS[case.model].size // config.model.downsample
     trees = {
-        "autoencoder": table.to_torch(rows_diffusers.rows(params), params),
+        "autoencoder": table.to_torch(tables.rows(params), params),
         "lpips": table.to_torch(
             list(auxiliary.lpips_rows()), jax.device_get(lpips.random_params(ROOT))
         ),

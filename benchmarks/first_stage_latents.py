@@ -11,9 +11,13 @@ import first_stage_jax
 import jax
 import sides
 
-from ldm_jax import checkpoint, data, rundir, schema, serialize, sharding
+from ldm_jax import data, schema, sharding
 from ldm_jax.configs import digits, folder
-from ldm_jax.train import autoencoder, encode, first_stage, ldm
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.schema import serialize
+from ldm_jax.train import autoencoder, ldm
+from ldm_jax.train.frozen import first_stage
+from ldm_jax.train.prepare import encode
 
 MESH, ROOT = first_stage_jax.MESH, first_stage_jax.ROOT
 

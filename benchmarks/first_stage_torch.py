@@ -13,7 +13,7 @@ import numpy as np
 import sides
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 import torch_first_stage as again
 
 KL_WEIGHT, DISC_WEIGHT = 1e-6, 0.5  # as in first_stages:kl-f8

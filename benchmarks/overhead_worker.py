@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import checkpoint, cli
+from ldm_jax.runtime import checkpoint, cli
 from ldm_jax.train import main as train_main
 from ldm_jax.train.run import loop, startup
 from ldm_jax.train.run.monitor import compile_step

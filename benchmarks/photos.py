@@ -24,9 +24,10 @@ from pathlib import Path
 import machine
 import photos_report
 
-from ldm_jax import checkpoint, rundir, serialize
 from ldm_jax.configs import photos
+from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.sample.evaluate import report
+from ldm_jax.schema import serialize
 
 STAGES = photos_report.STAGES
 WAYS = photos_report.WAYS

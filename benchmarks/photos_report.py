@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import data, images, latents, loading, rundir, schema
+from ldm_jax import data, latents, loading, schema
 from ldm_jax.models import autoencoder
+from ldm_jax.runtime import images, rundir
 
 STAGES = ("kl_f4", "kl_f8", "vq_f4", "vq_f8")
 WAYS = {"plain": "without", "gan": "with"}  # the GAN term

@@ -16,7 +16,7 @@ import platform
 import sys
 from pathlib import Path
 
-from ldm_jax import tpu_cost
+from ldm_jax.cost import tpu_cost
 from ldm_jax.train.main import load_config
 from ldm_jax.train.plan import command, reports, topologies
 

@@ -10,9 +10,10 @@ import sides
 import unet_cases
 import unet_jax
 
-from ldm_jax import bundle, flops, latents, sampling, schema
+from ldm_jax import bundle, latents, sampling, schema
 from ldm_jax.conditioning import Cond
 from ldm_jax.convert import diffusers
+from ldm_jax.cost import flops
 from ldm_jax.models import attention
 
 

@@ -69,7 +69,8 @@ def arguments() -> argparse.Namespace:
 def write_source(path: Path) -> list[str]:
     """The single file, with schedule buffers and position ids; names of the model's tensors."""
     from ldm_jax import bundle, schema
-    from ldm_jax.convert import compvis, safetensors_file, table
+    from ldm_jax.convert import compvis, table
+    from ldm_jax.convert.formats import safetensors_file
 
     text = schema.TextCondConfig(schema.CLIPTextConfig(), trainable=False)
     config = schema.LatentDiffusionConfig(cond=text, size=SIZE)  # the defaults are this model's
@@ -102,7 +103,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def digest(path: Path, names: list[str]) -> str:
     """SHA-256 over the bytes of these tensors, their types and shapes."""
-    from ldm_jax.convert import safetensors_file
+    from ldm_jax.convert.formats import safetensors_file
 
     tensors, total = safetensors_file.read(path), hashlib.sha256()
     for name in names:

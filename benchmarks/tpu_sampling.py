@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from ldm_jax import flops, tpu_cost
+from ldm_jax.cost import flops, tpu_cost
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ldm_jax
-from ldm_jax import conditioning, images, sampling
+from ldm_jax import conditioning, sampling
+from ldm_jax.runtime import images
 
 
 def slant(pictures: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 import ldm_jax
-from ldm_jax import conditioning, images, sampling
+from ldm_jax import conditioning, sampling
+from ldm_jax.runtime import images
 
 
 def main(run: str, out: str, *labels: str, steps: int = 50) -> None:

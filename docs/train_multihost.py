@@ -12,9 +12,11 @@ import sys
 
 import jax
 
-from ldm_jax import checkpoint, data, rundir, schema, sharding
+from ldm_jax import data, schema, sharding
 from ldm_jax.configs import digits
-from ldm_jax.train import first_stage, ldm
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.train import ldm
+from ldm_jax.train.frozen import first_stage
 
 
 def train(config: schema.LatentDiffusionTrainConfig, workdir: str) -> None:

@@ -76,7 +76,7 @@ def kernels(mesh: Mesh | None, name: str = "auto") -> dict[str, Callable]:
     }
 
 
-def section(
+def model_config(
     config: schema.LatentDiffusionTrainConfig, first_stage: schema.FirstStageModelConfig
 ) -> schema.LatentDiffusionConfig:
     """The model that a training run makes, on the first stage that it has."""
@@ -103,8 +103,8 @@ def bind(unet: Any, params: dict) -> Callable:
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
         variables = {"params": params}
-        if cond.projected is not None:
-            variables["context"] = cond.projected
+        if cond.kv_cache is not None:
+            variables["context"] = cond.kv_cache
         out = unet.apply(variables, x, t, cond.context, cond.label)
         return out.astype(jnp.float32)
 
@@ -124,7 +124,7 @@ def project(net: Any, params: dict, cond: Cond) -> Cond:
     x, t, _, _ = unet.example_inputs(net)
     x, t = (jnp.broadcast_to(a, (rows, *a.shape[1:])) for a in (x, t))
     _, made = net.apply({"params": params}, x, t, cond.context, cond.label, mutable=["context"])
-    return cond._replace(projected=made["context"])
+    return cond._replace(kv_cache=made["context"])
 
 
 def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None:

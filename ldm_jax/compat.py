@@ -17,7 +17,9 @@ from etils import epath
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from ldm_jax.convert import diffusers_config, files, rows_diffusers, safetensors_file, table
+from ldm_jax.convert import table
+from ldm_jax.convert.diffusers import part_configs, tables
+from ldm_jax.convert.formats import files, safetensors_file
 from ldm_jax.models import attention, autoencoder, blocks
 
 CONFIG = "config.json"
@@ -144,7 +146,7 @@ class FlaxAutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         options = {"_class_name": "AutoencoderKL", **self.config}
-        config, _ = diffusers_config.first_stage_config(options, "FlaxAutoencoderKL")
+        config, _ = part_configs.first_stage_config(options, "FlaxAutoencoderKL")
         both = {
             "channels": config.channels,
             "channel_mult": config.channel_mult,
@@ -208,7 +210,7 @@ class FlaxAutoencoderKL(nn.Module):
             where = where / CONFIG if where.is_dir() else where
             config = json.loads(where.read_text())
         # refuses what the Flax class could not build either
-        diffusers_config.first_stage_config({**config, "_class_name": "AutoencoderKL"}, str(where))
+        part_configs.first_stage_config({**config, "_class_name": "AutoencoderKL"}, str(where))
         options = {name: config[name] for name in FIELDS if name in config}
         lists = {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
         return cls(**options | lists, dtype=dtype)
@@ -255,7 +257,7 @@ class FlaxAutoencoderKL(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         options = {"_class_name": "AutoencoderKL", **self.config}
         (folder / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
-        tensors = table.to_torch(rows_diffusers.rows(_shapes(self)), params, lazy=True)
+        tensors = table.to_torch(tables.rows(_shapes(self)), params, lazy=True)
         safetensors_file.write(folder / TORCH[0], tensors, {"format": "pt"})
 
     @staticmethod
@@ -283,9 +285,9 @@ def _read(model: FlaxAutoencoderKL, path: epath.Path) -> dict:
     shapes = _shapes(model)
     tensors, info = files.open_state_dict(path)
     if info.format == "msgpack":
-        rows = rows_diffusers.flax_rows(shapes)
+        rows = tables.flax_rows(shapes)
     else:
-        rows = rows_diffusers.rows(shapes, old=rows_diffusers.has_old_names(tensors))
+        rows = tables.rows(shapes, old=tables.has_old_names(tensors))
     dtype = next((x.dtype for x in tensors.values()), np.dtype(np.float32))
     place = table.placer(shapes, None)
     return table.from_torch(rows, tensors, shapes, dtype=dtype, place=place, where=str(path))

@@ -21,7 +21,7 @@ class Cond(NamedTuple):
     """[B, h, w, c] channels beside the noised latent."""
     label: Any = None
     """[B] class ids or [B, v] vectors added to the time embedding."""
-    projected: Any = None
+    kv_cache: Any = None
     """Keys and values that a UNet's layers make of `context`, [B, ...] arrays: `bundle.project`."""
 
 

@@ -113,7 +113,7 @@ def signal_and_noise(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.A
         log = log_alphas_cumprod(schedule).astype(np.float32)
         log = jnp.interp(t, np.arange(len(table), dtype=np.float32), log)
         alpha, sigma = jnp.exp(0.5 * log), jnp.sqrt(-jnp.expm1(log))
-    return like_rows(alpha, ndim), like_rows(sigma, ndim)
+    return append_dims(alpha, ndim), append_dims(sigma, ndim)
 
 
 def log_alphas_cumprod(schedule: Schedule) -> np.ndarray:
@@ -126,7 +126,7 @@ def _at(table: np.ndarray, t: jax.Array) -> jax.Array:
     return jnp.asarray(table.astype(np.float32))[t.astype(jnp.int32)]
 
 
-def like_rows(value: jax.Array | float, ndim: int) -> jax.Array:
+def append_dims(value: jax.Array | float, ndim: int) -> jax.Array:
     """A scalar as it is, [B] as [B, 1, ...] with `ndim` axes."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (ndim - 1)) if value.ndim else value
@@ -156,7 +156,7 @@ def posterior(
     of_x_t = (1 - previous) * np.sqrt(1 - schedule.betas) / noise
     variance = posterior_variance(schedule)
     c0, ct, var, log_var = (
-        like_rows(_at(table, t), x0.ndim)
+        append_dims(_at(table, t), x0.ndim)
         for table in (of_x0, of_x_t, variance, np.log(np.maximum(variance, 1e-20)))
     )
     return c0 * x0 + ct * x_t, var, log_var

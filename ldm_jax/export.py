@@ -25,9 +25,9 @@ import numpy as np
 from etils import epath
 from jax import export as jax_export
 
-from ldm_jax import serialize
 from ldm_jax.bundle import LatentDiffusion
 from ldm_jax.models import attention, convolution
+from ldm_jax.schema import serialize
 
 FORMAT = 1
 MAGIC = b"ldm_jax program "
@@ -227,16 +227,22 @@ def _call(where: str, exported: jax_export.Exported, meta: dict, *arguments: Any
             f"{where}: takes arguments {', '.join(names)}, and was given {len(arguments)}"
         )
     given = _inputs(names, arguments)
-    known, found = ({i["name"]: i for i in inputs} for inputs in (expected, given))
+    known = {RENAMED.get(i["name"], i["name"]): i | {"name": ""} for i in expected}
+    found = {i["name"]: i | {"name": ""} for i in given}
     for name in [*known, *found]:
         if known.get(name) != found.get(name):
             raise ValueError(
                 f"{where}: takes {_text(known, name)}, and was given {_text(found, name)}: give"
                 " that, or export it again for this"
             )
-    leaves = jax.tree.leaves(arguments)
-    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
-    return exported.call(*(jnp.asarray(leaf, _plain(leaf)[1]) for leaf in leaves))
+    leaves = dict(zip(found, jax.tree.leaves(arguments), strict=True))
+    in_order = [leaves[name] for name in known]  # renamed keys of a dict come in another order
+    data = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in in_order]
+    return exported.call(*(jnp.asarray(leaf, _plain(leaf)[1]) for leaf in data))
+
+
+RENAMED = {"batch/hole": "batch/init_mask"}
+"""Inputs of programs that were exported before they were renamed: what they are called now."""
 
 
 def _text(arrays: dict[str, dict], name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.diffusion import like_rows
+from ldm_jax.diffusion import append_dims
 
 
 def classifier_free(
@@ -39,7 +39,7 @@ def classifier_free(
         rows = (x, t_b) if shared else (jnp.repeat(a, 2, axis=0) for a in (x, t_b))
         out = model(*rows, both).astype(x.dtype)
         out_null, out_cond = jnp.moveaxis(out.reshape(len(x), 2, *out.shape[1:]), 1, 0)
-        out = out_null + like_rows(scale, x.ndim) * (out_cond - out_null)
+        out = out_null + append_dims(scale, x.ndim) * (out_cond - out_null)
         if isinstance(rescale, int | float) and rescale == 0:
             return out
         return rescaled(out, out_cond, rescale)
@@ -64,5 +64,5 @@ def rescaled(guided: jax.Array, conditional: jax.Array, phi: jax.Array | float) 
     # An untrained network returns zeros: no division by a standard deviation of 0.
     std = jnp.maximum(jnp.std(guided, axis=axes, keepdims=True), 1e-12)
     matched = guided * (jnp.std(conditional, axis=axes, keepdims=True) / std)
-    phi = like_rows(phi, guided.ndim)
+    phi = append_dims(phi, guided.ndim)
     return phi * matched + (1 - phi) * guided

@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, checkpoint, rundir, schema, sharding
+from ldm_jax import bundle, schema, sharding
 from ldm_jax.convert import compvis, diffusers
 from ldm_jax.data import tokens
+from ldm_jax.runtime import checkpoint, rundir
 
 CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 
@@ -157,7 +158,7 @@ def _load_run(
     if kept is None or known is None:
         raise FileNotFoundError(f"{run}: frozen/ or latents.json is missing: copy the whole run")
     first_stage, first_stage_config = kept
-    section = bundle.section(config, first_stage_config)
+    section = bundle.model_config(config, first_stage_config)
     text = schema.text_of(config.cond)
     params = {
         "unet": trained["unet"],

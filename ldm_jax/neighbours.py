@@ -21,11 +21,12 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
-from ldm_jax import cli, processes, rundir, sharding
+from ldm_jax import sharding
 from ldm_jax.convert.clip_folder import CLIP
 from ldm_jax.data import folder as image_folder
 from ldm_jax.data import transforms
 from ldm_jax.models import clip
+from ldm_jax.runtime import cli, processes, rundir
 
 BLOCK = 2**16  # embeddings whose cosines are computed in one call
 FORMAT = 1

@@ -66,11 +66,11 @@ def make_sampler(
     dynamic_threshold: float | None = None,
     threshold_limit: float = 1.0,
     quantize_x0: bool = False,
-    around: Callable | None = None,
+    wrap_model: Callable | None = None,
     remat: bool = False,
     levels: solvers.Levels | None = None,
 ) -> Callable:
-    """sample(params, cond, null, keys, guidance_scale, eta, x_T, start, init, hole) -> images.
+    """sample(params, cond, null, keys, guidance_scale, eta, x_T, start, init, mask) -> images.
 
     `shape` is the latent's (h, w, c). `spacing` is one of `solvers.levels`; by default the model's
     own (`config.sampling`). The function is pure: jit it with your own shardings.
@@ -79,8 +79,8 @@ def make_sampler(
     pixels depend on nothing else. `x_T` [B, h, w, c] is unit normal, drawn from the keys by
     default; `start` is the first level that runs. `init` [B, h, w, c], a scaled latent, is what
     sampling starts from: noised with x_T to the level `start`, so that 0 ignores it (x_T itself)
-    and the number of levels returns it. With `hole` [B, h, w, 1] `init` is also kept outside of
-    it: see `solvers.masked`. Prompt, seed, guidance scale, eta, start, init and hole are traced: a
+    and the number of levels returns it. With `mask` [B, h, w, 1] `init` is also kept outside of
+    it: see `solvers.masked`. Prompt, seed, guidance scale, eta, start, init and mask are traced: a
     new one never recompiles.
 
     guidance_rescale: phi in 0..1 of `guidance.rescaled`.
@@ -88,8 +88,8 @@ def make_sampler(
     dynamic_threshold: percentile in (0, 100] of `denoising.dynamic_threshold`, which brings the
     predicted x0 into [-threshold_limit, threshold_limit] (scaled latents have a std of about 1).
     quantize_x0: the predicted x0 becomes codes of the first stage, which must be a VQ one.
-    around: model(x, t, cond) -> the same; what it returns is guided. For example
-    `lambda model: windows.windowed(model, stride=(32, 32))`. In cond, `projected` has been made of
+    wrap_model: model(x, t, cond) -> the same; what it returns is guided. For example
+    `lambda model: windows.windowed(model, stride=(32, 32))`. In cond, `kv_cache` has been made of
     `context` and is read in its place: rows of both go together.
     remat: a backward pass computes each step again instead of keeping what is in it.
     levels: others than those of `steps` and `spacing`, as `solvers.inverted`, which lead from a
@@ -109,7 +109,7 @@ def make_sampler(
     def denoiser(params, cond, null, guidance_scale):
         """denoise(x, level) of one request."""
         net = bind(bundle.unet, params["unet"])
-        net = net if around is None else around(net)
+        net = net if wrap_model is None else wrap_model(net)
         cond = project(bundle.unet, params["unet"], cond)
         if guided:
             null = project(bundle.unet, params["unet"], null)
@@ -120,7 +120,7 @@ def make_sampler(
                 guidance_scale,
                 guidance_rescale,
                 guidance_interval,
-                shared=around is None,
+                shared=wrap_model is None,
             )
         else:
             model = lambda x, t: net(x, t, cond)  # noqa: E731
@@ -141,23 +141,23 @@ def make_sampler(
         x_T: jax.Array | None = None,
         start: Any = 0,
         init: jax.Array | None = None,
-        hole: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> Any:
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
         denoise = denoiser(params, cond, null, guidance_scale)
         if init is not None:
             x_T = noised(init, levels, start, x_T)
-        if hole is not None:
+        if mask is not None:
             noise = solvers.fresh_noise(_other(step_keys), shape)
-            denoise = solvers.masked(denoise, init, hole, noise)
+            denoise = solvers.masked(denoise, init, mask, noise)
         rule = solvers.make(solver, eta)
         out = solvers.sample(
             rule, denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
         )
         latent, traced = out if trace is not None else (out, None)
-        if hole is not None:
-            latent = solvers.composite(latent, init, hole)
+        if mask is not None:
+            latent = solvers.composite(latent, init, mask)
         if decode:
             image = latents.decode(
                 bundle.first_stage, params["first_stage"], latent, bundle.latent_scale

@@ -6,8 +6,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, checkpoint, rundir, schema, serialize
-from ldm_jax.convert import compvis, compvis_yaml, diffusers_save, table
+from ldm_jax import bundle, schema
+from ldm_jax.convert import compvis, table
+from ldm_jax.convert.compvis import model_yaml
+from ldm_jax.convert.diffusers import writer
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.schema import serialize
 
 Format = Literal["ldm_jax", "diffusers", "compvis"]
 
@@ -27,7 +31,7 @@ def save(
     if to == "ldm_jax":
         save_run(model, path, dtype=dtype)
     elif to == "diffusers":
-        diffusers_save.save(model, path, dtype=dtype)
+        writer.save(model, path, dtype=dtype)
     elif to == "compvis":
         compvis.save(model, path, dtype=dtype)
     else:
@@ -42,8 +46,8 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
     if to == "ldm_jax":
         return len(jax.tree.leaves(model.params))
     if to == "diffusers":
-        return diffusers_save.check(model)
-    compvis_yaml.dumps(model.config, model.latent_scale)
+        return writer.check(model)
+    model_yaml.dumps(model.config, model.latent_scale)
     return len(table.to_torch(compvis.model_rows(model), model.params, lazy=True))
 
 

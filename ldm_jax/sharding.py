@@ -264,7 +264,7 @@ def by_rules(tree: Any, rules: Sequence[tuple], mesh: Mesh) -> Any:
     return shardings
 
 
-def gather(params: Any, mesh: Mesh) -> Any:
+def all_gather(params: Any, mesh: Mesh) -> Any:
     """Traced parameters whole along fsdp: what a model is given, wherever it trains or samples.
 
     A device then computes its own rows, and only parameters and gradients travel. Left to itself
@@ -282,7 +282,7 @@ def gather(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(whole, params, by_rules(params, RULES, mesh))
 
 
-def each_on_its_rows(
+def data_parallel_gradients(
     gradients: Callable[..., tuple[Any, Any]], mesh: Mesh, dtype: DTypeLike = "float32"
 ) -> Callable[..., tuple[Any, Any]]:
     """`gradients(frozen, params, rows) -> (mean gradient, mean metrics)`, by devices on their own.

@@ -10,8 +10,9 @@ import numpy as np
 import tyro
 from etils import epath
 
-from ldm_jax import cli, images, storage
-from ldm_jax.sample import exported, generate, hosts, plan, write
+from ldm_jax.runtime import cli, images, storage
+from ldm_jax.sample import exported, generate, hosts, write
+from ldm_jax.sample.request import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     task = tasks.get(kept.get("task"))
     if "grid" in kept:
         raise ValueError(f"{options.image}: is a grid; give one of its {kept['grid']} images")
-    if "call" not in kept or not hasattr(task, "plan"):
+    if "call" not in kept or not hasattr(task, "request"):
         raise ValueError(
             f"{options.image}: does not say how it was made (task {kept.get('task')!r});"
             " older versions and other programs leave that out"
@@ -53,9 +54,9 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     if write.made_with()["device"] != kept["made_with"]["device"]:  # as many rows on each
         size = -(-size // jax.device_count()) * jax.device_count()
         asked = dataclasses.replace(asked, batch_size=size)
-    what = dataclasses.replace(task.plan(asked), guided=kept["guided"])
+    what = dataclasses.replace(task.request(asked), guided=kept["guided"])
     place = kept["index"] - what.options.first_index
-    call = plan.Call(np.full(size, place), np.array([row]))
+    call = Call(np.full(size, place), np.array([row]))
     name = epath.Path(options.image).stem
     what = dataclasses.replace(what, names=[name] * what.count)
     settings = {place: kept}

@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 
 from ldm_jax import schema
-from ldm_jax.sample import common
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.options import Options, check_labels, latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "class2img"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Samples of a class-conditional model."""
 
     labels: tuple[int, ...] = ()
@@ -24,25 +26,25 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every label."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError if the model knows no such classes."""
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig):
         kind = type(cond).__name__ if cond else "no condition"
         raise ValueError(f"{options.model}: is trained with {kind}, not with classes")
     labels = options.labels or tuple(range(min(10, cond.num_classes)))
-    common.check_labels(cond, labels)
+    check_labels(cond, labels)
     every = np.repeat(np.asarray(labels, np.int32), options.num_images)
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, options.height, options.width),
+        shape=latent_shape(model, options.height, options.width),
         guided=options.guidance_scale != 1,
         batch={"label": every},
         names=[f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)],

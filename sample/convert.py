@@ -11,7 +11,8 @@ import jax
 import tyro
 from etils import epath
 
-from ldm_jax import bundle, checkpoint, cli, loading, saving
+from ldm_jax import bundle, loading, saving
+from ldm_jax.runtime import checkpoint, cli
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a plan to files: what every sampling task does when it knows what to draw."""
+"""From a request to files: what every sampling task does when it knows what to draw."""
 
 import json
 from typing import Any
@@ -6,19 +6,20 @@ from typing import Any
 import jax
 from etils import epath
 
-from ldm_jax import cli, images
-from ldm_jax.sample import exported, generate, hosts, plan, program, write
+from ldm_jax.runtime import cli, images
+from ldm_jax.sample import exported, generate, hosts, program, write
+from ldm_jax.sample.request import Call, Request, calls_of
 
 # facts of a PNG that may differ from those of a list that goes on with it
 CHANGES = ("made_with", "progress")
 TERMS = {"call": "batch size and row", "index": "number", "files": "sha256 of files"}
 
 
-def draw(what: plan.Plan) -> int:
-    """Writes the images of a plan, batch by batch, then grid and arrays; or exports its program.
+def draw(what: Request) -> int:
+    """Writes the images of a request, batch by batch, then grid and arrays; or exports its program.
 
     With --resume, batches whose images are all there are left out, and the result is as if nothing
-    had been interrupted. ValueError, when all is done, for what the plan could not read.
+    had been interrupted. ValueError, when all is done, for what the request could not read.
     """
     options, run, size = what.options, None, None
     if options.export is not None:
@@ -28,7 +29,7 @@ def draw(what: plan.Plan) -> int:
         run, size = exported.read(what)
     else:
         program.program_of(what, what.model)  # refuses options that the sampler cannot use
-    calls = plan.calls_of(what, size)
+    calls = calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)
     left = calls
@@ -61,8 +62,8 @@ def draw(what: plan.Plan) -> int:
 
 
 def missing(
-    out: epath.Path, what: plan.Plan, calls: list[plan.Call], settings: list[dict[str, Any]]
-) -> list[plan.Call]:
+    out: epath.Path, what: Request, calls: list[Call], settings: list[dict[str, Any]]
+) -> list[Call]:
     """Calls that must run again or for the first time.
 
     ValueError, naming the file and the setting, for an image of another list.
@@ -77,7 +78,7 @@ def missing(
             )
         check_same(out / f"{name}.png", settings[places[name]])
 
-    def done(call: plan.Call) -> bool:
+    def done(call: Call) -> bool:
         names = [what.names[place] for place in call.places[call.rows]]
         latents = not what.options.save_latents or write.has_latents(out, call)
         previews = [out / "previews" / f"{name}.png" for name in names if what.options.preview]

@@ -8,11 +8,12 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, schema
-from ldm_jax.sample import common, text2img
+from ldm_jax.sample import text2img
+from ldm_jax.sample.options import Options, check_labels, check_tokenizer, null_batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images, and prompts or labels to go with them: as many, or one for all."""
 
     images: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
     if options.labels:
         return _classes(cond, options)
     if text is not None and (options.prompt or options.negative_prompt):
-        common.check_tokenizer(model, options.model)
+        check_tokenizer(model, options.model)
         prompts = options.prompt or ("",)
         rows = text2img.tokenize(model.tokenizer, prompts, options.negative_prompt, 1)
         scale = 7.5 if options.guidance_scale is None else options.guidance_scale
@@ -80,12 +81,12 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
             " to guide; leave it at 1, or give --prompt or --labels to a model of text or classes"
         )
     beside = isinstance(cond, schema.InpaintCondConfig)
-    rows = {} if beside else common.null_batch(model, options.model)
+    rows = {} if beside else null_batch(model, options.model)
     return Asked(rows, [""], [""], 1.0)
 
 
 def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
-    common.check_labels(cond, options.labels)
+    check_labels(cond, options.labels)
     default = 1.5 if cond.null_class else 1.0
     scale = default if options.guidance_scale is None else options.guidance_scale
     if scale != 1 and not cond.null_class:

@@ -5,41 +5,46 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax import cli, export
+from ldm_jax import export
+from ldm_jax.runtime import cli
 from ldm_jax.sample.generate import arguments_of, batch_of
-from ldm_jax.sample.plan import Call, Plan
 from ldm_jax.sample.program import program_of
+from ldm_jax.sample.request import Call, Request
 
 
-def facts_of(plan: Plan) -> dict[str, Any]:
+def facts_of(request: Request) -> dict[str, Any]:
     """What a program depends on beside the model and the shapes of its arguments."""
-    options = plan.options
+    options = request.options
     names = ("steps", "solver", "spacing", "guidance_rescale", "guidance_interval")
     names += ("dynamic_threshold", "quantize_x0", "dtype", "preview")
-    facts = {"task": plan.task, "guided": plan.guided, "starts later": plan.start is not None}
-    facts |= {name: getattr(options, name) for name in names} | plan.program
-    facts["latent"] = plan.shape
+    facts = {
+        "task": request.task,
+        "guided": request.guided,
+        "starts later": request.start is not None,
+    }
+    facts |= {name: getattr(options, name) for name in names} | request.program
+    facts["latent"] = request.shape
     return {name: list(x) if isinstance(x, tuple) else x for name, x in facts.items()}
 
 
-def write(plan: Plan) -> None:
-    """The program of a plan for --batch-size rows on one device, in the file --export."""
-    options, rows = plan.options, plan.options.batch_size
+def write(request: Request) -> None:
+    """The program of a request for --batch-size rows on one device, in the file --export."""
+    options, rows = request.options, request.options.batch_size
     platforms = options.export_platforms or export.PLATFORMS
-    run = program_of(plan, export.portable(plan.model, platforms))
-    call = Call(np.minimum(np.arange(rows), plan.count - 1), np.arange(1))
+    run = program_of(request, export.portable(request.model, platforms))
+    call = Call(np.minimum(np.arange(rows), request.count - 1), np.arange(1))
     cli.say(f"lowering the sampler for batches of {rows} on {', '.join(platforms)} ...")
-    program = export.lower(run, arguments_of(plan, batch_of(plan), call), platforms)
-    meta = {"model": export.identity(plan.model), "rows": rows, "program": facts_of(plan)}
+    program = export.lower(run, arguments_of(request, batch_of(request), call), platforms)
+    meta = {"model": export.identity(request.model), "rows": rows, "program": facts_of(request)}
     export.write(options.export, program, meta)
     cli.say(f"{options.export}: the program alone; --from-export takes it with the same --model")
 
 
-def read(plan: Plan) -> tuple[Callable, int]:
-    """(run, its rows) of the file --from-export. ValueError if it is not that of the plan."""
-    path = plan.options.from_export
-    run, meta = export.read(path, model=plan.model)
-    there, here = meta.get("program", {}), facts_of(plan)
+def read(request: Request) -> tuple[Callable, int]:
+    """(run, its rows) of the file --from-export. ValueError if it is not that of the request."""
+    path = request.options.from_export
+    run, meta = export.read(path, model=request.model)
+    there, here = meta.get("program", {}), facts_of(request)
     for name in here | there:
         if here.get(name) != there.get(name):
             raise ValueError(

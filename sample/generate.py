@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ldm_jax import bundle, overlap, sampling, sharding, solvers
+from ldm_jax import bundle, sampling, sharding, solvers
+from ldm_jax.runtime import overlap
 from ldm_jax.sample import hosts, inputs, program, progress
 from ldm_jax.sample.options import Options
-from ldm_jax.sample.plan import Call, Plan, calls_of, keys_of, scales_of
+from ldm_jax.sample.request import Call, Request, calls_of, keys_of, scales_of
 
 DONATED = ("x_T", "init")  # as large as the latents and images that come out
 
@@ -23,7 +24,7 @@ class Made(NamedTuple):
 
     call: Call
     places: np.ndarray
-    """Of the images in the plan, int [n]."""
+    """Of the images in the request, int [n]."""
     image: np.ndarray
     """float32 [n, H, W, c], about -1..1."""
     latent: np.ndarray
@@ -33,37 +34,37 @@ class Made(NamedTuple):
 
 
 def made(
-    plan: Plan, calls: Sequence[Call] | None = None, run: Callable | None = None
+    request: Request, calls: Sequence[Call] | None = None, run: Callable | None = None
 ) -> Iterator[Made]:
-    """Images of the plan, call by call (default: all of them); one program for all.
+    """Images of the request, call by call (default: all of them); one program for all.
 
-    run: what is compiled, as of `exported.read`; default: the program of the plan.
-    The rows of `plan.batch` are arguments of the program, as are seed, scale, eta and start: others
-    compile nothing anew. A call is dispatched before the one before it is fetched.
+    run: what is compiled, as of `exported.read`; default: the program of the request.
+    The rows of `request.batch` are arguments of the program, as are seed, scale, eta and start:
+    others compile nothing anew. A call is dispatched before the one before it is fetched.
     """
-    options, calls = plan.options, calls_of(plan) if calls is None else calls
-    batch, mode = batch_of(plan), progress.resolved(options)
-    table = sampling.levels_of(plan.model, options.steps, options.spacing)
-    count = len((table if plan.levels is None else plan.levels).t)
+    options, calls = request.options, calls_of(request) if calls is None else calls
+    batch, mode = batch_of(request), progress.resolved(options)
+    table = sampling.levels_of(request.model, options.steps, options.spacing)
+    count = len((table if request.levels is None else request.levels).t)
     left = sum(len(call.rows) for call in calls)
-    with progress.bars(mode, plan.count, plan.count - left, count * len(calls)) as bars:
-        run = program.program_of(plan, plan.model, bars.step) if run is None else run
+    with progress.bars(mode, request.count, request.count - left, count * len(calls)) as bars:
+        run = program.program_of(request, request.model, bars.step) if run is None else run
         compiled = None
 
         def dispatch(call: Call) -> tuple:
             nonlocal compiled
-            arguments = arguments_of(plan, batch, call)
-            compiled = compiled or program.compiled(plan, run, arguments)
+            arguments = arguments_of(request, batch, call)
+            compiled = compiled or program.compiled(request, run, arguments)
             return compiled(*arguments)
 
-        for call, (image, z, *previews) in overlap.overlapped(calls, dispatch):
+        for call, (image, z, *previews) in overlap.prefetch(calls, dispatch):
             rows, image = hosts.own(ready(image))
             wanted = np.isin(rows, call.rows)
             places, image = call.places[rows[wanted]], image[wanted]
             previews = hosts.own(ready(previews[0]))[1][wanted] if previews else None
             bars.images(len(call.rows))
-            if plan.finish is not None:
-                image = plan.finish(places, image)
+            if request.finish is not None:
+                image = request.finish(places, image)
             yield Made(call, places, image, np.asarray(ready(z))[call.rows], previews)
 
 
@@ -77,24 +78,24 @@ def generate(
     shape: tuple[int, int, int] | None = None,
     start: int | None = None,
     *,
-    around: Callable | None = None,
+    wrap_model: Callable | None = None,
     decode: Callable | None = None,
     levels: solvers.Levels | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(places, unscaled latents) of each batch in every process; see `made` and `Plan`."""
+    """(places, unscaled latents) of each batch in every process; see `made` and `Request`."""
     names = [f"{i:05d}" for i in range(count)]
-    plan = Plan(
+    request = Request(
         "", options, model, mesh, shape or model.latent_shape, guided, batch, names,
-        details=[{}] * count, start=start, around=around, decode=decode, levels=levels,
+        details=[{}] * count, start=start, wrap_model=wrap_model, decode=decode, levels=levels,
     )  # fmt: skip
-    for part in made(plan):
+    for part in made(request):
         yield part.call.places[part.call.rows], part.latent
 
 
-def batch_of(plan: Plan) -> dict[str, np.ndarray]:
-    """The plan's rows, and x_T of --init-latents."""
-    x_T = inputs.start_latents(plan.options, plan.count, plan.shape)
-    return plan.batch if x_T is None else {**plan.batch, "x_T": x_T}
+def batch_of(request: Request) -> dict[str, np.ndarray]:
+    """The request's rows, and x_T of --init-latents."""
+    x_T = inputs.start_latents(request.options, request.count, request.shape)
+    return request.batch if x_T is None else {**request.batch, "x_T": x_T}
 
 
 def ready(array: jax.Array) -> jax.Array:
@@ -104,19 +105,19 @@ def ready(array: jax.Array) -> jax.Array:
     return array
 
 
-def arguments_of(plan: Plan, batch: dict[str, np.ndarray], call: Call) -> tuple:
+def arguments_of(request: Request, batch: dict[str, np.ndarray], call: Call) -> tuple:
     """Of `program.program_of`, for a call: on the devices of all processes, rows split over them.
 
     Every process makes all rows on its host, and places those of its own devices.
     """
-    rows = sharding.batch_sharding(plan.mesh)
+    rows = sharding.batch_sharding(request.mesh)
     place = lambda x: sharding.place(np.asarray(x), rows)  # noqa: E731
     given = {name: place(x[call.places]) for name, x in batch.items()}
     donated = {name: given.pop(name) for name in DONATED if name in given}
-    keys = keys_of(plan, call.places)
+    keys = keys_of(request, call.places)
     keys = jax.random.wrap_key_data(
         place(jax.random.key_data(keys)), impl=jax.random.key_impl(keys)
     )
-    scales = place(scales_of(plan)[call.places])
-    last = () if plan.start is None else (plan.start,)
-    return (plan.model.params, donated, given, keys, scales, plan.options.eta, *last)
+    scales = place(scales_of(request)[call.places])
+    last = () if request.start is None else (request.start,)
+    return (request.model.params, donated, given, keys, scales, request.options.eta, *last)

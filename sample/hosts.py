@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import processes
+from ldm_jax.runtime import processes
 
 SECONDS = 60
 """Until a file of another process is seen: directories of a network file system are cached."""

@@ -3,7 +3,11 @@
 import dataclasses
 
 from ldm_jax import bundle, sampling, schema
-from ldm_jax.sample import common, editing
+from ldm_jax.sample import editing
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.inputs import read_images
+from ldm_jax.sample.options import latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "img2img"
 
@@ -18,29 +22,27 @@ class Options(editing.Options):
 
 def main(options: Options) -> int:
     """Writes num_images variants of every image."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     check_model(model, options)
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)
-    image = common.read_images(
-        options.images, editing.side(options), channels=editing.channels(model)
-    )
+    image = read_images(options.images, editing.side(options), channels=editing.channels(model))
     made = editing.pairs(options, what)
     batch = {name: x[made.asked] for name, x in what.rows.items()}
     levels = sampling.levels_of(model, options.steps, options.spacing)
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
+        shape=latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
         guided=what.scale != 1,
         batch={**batch, "init": image[made.image]},
         names=made.names,

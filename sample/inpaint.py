@@ -13,7 +13,11 @@ import scipy.ndimage
 from PIL import Image
 
 from ldm_jax import bundle, schema
-from ldm_jax.sample import common, editing
+from ldm_jax.sample import editing
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.inputs import open_image, read_images, resized, size_of
+from ldm_jax.sample.options import latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "inpaint"
 
@@ -30,24 +34,22 @@ class Options(editing.Options):
 
 def main(options: Options) -> int:
     """Writes num_images completions of every image."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     beside = check_model(model, options)
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)
-    image = common.read_images(
-        options.images, editing.side(options), channels=editing.channels(model)
-    )
+    image = read_images(options.images, editing.side(options), channels=editing.channels(model))
     image, hole = padded(image, read_masks(options, image.shape[1:3]), options)
     made = editing.pairs(options, what)
 
     # The first stage sees around the hole, so that what is in it may not show through.
     hidden = np.stack([filled(a, b) for a, b in zip(image, hole, strict=True)])
-    names = ("image", "mask") if beside else ("init", "hole")
+    names = ("image", "mask") if beside else ("init", "init_mask")
     batch = {name: x[made.asked] for name, x in what.rows.items()}
     batch |= dict(zip(names, (hidden[made.image], hole[made.image]), strict=True))
 
@@ -55,12 +57,12 @@ def plan(options: Options) -> common.Plan:
         known = made.image[places]
         return np.where(hole[known] > 0.5, drawn, image[known])
 
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
+        shape=latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
         guided=what.scale != 1,
         batch=batch,
         names=made.names,
@@ -108,13 +110,13 @@ def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
     holes = np.zeros((len(images), *side, 1), np.float32)
     for i, path in enumerate(images if masks else ()):
         name = masks[i % len(masks)]
-        mask, image = common.open_image(name, 1), common.open_image(path, 1)
+        mask, image = open_image(name, 1), open_image(path, 1)
         if mask.size != image.size:
             raise ValueError(
-                f"{name}: the mask is {common.size_of(mask)} (height x width), but its image {path}"
-                f" is {common.size_of(image)}"
+                f"{name}: the mask is {size_of(mask)} (height x width), but its image {path}"
+                f" is {size_of(image)}"
             )
-        mask = common.resized(mask, editing.side(options), Image.Resampling.NEAREST)
+        mask = resized(mask, editing.side(options), Image.Resampling.NEAREST)
         holes[i, ..., 0] = np.asarray(mask) >= 128
         if not holes[i].any():
             raise ValueError(f"{name}: is a mask without hole; white is where to draw")

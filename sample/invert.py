@@ -13,9 +13,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, cli, images, latents, schema, sharding, solvers
+from ldm_jax import bundle, latents, schema, sharding, solvers
 from ldm_jax.metrics import pixels
-from ldm_jax.sample import common, editing, variations, write
+from ldm_jax.runtime import cli, images
+from ldm_jax.sample import editing, variations, write
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.generate import generate
+from ldm_jax.sample.inputs import read_images
+from ldm_jax.sample.options import latent_shape, open_model
+from ldm_jax.sample.request import Request
+from ldm_jax.sample.write import open_out
 
 NAME = "invert"
 
@@ -40,16 +47,16 @@ def main(options: Options) -> int:
     """
     found = invert(options)
     if options.export is not None:
-        return common.draw(found.plan)
-    common.draw(found.plan)
+        return draw(found.request)
+    draw(found.request)
     out = epath.Path(options.out)
     if jax.process_index() != 0:
         return 0
     with (out / "x_T.npy").open("wb") as file:
-        np.save(file, found.plan.batch["x_T"])
+        np.save(file, found.request.batch["x_T"])
     errors = [
         {"image": image, "asked": detail["asked"], **error}
-        for detail, error in zip(found.plan.details, errors_of(found, out), strict=True)
+        for detail, error in zip(found.request.details, errors_of(found, out), strict=True)
         for image in detail["images"]
     ]
     (out / "inversion.json").write_text(json.dumps(errors, indent=2) + "\n")
@@ -66,7 +73,7 @@ def main(options: Options) -> int:
 class Inversion(NamedTuple):
     """Images, and what is known of them when their noise has been found."""
 
-    plan: common.Plan
+    request: Request
     """Samples them again."""
     image: np.ndarray
     """float32 [N, H, W, c] in [-1, 1]."""
@@ -76,37 +83,35 @@ class Inversion(NamedTuple):
     """Their unscaled latents [N, h, w, c]."""
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn: the images again, from their noise. ValueError as of `invert`."""
-    return invert(options).plan
+    return invert(options).request
 
 
 def invert(options: Options) -> Inversion:
     """Finds the noise of the images. ValueError for what the options or the model do not allow."""
     check(options)
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     check_model(model, options)
     what = editing.asked(model, options)
-    image = common.read_images(
-        options.images, editing.side(options), channels=editing.channels(model)
-    )
-    shape = common.latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
+    image = read_images(options.images, editing.side(options), channels=editing.channels(model))
+    shape = latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: ")
     made = editing.pairs(options, what)
     back = levels_back(model, options)
-    common.open_out(options)
+    open_out(options)
 
     batch = {name: x[made.asked] for name, x in what.rows.items()}
     image = image[made.image]
     z, alone = encoded(model, mesh, options, image)
     scale, guided = np.float32(model.latent_scale), what.scale != 1
     there = dataclasses.replace(options, guidance_scale=what.scale, preview=0)
-    parts = common.generate(
+    parts = generate(
         model, mesh, there, {**batch, "x_T": scale * z}, len(z), guided, shape,
         levels=back, decode=keep,
     )  # fmt: skip
     x_T = scale * np.concatenate([noise for _, noise in parts])
     refuse_overflow(x_T, options)
-    again = common.Plan(
+    again = Request(
         NAME,
         dataclasses.replace(options, guidance_scale=what.scale, save_latents=True),
         model,
@@ -206,9 +211,9 @@ def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
 def errors_of(found: Inversion, out: epath.Path) -> list[dict[str, float]]:
     """Of every image, as in `main`, from the images and latents in the folder `out`."""
     latent, errors = np.load(out / "latents.npy"), []
-    for i, name in enumerate(found.plan.names):
+    for i, name in enumerate(found.request.names):
         shown, again = images.to_uint8(found.image[i]), write.read_picture(out, name)
-        noise = found.plan.batch["x_T"][i]
+        noise = found.request.batch["x_T"][i]
         errors.append(
             {
                 "image_psnr": psnr(shown, again, 255),

@@ -7,13 +7,16 @@ from etils import epath
 
 from ldm_jax import schema
 from ldm_jax.data import boxes
-from ldm_jax.sample import common, superres
+from ldm_jax.sample import superres
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.options import Options, latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "layout2img"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images of boxes with classes, by a layout model."""
 
     boxes: tuple[str, ...] = ()
@@ -35,27 +38,27 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every layout."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
     if not options.boxes:
         raise ValueError("give --boxes FILE.json")
     names = None if options.class_names is None else boxes.read_names(options.class_names)
     layouts = [boxes.read_layout(path, names) for path in options.boxes]
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.LayoutCondConfig):
         kind = type(cond).__name__ if cond else "no condition"
         raise ValueError(f"{options.model}: is trained with {kind}, not with layouts")
     every = [path for path in options.boxes for _ in range(options.num_images)]
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, options.height, options.width),
+        shape=latent_shape(model, options.height, options.width),
         guided=options.guidance_scale != 1,
         batch=tokenize(cond.encoder, options.boxes, layouts, options.num_images),
         names=superres.named(every, options.seed),

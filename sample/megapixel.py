@@ -17,8 +17,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, cli, schema, sharding, tiling, windows
-from ldm_jax.sample import common, editing, semantic, superres
+from ldm_jax import bundle, schema, sharding
+from ldm_jax.large import tiling, windows
+from ldm_jax.runtime import cli
+from ldm_jax.sample import editing, semantic, superres
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.inputs import read_images
+from ldm_jax.sample.options import latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "megapixel"
 WAY = ("window", "stride", "at_once", "window_clip", "tie_clip", "tile", "tile_levels", "space")
@@ -66,10 +72,10 @@ class Options(editing.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every map, small image, prompt or label."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn, and how. ValueError for what the options or the model do not allow."""
     check(options)
     mesh = sharding.make_mesh(schema.MeshConfig())
@@ -79,10 +85,10 @@ def plan(options: Options) -> common.Plan:
     if options.batch_size is None:
         size = 1 if alone else mesh.shape["data"] * mesh.shape["fsdp"]
         options = dataclasses.replace(options, batch_size=size)
-    model, mesh, options = common.open_model(options, mesh)
-    asked = request(model, options)
-    around, decode = way(model, options, mesh, asked.shape)
-    return common.Plan(
+    model, mesh, options = open_model(options, mesh)
+    asked = inputs_for(model, options)
+    wrap_model, decode = way(model, options, mesh, asked.shape)
+    return Request(
         NAME,
         dataclasses.replace(options, guidance_scale=asked.scale),
         model,
@@ -94,7 +100,7 @@ def plan(options: Options) -> common.Plan:
         details=asked.details,
         rows=asked.rows,
         files=asked.files,
-        around=around,
+        wrap_model=wrap_model,
         decode=decode,
         program={name: np.asarray(getattr(options, name)).tolist() for name in WAY},
     )
@@ -130,27 +136,27 @@ def check(options: Options) -> None:
 def way(
     model: bundle.LatentDiffusion, options: Options, mesh: Any, shape: tuple[int, int, int]
 ) -> tuple[Callable | None, Callable | None]:
-    """`around` and `decode` of `common.generate`. ValueError for sizes that do not fit."""
+    """`wrap_model` and `decode` of `generate`. ValueError for sizes that do not fit."""
     if options.space != 1:
         return spread(model, mesh, shape)
-    around = decode = None
+    wrap_model = decode = None
     if options.window:
         cut = windows_of(model, options)
         windows.windowed(lambda x, t, cond: x, **cut)  # refuses what is impossible now
-        around = lambda net: windows.windowed(net, **cut)  # noqa: E731
+        wrap_model = lambda net: windows.windowed(net, **cut)  # noqa: E731
         count = windows.count(*shape[:2], cut["window"], cut["stride"])
         cli.say(f"{count} windows at every step, {min(options.at_once or count, count)} at a time")
     if options.tile:
         how = {"tile": pair("--tile", options.tile), "levels": options.tile_levels}
         stage = model.first_stage
         decode = lambda params, z: tiling.decode(stage, params, z, 1.0, **how)  # noqa: E731
-    return around, decode
+    return wrap_model, decode
 
 
 def windows_of(model: bundle.LatentDiffusion, options: Options) -> dict[str, Any]:
     """Arguments of `windows.windowed`, in pixels of the latent."""
     down, side = model.config.first_stage.downsample, pair("--window", options.window)
-    *window, _ = common.latent_shape(model, *side, where="--window: ")
+    *window, _ = latent_shape(model, *side, where="--window: ")
     stride = pair("--stride", options.stride) if options.stride else None
     if stride is None:
         stride = tuple(max(1, n // 2) * down for n in window)
@@ -186,7 +192,7 @@ def spread(
     where = sharding.image_sharding(mesh)
     split = lambda x: jax.lax.with_sharding_constraint(x, where)  # noqa: E731
 
-    def around(net: Callable) -> Callable:
+    def wrap_model(net: Callable) -> Callable:
         def run(x, t, cond):
             concat = None if cond.concat is None else split(cond.concat)
             return split(net(split(x), t, cond._replace(concat=concat)))
@@ -197,7 +203,7 @@ def spread(
         return split(model.first_stage.apply({"params": params}, split(z), method="decode"))
 
     cli.say(f"each of {space} devices has {shape[0] // space * down} rows of an image")
-    return around, decode
+    return wrap_model, decode
 
 
 def pair(flag: str, values: tuple[int, ...]) -> tuple[int, int]:
@@ -211,8 +217,8 @@ def pair(flag: str, values: tuple[int, ...]) -> tuple[int, int]:
 # --- what ----------------------------------------------------------------------------------------
 
 
-class Request(NamedTuple):
-    """What is drawn."""
+class Inputs(NamedTuple):
+    """Arrays and labels of every image."""
 
     batch: dict[str, np.ndarray]
     """What `conditioning.from_batch` reads, a row for every image."""
@@ -230,18 +236,18 @@ class Request(NamedTuple):
     """Options that name files."""
 
 
-def request(model: bundle.LatentDiffusion, options: Options) -> Request:
+def inputs_for(model: bundle.LatentDiffusion, options: Options) -> Inputs:
     """What the options ask of the model. ValueError for what it does not know."""
     cond = model.config.cond
     if isinstance(cond, schema.SemanticCondConfig):
         refuse(options, "maps", "palette")
-        return of_maps(model, options)
+        return from_maps(model, options)
     if isinstance(cond, schema.SuperResCondConfig) or superres.upscaler(model) is not None:
         refuse(options, "images", "noise_level", "prompt", "negative_prompt")
-        return of_images(model, options)
+        return from_images(model, options)
     if isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
         refuse(options, "prompt", "negative_prompt", "labels")
-        return of_asked(model, options)
+        return from_prompts_or_labels(model, options)
     raise ValueError(
         f"{options.model}: is trained with {type(cond).__name__}; {NAME} takes models of semantic"
         " maps, small images, text, classes, or without condition"
@@ -259,10 +265,10 @@ def refuse(options: Options, *known: str) -> None:
             raise ValueError(f"{flag}: {options.model} is of another kind, which takes {flags}")
 
 
-def of_asked(model: bundle.LatentDiffusion, options: Options) -> Request:
+def from_prompts_or_labels(model: bundle.LatentDiffusion, options: Options) -> Inputs:
     """Of prompts, labels, or nothing in particular."""
     what = editing.asked(model, options)
-    shape = common.latent_shape(model, options.height, options.width)
+    shape = latent_shape(model, options.height, options.width)
     every = np.repeat(np.arange(len(what.names)), options.num_images).tolist()
     alone = what.alone or [{}]
     details = [{"asked": what.labels[j], **alone[j]} for j in every]
@@ -270,45 +276,45 @@ def of_asked(model: bundle.LatentDiffusion, options: Options) -> Request:
     rows = what.labels if any(what.labels) else []
     stems = [f"_{what.names[j]}" if what.names[j] else "" for j in every]
     names = [f"{i:05d}{stem}_seed{options.seed}" for i, stem in enumerate(stems)]
-    return Request(batch, shape, names, details, rows, what.scale, ())
+    return Inputs(batch, shape, names, details, rows, what.scale, ())
 
 
-def of_maps(model: bundle.LatentDiffusion, options: Options) -> Request:
+def from_maps(model: bundle.LatentDiffusion, options: Options) -> Inputs:
     """Of segmentation maps."""
     if not options.maps:
         raise ValueError("give --maps FILE.png")
     colours = None if options.palette is None else semantic.read_palette(options.palette)
     maps = [semantic.read_map(path, colours) for path in options.maps]
     semantic.check(model, options, maps)
-    shape = common.latent_shape(model, *maps[0].shape, f"{options.maps[0]}: ")
+    shape = latent_shape(model, *maps[0].shape, f"{options.maps[0]}: ")
     batch = {"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)}
     scale = 1.0 if options.guidance_scale is None else options.guidance_scale
-    return of_files(options, "maps", batch, shape, scale, ("maps", "palette"))
+    return from_files(options, "maps", batch, shape, scale, ("maps", "palette"))
 
 
-def of_images(model: bundle.LatentDiffusion, options: Options) -> Request:
+def from_images(model: bundle.LatentDiffusion, options: Options) -> Inputs:
     """Of small images, and a prompt for all of them where the model reads one."""
     if len(options.prompt) > 1:
         raise ValueError(f"{len(options.prompt)} of --prompt: one goes with all --images")
-    common.latent_shape(model, options.height, options.width)
+    latent_shape(model, options.height, options.width)
     fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(superres.Options)}
     fields["prompt"] = "".join(options.prompt)
     small = superres.with_defaults(model, superres.Options(**fields))
     factor = model.config.first_stage.downsample
     side = tuple(None if n is None else n // factor for n in (options.height, options.width))
-    low = common.read_images(options.images, side, channels=model.config.first_stage.in_channels)
+    low = read_images(options.images, side, channels=model.config.first_stage.in_channels)
     height, width = (n * factor for n in low.shape[1:3])
-    shape = common.latent_shape(model, height, width, f"{options.images[0]}: {factor} times its ")
+    shape = latent_shape(model, height, width, f"{options.images[0]}: {factor} times its ")
     batch = superres.inputs(model, small, np.repeat(low, options.num_images, axis=0))
-    return of_files(options, "images", batch, shape, small.guidance_scale, ("images",))
+    return from_files(options, "images", batch, shape, small.guidance_scale, ("images",))
 
 
-def of_files(
+def from_files(
     options: Options, name: str, batch: dict, shape: tuple, scale: float, files: tuple[str, ...]
-) -> Request:
+) -> Inputs:
     """Of the files that the option `name` holds."""
     paths = getattr(options, name)
     every = [path for path in paths for _ in range(options.num_images)]
     details = [{"asked": path, name: [path]} for path in every]
     rows = [epath.Path(path).stem[:24] for path in paths]
-    return Request(batch, shape, superres.named(every, options.seed), details, rows, scale, files)
+    return Inputs(batch, shape, superres.named(every, options.seed), details, rows, scale, files)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ldm_jax import bundle, checkpoint, loading, sampling, schema, sharding, solvers
+from ldm_jax import bundle, loading, sampling, schema, sharding, solvers
+from ldm_jax.runtime import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

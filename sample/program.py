@@ -1,4 +1,4 @@
-"""The program of a plan: conditioning, solver and decoder as one function, compiled once."""
+"""The program of a request: conditioning, solver and decoder as one function, compiled once."""
 
 import functools
 import time
@@ -9,28 +9,29 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import bundle, cli, conditioning, latents, sampling, sharding, solvers
+from ldm_jax import bundle, conditioning, latents, sampling, sharding, solvers
+from ldm_jax.runtime import cli
 from ldm_jax.sample import progress
 from ldm_jax.sample.options import Options
-from ldm_jax.sample.plan import Plan
+from ldm_jax.sample.request import Request
 
 
 def program_of(
-    plan: Plan, model: bundle.LatentDiffusion, step: Callable[[], None] | None = None
+    request: Request, model: bundle.LatentDiffusion, step: Callable[[], None] | None = None
 ) -> Callable:
-    """run(params, donated rows, other rows, keys, scales, eta[, start]): `make_run` of a plan.
+    """run(params, donated rows, other rows, keys, scales, eta[, start]): `make_run` of a request.
 
-    model: that of the plan, or its portable copy; its weights are not used.
+    model: that of the request, or its portable copy; its weights are not used.
     ValueError for options that the sampler cannot use.
     """
     run = make_run(
         model,
-        plan.options,
-        plan.guided,
-        plan.shape,
-        around=plan.around,
-        decode=plan.decode,
-        levels=plan.levels,
+        request.options,
+        request.guided,
+        request.shape,
+        wrap_model=request.wrap_model,
+        decode=request.decode,
+        levels=request.levels,
         step=step,
     )
 
@@ -40,17 +41,17 @@ def program_of(
     return program
 
 
-def compiled(plan: Plan, run: Callable, arguments: tuple) -> Callable:
+def compiled(request: Request, run: Callable, arguments: tuple) -> Callable:
     """`run` compiled for arguments like these, which takes a while and says so."""
     # Images stay where they are drawn. Latents are small: every process gets all of them, and what
     # they start from can then not be reused for them.
     alone = jax.process_count() == 1
-    rows = sharding.batch_sharding(plan.mesh)
-    out = (rows, rows if alone else sharding.replicated(plan.mesh))
-    out = (*out, rows) if plan.options.preview else out
+    rows = sharding.batch_sharding(request.mesh)
+    out = (rows, rows if alone else sharding.replicated(request.mesh))
+    out = (*out, rows) if request.options.preview else out
     jitted = jax.jit(run, out_shardings=out, donate_argnums=(1,) if alone else ())
     where = jax.config.jax_compilation_cache_dir
-    if progress.resolved(plan.options) == "steps":
+    if progress.resolved(request.options) == "steps":
         kept = "not kept for the next time: --progress images is"
     elif where is None:
         kept = "not kept for the next time"
@@ -79,7 +80,7 @@ def make_run(
     guided: bool,
     shape: tuple[int, int, int],
     *,
-    around: Callable | None = None,
+    wrap_model: Callable | None = None,
     decode: Callable | None = None,
     levels: solvers.Levels | None = None,
     step: Callable[[], None] | None = None,
@@ -90,9 +91,9 @@ def make_run(
     `batch` may hold
     x_T: [B, h, w, c], the noise to start from.
     init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`.
-    hole: [B, H, W, 1], 1 where `init` is drawn anew; elsewhere it is kept.
+    init_mask: [B, H, W, 1], 1 where `init` is drawn anew; elsewhere it is kept.
 
-    around: model -> model, inside of guidance, as `windows.windowed`.
+    wrap_model: model -> model, inside of guidance, as `windows.windowed`.
     decode: decode(params of the first stage, unscaled latents) -> images; default: the first stage
     in one pass.
     levels: see `sampling.make_sampler`.
@@ -115,7 +116,7 @@ def make_run(
         guidance_interval=options.guidance_interval,
         dynamic_threshold=options.dynamic_threshold,
         quantize_x0=options.quantize_x0,
-        around=around,
+        wrap_model=wrap_model,
         levels=levels,
     )
     if decode is None:
@@ -129,14 +130,14 @@ def make_run(
         arguments = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
         cond = conditioning.from_batch(*arguments)
         null = conditioning.null_like(*arguments) if guided else None
-        init, hole = batch.get("init"), batch.get("hole")
+        init, mask = batch.get("init"), batch.get("init_mask")
         if init is not None:
             # a sample of the posterior, as in the reference; what is kept is its mode
-            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if hole is None else None
+            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if mask is None else None
             init = encode(init, keys=draws)
-        if hole is not None:  # a latent pixel is kept if all that it stands for is
-            hole = einops.reduce(hole, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
-        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"), start, init, hole)
+        if mask is not None:  # a latent pixel is kept if all that it stands for is
+            mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
+        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"), start, init, mask)
         z, x0 = z if trace is not None else (z, None)
         image = decode(stage, z).astype("float32")
         if not options.preview:

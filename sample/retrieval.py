@@ -16,7 +16,11 @@ from PIL import Image
 
 from ldm_jax import bundle, neighbours, schema, sharding
 from ldm_jax.convert import clip_folder
-from ldm_jax.sample import common, editing, text2img
+from ldm_jax.sample import editing, text2img
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.inputs import open_image, resized
+from ldm_jax.sample.options import Options, latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "retrieval"
 NEIGHBOURS = 10  # the reference's --knn
@@ -24,7 +28,7 @@ INDEX = ".ldm_jax_clip.npz"  # hidden, so that it is none of the folder's images
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images of texts or images and of their neighbours, by a model of CLIP embeddings."""
 
     clip: str = ""
@@ -73,20 +77,20 @@ class Found(NamedTuple):
 
 def main(options: Options) -> int:
     """Writes num_images images of every text and image."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options, the model or the folder do not allow."""
     options = check(options)
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     towers = load_clip(options, mesh)
     check_model(model, options, towers)
-    shape = common.latent_shape(model, options.height, options.width)
+    shape = latent_shape(model, options.height, options.width)
     found = find(towers, options, mesh)
     down = model.config.first_stage.downsample
     side = (shape[0] * down, shape[1] * down)
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
@@ -143,7 +147,7 @@ def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) ->
         queries.append(neighbours.embed_texts(towers, options.prompt))
     if options.query_image:
         for path in options.query_image:
-            common.open_image(path, 3)  # refuses what is no image
+            open_image(path, 3)  # refuses what is no image
         made, _ = neighbours.embed_images(
             towers, options.query_image, batch_size=options.index_batch, mesh=mesh
         )
@@ -202,7 +206,7 @@ def shown(options: Options, found: Found, channels: int, side: tuple[int, int]) 
 
 def picture(path: str, channels: int, side: tuple[int, int]) -> np.ndarray:
     """An image file, scaled and cut to `side`: float32 [H, W, c] in [-1, 1]."""
-    image: Image.Image = common.resized(common.open_image(path, channels), side)
+    image: Image.Image = resized(open_image(path, channels), side)
     return np.asarray(image, np.float32).reshape(*side, channels) / 127.5 - 1
 
 

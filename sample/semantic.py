@@ -8,14 +8,17 @@ from etils import epath
 from PIL import Image
 
 from ldm_jax import bundle, schema
-from ldm_jax.sample import common, superres
+from ldm_jax.sample import superres
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.options import Options, latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "semantic"
 LOSSY = ("JPEG", "MPO", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images of segmentation maps, by a model of semantic synthesis."""
 
     maps: tuple[str, ...] = ()
@@ -33,24 +36,24 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every map."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
     if not options.maps:
         raise ValueError("give --maps FILE.png")
     colours = None if options.palette is None else read_palette(options.palette)
     maps = [read_map(path, colours) for path in options.maps]
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     check(model, options, maps)
     every = [path for path in options.maps for _ in range(options.num_images)]
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, *maps[0].shape, f"{options.maps[0]}: "),
+        shape=latent_shape(model, *maps[0].shape, f"{options.maps[0]}: "),
         guided=options.guidance_scale != 1,
         batch={"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)},
         names=superres.named(every, options.seed),

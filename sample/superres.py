@@ -12,13 +12,17 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, diffusion, sampling, schema
-from ldm_jax.sample import common, text2img
+from ldm_jax.sample import text2img
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.inputs import read_images
+from ldm_jax.sample.options import Options, check_tokenizer, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "superres"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images enlarged as the model was trained to."""
 
     images: tuple[str, ...] = ()
@@ -45,17 +49,17 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images enlarged images of every small one."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     options = with_defaults(model, options)
     channels = model.config.first_stage.in_channels
-    low = common.read_images(options.images, (options.height, options.width), channels=channels)
+    low = read_images(options.images, (options.height, options.width), channels=channels)
     every = [path for path in options.images for _ in range(options.num_images)]
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
@@ -97,7 +101,7 @@ def with_defaults(model: bundle.LatentDiffusion, options: Options) -> Options:
                 )
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
         return dataclasses.replace(options, guidance_scale=scale)
-    common.check_tokenizer(model, options.model)
+    check_tokenizer(model, options.model)
     level = 20 if options.noise_level is None else options.noise_level
     if not 0 <= level <= concat.max_noise_level:
         raise ValueError(
@@ -130,7 +134,7 @@ def inputs(model: bundle.LatentDiffusion, options: Options, low: np.ndarray) -> 
     if upscaler(model) is None:
         return {"low_res": low}
     text = text2img.tokenize(model.tokenizer, [options.prompt], options.negative_prompt, count)
-    # folds 0 and 1 are what the sampler splits an image's key into, 2 is common.make_run's
+    # folds 0 and 1 are what the sampler splits an image's key into, 2 is make_run's
     keys = jax.vmap(jax.random.fold_in, (0, None))(
         sampling.keys_of(options.seed, options.first_index + np.arange(count)), 3
     )

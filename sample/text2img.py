@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax import bundle, cli, schema
-from ldm_jax.sample import common, prompts
+from ldm_jax import bundle, schema
+from ldm_jax.runtime import cli
+from ldm_jax.sample import prompts
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.options import Options, check_tokenizer, latent_shape, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "text2img"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images of a text, by a text-conditional model."""
 
     prompt: tuple[str, ...] = ()
@@ -36,25 +40,25 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images of every prompt."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
     rows, problems = read_prompts(options)
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     check_model(model, options)
     every = [row for row in rows for _ in range(row.num_images)]
     guided = any(row.guidance_scale != 1 for row in rows)
     if options.negative_prompt and not guided:
         cli.say("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
     seeds, indices = numbered(rows, options)
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, options.height, options.width),
+        shape=latent_shape(model, options.height, options.width),
         guided=guided,
         batch=encoded(model.tokenizer, rows),
         names=[
@@ -107,7 +111,7 @@ def numbered(rows: list[prompts.Row], options: Options) -> tuple[list[int], list
     return seeds, indices
 
 
-def check_model(model: bundle.LatentDiffusion, options: common.Options) -> None:
+def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     """ValueError if the model does not draw from text alone."""
     cond = model.config.cond
     if isinstance(cond, schema.HybridCondConfig):
@@ -118,7 +122,7 @@ def check_model(model: bundle.LatentDiffusion, options: common.Options) -> None:
     if not isinstance(cond, schema.TextCondConfig):
         kind = type(cond).__name__ if cond else "no condition"
         raise ValueError(f"{options.model}: is trained with {kind}, not with text")
-    common.check_tokenizer(model, options.model)
+    check_tokenizer(model, options.model)
 
 
 def tokenize(

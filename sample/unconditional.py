@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 
 from ldm_jax import schema
-from ldm_jax.sample import common
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.options import Options, latent_shape, null_batch, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "unconditional"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Samples without a condition: of an unconditional model, or with the null condition."""
 
     num_images: int = 16
@@ -26,27 +28,27 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError if there is something to guide, or the model needs a condition."""
     if options.guidance_scale != 1:
         raise ValueError(
             f"--guidance-scale {options.guidance_scale}: without a condition there is nothing to"
             " guide; leave it at 1"
         )
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     if isinstance(model.config.cond, schema.HybridCondConfig):
         kind = type(model.config.cond.concat).__name__
         raise ValueError(f"{options.model}: takes an image ({kind}), which {NAME} does not give")
-    row, count = common.null_batch(model, options.model), options.num_images
-    return common.Plan(
+    row, count = null_batch(model, options.model), options.num_images
+    return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=common.latent_shape(model, options.height, options.width),
+        shape=latent_shape(model, options.height, options.width),
         guided=False,
         batch={name: np.repeat(x, count, axis=0) for name, x in row.items()},
         names=[f"{i:05d}_seed{options.seed}" for i in range(count)],

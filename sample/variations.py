@@ -11,7 +11,10 @@ import jax
 import numpy as np
 
 from ldm_jax import bundle, conditioning, diffusion, sampling, schema, sharding
-from ldm_jax.sample import common, text2img
+from ldm_jax.sample import text2img
+from ldm_jax.sample.draw import draw
+from ldm_jax.sample.options import Options, check_labels, open_model
+from ldm_jax.sample.request import Request
 
 NAME = "variations"
 # solvers that draw noise at every step, of which a path would be as rough
@@ -19,7 +22,7 @@ NOISY = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(common.Options):
+class Options(Options):
     """Images on the way from one seed, class or prompt to the next, or near one image."""
 
     seeds: tuple[int, ...] = ()
@@ -41,13 +44,13 @@ class Options(common.Options):
 
 def main(options: Options) -> int:
     """Writes num_images images for each leg of the path, or of each variation."""
-    return common.draw(plan(options))
+    return draw(request(options))
 
 
-def plan(options: Options) -> common.Plan:
+def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
     check(options)
-    model, mesh, options = common.open_model(options)
+    model, mesh, options = open_model(options)
     scale = options.guidance_scale
     if scale is None:
         scale = {schema.TextCondConfig: 7.5, schema.ClassCondConfig: 1.5}.get(
@@ -64,7 +67,7 @@ def plan(options: Options) -> common.Plan:
         model = of_embeddings(model)
     places = [(row, i) for row in range(len(rows)) for i in range(options.num_images)]
     t = times(options)
-    return common.Plan(
+    return Request(
         NAME,
         options,
         model,
@@ -156,7 +159,7 @@ def conditions(
         batch = text2img.tokenize(model.tokenizer, options.prompt, options.negative_prompt, 1)
         names = list(options.prompt)
     elif isinstance(cond, schema.ClassCondConfig) and options.labels:
-        common.check_labels(cond, options.labels)
+        check_labels(cond, options.labels)
         batch = {"label": np.asarray(options.labels, np.int32)}
         names = [str(label) for label in options.labels]
         if cond.via == "label" and len(names) > 1:

@@ -18,12 +18,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ldm_jax import images, storage
+from ldm_jax.runtime import images, storage
 from ldm_jax.sample import hosts
-from ldm_jax.sample import plan as plans
 from ldm_jax.sample.generate import Made
 from ldm_jax.sample.options import Options
-from ldm_jax.sample.plan import Call, Plan
+from ldm_jax.sample.request import Call, Request, indices_of, seeds_of
 
 GRID = 400
 """Most images in a grid,"""
@@ -77,15 +76,15 @@ def _open_out(options: Options) -> epath.Path:
 # --- settings -------------------------------------------------------------------------------------
 
 
-def settings_of(plan: Plan, calls: Iterable[Call]) -> list[dict[str, Any]]:
+def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]:
     """What the PNG of each image carries: enough to draw it again, and alone.
 
     The task, the options that matter to this image, its number under its seed, "call" (rows of the
     program's batch, and which of them it was), "files" ({path: sha256} of what it was made from)
     and "made_with".
     """
-    shared = {name: x for name, x in vars(plan.options).items() if name not in OUTPUT}
-    shared = {"task": plan.task, **shared, "guided": plan.guided, "made_with": made_with()}
+    shared = {name: x for name, x in vars(request.options).items() if name not in OUTPUT}
+    shared = {"task": request.task, **shared, "guided": request.guided, "made_with": made_with()}
     where = {
         place: [len(call.places), int(row)]
         for call in calls
@@ -93,12 +92,18 @@ def settings_of(plan: Plan, calls: Iterable[Call]) -> list[dict[str, Any]]:
     }
     known: dict[str, str] = {}
     found = []
-    numbers = zip(plans.seeds_of(plan).tolist(), plans.indices_of(plan).tolist(), strict=True)
+    numbers = zip(seeds_of(request).tolist(), indices_of(request).tolist(), strict=True)
     for place, (seed, index) in enumerate(numbers):
-        own = {**shared, "seed": seed, **plan.details[place], "index": index, "call": where[place]}
-        if plan.alone:
+        own = {
+            **shared,
+            "seed": seed,
+            **request.details[place],
+            "index": index,
+            "call": where[place],
+        }
+        if request.alone:
             own |= {"num_images": 1, "first_index": index}
-        paths = [path for name in (*plan.files, "init_latents") for path in listed(own[name])]
+        paths = [path for name in (*request.files, "init_latents") for path in listed(own[name])]
         for path in paths:
             known.setdefault(path, storage.sha256(path))
         own["files"] = {path: known[path] for path in paths}
@@ -126,12 +131,12 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def part(out: epath.Path, plan: Plan, made: Made, settings: list[dict[str, Any]]) -> None:
+def part(out: epath.Path, request: Request, made: Made, settings: list[dict[str, Any]]) -> None:
     """Files of the images of one call; the PNGs last, so that whoever sees one has the others.
 
     Every process writes its own images, the first one the latents of all.
     """
-    if plan.options.save_latents and jax.process_index() == 0:
+    if request.options.save_latents and jax.process_index() == 0:
         path = latents_path(out, made.call)
         path.parent.mkdir(exist_ok=True)
         draft = path.parent / f".{path.name}.part"
@@ -141,9 +146,9 @@ def part(out: epath.Path, plan: Plan, made: Made, settings: list[dict[str, Any]]
     if made.previews is not None:
         for place, shown in zip(made.places, images.to_uint8(made.previews), strict=True):
             strip = images.grid(shown, len(shown))
-            images.save_png(out / "previews" / f"{plan.names[place]}.png", strip)
+            images.save_png(out / "previews" / f"{request.names[place]}.png", strip)
     for place, picture in zip(made.places, images.to_uint8(made.image), strict=True):
-        images.save_png(out / f"{plan.names[place]}.png", picture, settings[place])
+        images.save_png(out / f"{request.names[place]}.png", picture, settings[place])
 
 
 def latents_path(out: epath.Path, call: Call) -> epath.Path:
@@ -151,13 +156,13 @@ def latents_path(out: epath.Path, call: Call) -> epath.Path:
     return out / "latents" / f"{call.places[call.rows[0]]:05d}.npy"
 
 
-def finish(out: epath.Path, plan: Plan, calls: list[Call]) -> None:
+def finish(out: epath.Path, request: Request, calls: list[Call]) -> None:
     """Grid and arrays, from the files of the images, a few in memory at a time."""
-    write_grid(out, plan)
-    if plan.options.npz:
-        write_npz(out, plan)
-    if plan.options.save_latents and (out / "latents").exists():
-        write_latents(out, plan, calls)
+    write_grid(out, request)
+    if request.options.npz:
+        write_npz(out, request)
+    if request.options.save_latents and (out / "latents").exists():
+        write_latents(out, request, calls)
 
 
 def remove_drafts(out: epath.Path) -> None:
@@ -173,33 +178,35 @@ def read_picture(out: epath.Path, name: str) -> np.ndarray:
     return picture if picture.ndim == 3 else picture[..., None]
 
 
-def write_grid(out: epath.Path, plan: Plan) -> None:
-    """grid.png of the first images, a row for each of the plan's, or a square."""
-    table = grid_of(plan)
-    first, columns = read_picture(out, plan.names[0]), table.shape[1]
+def write_grid(out: epath.Path, request: Request) -> None:
+    """grid.png of the first images, a row for each of the request's, or a square."""
+    table = grid_of(request)
+    first, columns = read_picture(out, request.names[0]), table.shape[1]
     blank = np.full_like(first, 255)
-    shown = [blank if i < 0 else read_picture(out, plan.names[i]) for i in table.flat]
-    if plan.left is not None:
-        left = images.to_uint8(plan.left[: len(table)])
+    shown = [blank if i < 0 else read_picture(out, request.names[i]) for i in table.flat]
+    if request.left is not None:
+        left = images.to_uint8(request.left[: len(table)])
         left = left[:, None] if left.ndim == 4 else left
         rows = [[*a, *shown[i * columns : (i + 1) * columns]] for i, a in enumerate(left)]
         shown, columns = [picture for row in rows for picture in row], columns + left.shape[1]
     # PIL's font has no other letters
-    labels = [row.encode("ascii", "replace").decode() for row in plan.rows[: len(table)]]
+    labels = [row.encode("ascii", "replace").decode() for row in request.rows[: len(table)]]
     scale = max(1, 48 // first.shape[0])
     sheet = images.grid(np.stack(shown), columns, scale=scale, names=labels)
-    shared = {name: x for name, x in vars(plan.options).items() if name not in OUTPUT}
-    images.save_png(out / "grid.png", sheet, {"task": plan.task, **shared, "grid": plan.count})
+    shared = {name: x for name, x in vars(request.options).items() if name not in OUTPUT}
+    images.save_png(
+        out / "grid.png", sheet, {"task": request.task, **shared, "grid": request.count}
+    )
 
 
-def grid_of(plan: Plan) -> np.ndarray:
+def grid_of(request: Request) -> np.ndarray:
     """Places of the images in the grid, int [rows, columns], cut to GRID; -1 where none is."""
-    count = plan.count
-    if not plan.rows:
+    count = request.count
+    if not request.rows:
         columns = math.ceil(min(count, GRID) ** 0.5)
         lengths = [columns] * (count // columns) + ([count % columns] if count % columns else [])
     else:
-        lengths = plan.columns or [count // len(plan.rows)] * len(plan.rows)
+        lengths = request.columns or [count // len(request.rows)] * len(request.rows)
     table = np.full((len(lengths), max(lengths)), -1)
     first = 0
     for row, length in enumerate(lengths):
@@ -209,9 +216,9 @@ def grid_of(plan: Plan) -> np.ndarray:
     return table[: GRID // table.shape[1]]
 
 
-def write_npz(out: epath.Path, plan: Plan) -> None:
+def write_npz(out: epath.Path, request: Request) -> None:
     """samples.npz: arr_0 uint8 [N, H, W, c]."""
-    shape = (plan.count, *read_picture(out, plan.names[0]).shape)
+    shape = (request.count, *read_picture(out, request.names[0]).shape)
     draft = out / ".samples.npz.part"
     with (
         draft.open("wb") as file,
@@ -219,16 +226,16 @@ def write_npz(out: epath.Path, plan: Plan) -> None:
         archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
     ):
         write_header(member, shape, np.uint8)
-        for name in plan.names:
+        for name in request.names:
             member.write(read_picture(out, name).tobytes())
     draft.replace(out / "samples.npz")
 
 
-def write_latents(out: epath.Path, plan: Plan, calls: list[Call]) -> None:
+def write_latents(out: epath.Path, request: Request, calls: list[Call]) -> None:
     """latents.npy, float32 [N, h, w, c], of the files of the calls, which go."""
     draft = out / ".latents.npy.part"
     with draft.open("wb") as file:
-        write_header(file, (plan.count, *plan.shape), np.float32)
+        write_header(file, (request.count, *request.shape), np.float32)
         for call in calls:
             file.write(read_latents(out, call).tobytes())
     draft.replace(out / "latents.npy")

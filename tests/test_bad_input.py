@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from ldm_jax import checkpoint, cli, images
+from ldm_jax.runtime import checkpoint, cli, images
 from ldm_jax.sample import main as sample_main
 from ldm_jax.train import main as train_main
 

@@ -11,7 +11,7 @@ from reference import released
 
 from ldm_jax import bundle, conditioning, configs, schema, sharding
 from ldm_jax.configs import digits, first_stages, tiny
-from ldm_jax.convert import compvis_config
+from ldm_jax.convert.compvis import yaml_options
 from ldm_jax.train import autoencoder, ldm
 
 STAGES = {
@@ -94,7 +94,7 @@ def test_stages_fit_each_other(name, stage):
     model, config = (module(name).get_config(s) for s in ("first_stage", stage))
     assert type(model.data.source) is type(config.data.source)
     assert (model.data.size, model.data.channels) == (config.data.size, config.data.channels)
-    bundle.check(bundle.section(config, model.model), config.data.channels)
+    bundle.check(bundle.model_config(config, model.model), config.data.channels)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -114,7 +114,7 @@ def test_released_first_stages_are_those_of_their_configs(stage):
     """What the models' tensors are is in test_convert_compvis.py."""
     params = released()[f"first_stage_{stage}"][0]["params"]
     config = first_stages.get_config(stage)
-    assert config.model == compvis_config.first_stage_config(params)
+    assert config.model == yaml_options.first_stage_config(params)
     theirs = params["lossconfig"]["params"]
     ours = {
         "disc_start": config.loss.disc_start,

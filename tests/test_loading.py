@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import recipes
 
-from ldm_jax import checkpoint, loading, rundir, schema, sharding
+from ldm_jax import loading, schema, sharding
+from ldm_jax.runtime import checkpoint, rundir
 
 
 def test_the_newest_snapshot_holds_the_average(ldm_run):

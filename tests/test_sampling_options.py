@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from reference import draw, quick_jit
 
-from ldm_jax import bundle, denoising, diffusion, guidance, sampling, schema, solvers, windows
+from ldm_jax import bundle, denoising, diffusion, guidance, sampling, schema, solvers
 from ldm_jax.conditioning import Cond
+from ldm_jax.large import windows
 
 SHAPE, STEPS, SCALE = (6, 8, 3), 5, 0.8
 X_T = draw(2, *SHAPE)
@@ -101,12 +102,12 @@ def test_an_option_is_its_function(name):
 
 
 def test_a_model_around_the_model_is_guided():
-    def around(net):
+    def wrap_model(net):
         return windows.windowed(net, window=(6, 6), stride=(6, 2))
 
     made = model()
-    net = around(bundle.bind(made.unet, made.params["unet"]))
-    found = drawn(around=around)
+    net = wrap_model(bundle.bind(made.unet, made.params["unet"]))
+    found = drawn(wrap_model=wrap_model)
     np.testing.assert_allclose(found, by_hand(net=net), atol=2e-5)
     assert np.abs(found - plain()).max() > 1e-2
 

@@ -13,8 +13,10 @@ import pytest
 import task_models
 from reference import draw, max_difference, quick_jit
 
-from ldm_jax import bundle, flops, sampling, schema, windows
+from ldm_jax import bundle, sampling, schema
 from ldm_jax.conditioning import Cond
+from ldm_jax.cost import flops
+from ldm_jax.large import windows
 
 SHAPE, ROWS, TOKENS = (4, 4, 4), 2, 3
 KEYS = jax.random.split(jax.random.key(0), ROWS)
@@ -60,11 +62,11 @@ def loops(program):
 WAYS = {
     "plain": {"guided": False},
     "guided": {},
-    "interval, start and hole": {"guidance_interval": (100, 700)},
-    "windows": {"around": lambda net: windows.windowed(net, window=(4, 2), stride=(4, 2))},
+    "interval, start and mask": {"guidance_interval": (100, 700)},
+    "windows": {"wrap_model": lambda net: windows.windowed(net, window=(4, 2), stride=(4, 2))},
     "recomputed": {"remat": True},
 }
-QUICK = ("interval, start and hole",)  # in the others the compiler hoists by itself, on a CPU
+QUICK = ("interval, start and mask",)  # in the others the compiler hoists by itself, on a CPU
 
 
 @pytest.mark.parametrize(
@@ -73,8 +75,8 @@ QUICK = ("interval, start and hole",)  # in the others the compiler hoists by it
 def test_keys_and_values_of_a_prompt_stand_outside_the_loop(model, way):
     sample = made(model, **WAYS[way])
 
-    def run(params, cond, null, keys, start, init, hole):
-        given = (start, init, hole) if "start" in way else ()
+    def run(params, cond, null, keys, start, init, mask):
+        given = (start, init, mask) if "start" in way else ()
         return sample(params, cond, null, keys, 3.0, 0.0, None, *given)
 
     arguments = (model.params, COND, NULL, KEYS, 1, INIT, HOLE)
@@ -97,8 +99,8 @@ def test_projected_conditions_give_the_same_prediction(model):
         conditions = (COND, given, given._replace(context=NULL.context), NULL)
         return [predict(x, t, cond) for cond in conditions]
 
-    plain, projected, elsewhere, other = predictions(model.params["unet"])
-    np.testing.assert_array_equal(projected, plain)
+    plain, kv_cache, elsewhere, other = predictions(model.params["unet"])
+    np.testing.assert_array_equal(kv_cache, plain)
     np.testing.assert_array_equal(elsewhere, plain)
     assert np.abs(other - plain).max() > 1e-3
     assert bundle.project(model.unet, model.params["unet"], Cond()) == Cond()
@@ -112,7 +114,7 @@ def test_a_self_attention_that_reads_the_context_is_projected_too():
         only_cross_attention=(True,),
     )
     params = upscaler.params["unet"]
-    given = jax.eval_shape(lambda: bundle.project(upscaler.unet, params, COND)).projected
+    given = jax.eval_shape(lambda: bundle.project(upscaler.unet, params, COND)).kv_cache
     for kind, names in (("down_blocks_0", {"attn1", "attn2"}), ("mid_block", {"attn2"})):
         block = given[kind]["attentions_0"]["transformer_blocks_0"]
         assert block.keys() == names
@@ -128,9 +130,9 @@ def test_a_step_costs_one_call_and_guidance_one_of_twice_the_context(model):
 
     def one_call(rows, contexts):
         x, cond = jnp.zeros((rows, *SHAPE)), Cond(context=jnp.zeros((contexts, TOKENS, 32)))
-        projected = jax.eval_shape(lambda cond: bundle.project(net, params, cond), cond)
+        kv_cache = jax.eval_shape(lambda cond: bundle.project(net, params, cond), cond)
         call = lambda x, cond: bundle.bind(net, params)(x, jnp.zeros(rows), cond)  # noqa: E731
-        return flops.count(jax.make_jaxpr(call)(x, projected))
+        return flops.count(jax.make_jaxpr(call)(x, kv_cache))
 
     def one_step(**options):
         def cost(steps):
@@ -142,7 +144,7 @@ def test_a_step_costs_one_call_and_guidance_one_of_twice_the_context(model):
     assert one_step(guided=False) == one_call(ROWS, ROWS)
     assert one_step() == one_call(ROWS, 2 * ROWS)
     # windows get every row: what is before the context is then computed for each
-    assert one_step(around=lambda net: net) == one_call(2 * ROWS, 2 * ROWS)
+    assert one_step(wrap_model=lambda net: net) == one_call(2 * ROWS, 2 * ROWS)
     assert one_call(ROWS, 2 * ROWS) < one_call(2 * ROWS, 2 * ROWS)
 
 
@@ -169,13 +171,13 @@ def test_one_compilation_for_every_request(model, guided, caplog):
     sample = made(model, guided=guided)
 
     @jax.jit
-    def sampler(params, context, keys, scale, eta, start, init, hole):
+    def sampler(params, context, keys, scale, eta, start, init, mask):
         return sample(
-            params, Cond(context=context), NULL, keys, scale, eta, None, start, init, hole
+            params, Cond(context=context), NULL, keys, scale, eta, None, start, init, mask
         )
 
     first = [COND.context, KEYS, 3.0, 0.0, 1, INIT, HOLE]
-    names = ("prompt", "seed", "scale", "eta", "start", "init", "hole")
+    names = ("prompt", "seed", "scale", "eta", "start", "init", "mask")
     others = [NULL.context, jax.random.split(jax.random.key(1), ROWS), 7.5, 0.6, 2, -INIT, 1 - HOLE]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         expected = np.asarray(sampler(model.params, *first))

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from ldm_jax import checkpoint, cli, configs, schema
+from ldm_jax import configs, schema
+from ldm_jax.runtime import checkpoint, cli
 from ldm_jax.train.run import logs, supervisor, watchdog
 
 
@@ -120,7 +121,7 @@ def _train(argv: Sequence[str]) -> int:
     )
     rest = cli.join_processes(rest)
     if does == "pack":
-        from ldm_jax.train import pack
+        from ldm_jax.train.prepare import pack
 
         per_shard, rest = pack.split_options(rest)
         workdir, config = parse(load_config(name), rest, f"ldm-train pack {name}")
@@ -131,7 +132,7 @@ def _train(argv: Sequence[str]) -> int:
     if does == "encode":
         if not isinstance(config, schema.LatentDiffusionTrainConfig):
             raise ValueError(f"{name} trains a first stage; encode takes a config of the model")
-        from ldm_jax.train import encode
+        from ldm_jax.train.prepare import encode
 
         return encode.encode(config, workdir)
     if isinstance(config, schema.AutoencoderTrainConfig):

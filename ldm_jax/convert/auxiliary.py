@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ldm_jax.convert import files, table
+from ldm_jax.convert import table
+from ldm_jax.convert.formats import files
 from ldm_jax.convert.table import CONV, VECTOR, Layout, Row, Rows, layer, norm
 from ldm_jax.models import discriminator, lpips
 from ldm_jax.models.discriminator import PatchGAN

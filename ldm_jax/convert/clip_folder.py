@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldm_jax import checkpoint, schema
-from ldm_jax.convert import diffusers_config, diffusers_parts, files, rows_text, table
-from ldm_jax.convert.diffusers_parts import read_json
+from ldm_jax import schema
+from ldm_jax.convert import table, text_tables
+from ldm_jax.convert.diffusers import components, part_configs
+from ldm_jax.convert.diffusers.components import read_json
+from ldm_jax.convert.formats import files
 from ldm_jax.data import tokens
 from ldm_jax.models import clip
+from ldm_jax.runtime import checkpoint
 
 END = 49407  # transformers' default of `eos_token_id`
 VISION_DEFAULTS = {
@@ -78,7 +81,7 @@ def load(
     modules = clip.text_from_config(text, **exact), clip.vision_from_config(vision, **exact)
     shapes = _shapes(*modules)
     place = table.placer(shapes, None) if place is None else place
-    params = _params(folder, variant, rows_text.clip(text, vision), shapes, place)
+    params = _params(folder, variant, text_tables.clip(text, vision), shapes, place)
     mean, std = _normalization(folder / "preprocessor_config.json")
     return CLIP(*modules, params, end_id, mean, std, _tokenizer(folder, tokenizer, text))
 
@@ -94,10 +97,8 @@ def _config(
             " which has both encoders"
         )
     text, vision = (_part(options, name, where) for name in ("text", "vision"))
-    config = diffusers_config.text_config({**text, "model_type": "clip_text_model"}, where)
-    values = diffusers_config.read(
-        vision, where, VISION_DEFAULTS, VISION_FIXED, ignored=tuple(vision)
-    )
+    config = part_configs.text_config({**text, "model_type": "clip_text_model"}, where)
+    values = part_configs.read(vision, where, VISION_DEFAULTS, VISION_FIXED, ignored=tuple(vision))
     end_id, dim = text.get("eos_token_id", END), options.get("projection_dim", 512)
     for name, value in (("eos_token_id", end_id), ("projection_dim", dim)):
         if type(value) is not int or not 0 < value < 2**24:
@@ -142,7 +143,7 @@ def _shapes(text: clip.CLIPText, vision: clip.CLIPVision) -> dict:
 def _params(
     folder: epath.Path, variant: str | None, rows: list, shapes: dict, place: table.Place
 ) -> dict:
-    path = diffusers_parts.weights(folder, variant)
+    path = components.weights(folder, variant)
     found, info = files.open_state_dict(path)
     if info.format == "msgpack":
         raise ValueError(f"{path}: weights of Flax; give the folder with model.safetensors")

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import storage
-from ldm_jax.convert import files, table
+from ldm_jax.convert import table
+from ldm_jax.convert.formats import files
 from ldm_jax.convert.table import CONV, DENSE, Row
 from ldm_jax.models import inception
+from ldm_jax.runtime import storage
 
 PUBLISHED = (
     "pt_inception-2015-12-05-6726825d.pth (releases of github.com/mseitzer/pytorch-fid, tag"

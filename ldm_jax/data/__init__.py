@@ -1,7 +1,7 @@
 """Records, transforms and batches: data without TensorFlow."""
 
+from ldm_jax.data.examples import Stream, stream
 from ldm_jax.data.pipeline import Batches, global_batch, prefetch
-from ldm_jax.data.rows import Stream, stream
 from ldm_jax.data.sources import Source, arrays, open_source
 
 __all__ = [

@@ -21,7 +21,9 @@ from array_record.python import array_record_module
 from etils import epath
 from flax import serialization
 
-from ldm_jax import schema, serialize, storage
+from ldm_jax import schema
+from ldm_jax.runtime import storage
+from ldm_jax.schema import serialize
 
 FORMAT = 1  # of cache.json; a reader refuses a newer one
 MOMENTS = ("mean", "logvar")

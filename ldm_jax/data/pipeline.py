@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ldm_jax.data.rows import Made, Row, Stream
+from ldm_jax.data.examples import Made, Row, Stream
 
 Batch = dict[str, jax.Array]
 

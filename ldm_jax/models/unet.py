@@ -122,7 +122,7 @@ class UNet(nn.Module):
         """Time, and label if there is one, as [B, 4 * model_channels]."""
         low = {"dtype": self.dtype, "precision": self.precision}
         width = 4 * self.model_channels
-        emb = TwoDense(width, name="time_embedding", **low)(
+        emb = TimestepEmbedding(width, name="time_embedding", **low)(
             timestep_embedding(t_b, self.model_channels)
         )
         if self.num_classes is not None:
@@ -136,7 +136,7 @@ class UNet(nn.Module):
             )
             emb += embed(label)
         elif self.vector_dim is not None:
-            emb += TwoDense(width, name="class_embedding", **low)(label)
+            emb += TimestepEmbedding(width, name="class_embedding", **low)(label)
         return emb
 
     def _resnet(self) -> Make:
@@ -229,7 +229,7 @@ class UNet(nn.Module):
             )
 
 
-class TwoDense(nn.Module):
+class TimestepEmbedding(nn.Module):
     """Two dense layers with a SiLU between: what makes an embedding of the time or of a vector."""
 
     channels: int

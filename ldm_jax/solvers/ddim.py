@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.diffusion import like_rows, rowwise_normal
+from ldm_jax.diffusion import append_dims, rowwise_normal
 from ldm_jax.solvers.loop import Solver
 
 
@@ -17,9 +17,9 @@ def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> 
     def step(denoise, carry, x, level, keys):
         denoised = denoise(x, level)
         fresh = level.sigma_next / level.sigma * _sqrt(level.beta)
-        fresh = like_rows(eta, x.ndim) * fresh  # eq. 16
+        fresh = append_dims(eta, x.ndim) * fresh  # eq. 16
         kept = _sqrt(level.sigma_next**2 - fresh**2)
-        noise = like_rows(temperature, x.ndim) * rowwise_normal(keys, x.shape[1:])
+        noise = append_dims(temperature, x.ndim) * rowwise_normal(keys, x.shape[1:])
         x = level.alpha_next * denoised.x0 + kept * denoised.eps + fresh * noise
         return carry, x, denoised
 

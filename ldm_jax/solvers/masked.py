@@ -12,28 +12,28 @@ from ldm_jax.diffusion import Denoised, rowwise_normal
 def masked(
     denoise: Callable[[jax.Array, Any], Denoised],
     x0: jax.Array,
-    hole: jax.Array,
+    mask: jax.Array,
     noise: Callable[[Any], jax.Array],
 ) -> Callable[[jax.Array, Any], Denoised]:
-    """`denoise` that sees `x0`, noised to its level, wherever there is no hole.
+    """`denoise` that sees `x0`, noised to its level, wherever there is no mask.
 
-    x0: [B, h, w, c]; hole: [B, h, w, 1], 1 where x is drawn (the reference's mask is 1 - hole).
+    x0: [B, h, w, c]; mask: [B, h, w, 1], 1 where x is drawn (the reference's mask is 1 - mask).
     noise: level -> unit normal [B, h, w, c], fresh at every level in the reference.
     As the reference's DDIM and PLMS, which blend before the model is called. Its DDPM blends after
     the step, and so shows the model the known part with the noise of the level before; here all
-    solvers do alike. What they leave outside the hole is the model's guess: see `composite`.
+    solvers do alike. What they leave outside the mask is the model's guess: see `composite`.
     """
 
     def blended(x, level):
         known = level.alpha * x0 + level.sigma * noise(level)
-        return denoise(composite(x, known, hole), level)
+        return denoise(composite(x, known, mask), level)
 
     return blended
 
 
-def composite(drawn: jax.Array, known: jax.Array, hole: jax.Array) -> jax.Array:
-    """`drawn` in the hole, `known` elsewhere; fractions mix."""
-    return hole * drawn + (1 - hole) * known
+def composite(drawn: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:
+    """`drawn` in the mask, `known` elsewhere; fractions mix."""
+    return mask * drawn + (1 - mask) * known
 
 
 def fresh_noise(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[Any], jax.Array]:

@@ -12,9 +12,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import bundle, conditioning, images, rundir, sampling, schema, sharding
+from ldm_jax import bundle, conditioning, sampling, schema, sharding
 from ldm_jax.metrics import features
 from ldm_jax.models import clip
+from ldm_jax.runtime import images, rundir
 from ldm_jax.sample import options as sample_options
 from ldm_jax.sample import program
 from ldm_jax.sample.evaluate import extraction, image_sets

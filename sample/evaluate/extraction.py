@@ -13,9 +13,10 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import checkpoint, cli, rundir, schema, sharding
+from ldm_jax import schema, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
+from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.sample.evaluate.image_sets import ImageSet
 
 PART = 1024  # images of a part at least; what an interrupted run loses at most

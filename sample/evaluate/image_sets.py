@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import checkpoint, data, rundir, schema, serialize
+from ldm_jax import data, schema
 from ldm_jax.metrics import features
+from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.sample import inputs
+from ldm_jax.schema import serialize
 
 NOT_SAMPLES = ("grid.png",)  # what ldm-sample and ldm-eval write beside them
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from ldm_jax import cli
+from ldm_jax.runtime import cli
 from ldm_jax.sample.evaluate import reconstruct, samples, statistics
 
 TASKS = {

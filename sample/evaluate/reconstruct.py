@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, images, latents, loading, rundir, sampling, schema, sharding
+from ldm_jax import bundle, latents, loading, sampling, schema, sharding
 from ldm_jax.convert import auxiliary
 from ldm_jax.metrics import features, pixels, scores
 from ldm_jax.models import autoencoder, lpips
+from ldm_jax.runtime import images, rundir
 from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "reconstruct"

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import cli, rundir
 from ldm_jax.metrics import features, gaussian, manifold, scores
+from ldm_jax.runtime import cli, rundir
 
 NEIGHBOURS = 3  # of precision and recall
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as torch-fidelity's

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import checkpoint, schema, sharding
+from ldm_jax import schema, sharding
 from ldm_jax.metrics import features, gaussian, scores
+from ldm_jax.runtime import checkpoint
 from ldm_jax.sample.evaluate import drawing, extraction, image_sets, report
 
 NAME = "samples"

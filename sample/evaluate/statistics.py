@@ -5,8 +5,8 @@ from typing import Literal
 
 import jax
 
-from ldm_jax import cli
 from ldm_jax.metrics import gaussian
+from ldm_jax.runtime import cli
 from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "statistics"

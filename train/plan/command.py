@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ldm_jax import schema, serialize
+from ldm_jax import schema
+from ldm_jax.schema import serialize
 from ldm_jax.train.plan import reports, topologies
 from ldm_jax.train.plan.programs import Request
 from ldm_jax.train.plan.reports import Result

@@ -20,21 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ldm_jax import (
-    bundle,
-    conditioning,
-    flops,
-    latents,
-    sampling,
-    schema,
-    serialize,
-    sharding,
-    train_state,
-)
+from ldm_jax import bundle, conditioning, latents, sampling, schema, sharding, train_state
+from ldm_jax.cost import flops
 from ldm_jax.models import attention, autoencoder, lpips
 from ldm_jax.models import unet as unets
+from ldm_jax.schema import serialize
 from ldm_jax.train import autoencoder as first_stages
-from ldm_jax.train import first_stage, ldm, text_encoder
+from ldm_jax.train import ldm
+from ldm_jax.train.frozen import first_stage, text_encoder
 from ldm_jax.train.plan import topologies
 
 
@@ -121,7 +114,7 @@ def ldm_step(request: Request, mesh: Mesh) -> Program:
     """`train.ldm`'s step, with the frozen first stage and text encoder as arguments."""
     config = request.config
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    bundle.check(bundle.section(config, request.first_stage), config.data.channels)
+    bundle.check(bundle.model_config(config, request.first_stage), config.data.channels)
     state = sharding.with_shardings(*ldm.abstract_state(config, mesh))
     frozen = abstract_frozen(request, mesh)
     step = ldm.make_train_step(config, frozen, mesh)
@@ -192,7 +185,7 @@ def abstract_batch(request: Request, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
 def sampler(request: Request, mesh: Mesh) -> Program:
     """run(params, batch, keys, guidance scale) -> images: encodes the conditioning, then DDIM."""
     config, model = request.config, request.first_stage
-    section = bundle.section(config, model)
+    section = bundle.model_config(config, model)
     bundle.check(section, config.data.channels)
     net = bundle.build(
         section,

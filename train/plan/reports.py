@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-from ldm_jax import hlo, hlo_memory, schema, tpu_cost
+from ldm_jax import schema
+from ldm_jax.cost import hlo, hlo_memory, tpu_cost
 from ldm_jax.train.plan.programs import Request
 
 SOURCES = ("cycles", "kernels", "sentinels", "copies", "collectives", "network")

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from ldm_jax import tpu_cost
+from ldm_jax.cost import tpu_cost
 
 TPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from ldm_jax import tpu_cost
+from ldm_jax.cost import tpu_cost
 
 # Published dense bfloat16 operations per second of a device of this kind: the longest name that is
 # part of `device_kind` holds.

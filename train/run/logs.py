@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from ldm_jax import cli
+from ldm_jax.runtime import cli
 
 SECONDS = 2.0  # between two writes of a part that grows
 LARGEST = 2**16  # characters of a part

@@ -9,8 +9,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import checkpoint, cli, data, rundir, schema, sharding
-from ldm_jax.checkpoint_manager import Manager
+from ldm_jax import data, schema, sharding
+from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.train.run import goodput, profiling, stop
 from ldm_jax.train.run.monitor import Monitor, compile_step
 from ldm_jax.train.run.watchdog import Watch

@@ -12,7 +12,8 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from ldm_jax import cli, flops, rundir
+from ldm_jax.cost import flops
+from ldm_jax.runtime import cli, rundir
 from ldm_jax.train.run import goodput
 
 # steps/s also where a step takes seconds; tqdm would turn it into s/step

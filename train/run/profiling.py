@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from ldm_jax import cli
+from ldm_jax.runtime import cli
 
 
 def window(value: str, steps: int) -> range | None:

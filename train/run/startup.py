@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ldm_jax import cli, data, schema, sharding
+from ldm_jax import data, schema, sharding
+from ldm_jax.runtime import cli
 from ldm_jax.train.run.monitor import count_parameters
 
 PARTS = {  # fields of a state, as the report sums them up

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from ldm_jax import checkpoint, schema
-from ldm_jax.checkpoint_manager import Manager
+from ldm_jax import schema
+from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.train.run.monitor import Monitor
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ldm_jax import checkpoint, cli
+from ldm_jax.runtime import checkpoint, cli
 from ldm_jax.train.run import watchdog
 
 LONGEST_DELAY = 300.0  # seconds

@@ -28,7 +28,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import cli, schema, storage
+from ldm_jax import schema
+from ldm_jax.runtime import cli, storage
 from ldm_jax.train.run import logs
 
 LOST = 76  # exit code: another process is gone, or one stands still; start again

@@ -1,0 +1,35 @@
+"""Models of CompVis/latent-diffusion and Stable Diffusion, in files of theirs."""
+
+from ldm_jax.convert.compvis.checkpoints import (
+    COND_STAGE_PREFIX,
+    FIRST_STAGE_PREFIX,
+    UNET_PREFIX,
+    cond_stage_state_dict,
+    first_stage_state_dict,
+    load,
+    load_cond_stage,
+    load_first_stage,
+    load_first_stage_file,
+    load_unet,
+    model_rows,
+    model_shapes,
+    save,
+    unet_state_dict,
+)
+
+__all__ = [
+    "COND_STAGE_PREFIX",
+    "FIRST_STAGE_PREFIX",
+    "UNET_PREFIX",
+    "cond_stage_state_dict",
+    "first_stage_state_dict",
+    "load",
+    "load_cond_stage",
+    "load_first_stage",
+    "load_first_stage_file",
+    "load_unet",
+    "model_rows",
+    "model_shapes",
+    "save",
+    "unet_state_dict",
+]

@@ -1,0 +1,385 @@
+"""Models of CompVis/latent-diffusion and Stable Diffusion: checkpoints into models, and back."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import bundle, conditioning, schema
+from ldm_jax.convert import table, text_tables
+from ldm_jax.convert.compvis import conditions, model_yaml, single_file, tables
+from ldm_jax.convert.compvis.yaml_options import first_stage_config, unet_config
+from ldm_jax.convert.formats import files, safetensors_file, torch_writer
+from ldm_jax.models import autoencoder, unet
+from ldm_jax.models.autoencoder import FirstStage
+from ldm_jax.models.unet import UNet
+from ldm_jax.runtime import cli
+
+StateDict = Mapping[str, Any]  # torch name -> NumPy array, ShapeDtypeStruct or lazy tensor
+
+UNET_PREFIX = single_file.UNET
+FIRST_STAGE_PREFIX = single_file.FIRST_STAGE
+COND_STAGE_PREFIX = single_file.COND_STAGE
+EMA_PREFIX = "model_ema."
+
+IGNORED = (
+    (
+        "schedule buffers",
+        r"(low_scale_model\.)?(betas|alphas_cumprod(_prev)?|sqrt_alphas_cumprod"
+        r"|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod"
+        r"|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped"
+        r"|posterior_mean_coef[12]|lvlb_weights)",
+    ),
+    ("log-variances of the training loss", r"logvar"),
+    ("losses of the first stage", r"(first_stage_model\.)?loss\..+"),
+    ("bookkeeping of the moving average", r"model_ema\.(decay|num_updates)"),
+    ("position ids", r"cond_stage_model\.(.+\.)?position_ids"),
+    (
+        "parts of CLIP beside the text encoder",
+        r"cond_stage_model\.(model\.)?(text_projection|logit_scale|attn_mask|visual\..+)"
+        r"|cond_stage_model\.transformer\.text_projection\.weight",
+    ),
+    ("depth estimator", r"depth_model\..+"),
+)
+"""What a whole checkpoint may hold that the model does not need: (what, pattern of its names).
+
+Besides these: the copy that is not taken of the UNet's raw and averaged weights, and a second copy
+of the first stage under `cond_stage_model.` (inpainting_big)."""
+
+
+# --- one part: names with that part's prefix on all of them or on none ---------------------------
+
+
+def load_unet(config: Mapping[str, Any], state_dict: StateDict) -> tuple[UNet, dict]:
+    """The UNet of a checkpoint, and its parameters.
+
+    config: `unet_config.params` of the YAML.
+    state_dict: its tensors, all named with the prefix `model.diffusion_model.` or none; shapes in
+        their place give shapes.
+    Raises ValueError for an option that is unknown or not supported, and for tensors that do not
+    fit. The module computes in float32 on any platform; `clone(dtype=..., attention=...)` changes
+    that.
+    """
+    model = unet.from_config(unet_config(config))
+    tensors = _without_prefix(state_dict, UNET_PREFIX)
+    return model, table.from_torch(tables.unet(model), tensors, _unet_shapes(model))
+
+
+def unet_state_dict(model: UNet, params: dict) -> dict[str, Any]:
+    """Inverse of `load_unet`: CompVis name, without a prefix, -> NumPy array."""
+    return table.to_torch(tables.unet(model), params)
+
+
+def load_first_stage(config: Mapping[str, Any], state_dict: StateDict) -> tuple[FirstStage, dict]:
+    """The first stage of a checkpoint, and its parameters; like `load_unet`.
+
+    config: `first_stage_config.params` of the YAML.
+    state_dict: its tensors, all named with the prefix `first_stage_model.` or none.
+    """
+    model = autoencoder.from_config(first_stage_config(config))
+    tensors = _without_prefix(state_dict, FIRST_STAGE_PREFIX)
+    return model, table.from_torch(tables.autoencoder(model), tensors, _first_stage_shapes(model))
+
+
+def first_stage_state_dict(model: FirstStage, params: dict) -> dict[str, Any]:
+    """Inverse of `load_first_stage`: CompVis name, without a prefix, -> NumPy array."""
+    return table.to_torch(tables.autoencoder(model), params)
+
+
+def load_cond_stage(
+    target: str, config: Mapping[str, Any], state_dict: StateDict
+) -> tuple[Any, dict]:
+    """The conditioning stage of a checkpoint, and its parameters; like `load_unet`.
+
+    target: `cond_stage_config.target` of the YAML, or all of `cond_stage_config` if it is a string.
+    config: its `params`.
+    state_dict: its tensors, all named with the prefix `cond_stage_model.` or none.
+    (None, {}) for a stage without parameters of its own.
+    """
+    name, tensors = target.rpartition(".")[2], _without_prefix(state_dict, COND_STAGE_PREFIX)
+    if name in ("Identity", conditions.IS_FIRST_STAGE, conditions.IS_UNCONDITIONAL):
+        return None, table.from_torch([], tensors, {})
+    shapes = {COND_STAGE_PREFIX + key: tuple(x.shape) for key, x in tensors.items()}
+    cond = conditions.cond_stage_config(name, config, shapes)
+    model = conditioning.build(cond)
+    tensors = {key: x for key, x in tensors.items() if not _ignored(COND_STAGE_PREFIX + key)}
+    params = table.from_torch(text_tables.cond_stage(cond), tensors, _cond_shapes(cond, model))
+    return model, params
+
+
+def cond_stage_state_dict(config: schema.CondConfig, params: dict) -> dict[str, Any]:
+    """Inverse of `load_cond_stage`: CompVis name, without a prefix, -> NumPy array."""
+    return table.to_torch(text_tables.cond_stage(config), params)
+
+
+def _without_prefix(state_dict: StateDict, prefix: str) -> StateDict:
+    if all(name.startswith(prefix) for name in state_dict):
+        return {name.removeprefix(prefix): x for name, x in state_dict.items()}
+    return state_dict
+
+
+def _unet_shapes(model: UNet) -> dict:
+    return jax.eval_shape(model.init, jax.random.key(0), *unet.example_inputs(model))["params"]
+
+
+def _first_stage_shapes(model: FirstStage) -> dict:
+    inputs = autoencoder.example_inputs(model)
+    # the identity has no parameters at all
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs).get("params", {})
+
+
+def _cond_shapes(cond: schema.CondConfig, model: Any) -> dict:
+    return jax.eval_shape(lambda key: conditioning.init(cond, model, key), jax.random.key(0))
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+def load(
+    path: epath.PathLike,
+    yaml_path: epath.PathLike | None = None,
+    *,
+    variant: str | None = None,
+    ema: bool = True,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    shapes_only: bool = False,
+) -> bundle.LatentDiffusion:
+    """The model of a checkpoint, without a tokenizer, which no checkpoint holds.
+
+    path: a file that `files.open_state_dict` reads.
+    yaml_path: its YAML; None for a single file of Stable Diffusion, which its names and shapes
+        tell; what they do not tell is guessed and printed, and `variant` ("v2", "v2-v") overrides.
+    ema: take the averaged weights where there are both.
+    dtype, param_dtype: of computation and of the parameters.
+    mesh: places the parameters by the training rules; None: on the default device.
+    shapes_only: the parameters are ShapeDtypeStructs, and no weight is read.
+    Raises ValueError that names the file for what is unknown, missing or of another shape. What is
+    left unread (see `IGNORED`) is counted and printed.
+    """
+    path = epath.Path(path)
+    found, info = files.open_state_dict(path)
+    tensors = _with_text_model(found)
+    config, scale = _config(path, yaml_path, variant, tensors)
+    model = bundle.build(
+        config,
+        {},
+        _take_scale(path, scale, tensors),
+        dtype=jnp.dtype(dtype),
+        **bundle.kernels(mesh),
+    )
+    all_rows, shapes = model_rows(model), model_shapes(model)
+    taken = _taken(path, tensors, info, all_rows, ema)
+    place = table.placer(shapes, mesh)
+    if shapes_only:
+        taken, place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), taken), None
+    params = table.from_torch(
+        all_rows, taken, shapes, dtype=param_dtype, place=place, where=str(path)
+    )
+    return dataclasses.replace(model, params={part: params.get(part, {}) for part in shapes})
+
+
+def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = None) -> None:
+    """Writes the weights with CompVis names, and NAME.yaml beside them, which `load` reads.
+
+    path: NAME.safetensors, or NAME.ckpt for programs that read nothing else.
+    dtype: of the weights; None keeps that of the parameters. ValueError for another ending, and for
+    what a CompVis YAML cannot say.
+    """
+    path = epath.Path(path)
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{path}: is written as .safetensors or .ckpt: name it so")
+    text = model_yaml.dumps(model.config, model.latent_scale)
+    tensors = table.to_torch(model_rows(model), model.params, dtype=dtype, lazy=True)
+    if path.suffix == ".ckpt":
+        torch_writer.write(path, tensors)
+    else:
+        safetensors_file.write(path, tensors, {"format": "pt"})
+    path.with_suffix(".yaml").write_text(text)
+
+
+def load_first_stage_file(
+    path: epath.PathLike, yaml_path: epath.PathLike | None = None, *, ema: bool = True
+) -> tuple[dict, schema.FirstStageModelConfig]:
+    """(host parameters, config) of a first stage: its own checkpoint, or that within a model's.
+
+    yaml_path: the YAML of the first stage or of the model; None: names and shapes tell.
+    """
+    path = epath.Path(path)
+    tensors, info = files.open_state_dict(path)
+    if any(name.startswith(FIRST_STAGE_PREFIX) for name in tensors):
+        tensors = {
+            name.removeprefix(FIRST_STAGE_PREFIX): x
+            for name, x in tensors.items()
+            if name.startswith(FIRST_STAGE_PREFIX)
+        }
+    if "encoder.conv_in.weight" not in tensors:
+        raise ValueError(f"{path}: holds no first stage (no tensor encoder.conv_in.weight)")
+    if yaml_path is None:
+        config = single_file.first_stage_config({n: tuple(x.shape) for n, x in tensors.items()})
+    else:
+        config = model_yaml.first_stage_of(model_yaml.read(yaml_path))
+    model = autoencoder.from_config(config)
+    all_rows, shapes = tables.autoencoder(model), _first_stage_shapes(model)
+    taken = _taken(path, tensors, info, all_rows, ema)
+    return table.from_torch(all_rows, taken, shapes, where=str(path)), config
+
+
+def model_rows(model: bundle.LatentDiffusion) -> list[table.Row]:
+    """The table of a whole model: names as in the file, paths as in `LatentDiffusion.params`."""
+    return [
+        *table.prefixed(tables.unet(model.unet), UNET_PREFIX, "unet/"),
+        *table.prefixed(tables.autoencoder(model.first_stage), FIRST_STAGE_PREFIX, "first_stage/"),
+        *table.prefixed(
+            text_tables.cond_stage(model.config.cond), COND_STAGE_PREFIX, "cond_stage/"
+        ),
+    ]
+
+
+def model_shapes(model: bundle.LatentDiffusion) -> dict:
+    """Shapes of `LatentDiffusion.params`."""
+    return {
+        "unet": _unet_shapes(model.unet),
+        "first_stage": _first_stage_shapes(model.first_stage),
+        "cond_stage": _cond_shapes(model.config.cond, model.cond_stage),
+    }
+
+
+def _config(
+    path: epath.Path, yaml_path: epath.PathLike | None, variant: str | None, tensors: StateDict
+) -> tuple[schema.LatentDiffusionConfig, float | None]:
+    """(config, latent scale or None), with guesses printed."""
+    if yaml_path is not None:
+        if variant is not None:
+            raise ValueError(f"{path}: variant={variant!r}, but {yaml_path} says what it is")
+        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+        values = model_yaml.read(yaml_path)
+        try:
+            config, scale, guesses = model_yaml.config_of(values, shapes)
+            bundle.check(config, config.first_stage.in_channels)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{yaml_path}: {error}") from error
+        said = [f"{yaml_path}: read as {guess}" for guess in guesses]
+    else:
+        try:
+            found = single_file.recognize(tensors, variant)
+            bundle.check(found.config, found.config.first_stage.in_channels)
+        except (ValueError, LookupError) as error:
+            raise ValueError(
+                f"{path}: has no YAML and is not recognised ({error}); give its YAML (--config)"
+            ) from error
+        config, scale = found.config, found.scale
+        said = [f"{path.name}: {found.family}, by its names and shapes"]
+        said += [f"{path.name}: a guess: {guess}" for guess in found.guesses]
+    for line in said:
+        cli.say(line)
+    return config, scale
+
+
+def _with_text_model(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Some files of Stable Diffusion 1 leave out the `text_model.` of transformers' names."""
+    if any("transformer.text_model." in name for name in tensors):
+        return tensors
+    short = r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
+    return {re.sub(short, r"\g<0>text_model.", name): x for name, x in tensors.items()}
+
+
+def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) -> float:
+    """The latent scale of the file if it has one (`scale_by_std`), else that of the config."""
+    if "scale_factor" in tensors:
+        scale = float(np.asarray(tensors.pop("scale_factor")).astype(np.float32))
+        cli.say(f"{path.name}: its own latent scale is {scale:g}")
+    if scale is None:
+        raise ValueError(f"{path}: its YAML says scale_by_std, but it has no scale_factor")
+    return scale
+
+
+# --- what of a checkpoint is taken ---------------------------------------------------------------
+
+
+def _taken(
+    path: epath.Path, tensors: StateDict, info: files.Info, all_rows: list[table.Row], ema: bool
+) -> dict[str, Any]:
+    """`take` of a file, with what it says printed."""
+    try:
+        taken = take(tensors, all_rows, ema=ema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for line in taken.said:
+        cli.say(f"{path.name}: {line}")
+    if info.left:
+        more = f" and {len(info.left) - 8} more" if len(info.left) > 8 else ""
+        cli.say(f"{path.name}: beside the state dict: {', '.join(info.left[:8])}{more}")
+    return taken.tensors
+
+
+class Taken(NamedTuple):
+    """The tensors of a checkpoint that a table is to consume, and what to say about the rest."""
+
+    tensors: dict[str, Any]
+    said: tuple[str, ...]
+
+
+def ema_name(name: str) -> str:
+    """Name of a parameter's moving average (`LitEma` deletes the dots)."""
+    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
+
+
+def take(tensors: StateDict, all_rows: list[table.Row], *, ema: bool = True) -> Taken:
+    """Names that rows can consume, averaged weights under their raw names, without `IGNORED`.
+
+    Names that nothing explains stay in: the table refuses them. ValueError if only some parameters
+    of the UNet have an average.
+    """
+    names = {row.torch for row in all_rows}
+    copies = {ema_name(name): name for name in names if ema_name(name) in tensors}
+    use = ema and bool(copies)
+    if use:
+        unet_names = sorted(n for n in names if n.startswith(UNET_PREFIX)) or sorted(names)
+        lacking = [f"missing {ema_name(n)}" for n in unet_names if ema_name(n) not in copies]
+        table.refuse(lacking, "its averaged weights are not whole (ema=False takes the raw ones)")
+    twins = {ema_name(name) for name in tensors}  # of losses too, which have no row
+    chosen: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    for name, x in tensors.items():
+        if use and name in copies:
+            chosen[copies[name]] = x
+        elif use and ema_name(name) in copies:
+            counts["raw weights"] += 1
+        elif name in twins:
+            counts["averaged weights"] += 1
+        elif name not in names and _twin(name) in tensors:
+            counts["second copy of the first stage"] += 1
+        elif (what := _ignored(name)) is not None:
+            counts[what] += 1
+        else:
+            chosen[name] = x
+    left = ", ".join(f"{what} ({n})" for what, n in counts.items())
+    said = (_choice(bool(copies), use), *([f"not needed: {left}"] if left else []))
+    return Taken(chosen, said)
+
+
+def _twin(name: str) -> str | None:
+    """Name in the first stage of what `__is_first_stage__` repeats under `cond_stage_model.`."""
+    if not name.startswith(COND_STAGE_PREFIX):
+        return None
+    return FIRST_STAGE_PREFIX + name.removeprefix(COND_STAGE_PREFIX)
+
+
+def _choice(has: bool, use: bool) -> str:
+    if not has:
+        return "takes the weights as they are: it holds no moving average beside them"
+    return f"takes {'the averaged' if use else 'the raw'} weights; it holds both"
+
+
+def _ignored(name: str) -> str | None:
+    """Which entry of `IGNORED` a name belongs to."""
+    return next((what for what, pattern in IGNORED if re.fullmatch(pattern, name)), None)

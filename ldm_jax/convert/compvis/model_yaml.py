@@ -1,0 +1,211 @@
+"""The `model` section of a CompVis YAML in our terms, and back.
+
+`target` strings are only compared by their last name: nothing is imported from them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from etils import epath
+
+from ldm_jax import schema
+from ldm_jax.convert.compvis import conditions, yaml_options
+from ldm_jax.convert.compvis.conditions import SCHEDULES
+from ldm_jax.schema import serialize
+
+MODEL = "ldm.models.diffusion.ddpm."
+
+REQUIRED = ("first_stage_config", "cond_stage_config", "unet_config")
+DEFAULTS = {
+    "linear_start": 1e-4,
+    "linear_end": 2e-2,
+    "timesteps": 1000,
+    "beta_schedule": "linear",
+    "parameterization": "eps",
+    "loss_type": "l2",
+    "l_simple_weight": 1.0,
+    "original_elbo_weight": 0.0,
+    "learn_logvar": False,
+    "logvar_init": 0.0,
+    "scale_factor": 1.0,
+    "scale_by_std": False,
+    "image_size": 256,
+    "concat_mode": True,
+    "conditioning_key": None,
+    "cond_stage_key": "image",
+    "cond_stage_trainable": False,
+    "low_scale_config": None,
+}
+FIXED = {
+    "clip_denoised": True,
+    "cosine_s": 8e-3,
+    "given_betas": None,
+    "num_timesteps_cond": 1,
+    "use_positional_encodings": False,
+}
+# Options that do not change what the model computes.
+IGNORED = (
+    *("channels", "ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "use_ema"),
+    *("log_every_t", "monitor", "reset_ema", "reset_num_ema_updates", "scheduler_config"),
+    *("bbox_key", "concat_keys", "depth_stage_config", "first_stage_key", "low_scale_key"),
+    *("masked_image_key", "noise_level_key", "c_concat_log_start", "c_concat_log_end"),
+    *("cond_stage_forward", "finetune_keys", "keep_finetune_dims", "ucg_training"),
+    *("split_input_params", "v_posterior"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, with `1e-4` a number, as OmegaConf reads it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+(?:[eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+    """The file's plain values. ValueError if it is not YAML with a `model` section."""
+    path = epath.Path(path)
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not YAML ({error})") from error
+    model = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(model, dict) or not {"target", "params"} <= set(model):
+        raise ValueError(f"{path}: has no `model` section with `target` and `params`")
+    return values
+
+
+def dumps(config: schema.LatentDiffusionConfig, scale: float) -> str:
+    """The YAML of a model: the section that the reference reads, and ours, exact, beside it."""
+    section = serialize.to_dict(config)
+    values = {
+        "model": model_options(config, scale),
+        "ldm_jax": {"format": serialize.FORMAT, "config": section},
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def first_stage_of(values: Mapping[str, Any]) -> schema.FirstStageModelConfig:
+    """The first stage in a YAML of its own (`AutoencoderKL`, `VQModel`) or of a whole model."""
+    params = conditions.params_of(values["model"])
+    if "first_stage_config" in params:
+        params = conditions.params_of(params["first_stage_config"])
+    return yaml_options.first_stage_config(params)
+
+
+def config_of(
+    values: Mapping[str, Any], shapes: Mapping[str, tuple] | None = None
+) -> tuple[schema.LatentDiffusionConfig, float | None, tuple[str, ...]]:
+    """What a YAML says: (config, latent scale or None for "in the checkpoint", guesses).
+
+    values: as `read` gives them; the section that `dumps` adds counts as long as the one of the
+        reference says the same.
+    shapes: the checkpoint's names -> shapes, which give the sizes of a CLIP text encoder.
+    Raises ValueError for what is unknown or not supported.
+    """
+    config, scale, guesses = model_config(values["model"], shapes or {})
+    ours = values.get("ldm_jax")
+    if isinstance(ours, dict) and ours.get("format", 0) <= serialize.FORMAT:
+        exact = serialize.from_dict(ours.get("config"), "ldm_jax.config")
+        if model_options(exact, 1.0 if scale is None else scale) == values["model"]:
+            return exact, scale, ()
+    return config, scale, guesses
+
+
+def model_config(
+    model: Mapping[str, Any], shapes: Mapping[str, tuple]
+) -> tuple[schema.LatentDiffusionConfig, float | None, tuple[str, ...]]:
+    """`config_of` for the section of the reference alone."""
+    kind = str(model["target"]).rpartition(".")[2]
+    if kind not in conditions.KINDS:
+        known = ", ".join(conditions.KINDS)
+        raise ValueError(f"model.target {model['target']!r} is not one of {known}")
+    values = yaml_options.read(
+        model["params"], "model", required=REQUIRED, optional=DEFAULTS, fixed=FIXED, ignored=IGNORED
+    )
+    unet = yaml_options.unet_config(conditions.params_of(values["unet_config"]))
+    if unet.linear_projection:  # Stable Diffusion 2.1 overflows without; the reference has it
+        unet = dataclasses.replace(unet, upcast_attention=True)  # in the environment
+    first_stage = yaml_options.first_stage_config(
+        conditions.params_of(values["first_stage_config"]), channels=unet.out_channels
+    )
+    guesses: list[str] = []
+    cond = conditions.cond_config(kind, values, unet, first_stage, shapes, guesses)
+    side = values["image_size"]
+    side = side[0] if isinstance(side, (list, tuple)) else side
+    config = schema.LatentDiffusionConfig(
+        first_stage, unet, cond, _diffusion(values), side * first_stage.downsample
+    )
+    return config, None if values["scale_by_std"] else float(values["scale_factor"]), (*guesses,)
+
+
+def model_options(config: schema.LatentDiffusionConfig, scale: float) -> dict[str, Any]:
+    """Inverse of `model_config`: the `model` section that the reference builds the model from.
+
+    What only changes training (min_snr_gamma, offset noise, dropped conditions) is left out.
+    ValueError for what the reference has no option for.
+    """
+    kind, cond = conditions.cond_options(config)
+    side = config.size // config.first_stage.downsample
+    noise = config.diffusion
+    if noise.zero_terminal_snr:
+        raise ValueError("zero_terminal_snr=True has no option in a CompVis YAML")
+    values = {
+        "linear_start": noise.beta_start,
+        "linear_end": noise.beta_end,
+        "timesteps": noise.timesteps,
+        "beta_schedule": {ours: theirs for theirs, ours in SCHEDULES.items()}[noise.schedule],
+        "parameterization": noise.prediction,
+        "loss_type": noise.loss,
+        "l_simple_weight": noise.simple_weight,
+        "original_elbo_weight": noise.elbo_weight,
+        "learn_logvar": noise.learn_logvar,
+        "logvar_init": noise.logvar_init,
+        "scale_factor": float(scale),
+    }
+    stage = {
+        "target": yaml_options.first_stage_target(config.first_stage),
+        "params": yaml_options.first_stage_options(config.first_stage),
+    }
+    unet = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": yaml_options.unet_options(config.unet, side),
+    }
+    params = {
+        **{name: x for name, x in values.items() if x != DEFAULTS[name] and x is not None},
+        "first_stage_key": "image",
+        "image_size": side,
+        "channels": config.first_stage.embed_dim,
+        "use_ema": False,
+        **cond,
+        "unet_config": unet,
+        "first_stage_config": stage,
+    }
+    return {"target": MODEL + kind, "params": params}
+
+
+def _diffusion(values: Mapping[str, Any]) -> schema.DiffusionConfig:
+    schedule, prediction = values["beta_schedule"], values["parameterization"]
+    if schedule not in SCHEDULES:
+        raise ValueError(f"model: beta_schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if prediction not in ("eps", "x0", "v"):
+        raise ValueError(f"model: parameterization={prediction!r} is not one of eps, x0, v")
+    betas = schedule != "cosine"
+    return schema.DiffusionConfig(
+        schedule=SCHEDULES[schedule],
+        timesteps=values["timesteps"],
+        beta_start=float(values["linear_start"]) if betas else None,
+        beta_end=float(values["linear_end"]) if betas else None,
+        prediction=prediction,
+        loss=values["loss_type"],
+        simple_weight=float(values["l_simple_weight"]),
+        elbo_weight=float(values["original_elbo_weight"]),
+        learn_logvar=values["learn_logvar"],
+        logvar_init=float(values["logvar_init"]),
+    )

@@ -1,0 +1,17 @@
+"""Models in folders of diffusers."""
+
+from ldm_jax.convert.diffusers.folder import (
+    first_stage_scale,
+    load,
+    load_first_stage,
+    load_text_encoder,
+    load_unet,
+)
+
+__all__ = [
+    "first_stage_scale",
+    "load",
+    "load_first_stage",
+    "load_text_encoder",
+    "load_unet",
+]

@@ -1,0 +1,181 @@
+"""Components of a diffusers folder: what their parameters are called, and the files with them."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from ldm_jax import schema
+from ldm_jax.convert import table, text_tables
+from ldm_jax.convert.diffusers import tables
+from ldm_jax.convert.formats import files
+from ldm_jax.models import autoencoder, bert, clip, unet
+from ldm_jax.runtime import cli
+
+MOST_JSON = 2**24
+TextConfig = schema.CLIPTextConfig | schema.BERTTextConfig
+
+# Names of weight files before variant and suffix, by suffix, the preferred first.
+STEMS = {
+    "safetensors": ("diffusion_pytorch_model", "model"),
+    "bin": ("diffusion_pytorch_model", "pytorch_model"),
+    "msgpack": ("diffusion_flax_model", "flax_model"),
+}
+# Tensors of a text encoder that its output does not depend on.
+UNUSED = ("embeddings.position_ids", "text_model.embeddings.position_ids", "text_projection.weight")
+
+
+class Part(NamedTuple):
+    """Shapes of a part's parameters, and the table of a file with these names."""
+
+    shapes: dict
+    rows: Callable[[Iterable[str] | None], list[table.Row]]
+    """None stands for the names that we write."""
+
+
+def of_model(config: schema.LatentDiffusionConfig) -> dict[str, Part]:
+    """Our name -> part, of all parts that have parameters."""
+    text = schema.text_of(config.cond)
+    found = {
+        "unet": unet_part(config.unet),
+        "first_stage": first_stage_part(config.first_stage),
+        "cond_stage": None if text is None else text_part(text.encoder),
+    }
+    return {kind: Part({}, lambda names: []) if x is None else x for kind, x in found.items()}
+
+
+def unet_part(config: schema.UNetConfig) -> Part:
+    """Of `UNet2DConditionModel` or `UNet2DModel`."""
+    module = unet.from_config(config)
+    return _plain_part(_shapes(module, *unet.example_inputs(module)))
+
+
+def first_stage_part(config: schema.FirstStageModelConfig) -> Part:
+    """Of `AutoencoderKL` or `VQModel`; without parameters for none."""
+    module = autoencoder.from_config(config)
+    return _plain_part(_shapes(module, *autoencoder.example_inputs(module)))
+
+
+def _plain_part(shapes: dict) -> Part:
+    return Part(shapes, lambda names: tables.rows(shapes, tables.has_old_names(names or ())))
+
+
+def text_part(config: TextConfig) -> Part:
+    """Of transformers' CLIPTextModel or diffusers' LDMBertModel."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    if isinstance(config, schema.BERTTextConfig):
+        shapes = _shapes(bert.from_config(config), ids)
+        return Part(shapes, lambda names: text_tables.ldm_bert(config))
+    shapes = _shapes(clip.text_from_config(config), ids)
+
+    def rows(names: Iterable[str] | None) -> list[table.Row]:
+        """transformers 5 writes the names without the `text_model.` that all before had."""
+        found = text_tables.clip_text(config)
+        if names is None or any(name.startswith("text_model.") for name in names):
+            return found
+        return [row._replace(torch=row.torch.removeprefix("text_model.")) for row in found]
+
+    return Part(shapes, rows)
+
+
+def _shapes(module: Any, *inputs: Any) -> dict:
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
+
+
+def torch_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """Names that we write, and their shapes."""
+    return {k: tuple(x.shape) for k, x in table.to_torch(part.rows(None), part.shapes).items()}
+
+
+def params(
+    folder: epath.Path,
+    part: Part,
+    variant: str | None,
+    dtype: Any,
+    place: table.Place | None = None,
+    shapes_only: bool = False,
+) -> dict:
+    """The parameters in a component's folder: PyTorch's or Flax's, in one file or several.
+
+    place: as in `table.from_torch`; shapes_only: as in `diffusers.load`.
+    Raises ValueError that names the file and what does not fit.
+    """
+    path = weights(folder, variant)
+    found, info = files.open_state_dict(path)
+    if info.format == "msgpack":
+        found = {name.removeprefix("params/"): x for name, x in found.items()}
+        rows = tables.flax_rows(part.shapes)
+    else:
+        unused = [name for name in UNUSED if name in found]
+        if unused:
+            cli.say(f"{path}: left out, as it computes nothing: {', '.join(unused)}")
+        found = {name: x for name, x in found.items() if name not in unused}
+        rows = part.rows(found)
+    if shapes_only:
+        found = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
+    return table.from_torch(rows, found, part.shapes, dtype=dtype, place=place, where=str(path))
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def weights(folder: epath.Path, variant: str | None = None) -> epath.Path:
+    """The file or index with the weights of a component; the plain one if it lacks the variant.
+
+    FileNotFoundError names what is there instead.
+    """
+    for name in [*(names(variant) if variant else []), *names(None)]:
+        if (folder / name).exists():
+            return folder / name
+    held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    raise FileNotFoundError(
+        f"{folder}: has no weights of variant={variant}, of {', '.join(held) or 'no files'};"
+        " variant is what stands before or after the suffix, fp16 in model.fp16.safetensors"
+    )
+
+
+def check_variant(folders: list[epath.Path], variant: str | None) -> None:
+    """ValueError for what is no part of a name, FileNotFoundError if no component has it."""
+    if variant is None:
+        return
+    if not variant.isprintable() or set(variant) & set("/\\:."):
+        raise ValueError(f"variant={variant!r} is no part of a file's name")
+    if not any((folder / name).exists() for folder in folders for name in names(variant)):
+        raise FileNotFoundError(
+            f"{folders[0].parent}: has no weights of variant={variant} in"
+            f" {', '.join(folder.name for folder in folders)}"
+        )
+
+
+def names(variant: str | None) -> list[str]:
+    """File names of a variant, as the versions of diffusers and transformers write them."""
+    dot = f".{variant}" if variant else ""
+    found = [
+        name
+        for suffix, stems in STEMS.items()
+        for stem in stems
+        for name in (
+            f"{stem}{dot}.{suffix}",
+            f"{stem}.{suffix}.index{dot}.json",
+            f"{stem}{dot}.{suffix}.index.json",
+        )
+    ]
+    return list(dict.fromkeys(found))
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """ValueError if the file is not a JSON object, FileNotFoundError if there is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist")
+    if path.stat().length > MOST_JSON:
+        raise ValueError(f"{path}: is larger than any such file ({MOST_JSON} bytes)")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is no JSON object")
+    return content

@@ -1,0 +1,226 @@
+"""A model as a folder that diffusers loads: every component with its config, and the index."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from ldm_jax import bundle, schema
+from ldm_jax.convert import table
+from ldm_jax.convert.diffusers import components, part_configs, scheduler_config
+from ldm_jax.convert.diffusers.unet_config import unet_options
+from ldm_jax.convert.formats import safetensors_file as safetensors
+from ldm_jax.data import tokens
+from ldm_jax.runtime import checkpoint
+
+INDEX = "model_index.json"
+# Old versions are told from new ones by it; any from 0.9 on says that sizes are meant as written.
+VERSION = {"_diffusers_version": "0.39.0"}
+WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "text": "model.safetensors"}
+
+INPAINT = schema.InpaintCondConfig(order="mask_image", mask_range=(0.0, 1.0), fill=0.0)
+# The upscaling pipeline divides by this, whatever the folder says.
+UPSCALE_SCALE = 0.08333
+UNCHECKED = ("safety_checker", "feature_extractor")
+
+
+class Pipeline(NamedTuple):
+    """A pipeline of diffusers: what it calls its parts, and what it may lack."""
+
+    name: str
+    first_stage: str | None = "vae"
+    text: str | None = "text_encoder"
+    absent: tuple[str, ...] = ()
+    options: Mapping[str, Any] = {}
+
+
+def save(
+    model: bundle.LatentDiffusion,
+    folder: epath.PathLike,
+    *,
+    dtype: Any = None,
+    tokenizer: tokens.Tokenizer | None = None,
+) -> None:
+    """Writes the folder of the pipeline that samples this model, which must not be there yet.
+
+    dtype: of the weights; None keeps that of the parameters.
+    tokenizer: for a model of text that has none.
+    The text encoder of Stable Diffusion 2 loses its last layer, which nothing reads: diffusers has
+    it without. A depth estimator is not part of the model, so the depth pipeline of diffusers wants
+    one when it loads the folder (`depth_estimator=...`).
+    ValueError names what no pipeline of diffusers has; FileExistsError if something is in the way.
+    """
+    folder = checkpoint.absolute(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: is there already and not empty; choose another name")
+    config, params = _with_last_layer(model.config, model.params)
+    pipeline, options = _pipeline(config, model.latent_scale), _options(config, model.latent_scale)
+    text, tokenizer = schema.text_of(config.cond), tokenizer or model.tokenizer
+    _check_tokenizer(text, tokenizer, str(folder))
+    written = _written(pipeline)
+    for kind, tensors in _tensors(config, params, written, dtype).items():
+        name = written[kind]
+        _write_json(folder / name / "config.json", options[kind])
+        path = folder / name / WEIGHTS["text" if kind == "cond_stage" else "diffusers"]
+        safetensors.write(path, tensors, {"format": "pt"})
+    index = {name: _library(kind, options[kind]) for kind, name in written.items()}
+    for name, content in _schedulers(config).items():
+        _write_json(folder / name / "scheduler_config.json", content)
+        index[name] = ["diffusers", content["_class_name"]]
+    if text is not None:
+        index["tokenizer"] = ["transformers", _write_tokenizer(folder / "tokenizer", tokenizer)]
+    index |= {name: [None, None] for name in pipeline.absent} | dict(pipeline.options)
+    # last: without it, what a broken run leaves is not taken for a model
+    _write_json(folder / INDEX, {"_class_name": pipeline.name, **VERSION, **index})
+
+
+def check(model: bundle.LatentDiffusion) -> int:
+    """How many tensors `save` would write; ValueError as there. The parameters may be shapes."""
+    config, params = _with_last_layer(model.config, model.params)
+    pipeline = _pipeline(config, model.latent_scale)
+    _options(config, model.latent_scale)
+    _check_tokenizer(schema.text_of(config.cond), model.tokenizer, pipeline.name)
+    found = _tensors(config, params, _written(pipeline), None)
+    return sum(len(tensors) for tensors in found.values())
+
+
+def _check_tokenizer(text: Any, tokenizer: tokens.Tokenizer | None, where: str) -> None:
+    if text is not None and not isinstance(tokenizer, tokens.FileTokenizer):
+        raise ValueError(
+            f"{where}: a tokenizer of CLIP or BERT is needed, and the model has"
+            f" {'none' if tokenizer is None else type(tokenizer).__name__}: give one"
+        )
+
+
+def _tensors(
+    config: schema.LatentDiffusionConfig, params: dict, kinds: Iterable[str], dtype: Any
+) -> dict[str, dict[str, Any]]:
+    """Names and tensors of each part that is written."""
+    parts = components.of_model(config)
+    return {
+        kind: table.to_torch(parts[kind].rows(None), params[kind], dtype=dtype, lazy=True)
+        for kind in kinds
+    }
+
+
+def _pipeline(config: schema.LatentDiffusionConfig, scale: float) -> Pipeline:
+    """The pipeline for this model; ValueError if there is none."""
+    first, cond = config.first_stage, config.cond
+    kl = isinstance(first, schema.AutoencoderKLConfig)
+    stable = kl and isinstance(
+        getattr(schema.text_of(cond), "encoder", None), schema.CLIPTextConfig
+    )
+    match cond:
+        case None if isinstance(first, schema.IdentityFirstStageConfig):
+            return Pipeline("DDIMPipeline", None, None)
+        case None:
+            return Pipeline("LDMPipeline", "vqvae", None)
+        case schema.SuperResCondConfig():
+            if scale != 1:
+                raise ValueError(
+                    f"latent_scale={scale}: LDMSuperResolutionPipeline of diffusers has 1 only"
+                )
+            return Pipeline("LDMSuperResolutionPipeline", "vqvae", None)
+        case schema.TextCondConfig() if not stable:
+            return Pipeline("LDMTextToImagePipeline", "vqvae", "bert")
+        case schema.TextCondConfig():
+            return Pipeline(
+                "StableDiffusionPipeline",
+                absent=(*UNCHECKED, "image_encoder"),
+                options={"requires_safety_checker": False},
+            )
+        case schema.HybridCondConfig() if stable and cond.concat == INPAINT:
+            return Pipeline(
+                "StableDiffusionInpaintPipeline",
+                absent=(*UNCHECKED, "image_encoder"),
+                options={"requires_safety_checker": False},
+            )
+        case schema.HybridCondConfig(concat=schema.DepthCondConfig()) if stable:
+            return Pipeline(
+                "StableDiffusionDepth2ImgPipeline", absent=("depth_estimator", "feature_extractor")
+            )
+        case schema.HybridCondConfig(concat=schema.UpscaleCondConfig()) if stable:
+            if scale != UPSCALE_SCALE:
+                raise ValueError(
+                    f"latent_scale={scale}: StableDiffusionUpscalePipeline of diffusers has"
+                    f" {UPSCALE_SCALE} only"
+                )
+            return Pipeline(
+                "StableDiffusionUpscalePipeline",
+                absent=(*UNCHECKED, "watermarker"),
+                options={"max_noise_level": cond.concat.max_noise_level},
+            )
+    raise ValueError(
+        f"no pipeline of diffusers has {type(cond).__name__} on {type(first).__name__}: {cond}"
+    )
+
+
+def _written(pipeline: Pipeline) -> dict[str, str]:
+    """Our part -> the pipeline's name for it, of those that it has."""
+    names = {"unet": "unet", "first_stage": pipeline.first_stage, "cond_stage": pipeline.text}
+    return {kind: name for kind, name in names.items() if name is not None}
+
+
+def _options(config: schema.LatentDiffusionConfig, scale: float) -> dict[str, dict[str, Any]]:
+    """`config.json` of each part."""
+    first, text = config.first_stage, schema.text_of(config.cond)
+    found = {"unet": VERSION | unet_options(config.unet, config.size // first.downsample)}
+    if not isinstance(first, schema.IdentityFirstStageConfig):
+        options = part_configs.first_stage_options(first, scale, config.size)
+        found["first_stage"] = VERSION | options
+    if text is not None:
+        found["cond_stage"] = part_configs.text_options(text.encoder)
+    return found
+
+
+def _library(kind: str, options: dict[str, Any]) -> list[str]:
+    """The index's entry for a component."""
+    if kind != "cond_stage":
+        return ["diffusers", options["_class_name"]]
+    name = options["architectures"][0]
+    return ["latent_diffusion" if name == "LDMBertModel" else "transformers", name]
+
+
+def _schedulers(config: schema.LatentDiffusionConfig) -> dict[str, dict[str, Any]]:
+    found = {"scheduler": scheduler_config.scheduler_options(config.diffusion, config.sampling)}
+    beside = getattr(config.cond, "concat", None)
+    if isinstance(beside, schema.UpscaleCondConfig):
+        found["low_res_scheduler"] = scheduler_config.low_res_scheduler_options(beside)
+    return {name: VERSION | content for name, content in found.items()}
+
+
+def _with_last_layer(
+    config: schema.LatentDiffusionConfig, params: dict
+) -> tuple[schema.LatentDiffusionConfig, dict]:
+    """The model with the text encoder cut off after the layer that gives the context."""
+    text = schema.text_of(config.cond)
+    if getattr(getattr(text, "encoder", None), "layer", "last") == "last":
+        return config, params
+    encoder = text.encoder
+    short = dataclasses.replace(encoder, num_layers=encoder.num_layers - 1, layer="last")
+    short_text = dataclasses.replace(text, encoder=short)
+    hybrid = isinstance(config.cond, schema.HybridCondConfig)
+    cond = dataclasses.replace(config.cond, text=short_text) if hybrid else short_text
+    model = params["cond_stage"]["text_model"]
+    layers = dict(model["encoder"]["layers"])
+    del layers[str(encoder.num_layers - 1)]
+    model = {**model, "encoder": {"layers": layers}}
+    return dataclasses.replace(config, cond=cond), {**params, "cond_stage": {"text_model": model}}
+
+
+def _write_tokenizer(folder: epath.Path, tokenizer: tokens.FileTokenizer) -> str:
+    """The tokenizer's class. Its config says how long texts are, which its own files may not."""
+    tokenizer.save(folder)
+    path = folder / tokens.CONFIG
+    content = components.read_json(path) if path.exists() else {}
+    kind = "BertTokenizer" if (folder / "vocab.txt").exists() else "CLIPTokenizer"
+    content = {"tokenizer_class": kind, **content, "model_max_length": tokenizer.max_length}
+    _write_json(path, content)
+    return content["tokenizer_class"].removesuffix("Fast")
+
+
+def _write_json(path: epath.Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

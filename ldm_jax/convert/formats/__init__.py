@@ -1,0 +1,1 @@
+"""Checkpoint files of every format as flat state dicts, read lazily and without running code."""

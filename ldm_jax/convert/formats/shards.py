@@ -1,0 +1,73 @@
+"""Tensors in several files, listed by an index: `*.safetensors.index.json`, `*.bin.index.json`."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm_jax.convert.formats import tensors
+from ldm_jax.convert.formats.tensors import LazyTensor
+
+MAX_INDEX = 16 * 2**20  # bytes
+
+
+def read(
+    index_path: str | os.PathLike, read_file: Callable[[Path], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """All tensors of the files that the index names, each read by `read_file`.
+
+    Raises ValueError for files outside of the index's folder, and where index and files disagree
+    on which tensor lies where; FileNotFoundError for a file that is missing.
+    """
+    index = tensors.file(index_path)
+    with tensors.refusals(index.path):
+        if index.size > MAX_INDEX:
+            raise ValueError(f"an index of {index.size} bytes; {MAX_INDEX} are the most")
+        content = json.loads(index.read(0, index.size).decode("utf-8"), object_pairs_hook=unique)
+        places = content["weight_map"]
+        if type(places) is not dict or any(type(name) is not str for name in places.values()):
+            raise ValueError("its weight_map is not a file for each tensor")
+        files = {name: _inside(Path(index.path).parent, name) for name in set(places.values())}
+    found: dict[str, LazyTensor] = {}
+    for name, path in sorted(files.items()):
+        part = read_file(path)
+        listed = {tensor for tensor, place in places.items() if place == name}
+        _same(path, listed, set(part), index.path)
+        found |= part
+    return {name: found[name] for name in places}
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder / name`. ValueError if that is not a file of the folder itself.
+
+    A Hugging Face cache has symbolic links from snapshots/REVISION to blobs/ beside it; those are
+    inside too.
+    """
+    if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
+        raise ValueError(f"it names the file {name[:200]!r}, which is not one of its folder")
+    path, folder = folder / name, folder.resolve()
+    inside = [folder]
+    inside += [p.parent / "blobs" for p in (folder, *folder.parents) if p.name == "snapshots"]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: the index beside it names it")
+    if path.resolve().parent not in inside:
+        raise ValueError(f"{name} is a link to {path.resolve()}, out of its folder")
+    return path
+
+
+def _same(path: Path, listed: set[str], present: set[str], index: str) -> None:
+    """ValueError unless the file holds what the index says; so no tensor stands in two files."""
+    for what, names in (("lacks", listed - present), ("also holds", present - listed)):
+        if names:
+            some = ", ".join(name[:200] for name in sorted(names)[:5])
+            raise ValueError(f"{path} {what} {some} ({len(names)} in all), other than {index} says")
+
+
+def unique(pairs: list) -> dict:
+    """A JSON object; ValueError if it has a name twice."""
+    found: dict = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:200]!r} stands there twice")
+        found[name] = value
+    return found

@@ -1,0 +1,294 @@
+"""The endless stream of training rows: row i is a function of (seed, i) alone.
+
+Epochs reshuffle, every row has its own random generator, and a record that cannot be decoded is
+replaced by the next one that can: nothing depends on what was read before, where, or how far ahead.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from ldm_jax import schema
+from ldm_jax.data import cache, transforms
+from ldm_jax.data.record_cache import RecordCache
+from ldm_jax.data.sources import Source, open_source
+from ldm_jax.runtime import processes, storage
+
+LOG = logging.getLogger(__name__)
+
+Row = dict[str, np.ndarray]
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+class Made(NamedTuple):
+    """A row, the records that could not be decoded on the way to it, as (index, reason), and its
+    own record."""
+
+    row: Row
+    bad: tuple[tuple[int, str], ...]
+    record: int
+
+
+class Stream:
+    """Rows by index, without end. Made by `stream`; stays in the main process.
+
+    batch_size   rows in a global batch
+    source       the records
+    spec         {name: (shape, dtype)} of the arrays of a row
+    made         Grain dataset of `Made`, for reading ahead; hand what it gives to `accept`
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: schema.DataConfig,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        tokenizer: Any = None,
+    ):
+        self.source, self.config, self.batch_size = source, config, batch_size
+        # encoded here once: fast tokenizers set their padding at the first call, and threads follow
+        null = None if tokenizer is None else tokenizer.encode([""])[0]
+        self.spec = _spec(source, config, null)
+        # Two seeds, hashed: Grain shuffles epoch e with seed + e, so runs with neighbouring seeds
+        # would otherwise share their orders.
+        shuffle_seed, row_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+        records = grain.MapDataset.range(len(source))
+        if train and config.shuffle:
+            records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
+        make = MakeRow(source, config, train, tokenizer, null)
+        self.made = records.repeat().random_map(make, seed=row_seed)
+        self._bad: set[int] = set()
+        self._agreed: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def num_records(self) -> int:
+        """Records in an epoch."""
+        return len(self.source)
+
+    @property
+    def bad_records(self) -> int:
+        """Records that could not be decoded, each counted once, since the process started.
+
+        Of several processes those that all knew of at the last `agree`: the same number on each.
+        """
+        return len(self._bad if jax.process_count() == 1 else self._agreed)
+
+    def agree(self) -> None:
+        """Every process learns what the others could not decode; all of them call this.
+
+        RuntimeError, on all alike, if together they are more than `max_bad_records`.
+        """
+        with self._lock:
+            mine = set(self._bad)
+        self._agreed = processes.union(mine)
+        if self._agreed:
+            name = self.source.describe(max(self._agreed))
+            check_limit(len(self._agreed), name, self.config)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` >= 0, decoded now.
+
+        RuntimeError after more than `max_bad_records` undecodable records; ValueError for an image
+        that is too small, a map of another size, a label out of range. All name the record.
+        """
+        return self.accept(self.made[index])
+
+    def caption(self, index: int) -> str:
+        """The caption of the record that row `index` was made of."""
+        return self.source[self.made[index].record]["caption"]
+
+    def accept(self, made: Made) -> Row:
+        """The row; undecodable records met on the way to it are reported and counted, once each.
+
+        Here rather than where they are met, so that threads and worker processes count alike.
+        """
+        for index, reason in made.bad:
+            with self._lock:
+                known = index in self._bad
+                self._bad.add(index)
+            if not known:
+                name = self.source.describe(index)
+                LOG.warning("%s cannot be decoded; the next one replaces it (%s)", name, reason)
+                check_limit(len(self._bad), name, self.config)
+        return made.row
+
+
+def stream(
+    config: schema.DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    split: Literal["train", "eval"] = "train",
+    tokenizer: Any = None,
+    cached: str = "",
+) -> Stream:
+    """The rows of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
+
+    With a `tokenizer` (`tokens.load_tokenizer`) captions become `tokens` int32 [L], and every row
+    has `null_tokens` int32 [L], those of the empty text. With `cached`, the path of a latent cache
+    of the same data, rows have `mean` and `logvar` [h, w, z] instead of `image`; order, mirroring
+    and all else stay. Errors as from `sources.open_source`; ValueError also for a value out of
+    range, for a tokenizer without captions, and for a cache of other data.
+    """
+    check(config, batch_size, seed)
+    if cached:
+        cache.check(cached, config)
+    source = cache.CacheSource(cached, split) if cached else open_source(config, split)
+    if tokenizer is not None and "caption" not in source.features:
+        raise ValueError(
+            "text conditioning needs captions, but the data have none: set"
+            " data.source.captions of a folder, or data.source.caption_key of a TFDS dataset"
+        )
+    return Stream(source, config, batch_size, seed, split == "train", tokenizer)
+
+
+def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
+    """ValueError for a number that is out of range."""
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("data.size", config.size, 1),
+        ("data.threads", config.threads, 0),
+        ("data.workers", config.workers, 0),
+        ("data.read_ahead", config.read_ahead, 1),
+        ("data.max_bad_records", config.max_bad_records, 0),
+        ("data.keep_mib", config.keep_mib, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}")
+    low, high = config.crop_range
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_range is {low} {high}, but 0 < low <= high <= 1 is needed")
+
+
+class Decoded(NamedTuple):
+    """A record before anything is drawn: its images as `transforms.settle` left them (None for a
+    record of a latent cache), all else of it, its number, and `Made.bad`."""
+
+    images: transforms.Images | None
+    rest: dict[str, Any]
+    record: int
+    bad: tuple[tuple[int, str], ...] = ()
+
+    def size(self) -> int:
+        """Bytes in memory."""
+        arrays = sum(a.nbytes for a in self.rest.values() if isinstance(a, np.ndarray))
+        return arrays + (0 if self.images is None else transforms.size_in_memory(self.images))
+
+
+class MakeRow:
+    """Record -> row; pickled into worker processes, which keep a part of `keep_mib` each."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: schema.DataConfig,
+        train: bool,
+        tokenizer: Any = None,
+        null_tokens: np.ndarray | None = None,
+    ):
+        self.source, self.config, self.train = source, config, train
+        self.tokenizer, self.null_tokens = tokenizer, null_tokens
+        self.kept = RecordCache(config.keep_mib * 2**20 // max(1, config.workers))
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Made:
+        """`rng` augments, if this trains."""
+        rng = rng if self.train else None
+        decoded = self.kept.get(index)
+        if decoded is None:
+            decoded = self._decode(index)
+            if not decoded.bad:
+                self.kept.put(index, decoded, decoded.size())
+        with self._naming(decoded.record):
+            if decoded.images is None:
+                row = cache.to_row(decoded.rest, self.config.flip, rng)
+            else:
+                row = transforms.to_row(decoded.images, self.config, rng)
+            if self.source.num_classes is not None:
+                row["label"] = _label(decoded.rest["label"], self.source.num_classes)
+            if self.tokenizer is not None:
+                row["tokens"] = self.tokenizer.encode([decoded.rest["caption"]])[0]
+                row["null_tokens"] = self.null_tokens
+        return Made(row, decoded.bad, decoded.record)
+
+    def _decode(self, index: int) -> Decoded:
+        """Record `index`, or the next one in the source's order that can be decoded."""
+        if "mean" in self.source.features:
+            return Decoded(None, read(self.source, index), index)
+        bad: list[tuple[int, str]] = []
+        while True:
+            record = read(self.source, index)
+            try:
+                with self._naming(index):
+                    images = transforms.decode(record, self.config.channels)
+                    images = transforms.settle(images, self.config, self.train)
+            except transforms.UndecodableError as error:
+                name = self.source.describe(index)
+                bad.append((index, str(error)))
+                check_limit(len(bad), name, self.config)
+                if len(bad) == len(self.source):
+                    raise RuntimeError(
+                        f"not one record can be decoded; the last: {name}"
+                    ) from error
+                index = (index + 1) % len(self.source)
+            else:
+                rest = {name: value for name, value in record.items() if name not in images}
+                return Decoded(images, rest, index, tuple(bad))
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Puts the record's name before what is wrong with it."""
+        try:
+            yield
+        except transforms.UndecodableError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.source.describe(index)}: {error}") from error
+
+
+def read(source: Source, index: int) -> dict[str, Any]:
+    """Record `index`, read again where the storage fails for a while."""
+    return storage.retried(lambda: source.describe(index), lambda: source[index])
+
+
+def _label(label: int, num_classes: int) -> np.ndarray:
+    if not 0 <= label < num_classes:
+        raise ValueError(
+            f"label {label} is not in 0..{num_classes - 1}: does the split have labels?"
+        )
+    return np.int32(label)
+
+
+def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | None) -> Spec:
+    side = (config.size, config.size)
+    latent = getattr(source, "latent_shape", None)  # of a cache
+    spec = {
+        "image": ((*side, config.channels), np.dtype(np.float32)),
+        **{name: (latent, np.dtype(np.float32)) for name in cache.MOMENTS},
+        "label": ((), np.dtype(np.int32)),
+        "segmentation": (side, np.dtype(np.int32)),
+        "mask": ((*side, 1), np.dtype(np.float32)),
+    }
+    spec = {name: value for name, value in spec.items() if name in source.features}
+    if null_tokens is not None:
+        for name in ("tokens", "null_tokens"):
+            spec[name] = (null_tokens.shape, null_tokens.dtype)
+    return spec
+
+
+def check_limit(count: int, name: str, config: schema.DataConfig) -> None:
+    """RuntimeError if `count` undecodable records are too many; `name` is the last of them."""
+    if count > config.max_bad_records:
+        raise RuntimeError(
+            f"{count} records cannot be decoded, the last: {name}; repair or remove them, or raise "
+            f"data.max_bad_records ({config.max_bad_records})"
+        )

@@ -1,0 +1,1 @@
+"""Images beyond the training size: windows of the model, tiles of the first stage."""

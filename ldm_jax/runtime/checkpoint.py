@@ -1,0 +1,403 @@
+"""Checkpoints that resume a run and snapshots that sample, written by Orbax: whole or not at all.
+
+    RUN/checkpoints/STEP/{params, ema_params, opt_state, ..., meta}    each part restorable alone
+    RUN/snapshots/STEP/{params, meta}                                  weights to sample with
+    RUN/damaged/STEP                                                   could not be restored
+
+Every process of a run calls these functions together.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ldm_jax import sharding
+from ldm_jax.runtime import checksums, cli, processes, storage
+from ldm_jax.runtime.checkpoint_manager import Manager
+
+DRAFT = ".orbax-checkpoint-tmp"  # in the name of a folder that is not complete yet
+PACKED = 0.9  # of the bytes of weights are left when they are compressed
+FORMAT = 1  # of checkpoints, snapshots and frozen parts; a reader refuses a newer one
+SMALL = ("step", "bad_steps", "skips")  # fields of a state that are kept in its meta
+
+
+class DamagedError(ValueError):
+    """What was saved cannot be read back as it was."""
+
+
+def manager(run: epath.PathLike, max_to_keep: int | None = None, max_failed: int = 0) -> Manager:
+    """Writer of RUN/checkpoints, in the background; `close()` waits for what is under way.
+
+    Says which folders an interrupted write left in the run, and removes them. `max_failed` saves in
+    a row may fail before `save` raises.
+    """
+    run = absolute(run)
+    _drop_drafts(run)
+    return Manager(run / "checkpoints", max_to_keep, max_failed)
+
+
+def saved_steps(source: epath.PathLike | Manager) -> list[int]:
+    """Steps of a run (or its manager) with a complete checkpoint, oldest first."""
+    return _steps(_folder(source))
+
+
+def latest_step(source: epath.PathLike | Manager) -> int | None:
+    """Step of the newest checkpoint, or None."""
+    return max(saved_steps(source), default=None)
+
+
+def save(manager: Manager, state: Any, meta: Mapping[str, Any], *, final: bool = False) -> bool:
+    """Saves a state dataclass with `meta` (JSON values); False if its step is saved already.
+
+    Returns when the arrays are copied off the device, so the state may be donated. ValueError if
+    a number is not finite, naming its part: nothing is written then. False also if there is no
+    room or the former write has failed, as long as the manager's `max_failed` allows it; OSError
+    if it does not, or if this save is `final`.
+    """
+    step = int(state.step)
+    if processes.any_of(step in saved_steps(manager)):
+        return False
+    parts = _parts(state)
+    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    manager.remove_drafts()
+    free = storage.free_bytes(manager.directory)
+    if processes.any_of(free is not None and free < PACKED * needed):
+        manager.fail(step, needed, "the disk is full", final)
+        return False
+    sums = checksums.of_parts(parts, f"{manager.directory}/{step}")
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
+    small = {n: jax.tree.map(lambda x: np.asarray(x).tolist(), getattr(state, n)) for n in SMALL}
+    header = checksums.sealed({**_header(), **meta, **small, "checksums": sums})
+    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
+    return manager.begin(step, needed, args)
+
+
+def resume(manager: Manager, abstract: Any) -> Any | None:
+    """The state of the newest checkpoint that is whole, as `restore` gives it; None without any.
+
+    Newer ones that are damaged are moved to RUN/damaged once an older one has been restored, and
+    said. If none can be restored nothing is moved: `DamagedError`, never a fresh start. Other
+    errors as from `restore`. Process 0 tells the others which steps there are.
+    """
+    damaged: list[tuple[int, DamagedError]] = []
+    for step in reversed(processes.broadcast_from_first(saved_steps(manager))):
+        try:
+            state = restore(manager, abstract, step)
+        except DamagedError as error:
+            damaged.append((step, error))
+            continue
+        for bad, error in damaged:
+            cli.say(f"{error}; moved to {_set_aside(manager, bad)}")
+        if damaged:
+            cli.say(f"{manager.directory}: going on from step {step}, later steps are made again")
+        return state
+    if damaged:
+        older = ", nor any older one" if len(damaged) > 1 else ", and there is no older one"
+        raise DamagedError(f"{damaged[0][1]}{older}: bring back a copy, or begin in a new run")
+    return None
+
+
+def restore(source: epath.PathLike | Manager, abstract: Any, step: int | None = None) -> Any:
+    """The state of `step` (default: the newest), every array as `abstract` has it sharded.
+
+    `abstract` is a state of arrays or of ShapeDtypeStructs with shardings; the mesh may differ
+    from that of the run that saved. FileNotFoundError if there is no such checkpoint, DamagedError
+    if one of its processes cannot read it whole, ValueError if it is from a newer version or of
+    another model, OSError if the storage fails: all name its folder.
+    """
+    folder = _step_folder(_folder(source), step)
+    wanted = _parts(abstract)
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        meta = read_meta(folder)
+        if str(meta["step"]) != folder.name:
+            raise _damaged(folder, ValueError(f"its meta is that of step {meta['step']}"))
+        if sorted(wanted) != sorted(meta["checksums"]):
+            raise ValueError(
+                f"{folder}: holds {', '.join(sorted(meta['checksums']))}, but this configuration"
+                f" has {', '.join(sorted(wanted))}: resume with the config that the run was"
+                " started with"
+            )
+        return meta, {name: _read(folder, name, tree) for name, tree in wanted.items()}
+
+    meta, restored = processes.on_all(str(folder), read, DamagedError)
+    for name, tree in restored.items():  # over all processes, so all find the same
+        _check_sum(folder, name, tree, meta)
+    for name in SMALL:
+        like = getattr(abstract, name)
+        if name in meta:
+            restored[name] = jax.tree.map(_placed, like, meta[name])
+        else:  # of a version that did not have it
+            restored[name] = jax.tree.map(lambda x: _placed(x, np.zeros(x.shape)), like)
+    return dataclasses.replace(abstract, **restored)
+
+
+def _placed(like: Any, value: Any) -> jax.Array:
+    value = np.asarray(value, like.dtype).reshape(like.shape)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda i: value[i])
+
+
+def restore_parts(
+    source: epath.PathLike | Manager, step: int | None, parts: Sequence[str]
+) -> dict[str, Any]:
+    """{part: tree of host arrays}; a part that the state held empty comes back as {}."""
+    folder = _step_folder(_folder(source), step)
+    with _remedy():
+        meta = read_meta(folder)
+        held = meta["checksums"]
+        return {name: read_tree(folder, name, meta) if name in held else {} for name in parts}
+
+
+@contextlib.contextmanager
+def _remedy() -> Iterator[None]:
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"{error}; give another step, or bring back a copy") from error
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+def save_snapshot(
+    run: epath.PathLike, step: int, params: dict, model: Mapping[str, Any]
+) -> epath.Path:
+    """Writes weights and the model section of the config (as JSON values) to RUN/snapshots/STEP.
+
+    A snapshot that is there already stays: a run that resumes makes the same one again. ValueError
+    if a weight is not finite.
+    """
+    folder = absolute(run) / "snapshots" / str(step)
+    if not processes.any_of(is_complete(folder)):
+        write_folder(folder, params, {"step": step, "model": model})
+    return folder
+
+
+def snapshot_steps(run: epath.PathLike) -> list[int]:
+    """Steps of a run with a snapshot, oldest first."""
+    return _steps(absolute(run) / "snapshots")
+
+
+def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, dict]:
+    """(parameters as host arrays, meta with "step" and "model") of `step` (default: the newest)."""
+    folder = _step_folder(absolute(run) / "snapshots", step)
+    with _remedy():
+        meta = read_meta(folder)
+        return read_tree(folder, "params", meta), meta
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path with `~` expanded and made absolute, as Orbax asks for; gs:// stays what it is."""
+    path = epath.Path(path).expanduser()
+    return path if path.is_absolute() else path.absolute()  # absolute() would break gs://
+
+
+def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> None:
+    """Writes {params, meta} to a new folder, which appears when it is complete.
+
+    Without parameters only meta. ValueError if a number is not finite, OSError if it cannot be
+    written.
+    """
+    parts = {"params": params} if jax.tree.leaves(params) else {}  # Orbax refuses empty trees
+    header = checksums.sealed(
+        {**_header(), **meta, "checksums": checksums.of_parts(parts, str(folder))}
+    )
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
+    args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
+
+    def write() -> None:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(folder, args=args)
+
+    try:
+        if jax.process_count() == 1:
+            storage.retried(str(folder), write)
+        else:  # they wait for each other in it: none can begin again alone
+            write()
+    except Exception as error:
+        needed = sum(x.nbytes for x in jax.tree.leaves(params))
+        raise OSError(f"{folder}: {storage.not_written(folder, needed, error)}") from error
+
+
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+    """The meta of a checkpoint, snapshot or frozen part. DamagedError, ValueError if newer."""
+
+    def read() -> dict[str, Any]:
+        return ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
+
+    try:
+        meta = storage.retried(f"{folder}/meta", read)
+        version, _ = int(meta["format"]), dict(meta["checksums"])
+    except Exception as error:  # Orbax has no common class for what a damaged file raises
+        raise _unreadable(folder, error) from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{folder}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
+        )
+    if meta.get("seal", checksums.seal(meta)) != checksums.seal(meta):  # older ones have none
+        raise _damaged(folder, ValueError("the checksum of meta differs"))
+    return meta
+
+
+def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any]) -> Any:
+    """One part of a folder as host arrays; `meta` is that of the folder. DamagedError."""
+    tree = _read(folder, part)
+    _check_sum(folder, part, tree, meta)
+    return tree
+
+
+def _read(folder: epath.Path, part: str, abstract: Any = None) -> Any:
+    """A part as it is on disk, like `abstract` in structure and sharding; without it host arrays.
+
+    Orbax's handlers rather than its Checkpointer, which makes processes wait for each other: one
+    that fails would never come. ValueError for other paths, shapes or dtypes than `abstract`.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+
+    def metadata() -> Any:
+        return handler.metadata(folder / part).tree
+
+    def restore() -> Any:
+        return handler.restore(folder / part, args=args)
+
+    try:
+        saved = storage.retried(f"{folder}/{part}", metadata)
+    except Exception as error:  # as above
+        raise _unreadable(folder, error) from error
+    if abstract is None:
+        args = ocp.args.PyTreeRestore(
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        )
+    else:
+        _check_fit(folder / part, saved, abstract)
+        like = jax.tree.map(
+            lambda x: ocp.ArrayRestoreArgs(
+                sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+            ),
+            abstract,
+        )
+        args = ocp.args.PyTreeRestore(abstract, restore_args=like)
+    try:
+        return storage.retried(f"{folder}/{part}", restore)
+    except Exception as error:  # as above
+        raise _unreadable(folder, error) from error
+
+
+def _set_aside(manager: Manager, step: int) -> epath.Path:
+    """Moves a checkpoint out of the way, to RUN/damaged; where it is now."""
+    run = epath.Path(manager.directory).parent
+    names = (f"{step}" if i == 1 else f"{step}.{i}" for i in itertools.count(1))
+    target = next(t for t in (run / "damaged" / name for name in names) if not t.exists())
+    processes.barrier("looked_aside")
+    if jax.process_index() == 0:
+        target.parent.mkdir(exist_ok=True)
+        storage.retried(str(target), lambda: (run / "checkpoints" / str(step)).rename(target))
+    processes.barrier("set_aside")
+    manager.reload()
+    return target
+
+
+def _drop_drafts(run: epath.Path) -> None:
+    """Removes what an interrupted write left, and says so; of checkpoints Orbax removes it."""
+    if jax.process_index() != 0:
+        return
+    for place in ("checkpoints", "snapshots", "frozen"):
+        folder = run / place
+        for path in sorted(folder.iterdir()) if folder.exists() else ():
+            if DRAFT in path.name:
+                cli.say(f"{path}: is half written, the run ended while it was saved; removed")
+                if place != "checkpoints":
+                    path.rmtree()
+            elif path.name.isdigit() and path.is_dir() and not is_complete(path):
+                cli.say(f"{path}: is half written, the run ended while it was saved; left out")
+
+
+def _check_sum(folder: epath.Path, part: str, tree: Any, meta: Mapping[str, Any]) -> None:
+    if checksums.of_tree(tree) != meta["checksums"][part]:
+        raise _damaged(folder, ValueError(f"the checksum of {part} differs"))
+
+
+# --- folders and states -------------------------------------------------------------------------
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """The trees of a state that hold any array: Orbax refuses empty ones."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {n: tree for n, tree in fields.items() if n not in SMALL and jax.tree.leaves(tree)}
+
+
+def _header() -> dict[str, Any]:
+    names = ("ldm-jax", "jax", "flax", "optax", "orbax-checkpoint")
+    return {"format": FORMAT, "versions": {name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # ldm-jax, when run from a bare checkout
+        return "not installed"
+
+
+def _folder(source: epath.PathLike | Manager) -> epath.Path:
+    if isinstance(source, Manager):
+        source.settle()
+        return epath.Path(source.directory)
+    return absolute(source) / "checkpoints"
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    if not folder.exists():
+        return []
+    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and is_complete(f))
+
+
+def is_complete(folder: epath.Path) -> bool:
+    """Whether Orbax finished the folder: its final name on disk, a marker on object stores."""
+    return folder.exists() and ocp.utils.is_checkpoint_finalized(folder)
+
+
+def _step_folder(folder: epath.Path, step: int | None) -> epath.Path:
+    steps = _steps(folder)
+    if not steps or (step is not None and step not in steps):
+        asked = "any step" if step is None else f"step {step}"
+        raise FileNotFoundError(f"{folder}: nothing saved of {asked}; it has {steps or 'nothing'}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def _check_fit(folder: epath.Path, saved: Any, abstract: Any) -> None:
+    def described(tree: Any) -> dict[str, str]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {sharding.path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in flat}
+
+    old, new = described(saved), described(abstract)
+    odd = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+    if odd:
+        lines = [f"{n}: saved {old.get(n, 'not')}, expected {new.get(n, 'not')}" for n in odd[:3]]
+        raise ValueError(
+            f"{folder}: is of another model, {len(odd)} arrays differ ({'; '.join(lines)}): use"
+            " the config that the run was started with, or another workdir"
+        )
+
+
+def _unreadable(folder: epath.Path, error: Exception) -> Exception:
+    """Damage, unless it is the storage or the memory that fails."""
+    if storage.is_transient(error):
+        return OSError(f"{folder}: the storage fails ({storage.reason(error)}); try again later")
+    short = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    return error if short else _damaged(folder, error)
+
+
+def _damaged(folder: epath.Path, error: Exception) -> DamagedError:
+    reason = storage.reason(error)
+    return DamagedError(f"{folder}: cannot be read ({reason})")

@@ -1,0 +1,66 @@
+"""Pixels for people: uint8, grids with labels, PNG files with their settings inside."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+
+from ldm_jax.runtime import storage
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255, clipped and rounded (the reference truncates)."""
+    return np.rint((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def grid(
+    images: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2, names: Sequence[str] = ()
+) -> np.ndarray:
+    """[N, H, W, c] uint8 -> one RGB picture, row by row; `names` label the rows at the left."""
+    n, h, w, c = images.shape
+    images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
+    images = np.repeat(images, 3, axis=-1) if c == 1 else images
+    h, w = h * scale, w * scale
+    rows = -(-n // columns)
+    left = 8 + 7 * max(map(len, names)) if names else pad
+    sheet = np.full((pad + rows * (h + pad), left + columns * (w + pad), 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = pad + i // columns * (h + pad), left + i % columns * (w + pad)
+        sheet[y : y + h, x : x + w] = image
+    if not names:
+        return sheet
+    picture = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        draw.text((4, pad + row * (h + pad) + h // 2 - 6), name, fill=(0, 0, 0))
+    return np.asarray(picture)
+
+
+def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None:
+    """Writes uint8 [H, W, c] with `settings` as JSON in the PNG text field "ldm_jax".
+
+    Whoever looks sees the whole file, or none under this name.
+    """
+    text = PngImagePlugin.PngInfo()
+    if settings is not None:
+        text.add_text("ldm_jax", json.dumps(settings))
+    buffer = io.BytesIO()
+    squeezed = image[..., 0] if image.shape[-1] == 1 else image
+    Image.fromarray(squeezed).save(buffer, "PNG", pnginfo=text)
+    storage.write_whole(epath.Path(path), buffer.getvalue())
+
+
+def read_settings(path: Any) -> dict:
+    """The settings that `save_png` wrote. ValueError if the file carries none, or is no image."""
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+            text = image.info.get("ldm_jax")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: is not an image, or a broken one") from error
+    if text is None:
+        raise ValueError(f"{path}: carries no ldm_jax settings; it was not written by ldm-sample")
+    return json.loads(text)

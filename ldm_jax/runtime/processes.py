@@ -1,0 +1,69 @@
+"""What the processes of a run tell each other outside of any step; all call each of these."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def union(numbers: set[int]) -> set[int]:
+    """The numbers >= 0 that any process has."""
+    if jax.process_count() == 1:
+        return numbers
+    most = int(np.max(multihost_utils.process_allgather(np.asarray(len(numbers), np.int32))))
+    if most == 0:
+        return set()
+    mine = np.full(most, -1, np.int32)
+    mine[: len(numbers)] = sorted(numbers)
+    found = multihost_utils.process_allgather(mine)
+    return {int(x) for x in found.reshape(-1) if x >= 0}
+
+
+def broadcast_from_first(numbers: list[int], most: int = 64) -> list[int]:
+    """The last `most` of the numbers >= 0 that process 0 has."""
+    if jax.process_count() == 1:
+        return numbers[-most:]
+    told = np.full(most, -1, np.int32)
+    told[: len(numbers[-most:])] = numbers[-most:]
+    return [int(x) for x in multihost_utils.broadcast_one_to_all(told) if x >= 0]
+
+
+def on_all(what: str, call: Callable[[], T], expected: type[Exception]) -> T:
+    """call() where it succeeds on every process; else every process raises.
+
+    `expected` where all that failed raised that, with a message made of `what` where nothing did;
+    else the error itself, and RuntimeError on the others.
+    """
+    found, failed = None, None
+    try:
+        found = call()
+    except Exception as error:
+        failed = error
+    if jax.process_count() > 1:
+        code = 0 if failed is None else 1 if isinstance(failed, expected) else 2
+        codes = multihost_utils.process_allgather(np.asarray(code, np.int32))
+        worst = int(np.argmax(codes))
+        if codes[worst] == 1 and failed is None:
+            raise expected(f"{what}: process {worst} cannot read it, see its log")
+        if codes[worst] == 2 and code != 2:
+            raise RuntimeError(f"{what}: process {worst} cannot read it, see its log")
+    if failed is not None:
+        raise failed
+    return found
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here; nothing where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"ldm_jax_{name}")

@@ -1,0 +1,259 @@
+"""Plain files of a run directory. Written whole or in numbered parts, so it may be on gs://.
+
+    config.json  latents.json  metrics/000123.jsonl  samples/STEP.png (STEP.txt)  frozen/NAME/
+
+Process 0 writes; every process calls.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import schema, sharding
+from ldm_jax.runtime import checkpoint, processes, storage
+from ldm_jax.schema import serialize
+
+FORMAT = 1  # of latents.json; a reader refuses a newer one
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Whether a run was started there (config.json of a diffusers folder has no format number)."""
+    try:
+        values = json.loads((epath.Path(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "format" in values and "config" in values
+
+
+def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath.Path, list[str]]:
+    """(run, changed execution fields as "field: old -> new"): creates the run or goes on in it.
+
+    ValueError if the directory holds something else, or a run whose identity fields differ; OSError
+    if it cannot be written. config.json always holds the config of the latest start.
+    """
+    run = checkpoint.absolute(workdir)
+    changed: list[str] = []
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run}: is a file; --workdir takes a directory")
+    if (run / "config.json").exists():
+        identity, changed = serialize.difference(read_config(run), config)
+        if identity:
+            raise ValueError(
+                f"{run}: holds another run, of which these differ: {'; '.join(identity)}."
+                " Use its config, or another --workdir"
+            )
+    elif run.exists() and any(not entry.name.startswith(".") for entry in run.iterdir()):
+        raise ValueError(
+            f"{run}: is not a run (files, but no config.json); --workdir takes a run, or a new or"
+            " empty directory"
+        )
+    processes.barrier("looked")  # nobody may look at what process 0 is about to write
+    try:
+        write_text(run / "config.json", serialize.to_json(config))
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{run}: cannot be written ({reason}); choose another --workdir") from error
+    processes.barrier("opened")
+    return run, changed
+
+
+def read_config(run: epath.PathLike) -> schema.TrainConfig:
+    """The config of a run. ValueError if the file is not one, or of a newer format."""
+    path = epath.Path(run) / "config.json"
+    return serialize.from_json(path.read_text(), str(path))
+
+
+def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it: mesh and its slices, hash of the config.
+
+    "mesh" has the whole length of each axis; how it lies over slices is in the run's config.json.
+    """
+    digest = hashlib.sha256(serialize.to_json(config).encode()).hexdigest()
+    slices = sharding.slices(mesh.devices.flat, config.mesh.process_is_slice)
+    return {
+        "mesh": dict(mesh.shape),
+        "slices": len(slices),
+        "processes": jax.process_count(),
+        "config": digest[:16],
+    }
+
+
+def sample_path(run: epath.PathLike, step: int) -> epath.Path:
+    """Where the pictures drawn at `step` go."""
+    return epath.Path(run) / "samples" / f"{step:06d}.png"
+
+
+# --- latents.json and frozen/ -------------------------------------------------------------------
+
+
+def write_latents(run: epath.PathLike, latents: Mapping[str, Any]) -> None:
+    """Writes {"scale": from latent to diffusion space, "how": how it was found}."""
+    values = {"format": FORMAT, **latents}
+    write_text(epath.Path(run) / "latents.json", json.dumps(values, indent=2) + "\n")
+    processes.barrier("latents")
+
+
+def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
+    """What `write_latents` wrote, or None. ValueError if it is damaged or of a newer format."""
+    path = epath.Path(run) / "latents.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        version, _ = values.pop("format"), float(values["scale"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: is damaged ({error}); copy it from the run again") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{path}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
+        )
+    return values
+
+
+def write_frozen(run: epath.PathLike, name: str, params: dict, config: Any) -> None:
+    """Keeps a part that does not train: host arrays, their hash, and the part's config (or None).
+
+    Written once: ValueError if the run already holds other weights under that name.
+    """
+    folder = _frozen(run, name)
+    digest = params_hash(params)
+    if checkpoint.is_complete(folder):
+        kept = checkpoint.read_meta(folder)["hash"]
+        if kept != digest:
+            raise ValueError(f"{folder}: holds other weights ({kept}, not {digest}); use a new run")
+        return
+    processes.barrier(f"frozen_{name}")
+    values = {"hash": digest, "config": serialize.to_dict(config)}
+    checkpoint.write_folder(folder, params, values)
+
+
+def read_frozen(run: epath.PathLike, name: str) -> tuple[dict, Any] | None:
+    """(host arrays, config) of a frozen part, or None if the run has none of that name.
+
+    ValueError if they are damaged.
+    """
+    folder = _frozen(run, name)
+    if not checkpoint.is_complete(folder):
+        return None
+    meta = checkpoint.read_meta(folder)
+    params = checkpoint.read_tree(folder, "params", meta) if meta["checksums"] else {}
+    config = meta["config"]
+    return params, config if config is None else serialize.from_dict(config, str(folder))
+
+
+def write_frozen_files(
+    run: epath.PathLike, name: str, save: Callable[[epath.PathLike], None]
+) -> None:
+    """Keeps what `save(folder)` writes to a local folder; once: what is there stays."""
+    folder = _frozen(run, name)
+    if jax.process_index() == 0 and not folder.exists():
+        draft = folder.parent / f".{name}.part"
+        if draft.exists():
+            draft.rmtree()
+        draft.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as local:
+            save(local)
+            for path in epath.Path(local).iterdir():
+                (draft / path.name).write_bytes(path.read_bytes())
+        draft.replace(folder)
+    processes.barrier(f"frozen_{name}")
+
+
+@contextlib.contextmanager
+def frozen_files(run: epath.PathLike, name: str) -> Iterator[str | None]:
+    """A local folder with what `write_frozen_files` kept, or None if the run has none of it."""
+    folder = _frozen(run, name)
+    if not folder.exists():
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as local:  # readers of such files know no gs://
+        for path in folder.iterdir():
+            (epath.Path(local) / path.name).write_bytes(path.read_bytes())
+        yield local
+
+
+def params_hash(params: dict) -> str:
+    """sha256 over paths, dtypes, shapes and bytes of a tree of host arrays."""
+    digest = hashlib.sha256()
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    for path, leaf in sorted((sharding.path_name(p), np.asarray(x)) for p, x in flat):
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
+
+
+def _frozen(run: epath.PathLike, name: str) -> epath.Path:
+    return checkpoint.absolute(run) / "frozen" / name
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+def write_metrics(run: epath.PathLike, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes records, each with its "step" (steps finished), as one part named by the first step.
+
+    The same first step replaces its part. A number that is not finite becomes null: JSON has none.
+    """
+    if not records:
+        return
+    path = epath.Path(run) / "metrics" / f"{int(records[0]['step']):06d}.jsonl"
+    write_text(path, _lines(records))
+
+
+def read_metrics(run: epath.PathLike) -> list[dict[str, Any]]:
+    """All records of a run, by step."""
+    records = [record for _, part in _parts(run) for record in part]
+    return sorted(records, key=lambda record: record["step"])
+
+
+def drop_metrics_after(run: epath.PathLike, step: int) -> None:
+    """Drops records of later steps than `step`: the run resumes from there and makes them again."""
+    if jax.process_index() == 0:
+        for path, records in _parts(run):
+            kept = [r for r in records if r["step"] <= step]
+            if not kept:
+                path.unlink()
+            elif len(kept) < len(records):
+                write_text(path, _lines(kept))
+    processes.barrier("dropped")
+
+
+def _parts(run: epath.PathLike) -> list[tuple[epath.Path, list[dict[str, Any]]]]:
+    folder = epath.Path(run) / "metrics"
+    if not folder.exists():
+        return []
+    paths = sorted(p for p in folder.iterdir() if p.suffix == ".jsonl" and p.stem.isdigit())
+    return [(p, [_record(p, line) for line in p.read_text().splitlines()]) for p in paths]
+
+
+def _record(path: epath.Path, line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged ({error}); remove that part") from error
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> str:
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    plains = [{name: plain(value) for name, value in record.items()} for record in records]
+    return "".join(json.dumps(record) + "\n" for record in plains)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Process 0 writes the file: readers see all of it or the old one."""
+    if jax.process_index() == 0:
+        storage.retried(str(path), lambda: storage.write_whole(path, text.encode()))

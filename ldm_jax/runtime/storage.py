@@ -1,0 +1,132 @@
+"""Storage that fails for a while, that is full, and files that are to be known again."""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from etils import epath
+
+LOG = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+WAIT = 1.0  # seconds before the second attempt, doubled before each later one
+PASSES = frozenset(  # errors of a file system that may be gone a moment later
+    (
+        *(errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ENOLCK),
+        *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ENOTCONN),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    )
+)
+# of TensorStore, ArrayRecord and the clients of object stores, which raise what they like; a bare
+# number would be found in the names of folders, checkpoints/500 among them
+SAYS_SO = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|Input/output error|Stale file handle|Connection (reset|refused)"
+    r"|temporarily unavailable|timed out|Too Many Requests|Internal Server Error|Bad Gateway"
+    r"|Service Unavailable|Gateway Time-?out"
+    r"|(HTTP|[Ss]tatus|[Cc]ode|[Ee]rror)( (response|status|error))?( code)?[:=]? ?(429|50[0234])\b"
+)
+FULL = re.compile(r"No space left on device|Disk quota exceeded")
+
+T = TypeVar("T")
+
+
+def retried(what: str | Callable[[], str], call: Callable[[], T]) -> T:
+    """call(), again if it failed for a reason that passes: at most `ATTEMPTS` times in all.
+
+    `what` (or `what()`) names the file in the line that announces each further attempt. The last
+    error is raised as it is. For calls that one process makes alone, and that may be repeated.
+    """
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            delay = WAIT * 2 ** (attempt - 1)
+            LOG.warning(
+                "%s: %s; attempt %d of %d follows in %g s",
+                *(
+                    what if isinstance(what, str) else what(),
+                    reason(error),
+                    attempt + 1,
+                    ATTEMPTS,
+                    delay,
+                ),
+            )
+            time.sleep(delay)
+    return call()
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether storage may be well again a moment later: neither full, nor damaged, nor wrong."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in PASSES
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return SAYS_SO.search(f"{error} {error.__cause__ or ''}") is not None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in at most 200 characters of one line."""
+    cause = error.__cause__
+    full = FULL.search(f"{error} {cause or ''}")
+    if full:
+        return full.group()
+    if cause is not None and "TensorStore details" in str(error):  # which are the cause
+        return reason(cause)
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def free_bytes(path: str | os.PathLike) -> int | None:
+    """Room on the disk that `path` is or will be on; None for an object store."""
+    if "://" in os.fspath(path):
+        return None
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def not_written(path: str | os.PathLike, needed: int, why: str | Exception) -> str:
+    """Says that `needed` bytes for `path` were not written, and how many there is room for."""
+    free = free_bytes(path)
+    room = "" if free is None else f", {size(free)} are free"
+    why = why if isinstance(why, str) else reason(why)
+    return f"was not written ({why}); it takes about {size(needed)}{room}"
+
+
+def size(count: float) -> str:
+    """`count` bytes for people, as 3.2 GB."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(3, len(str(int(count))) // 3 - (len(str(int(count))) % 3 == 0))
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def write_whole(path: epath.Path, data: bytes, tag: str = "part") -> None:
+    """Writes a file under another name first: readers see all of it, or what was there before.
+
+    Two that may write the same file at once need a `tag` each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{tag}"
+    draft.write_bytes(data)
+    draft.replace(path)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""What a task asks for: arrays, names and settings of every image, before anything is computed."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax import bundle, solvers
+from ldm_jax.sample.options import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Images that one compiled program draws; number i below is the place in this list."""
+
+    task: str
+    """As on the command line."""
+    options: Options
+    """With all that the model decides filled in."""
+    model: bundle.LatentDiffusion
+    mesh: Any
+    shape: tuple[int, int, int]
+    """(h, w, c) of the latent."""
+    guided: bool
+    """Whether the program guides at all."""
+    batch: dict[str, np.ndarray]
+    """What `conditioning.from_batch` and `make_run` read: host arrays, one row for each image."""
+    names: list[str]
+    """File names without ending."""
+    details: list[dict[str, Any]]
+    """Of each image: facts for people, and the options that with num_images=1 draw it alone."""
+    alone: bool = True
+    """Whether they do; if not, an image is one of all that the options draw."""
+    rows: Sequence[str] = ()
+    """Labels of the grid's rows; none for a square of images."""
+    columns: Sequence[int] | None = None
+    """Images in each row; default: as many in all."""
+    left: np.ndarray | None = None
+    """[rows, H, W, c] in [-1, 1], images that stand in the grid before the others of their row; or
+    several for each, [rows, n, H, W, c]."""
+    files: tuple[str, ...] = ()
+    """Options that name files which the images depend on."""
+    seeds: np.ndarray | None = None
+    """int [N]; default: the options' for all."""
+    indices: np.ndarray | None = None
+    """Number of each image under its seed, int [N]; default: from the options' first_index on."""
+    scales: np.ndarray | None = None
+    """Guidance scales, float32 [N]; default: the options' for all."""
+    start: int | None = None
+    """First level that runs; None is all of them, in a program that cannot skip any."""
+    wrap_model: Callable | None = None
+    """model -> model, inside of guidance, as `windows.windowed`."""
+    decode: Callable | None = None
+    """(params of the first stage, unscaled latents) -> images; default: in one pass."""
+    levels: solvers.Levels | None = None
+    """Others than those of the options; see `sampling.make_sampler`."""
+    program: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `wrap_model` and `decode` depend on: with other values, another program."""
+    finish: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    """(places, images [n, H, W, c]) -> the images as they are written."""
+    problems: tuple[str, ...] = ()
+    """What could not be read, and is not among the images; reported when they are done."""
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+
+class Call(NamedTuple):
+    """One call of the compiled program."""
+
+    places: np.ndarray
+    """Which image of the request each of its rows draws, int [B]."""
+    rows: np.ndarray
+    """Rows whose images are wanted; the others fill up."""
+
+
+def calls_of(request: Request, size: int | None = None) -> list[Call]:
+    """All images in order, `size` in a call: by default as many as there are, up to --batch-size.
+
+    The last call is filled up by repeating the last image.
+    """
+    count, split = request.count, request.mesh.shape["data"] * request.mesh.shape["fsdp"]
+    if size is None:
+        size = min(request.options.batch_size, -(-count // split) * split)
+    return [
+        Call(np.minimum(np.arange(first, first + size), count - 1), np.arange(last - first))
+        for first in range(0, count, size)
+        for last in [min(first + size, count)]
+    ]
+
+
+def seeds_of(request: Request) -> np.ndarray:
+    """Seed of each image, int [N]."""
+    return np.full(request.count, request.options.seed) if request.seeds is None else request.seeds
+
+
+def indices_of(request: Request) -> np.ndarray:
+    """Number of each image under its seed, int [N]."""
+    if request.indices is not None:
+        return request.indices
+    return request.options.first_index + np.arange(request.count)
+
+
+def keys_of(request: Request, places: np.ndarray) -> jax.Array:
+    """Keys of some of the images; see `sampling.keys_of`."""
+    seeds, which = np.unique(seeds_of(request)[places], return_inverse=True)
+    bases = jnp.stack([jax.random.key(int(seed)) for seed in seeds])
+    return jax.vmap(jax.random.fold_in)(bases[which], indices_of(request)[places])
+
+
+def scales_of(request: Request) -> np.ndarray:
+    """Guidance scale of each image, float32 [N]."""
+    scales = (
+        np.full(request.count, request.options.guidance_scale)
+        if request.scales is None
+        else request.scales
+    )
+    return scales.astype(np.float32)

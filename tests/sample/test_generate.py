@@ -1,0 +1,184 @@
+"""From a plan to arrays: what overlaps, is donated, is shown on the way, or comes from a file."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import task_models
+from PIL import Image
+
+from ldm_jax import export, schema
+from ldm_jax.runtime import cli, images
+from ldm_jax.sample import generate, img2img, main, program, progress, request
+from ldm_jax.sample.options import Options
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model of four classes as a run."""
+    cond = schema.ClassCondConfig(num_classes=4, via="label")
+    model = task_models.make(cond, num_classes=5)
+    return task_models.save(model, tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generate") / "photo.png"
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    images.save_png(path, picture)
+    return path
+
+
+@pytest.fixture(scope="module")
+def what(run, photo):
+    """The plan of two images from a photo, of which two of four levels run."""
+    flags = {"steps": 4, "strength": 0.5, "labels": (1, 3), "images": (str(photo),)}
+    return img2img.request(img2img.Options(model=str(run), out="", **flags))
+
+
+def sample(task, *flags):
+    """Exit code of the command."""
+    return cli.run("ldm-sample", main.sample, [task, *map(str, flags)])
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_what_an_image_starts_from_is_donated(what):
+    (call,) = request.calls_of(what)
+    arguments = generate.arguments_of(what, generate.batch_of(what), call)
+    run = program.compiled(what, program.program_of(what, what.model), arguments)
+    assert set(arguments[1]) == {"init"}
+    image, _ = run(*arguments)
+    assert arguments[1]["init"].is_deleted()
+    assert image.shape == (4, 16, 16, 3)
+
+
+def test_steps_are_reported_and_change_nothing(what, monkeypatch, capsys):
+    (plain,) = generate.made(what)
+    ticks, bars = [], progress.bars
+
+    @contextlib.contextmanager
+    def counted(*arguments):
+        with bars(*arguments) as shown:
+            yield shown._replace(step=lambda: ticks.append(shown.step()))
+
+    monkeypatch.setattr(progress, "bars", counted)
+    steps = dataclasses.replace(what.options, progress="steps")
+    (told,) = generate.made(dataclasses.replace(what, options=steps))
+    jax.effects_barrier()
+    assert len(ticks) == 4
+    np.testing.assert_array_equal(told.image, plain.image)
+    said = capsys.readouterr().err
+    assert "not kept for the next time: --progress images is" in said
+    assert "2/2" in said
+
+
+def test_previews_end_with_the_image(what):
+    """Where the last step ends in no noise, its predicted x0 is what is decoded."""
+    options = dataclasses.replace(what.options, preview=2, spacing="trailing")
+    (made,) = generate.made(dataclasses.replace(what, options=options))
+    assert made.previews.shape == (2, 2, 16, 16, 3)
+    np.testing.assert_allclose(made.previews[:, 1], made.image, atol=1e-5)
+    assert np.abs(made.previews[:, 0] - made.image).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "number", "expected"),
+    [
+        (0, 50, 5, [9, 19, 29, 39, 49]),
+        (0, 3, 3, [0, 1, 2]),
+        (2, 5, 2, [2, 4]),
+        (4, 5, 3, [3, 3, 4]),
+    ],
+)
+def test_previews_are_of_levels_that_ran(start, count, number, expected):
+    assert program.preview_levels(start, count, number).tolist() == expected
+
+
+def test_an_image_of_a_photo_is_drawn_again(run, photo, tmp_path, capsys):
+    flags = ["--model", run, "--out", tmp_path / "out", "--steps", 2, "--images", photo]
+    assert sample("img2img", *flags, "--labels", 1, 3, "--num-images", 3, "--batch-size", 4) == 0
+    one = tmp_path / "out" / "00004_photo_class3_seed0.png"
+    again = ["again", one, "--model"]
+    moved = run.rename(run.parent / "moved")
+    try:
+        assert sample(*again, moved, "--out", tmp_path / "again") == 0
+    finally:
+        moved.rename(run)
+    assert capsys.readouterr().err.endswith(f"equal to {one}, pixel for pixel\n")
+    np.testing.assert_array_equal(pixels(tmp_path / "again" / one.name), pixels(one))
+
+    before = photo.read_bytes()
+    photo.write_bytes(before + b" ")
+    assert sample(*again, run, "--out", tmp_path / "other") == 1
+    photo.write_bytes(before)
+    assert capsys.readouterr().err.endswith(f"was made from {photo}, which has changed since\n")
+    assert sample("again", tmp_path / "out" / "grid.png") == 1
+    assert "grid.png: is a grid; give one of its 6 images" in capsys.readouterr().err
+    assert sample("again", photo) == 1
+    assert "carries no ldm_jax settings" in capsys.readouterr().err
+
+
+def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
+    flags = ["--model", run, "--labels", 2, "--num-images", 3, "--steps", 2, "--batch-size", 4]
+    file = tmp_path / "sampler.bin"
+    out = ["--out", tmp_path / "unused", "--export", file, "--export-platforms", "cpu", "tpu"]
+    assert sample("class2img", *flags, *out) == 0
+    assert not (tmp_path / "unused").exists()
+    meta = export.read(file)[1]
+    assert (meta["platforms"], meta["rows"], meta["program"]["steps"]) == (["cpu", "tpu"], 4, 2)
+    assert file.stat().st_size < 2**20  # no weights
+    given = ["--from-export", file, "--seed", 5, "--guidance-scale", 3]
+    assert sample("class2img", *flags, *given, "--out", tmp_path / "a") == 0
+    assert sample("class2img", *flags, *given[2:], "--out", tmp_path / "b") == 0
+    for i in range(3):
+        a, b = (pixels(tmp_path / name / f"{i:05d}_class2_seed5.png") for name in "ab")
+        assert np.abs(a - b).max() <= 1  # one device and four
+    capsys.readouterr()
+    for more, message in (
+        (("--steps", 4), "was exported with steps 2, and here it is 4"),
+        (("--guidance-scale", 1), "was exported with guided True, and here it is False"),
+        (("--height", 32), "was exported with latent [8, 8, 4], and here it is [16, 8, 4]"),
+    ):
+        assert sample("class2img", *flags, *given, "--out", tmp_path / "c", *more) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--preview", 3), "--preview 3 is not in 0..2, the --steps"),
+        (("--first-index", -1), "--first-index -1: numbers count from 0"),
+        (("--guidance-rescale", 2), "guidance_rescale=2.0 is not in 0..1"),
+        (("--guidance-interval", 5, 2), "guidance_interval=(5.0, 2.0): none of the 2 timesteps"),
+        (("--dynamic-threshold", 0), "dynamic_threshold=0.0 is not in"),
+        (("--quantize-x0",), "quantize_x0"),
+        (("--from-export", "gone.bin"), "gone.bin: does not exist; give a file that was exported"),
+        (("--export", "x.bin", "--export-platforms", "abacus"), "platform 'abacus' is not one of"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
+    given = ["--model", run, "--out", tmp_path / "out", "--steps", 2, *flags]
+    assert sample("class2img", *given) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bar_of_steps_is_for_a_cpu_with_a_terminal(monkeypatch):
+    options = Options(model="", out="")
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    assert progress.resolved(options) == "steps"
+    assert progress.resolved(dataclasses.replace(options, from_export="a.bin")) == "images"
+    assert progress.resolved(dataclasses.replace(options, progress="none")) == "none"
+    monkeypatch.setattr(progress.jax, "default_backend", lambda: "tpu")
+    assert progress.resolved(options) == "images"

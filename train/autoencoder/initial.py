@@ -1,0 +1,125 @@
+"""A first stage that goes on from the weights of another one (`init_from`), its adversary too."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax import loading, schema, sharding
+from ldm_jax.convert import auxiliary
+from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.train.autoencoder import codebook
+from ldm_jax.train_state import GanState
+
+
+class Given(NamedTuple):
+    """What a run starts from: host arrays."""
+
+    params: dict
+    """Of the autoencoder."""
+    disc: dict | None
+    """{"params", "batch_stats"} of the discriminator; None: it starts anew, or there is none."""
+    said: str
+    """What is told of the discriminator; "" where the config has none."""
+
+
+def find(
+    config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, shapes: GanState
+) -> Given | None:
+    """What `init_from` holds; None without it, or in a run that has a checkpoint.
+
+    Only reads. A discriminator that does not fit the config's is left, and that is told.
+    ValueError if the autoencoder is of another model, or if only the decoder should train and there
+    is nothing to start from.
+    """
+    if checkpoint.latest_step(workdir) is not None:
+        return None
+    if not config.init_from:
+        if config.train_only == "decoder":
+            raise ValueError(
+                "--train-only decoder: give --init-from, the first stage whose latents stay"
+            )
+        return None
+    params, model = loading.load_first_stage(config.init_from)
+    wanted, found = _shapes(shapes.params["autoencoder"]), _shapes(params)
+    odd = [n for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)]
+    if odd:
+        raise ValueError(
+            f"--init-from {config.init_from}: is another first stage ({model}) than this config's:"
+            f" {len(odd)} arrays differ, as {odd[0]}: {found.get(odd[0], 'not there')} instead of"
+            f" {wanted.get(odd[0], 'nothing')}; set --model to fit"
+        )
+    return Given(params, *_discriminator(config, shapes))
+
+
+def _discriminator(
+    config: schema.AutoencoderTrainConfig, shapes: GanState
+) -> tuple[dict | None, str]:
+    """({"params", "batch_stats"} or None, what to tell of it)."""
+    if config.discriminator is None:
+        return None, ""
+    path, kind = loading.recognise(config.init_from)
+    if kind == "diffusers":
+        found, about = None, f"{path} is a diffusers folder, which holds none"
+    else:
+        found, about = _kept(path) if kind == "run" else _published(path)
+    if found is not None:
+        wanted = {"params": shapes.disc_params, "batch_stats": shapes.disc_stats["batch_stats"]}
+        known, own = _shapes(found), _shapes(wanted)
+        odd = [n for n in sorted(known.keys() | own.keys()) if known.get(n) != own.get(n)]
+        if not odd:
+            disc = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, wanted)
+            return disc, f"the discriminator starts from {about} too"
+        about += (
+            f" has {known.get(odd[0], 'none')} at {odd[0]}, the config's {own.get(odd[0], 'none')}"
+        )
+    return None, f"the discriminator starts anew: {about}"
+
+
+def _published(path: epath.Path) -> tuple[dict | None, str]:
+    """(what a checkpoint of CompVis holds, its name), or (None, why)."""
+    try:
+        return auxiliary.load_discriminator(path)[1], f"loss.discriminator of {path}"
+    except ValueError as error:  # none, or no PatchGAN
+        return None, str(error)
+
+
+def _kept(run: epath.Path) -> tuple[dict | None, str]:
+    """(what the newest checkpoint of a run holds, its name), or (None, why)."""
+    step = checkpoint.latest_step(run)
+    if step is None or rundir.read_config(run).discriminator is None:
+        return None, f"{run} has {'no checkpoint' if step is None else 'none'}"
+    found = checkpoint.restore_parts(run, step, ("disc_params", "disc_stats"))
+    disc = {"params": found["disc_params"], "batch_stats": found["disc_stats"]["batch_stats"]}
+    return disc, f"that of {run} at step {step}"
+
+
+def start(
+    config: schema.AutoencoderTrainConfig, state: GanState, shardings: GanState, given: Given
+) -> GanState:
+    """The new state with the given autoencoder (its weights, average and codes) and discriminator.
+
+    The optimizers start anew. Says what became of the discriminator.
+    """
+    others = {n: jax.device_get(x) for n, x in state.params.items() if n != "autoencoder"}
+    host = {"autoencoder": given.params, **others}
+    codes = jax.device_get(codebook.start(config, host))
+    if given.said:
+        cli.say(given.said)
+    if given.disc is not None:
+        stats = {**state.disc_stats, "batch_stats": given.disc["batch_stats"]}
+        state = state.replace(
+            disc_params=sharding.place(given.disc["params"], shardings.disc_params),
+            disc_stats=sharding.place(jax.device_get(stats), shardings.disc_stats),
+        )
+    return state.replace(
+        params=sharding.place(host, shardings.params),
+        ema_params=sharding.place({n: host[n] for n in state.ema_params}, shardings.ema_params),
+        codes=sharding.place(codes, shardings.codes),
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): x.shape for path, x in flat}

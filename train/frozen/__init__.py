@@ -1,0 +1,1 @@
+"""What a diffusion model trains on and does not train: first stage, text encoder, tokenizer."""

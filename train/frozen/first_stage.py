@@ -1,0 +1,145 @@
+"""The frozen first stage of a run: loaded once, kept in the run, its latent scale measured."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import data, latents, loading, schema, sharding
+from ldm_jax.data import cache
+from ldm_jax.models import attention, autoencoder
+from ldm_jax.runtime import cli, rundir
+
+SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the scale is measured on
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A first stage that does not train, and the text encoder if that does not train either.
+
+    Both trees of parameters are arguments of the step.
+    """
+
+    module: Any
+    params: dict
+    scale: float
+    config: schema.FirstStageModelConfig
+    cond_stage: dict | None = None
+    """Parameters of a frozen text encoder."""
+
+    @property
+    def arguments(self) -> dict:
+        """{"first_stage", "cond_stage"}: what the step takes beside the state."""
+        return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
+
+
+def find(
+    config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
+) -> tuple[dict, schema.FirstStageModelConfig]:
+    """(host parameters, config) from the run's `frozen/`, at the first start from the given path.
+
+    Only reads. ValueError if there is none, if a new path leads to another first stage than the
+    one that the run was trained on, or if the latent cache was encoded with another.
+    """
+    found = _find(config, workdir)
+    if config.cache.path:
+        cache.check(config.cache.path, config.data, rundir.params_hash(found[0]))
+    return found
+
+
+def _find(
+    config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
+) -> tuple[dict, schema.FirstStageModelConfig]:
+    kept, path = rundir.read_frozen(workdir, "first_stage"), config.first_stage.path
+    if kept is not None:
+        if path not in ("", rundir.read_config(workdir).first_stage.path):
+            other, _ = _load(config)
+            if rundir.params_hash(other) != rundir.params_hash(kept[0]):
+                raise ValueError(
+                    f"--first-stage.path {path}: is not the first stage in {workdir}/frozen that"
+                    " this run was trained on; leave the option out, or use another --workdir"
+                )
+        return kept
+    if not path:
+        raise ValueError(
+            "no first stage: give --first-stage.path, the run of CONFIG:first_stage, a diffusers"
+            ' folder, a checkpoint, or "identity" to diffuse pixels'
+        )
+    return _load(config)
+
+
+def _load(
+    config: schema.LatentDiffusionTrainConfig,
+) -> tuple[dict, schema.FirstStageModelConfig]:
+    if config.first_stage.path == "identity":
+        return {}, schema.IdentityFirstStageConfig(config.data.channels)
+    return loading.load_first_stage(config.first_stage.path)
+
+
+def prepare(
+    config: schema.LatentDiffusionTrainConfig,
+    found: tuple[dict, schema.FirstStageModelConfig],
+    run: epath.Path,
+    mesh: Mesh,
+    stream: Any,
+) -> Frozen:
+    """What `find` found, placed on the mesh and kept in the run with the latent scale."""
+    params, model = found
+    rundir.write_frozen(run, "first_stage", params, model)
+    module = autoencoder.from_config(
+        model,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention.choose(mesh.devices.flat[0].platform, mesh, config.attention),
+    )
+    shardings = sharding.by_rules({"first_stage": params}, sharding.RULES, mesh)
+    placed = sharding.place({"first_stage": params}, shardings)["first_stage"]
+    known = rundir.read_latents(run)
+    if known is None:
+        known = scale_of(config, module, placed, mesh, stream)
+        rundir.write_latents(run, known)
+        cli.say(f"latent scale {known['scale']:.5f} ({known['how']})")
+    return Frozen(module, placed, known["scale"], model)
+
+
+def latent(
+    module: Any, params: dict, batch: dict[str, jax.Array], scale: Any, keys: jax.Array | None
+) -> jax.Array:
+    """Scaled latents of a batch of images, or of cached moments; `keys` as in `latents.encode`.
+
+    params: as `Frozen.arguments`; those of the first stage are not read for cached moments.
+    """
+    if "mean" not in batch:
+        return latents.encode(module, params["first_stage"], batch["image"], scale, keys)
+    moments = (batch["mean"], batch["logvar"]) if "logvar" in batch else batch["mean"]
+    return latents.draw(moments, scale, keys)
+
+
+def scale_of(
+    config: schema.LatentDiffusionTrainConfig, module: Any, params: dict, mesh: Mesh, stream: Any
+) -> dict:
+    """{"scale", "how"}: the given scale, or 1 / std over sampled latents of training images."""
+    given = config.first_stage.scale
+    if given is not None:
+        return {"scale": given, "how": "first_stage.scale of the config"}
+    batches = max(1, round(config.first_stage.scale_images / config.batch_size))
+    key = jax.random.fold_in(jax.random.key(config.seed), SCALE)
+
+    @jax.jit
+    def moments(params: dict, batch: dict, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = latent(module, {"first_stage": params}, batch, 1.0, keys)
+        return jnp.mean(z), jnp.mean(jnp.square(z))
+
+    means, squares = [], []
+    for i in range(batches):
+        batch = data.global_batch(stream, i, sharding.batch_sharding(mesh))
+        keys = jax.random.split(jax.random.fold_in(key, i), config.batch_size)
+        mean, square = jax.device_get(moments(params, batch, keys))
+        means.append(np.float64(mean))
+        squares.append(np.float64(square))
+    std = latents.std_from_moments(means, squares)
+    count = batches * config.batch_size
+    return {"scale": 1.0 / std, "how": f"1 / std of sampled latents of {count} training images"}

@@ -1,0 +1,80 @@
+"""Sample grids of a running training: the averaged weights, the same keys every time."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import bundle, conditioning, data, latents, sampling, schema, sharding
+from ldm_jax.runtime import images, rundir
+from ldm_jax.train.frozen import first_stage
+
+
+def make(
+    config: schema.LatentDiffusionTrainConfig,
+    frozen: first_stage.Frozen,
+    mesh: Mesh,
+    held_out: data.Stream,
+    key: jax.Array,
+) -> Callable:
+    """draw(params, path): writes a grid of `num_samples` images made with `params` to `path`.
+
+    Classes take turns; captions and concat conditioning come from held-out images. Captions go to
+    a text file beside the grid, one line per image.
+    """
+    section = bundle.model_config(config, frozen.config)
+    model = bundle.build(
+        section,
+        {},
+        frozen.scale,
+        dtype=jnp.dtype(config.dtype),
+        **bundle.kernels(mesh, config.attention),
+    )
+    guided = config.cond is not None and config.cond.dropout > 0 and config.sample_guidance != 1
+    sample = sampling.make_sampler(
+        model, shape=model.latent_shape, steps=config.sample_steps, guided=guided
+    )
+    count = config.num_samples
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def run(params: dict, batch: dict, keys: jax.Array) -> jax.Array:
+        params = sharding.all_gather(params, mesh)
+        encode = functools.partial(
+            latents.encode, model.first_stage, params["first_stage"], scale=frozen.scale
+        )
+        arguments = (config.cond, model.cond_stage, params["cond_stage"], batch, encode)
+        null = conditioning.null_like(*arguments) if guided else None
+        cond = conditioning.from_batch(*arguments)
+        return sample(params, cond, null, keys, config.sample_guidance)
+
+    def draw(params: dict, path: epath.Path) -> None:
+        batch = _conditions(config, held_out, count)
+        params = {**frozen.arguments, **params}
+        pictures = images.to_uint8(run(params, batch, keys))
+        if jax.process_index() == 0:
+            columns = int(np.ceil(np.sqrt(count)))
+            images.save_png(
+                path, images.grid(pictures, columns, scale=max(1, 64 // pictures.shape[1]))
+            )
+            if "tokens" in batch:
+                lines = [" ".join(held_out.caption(i).split()) for i in range(count)]
+                rundir.write_text(path.with_suffix(".txt"), "".join(f"{x}\n" for x in lines))
+
+    return draw
+
+
+def _conditions(
+    config: schema.LatentDiffusionTrainConfig, held_out: data.Stream, count: int
+) -> dict[str, np.ndarray]:
+    """What the grid is conditioned on: host arrays, the same in every process."""
+    if config.cond is None:
+        return {}
+    if isinstance(config.cond, schema.ClassCondConfig):
+        return {"label": np.arange(count, dtype=np.int32) % config.cond.num_classes}
+    rows = [held_out[i] for i in range(count)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

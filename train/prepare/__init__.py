@@ -1,0 +1,1 @@
+"""Data written once before training: latents (`encode`), sharded records (`pack`)."""

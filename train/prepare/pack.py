@@ -1,0 +1,216 @@
+"""Packs a folder of images: `ldm-train pack CONFIG --workdir PACKED --data.source.path IMAGES`.
+
+A file for every image is slow to read from network storage; a few thousand in one ArrayRecord file
+are not. Images stay encoded as they are. What is written here, `ldm_jax.data.packed` reads.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import tqdm
+from etils import epath
+
+from ldm_jax import schema
+from ldm_jax.data import cache, examples, packed, transforms
+from ldm_jax.data.folder import FolderSource
+from ldm_jax.runtime import checkpoint, cli, processes, rundir, storage
+
+SPLITS = ("train", "eval")
+PER_SHARD = 4096
+
+
+def split_options(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """(images in a shard at most, argv without --records-per-shard). ValueError below 1."""
+    rest = list(argv)
+    if "--records-per-shard" not in rest:
+        return PER_SHARD, rest
+    at = rest.index("--records-per-shard")
+    value = rest[at + 1] if at + 1 < len(rest) else ""
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"--records-per-shard {value!r} is not a number from 1 on")
+    del rest[at : at + 2]
+    return int(value), rest
+
+
+def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = PER_SHARD) -> int:
+    """Packs both splits into the folder `workdir`, going on where it stopped; an exit code.
+
+    Every process writes its own shards; nobody waits until the end. An image that cannot be decoded
+    is left out, named and counted: RuntimeError for more than `config.max_bad_records` of them.
+    """
+    if not isinstance(config.source, schema.FolderConfig):
+        raise ValueError(
+            f"pack takes images in a folder, and data.source is {type(config.source).__name__}:"
+            " use a config like `folder`"
+        )
+    path = checkpoint.absolute(workdir)
+    if packed.is_packed(config.source.path):
+        raise ValueError(f"--data.source.path {config.source.path}: is packed already")
+    sources = {split: FolderSource(config.source, split) for split in SPLITS}
+    meta = describe(config, sources, per_shard)
+    open_folder(path, meta)
+
+    every = [(s, shard) for s in SPLITS for shard in cache.shards(s, len(sources[s]), per_shard)]
+    mine = every[jax.process_index() :: jax.process_count()]
+    due = [(split, shard) for split, shard in mine if not summary_path(path, shard).exists()]
+    total = sum(shard.last - shard.first for _, shard in due)
+    cli.say(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} images to pack")
+    began, bad = time.perf_counter(), 0
+    with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for split, shard in due:
+            left_out: list[list[str]] = []
+            found = records_of(Reader(config, sources[split], split), shard, left_out, bad)
+            for _ in cache.write_shard(path / shard.name, found):
+                bar.update()
+            bad += len(left_out)
+            write_summary(path, shard, left_out)
+    if total:
+        cli.say(f"{total} images in {time.perf_counter() - began:.1f} s")
+    processes.barrier("packed")
+    finish(path, meta, every)
+    return 0
+
+
+def describe(
+    config: schema.DataConfig, sources: dict[str, FolderSource], per_shard: int
+) -> dict[str, Any]:
+    """pack.json of a folder that is to be packed."""
+    return {
+        "format": packed.FORMAT,
+        "complete": False,
+        "source": dataclasses.asdict(config.source),
+        "classes": sources["train"].classes,
+        "channels": config.channels,
+        "splits": {
+            split: {
+                "images": len(source),
+                "shards": len(cache.shards(split, len(source), per_shard)),
+                "features": sorted(source.features),
+            }
+            for split, source in sources.items()
+        },
+    }
+
+
+def open_folder(path: epath.Path, meta: dict[str, Any]) -> None:
+    """Starts a packed folder, or goes on with one that was started with the same images.
+
+    ValueError if the folder holds something else; OSError if it cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; --workdir takes a directory")
+    known = packed.peek(path)
+    if known is not None:
+        for name in ("source", "classes", "channels"):
+            if known[name] != meta[name]:
+                raise ValueError(
+                    f"{path}: was started with {name} {known[name]}, now it is {meta[name]};"
+                    " repeat the former command, or pack into another folder"
+                )
+        for split, now in meta["splits"].items():
+            before = {name: known["splits"][split][name] for name in now}
+            if before != now:
+                raise ValueError(
+                    f"{path}: was started with {before} of {split}, now it is {now}; the images"
+                    " have changed, or --records-per-shard: pack into another folder"
+                )
+    elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise ValueError(f"{path}: holds something else than packed images; give a new folder")
+    processes.barrier("pack_looked")
+    try:
+        if jax.process_index() == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            cache.drop_drafts(path)
+        if known is None:
+            rundir.write_text(path / "pack.json", _json(meta))
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: cannot be written ({reason}); choose another --workdir") from error
+    processes.barrier("pack_opened")
+
+
+class Read(NamedTuple):
+    """A record, or why there is none."""
+
+    record: dict[str, Any]
+    reason: str | None
+
+
+class Reader:
+    """Index -> `Read`, of one split."""
+
+    def __init__(self, config: schema.DataConfig, source: FolderSource, split: str) -> None:
+        self.config, self.source = config, source
+        root = config.source.eval_path if split == "eval" else None
+        self._root = (root or config.source.path).rstrip("/") + "/"
+
+    def __call__(self, index: int) -> Read:
+        record = self.source[index]
+        record["file"] = self.source.describe(index).removeprefix(self._root)
+        try:
+            transforms.decode(record, self.config.channels)
+        except transforms.UndecodableError as error:
+            return Read(record, str(error))
+        except ValueError as error:
+            raise ValueError(f"{self.source.describe(index)}: {error}") from error
+        return Read(record, None)
+
+
+def records_of(
+    read: Reader, shard: cache.Shard, left_out: list[list[str]], before: int
+) -> Iterator[dict[str, Any]]:
+    """The records of a shard, in order, read ahead; `left_out` collects [file, reason] of others.
+
+    before: images that were left out of other shards. RuntimeError if they are too many.
+    """
+    ahead = grain.ReadOptions(num_threads=max(1, read.config.threads), prefetch_buffer_size=64)
+    found = grain.MapDataset.range(shard.first, shard.last).map(read).to_iter_dataset(ahead)
+    for one in found:
+        if one.reason is None:
+            yield one.record
+            continue
+        name = one.record["file"]
+        left_out.append([name, one.reason])
+        cli.say(f"{name}: cannot be decoded ({one.reason}); left out")
+        examples.check_limit(before + len(left_out), name, read.config)
+
+
+def summary_path(path: epath.Path, shard: cache.Shard) -> epath.Path:
+    """The file that says that a shard is whole."""
+    return path / f"{epath.Path(shard.name).stem}.json"
+
+
+def write_summary(path: epath.Path, shard: cache.Shard, left_out: list[list[str]]) -> None:
+    """Every process writes those of its own shards, when they are whole."""
+    values = {"records": shard.last - shard.first - len(left_out), "left_out": left_out}
+    storage.write_whole(summary_path(path, shard), _json(values).encode())
+
+
+def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.Shard]]) -> None:
+    """Process 0 writes pack.json and left_out.txt from the summaries. ValueError for no image."""
+    counts, names = dict.fromkeys(SPLITS, 0), []
+    for split, shard in every:
+        found = json.loads(summary_path(path, shard).read_text())
+        counts[split] += found["records"]
+        names += [f"{split}\t{file}\t{reason}\n" for file, reason in found["left_out"]]
+    empty = [split for split, count in counts.items() if not count]
+    if empty:
+        raise ValueError(f"{path}: not one image of {empty[0]} can be decoded: see left_out")
+    splits = {s: {**x, "records": counts[s]} for s, x in meta["splits"].items()}
+    rundir.write_text(path / "left_out.txt", "".join(names))
+    rundir.write_text(path / "pack.json", _json({**meta, "complete": True, "splits": splits}))
+    cli.say(
+        f"{path}: {counts['train']} images to train and {counts['eval']} held out"
+        + (f"; {len(names)} left out, in left_out.txt" if names else "")
+        + f"; read them with --data.source.path {path}"
+    )
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
