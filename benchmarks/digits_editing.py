@@ -78,7 +78,7 @@ def main(folder: epath.Path) -> int:
     call("class2img", "twice_the_size", "--height", 2 * len(real[0]), "--width", 2 * len(real[0]))
     report["slant"] = slanted(folder / "ldm", train, accuracy)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    cli.say(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2), file=sys.stderr)
     return 0 if report["completed"]["accuracy"] >= TARGET else 1
 
 

@@ -141,7 +141,7 @@ class Cluster:
         text = "\n".join(log.read_text(errors="replace")[n:] for log, n in zip(self.logs, since))
         text = text.replace(f"{self.run.parent.parent}/", "")  # where it was run is nobody's matter
         # the log of a process may be printed beside what it says
-        known = (line.strip().removeprefix("INFO:ldm_jax.said:") for line in text.splitlines())
+        known = (line.strip().removeprefix("INFO:ldm_jax:") for line in text.splitlines())
         lines = dict.fromkeys(known)
         return [line for line in lines if any(re.search(p, line) for p in patterns)]
 

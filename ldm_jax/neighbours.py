@@ -26,7 +26,8 @@ from ldm_jax.convert.clip_folder import CLIP
 from ldm_jax.data import folder as image_folder
 from ldm_jax.data import transforms
 from ldm_jax.models import clip
-from ldm_jax.runtime import cli, processes, rundir
+from ldm_jax.runtime import processes, rundir
+from ldm_jax.runtime.log import LOG
 
 BLOCK = 2**16  # embeddings whose cosines are computed in one call
 FORMAT = 1
@@ -163,17 +164,17 @@ def open_index(
     processes.barrier("index_looked")  # nobody may look at what process 0 is about to write
     if there:
         return _read(path, mark, folder)
-    cli.say(f"embedding {len(files)} images of {folder} ...")
+    LOG.info(f"embedding {len(files)} images of {folder} ...")
     paths = [os.path.join(folder, file) for file in files]
     embeddings, broken = embed_images(towers, paths, batch_size=batch_size, mesh=mesh)
     for i, reason in broken:
-        cli.say(f"warning: {paths[i]}: is not an image, or a broken one ({reason}); left out")
+        LOG.warning(f"{paths[i]}: is not an image, or a broken one ({reason}); left out")
     kept = np.setdiff1d(np.arange(len(files)), [i for i, _ in broken])
     if not len(kept):
         raise ValueError(f"none of the {len(files)} images in {folder} can be decoded")
     index = Index(np.asarray(files)[kept], embeddings[kept])
     _write(path, index, mark)
-    cli.say(f"{path}: index of {len(kept)} images")
+    LOG.info(f"{path}: index of {len(kept)} images")
     return index
 
 

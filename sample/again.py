@@ -10,7 +10,8 @@ import numpy as np
 import tyro
 from etils import epath
 
-from ldm_jax.runtime import cli, images, storage
+from ldm_jax.runtime import images, storage
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, write
 from ldm_jax.sample.request import Call
 
@@ -66,7 +67,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     with hosts.together():
         (made,) = generate.made(what, [call], run)
         write.part(out, what, made, settings)
-    cli.say(f"{out / name}.png: {compared(out, options.image, name, kept)}")
+    LOG.info(f"{out / name}.png: {compared(out, options.image, name, kept)}")
     return 0
 
 

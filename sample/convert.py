@@ -13,6 +13,7 @@ from etils import epath
 
 from ldm_jax import bundle, loading, saving
 from ldm_jax.runtime import checkpoint, cli
+from ldm_jax.runtime.log import LOG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,13 @@ def convert(argv: Sequence[str]) -> int:
             shapes_only=options.check,
         )
         for line in summary(model):
-            cli.say(line)
+            LOG.info(line)
         if options.check:
             count = saving.check(model, options.to)
-            cli.say(f"{source} fits: {count} tensors would be written as {options.to}")
+            LOG.info(f"{source} fits: {count} tensors would be written as {options.to}")
             return 0
         write(model, target, options)
-    cli.say(f"written: {target} ({options.to}, {options.dtype})")
+    LOG.info(f"written: {target} ({options.to}, {options.dtype})")
     return 0
 
 

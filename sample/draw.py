@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from ldm_jax.runtime import cli, images
+from ldm_jax.runtime import images
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, program, write
 from ldm_jax.sample.request import Call, Request, calls_of
 
@@ -40,7 +41,7 @@ def draw(what: Request) -> int:
         left = [call for call, again in zip(calls, agreed, strict=True) if again]
     written = what.count - sum(len(call.rows) for call in left)
     if options.resume:
-        cli.say(f"{written} of {what.count} images are in {out} already")
+        LOG.info(f"{written} of {what.count} images are in {out} already")
     try:
         with hosts.together():
             for part in generate.made(what, left, run) if left else ():
@@ -51,11 +52,11 @@ def draw(what: Request) -> int:
                 write.finish(out, what, calls)
     except KeyboardInterrupt:
         write.remove_drafts(out)
-        cli.say(f"{written} of {what.count} images are in {out}; go on with --resume")
+        LOG.info(f"{written} of {what.count} images are in {out}; go on with --resume")
         raise
     shown = (write.grid_of(what) >= 0).sum()
     of = "" if shown == what.count else f" of {shown} of them"
-    cli.say(f"{what.count} images and {out / 'grid.png'}{of}; ldm-sample again IMAGE repeats one")
+    LOG.info(f"{what.count} images and {out / 'grid.png'}{of}; ldm-sample again IMAGE repeats one")
     if what.problems:
         raise ValueError("; ".join(what.problems))
     return 0

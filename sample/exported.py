@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax import export
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.generate import arguments_of, batch_of
 from ldm_jax.sample.program import program_of
 from ldm_jax.sample.request import Call, Request
@@ -33,11 +33,11 @@ def write(request: Request) -> None:
     platforms = options.export_platforms or export.PLATFORMS
     run = program_of(request, export.portable(request.model, platforms))
     call = Call(np.minimum(np.arange(rows), request.count - 1), np.arange(1))
-    cli.say(f"lowering the sampler for batches of {rows} on {', '.join(platforms)} ...")
+    LOG.info(f"lowering the sampler for batches of {rows} on {', '.join(platforms)} ...")
     program = export.lower(run, arguments_of(request, batch_of(request), call), platforms)
     meta = {"model": export.identity(request.model), "rows": rows, "program": facts_of(request)}
     export.write(options.export, program, meta)
-    cli.say(f"{options.export}: the program alone; --from-export takes it with the same --model")
+    LOG.info(f"{options.export}: the program alone; --from-export takes it with the same --model")
 
 
 def read(request: Request) -> tuple[Callable, int]:

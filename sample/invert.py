@@ -15,7 +15,8 @@ from etils import epath
 
 from ldm_jax import bundle, latents, schema, sharding, solvers
 from ldm_jax.metrics import pixels
-from ldm_jax.runtime import cli, images
+from ldm_jax.runtime import images
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import editing, variations, write
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.generate import generate
@@ -61,12 +62,12 @@ def main(options: Options) -> int:
     ]
     (out / "inversion.json").write_text(json.dumps(errors, indent=2) + "\n")
     for error in errors:
-        cli.say(
+        LOG.info(
             f"{error['image']}: latent {error['latent_psnr']:.1f} dB, image"
             f" {error['image_psnr']:.1f} dB (first stage alone {error['first_stage_psnr']:.1f});"
             f" noise {error['noise_mean']:+.3f} +- {error['noise_std']:.3f}"
         )
-    cli.say(f"{out / 'x_T.npy'}: for --init-latents of another task, at the same settings")
+    LOG.info(f"{out / 'x_T.npy'}: for --init-latents of another task, at the same settings")
     return 0
 
 

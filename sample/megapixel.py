@@ -19,7 +19,7 @@ from etils import epath
 
 from ldm_jax import bundle, schema, sharding
 from ldm_jax.large import tiling, windows
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import editing, semantic, superres
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
@@ -145,7 +145,7 @@ def way(
         windows.windowed(lambda x, t, cond: x, **cut)  # refuses what is impossible now
         wrap_model = lambda net: windows.windowed(net, **cut)  # noqa: E731
         count = windows.count(*shape[:2], cut["window"], cut["stride"])
-        cli.say(f"{count} windows at every step, {min(options.at_once or count, count)} at a time")
+        LOG.info(f"{count} windows at every step, {min(options.at_once or count, count)} at a time")
     if options.tile:
         how = {"tile": pair("--tile", options.tile), "levels": options.tile_levels}
         stage = model.first_stage
@@ -202,7 +202,7 @@ def spread(
     def decode(params: dict, z: jax.Array) -> jax.Array:
         return split(model.first_stage.apply({"params": params}, split(z), method="decode"))
 
-    cli.say(f"each of {space} devices has {shape[0] // space * down} rows of an image")
+    LOG.info(f"each of {space} devices has {shape[0] // space * down} rows of an image")
     return wrap_model, decode
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax import bundle, conditioning, latents, sampling, sharding, solvers
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import progress
 from ldm_jax.sample.options import Options
 from ldm_jax.sample.request import Request
@@ -57,10 +57,10 @@ def compiled(request: Request, run: Callable, arguments: tuple) -> Callable:
         kept = "not kept for the next time"
     else:
         kept = f"kept in {where} for the next time; --no-compilation-cache turns that off"
-    cli.say(f"compiling the sampler for batches of {len(arguments[3])} ({kept}) ...")
+    LOG.info(f"compiling the sampler for batches of {len(arguments[3])} ({kept}) ...")
     began = time.perf_counter()
     program = jitted.lower(*arguments).compile()
-    cli.say(f"compiled in {time.perf_counter() - began:.1f} s{planned(program)}")
+    LOG.info(f"compiled in {time.perf_counter() - began:.1f} s{planned(program)}")
     return program
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax import bundle, schema
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import prompts
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, check_tokenizer, latent_shape, open_model
@@ -51,7 +51,7 @@ def request(options: Options) -> Request:
     every = [row for row in rows for _ in range(row.num_images)]
     guided = any(row.guidance_scale != 1 for row in rows)
     if options.negative_prompt and not guided:
-        cli.say("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
+        LOG.info("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
     seeds, indices = numbered(rows, options)
     return Request(
         NAME,
@@ -93,7 +93,7 @@ def read_prompts(options: Options) -> tuple[list[prompts.Row], list[str]]:
         found, problems = prompts.read(options.prompt_file, default)
         rows += found
         for problem in problems:
-            cli.say(f"warning: {problem}; goes on without")
+            LOG.warning(f"{problem}; goes on without")
     if not rows:
         raise ValueError('give --prompt "..." or --prompt-file FILE')
     if options.init_latents is not None and any(row.seed is not None for row in rows):
@@ -150,7 +150,7 @@ def say_lost(tokenizer: Any, texts: Iterable[str], negatives: Iterable[str]) -> 
     for name, text in named:
         lost = tokenizer.lost(text)
         if lost:
-            cli.say(
+            LOG.info(
                 f"warning: {name} {text[:24]!r}... is longer than the text encoder's"
                 f" {tokenizer.max_length} tokens; left out: {lost!r}"
             )

@@ -51,6 +51,15 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def shown():
+    """The library's log is on stderr, as inside a command."""
+    from ldm_jax.runtime import log
+
+    with log.shown():
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """XLA compiles in half the time, to slower code: for large programs that run a few times."""

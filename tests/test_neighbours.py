@@ -70,7 +70,7 @@ def test_batches_give_what_one_image_gives(towers, photos):
     np.testing.assert_allclose(split, found, atol=1e-5)
 
 
-def test_an_index_is_built_once(towers, photos, capsys, monkeypatch):
+def test_an_index_is_built_once(towers, photos, capsys, shown, monkeypatch):
     path = photos.parent / "kept" / "index.npz"
     made = neighbours.open_index(str(photos), path, towers)
     assert made.files.tolist() == ["a.png", "b.png", "c.png", "more/d.png", "more/e.png"]

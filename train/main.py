@@ -15,6 +15,7 @@ import tyro
 
 from ldm_jax import configs, schema
 from ldm_jax.runtime import checkpoint, cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs, supervisor, watchdog
 
 
@@ -92,13 +93,15 @@ def be_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     platform = jax.devices()[0].platform
     if platform == "gpu":
-        cli.say(
+        LOG.info(
             "deterministic: XLA leaves out faster algorithms that do not repeat bit for bit"
             " (scatter-adds, some convolutions); the cost is the steps/s that the same run"
             " without --deterministic has more"
         )
     else:
-        cli.say(f"deterministic: costs nothing on {platform}, where every step repeats bit for bit")
+        LOG.info(
+            "deterministic: costs nothing on %s, where every step repeats bit for bit", platform
+        )
 
 
 def train(argv: Sequence[str]) -> int:

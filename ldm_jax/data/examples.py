@@ -5,7 +5,6 @@ replaced by the next one that can: nothing depends on what was read before, wher
 """
 
 import contextlib
-import logging
 import threading
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -19,8 +18,7 @@ from ldm_jax.data import cache, transforms
 from ldm_jax.data.record_cache import RecordCache
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.runtime import processes, storage
-
-LOG = logging.getLogger(__name__)
+from ldm_jax.runtime.log import LOG
 
 Row = dict[str, np.ndarray]
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]

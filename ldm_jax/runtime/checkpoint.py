@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ldm_jax import sharding
-from ldm_jax.runtime import checksums, cli, processes, storage
+from ldm_jax.runtime import checksums, processes, storage
 from ldm_jax.runtime.checkpoint_manager import Manager
+from ldm_jax.runtime.log import LOG
 
 DRAFT = ".orbax-checkpoint-tmp"  # in the name of a folder that is not complete yet
 PACKED = 0.9  # of the bytes of weights are left when they are compressed
@@ -95,9 +96,9 @@ def resume(manager: Manager, abstract: Any) -> Any | None:
             damaged.append((step, error))
             continue
         for bad, error in damaged:
-            cli.say(f"{error}; moved to {_set_aside(manager, bad)}")
+            LOG.info(f"{error}; moved to {_set_aside(manager, bad)}")
         if damaged:
-            cli.say(f"{manager.directory}: going on from step {step}, later steps are made again")
+            LOG.info(f"{manager.directory}: going on from step {step}, later steps are made again")
         return state
     if damaged:
         older = ", nor any older one" if len(damaged) > 1 else ", and there is no older one"
@@ -316,11 +317,11 @@ def _drop_drafts(run: epath.Path) -> None:
         folder = run / place
         for path in sorted(folder.iterdir()) if folder.exists() else ():
             if DRAFT in path.name:
-                cli.say(f"{path}: is half written, the run ended while it was saved; removed")
+                LOG.info(f"{path}: is half written, the run ended while it was saved; removed")
                 if place != "checkpoints":
                     path.rmtree()
             elif path.name.isdigit() and path.is_dir() and not is_complete(path):
-                cli.say(f"{path}: is half written, the run ended while it was saved; left out")
+                LOG.info(f"{path}: is half written, the run ended while it was saved; left out")
 
 
 def _check_sum(folder: epath.Path, part: str, tree: Any, meta: Mapping[str, Any]) -> None:

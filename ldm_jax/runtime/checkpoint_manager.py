@@ -7,7 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ldm_jax.runtime import cli, storage
+from ldm_jax.runtime import storage
+from ldm_jax.runtime.log import LOG
 
 
 class Manager(ocp.CheckpointManager):
@@ -76,7 +77,7 @@ class Manager(ocp.CheckpointManager):
         if not final and storage.is_transient(error) and self._attempts < storage.ATTEMPTS:
             delay = storage.WAIT * 2 ** (self._attempts - 1)
             self._again_at = time.monotonic() + delay
-            cli.say(
+            LOG.info(
                 f"{self.directory}: the checkpoint of step {step} was not written"
                 f" ({storage.reason(error)}); attempt {self._attempts + 1} of {storage.ATTEMPTS}"
                 f" follows in {delay:g} s, of the step that it is then"
@@ -107,7 +108,7 @@ class Manager(ocp.CheckpointManager):
         if final or self.failed > self.max_failed:
             limit = "" if final else f" (--max-failed-saves {self.max_failed})"
             raise OSError(f"{told}; make room and run the same command again{limit}") from error
-        cli.say(f"{told}; training goes on, failed saves in a row: {self.failed}")
+        LOG.info(f"{told}; training goes on, failed saves in a row: {self.failed}")
 
     def close(self) -> None:
         """Waits for the write under way. OSError if it failed."""

@@ -11,26 +11,18 @@ from typing import Any
 
 import jax
 
-from ldm_jax.runtime import cluster
+from ldm_jax.runtime import cluster, log
 
 CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
 UNREAD = 141  # 128 + SIGPIPE: whoever read stdout left, as `| head` does
 
-LOG = logging.getLogger("ldm_jax.said")
-LOG.addHandler(logging.NullHandler())  # what goes to a run's log only is not for the terminal
-
-
-def say(message: str) -> None:
-    """A line for people: on stderr from the first process only, in the log of every process."""
-    LOG.info(message)
-    if jax.process_index() == 0:
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
-
 
 def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Exit code of `command(argv)`; an error is one line on stderr, with --debug a traceback."""
+    """Run a command with its log on stderr; return its exit code.
+
+    An error is one line on stderr, with --debug a traceback.
+    """
     argv = list(argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
@@ -38,7 +30,8 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         _hide_tracebacks()
     try:
         try:
-            return command(argv) or 0
+            with log.shown():
+                return command(argv) or 0
         finally:
             sys.stdout.flush()  # not only at exit, where a reader that left cannot be caught
     except KeyboardInterrupt:

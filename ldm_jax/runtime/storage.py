@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import TypeVar
 
 from etils import epath
 
-LOG = logging.getLogger(__name__)
+from ldm_jax.runtime.log import LOG
 
 ATTEMPTS = 4
 WAIT = 1.0  # seconds before the second attempt, doubled before each later one

@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 from ldm_jax import schema, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
-from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate.image_sets import ImageSet
 
 PART = 1024  # images of a part at least; what an interrupted run loses at most
@@ -202,7 +203,7 @@ def _look(folder: epath.Path, settings: dict[str, Any], options: Options) -> int
     for path in _parts(folder):
         rows = int(path.stem) + _rows_of(_read_part(path))
     if 0 < rows < settings["count"]:
-        cli.say(f"{folder}: goes on after {rows} of {settings['count']} images")
+        LOG.info(f"{folder}: goes on after {rows} of {settings['count']} images")
     return -(-rows // options.batch_size)
 
 

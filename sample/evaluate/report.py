@@ -12,7 +12,8 @@ import numpy as np
 from etils import epath
 
 from ldm_jax.metrics import features, gaussian, manifold, scores
-from ldm_jax.runtime import cli, rundir
+from ldm_jax.runtime import rundir
+from ldm_jax.runtime.log import LOG
 
 NEIGHBOURS = 3  # of precision and recall
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as torch-fidelity's
@@ -70,7 +71,7 @@ def reference_of_file(saved: gaussian.Saved, network: features.Network, path: st
     """Of a file of statistics. ValueError if they are of another network, as far as it tells."""
     made_with, digest = saved.meta.get("features"), saved.meta.get("feature_weights")
     if made_with is None:
-        cli.say(
+        LOG.info(
             f"{path}: does not say which network it is of; taken for {network.name}"
             f" {network.details}"
         )
@@ -114,7 +115,7 @@ def distances(
         mean, std = scores.inception_score(found["logits"], splits=SPLITS)
         figures |= {"inception_score": mean, "inception_score_std": std}
     if reference.rows is None:
-        cli.say("the reference has no images: no kernel distance, precision or recall")
+        LOG.info("the reference has no images: no kernel distance, precision or recall")
         return figures
     return figures | _neighbours(rows, reference.rows, names["kd"][0])
 
@@ -138,7 +139,7 @@ def _warn(count: int, reference: Reference, width: int, title: str, bias: float 
     least = min(count, reference.features.count or count)
     if least < width:
         how = "" if bias is None else f", here by about {bias:.3g} (from half of the samples)"
-        cli.say(
+        LOG.info(
             f"warning: {least} images are fewer than the {width} features: {title} is too"
             f" large{how}, and only comparable between sets of the same size"
         )
@@ -179,7 +180,7 @@ def write(
     text = table(figures, facts)
     rundir.write_text(out / "row.md", text)
     sys.stdout.write(text)
-    cli.say(f"{out / 'result.json'} holds all that repeats this")
+    LOG.info(f"{out / 'result.json'} holds all that repeats this")
 
 
 def table(figures: dict[str, float], facts: dict[str, Any]) -> str:

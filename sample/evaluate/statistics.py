@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 
 from ldm_jax.metrics import gaussian
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "statistics"
@@ -55,5 +55,5 @@ def main(options: Options) -> int:
     gaussian.write(out / "statistics.npz", reference.features, reference.spatial, meta)
     facts = {**meta, "name": options.data, "count": images.count}
     report.write(out, NAME, options, {}, facts)
-    cli.say(f"{out / 'statistics.npz'}: mean and covariance of {images.count} images")
+    LOG.info(f"{out / 'statistics.npz'}: mean and covariance of {images.count} images")
     return 0

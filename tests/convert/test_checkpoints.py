@@ -134,7 +134,7 @@ def test_raw_weights_where_asked(folder):
     assert same(model.params["unet"], expected("churches", ema=False)["unet"])
 
 
-def test_a_bare_single_file_is_recognised(folder, loaded, capsys):
+def test_a_bare_single_file_is_recognised(folder, loaded, capsys, shown):
     by_yaml, _ = loaded["stable_diffusion"]
     model = compvis.load(folder / "stable_diffusion.safetensors")
     said = capsys.readouterr().err
@@ -334,7 +334,7 @@ def test_a_file_without_yaml_that_is_not_stable_diffusion(folder):
 @pytest.mark.torch
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["churches", "stable_diffusion"])
-def test_lightning_checkpoints(loaded, name, zipped, tmp_path, capsys):
+def test_lightning_checkpoints(loaded, name, zipped, tmp_path, capsys, shown):
     import torch
 
     model, tensors = MODELS[name]()

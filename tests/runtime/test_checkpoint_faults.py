@@ -30,7 +30,7 @@ def run(two_steps, tmp_path):
 
 
 @pytest.fixture
-def said(capsys):
+def said(capsys, shown):
     return lambda: capsys.readouterr().err
 
 

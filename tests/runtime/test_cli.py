@@ -6,12 +6,12 @@ import subprocess
 import sys
 import types
 
-import jax
 import pytest
 
 from ldm_jax import schema
 from ldm_jax.configs import digits, tiny
 from ldm_jax.runtime import cli, cluster
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import class2img
 from ldm_jax.sample import main as sample_main
 from ldm_jax.train import main as train_main
@@ -85,6 +85,12 @@ def test_a_reader_that_leaves_is_not_an_error(arguments, unbuffered):
 def test_another_pipe_that_breaks_is_an_error(capfd):
     assert cli.run("p", raising(BrokenPipeError(32, "Broken pipe")), []) == 1
     assert capfd.readouterr().err == "p: error: [Errno 32] Broken pipe\n"
+
+
+def test_the_log_is_on_stderr_inside_alone(capsys):
+    cli.run("p", lambda argv: LOG.info("inside"), [])
+    LOG.info("outside")
+    assert capsys.readouterr().err == "inside\n"
 
 
 # --- flags of every command ---------------------------------------------------------------------
@@ -278,7 +284,7 @@ def test_wrong_flags_are_named(capsys, flags, named):
     assert named in capsys.readouterr().err
 
 
-def test_deterministic_sets_the_flag_and_says_what_it_costs(monkeypatch, capsys):
+def test_deterministic_sets_the_flag_and_says_what_it_costs(monkeypatch, capsys, shown):
     before = os.environ["XLA_FLAGS"]
     monkeypatch.setenv("XLA_FLAGS", before)  # and back again
     train_main.be_deterministic()
@@ -298,10 +304,3 @@ def test_a_missing_workdir_is_named(capsys):
         train_main.parse(tiny.get_config("class"), [], "ldm-train tiny")
     assert stopped.value.code == 2
     assert "--workdir" in capsys.readouterr().err
-
-
-def test_say_speaks_from_the_first_process_only(capsys, monkeypatch):
-    cli.say("once")
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    cli.say("never")
-    assert capsys.readouterr().err == "once\n"

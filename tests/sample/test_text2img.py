@@ -107,7 +107,7 @@ def test_the_text_is_encoded_once_for_all_steps(model):
     assert heads & set(read)  # keys and values of the text
 
 
-def test_lost_words_are_named(model, capsys):
+def test_lost_words_are_named(model, capsys, shown):
     batch = text2img.tokenize(model.tokenizer, ["a red square of sand", "a disc"], "no", 3)
     assert batch["tokens"].shape == batch["null_tokens"].shape == (6, 12)
     np.testing.assert_array_equal(batch["tokens"][:3], model.tokenizer.encode(["a red square"] * 3))

@@ -57,7 +57,7 @@ def test_a_first_stage_on_a_folder_with_a_broken_image(tmp_path, capsys, caplog)
     assert "images/s/device" in bar
 
     (log,) = (run / "logs" / "0000").iterdir()
-    assert "INFO ldm_jax.said: parameters: autoencoder " in log.read_text()
+    assert "INFO ldm_jax: parameters: autoencoder " in log.read_text()
     assert "process 0 of 1 on " in log.read_text()
     assert "reads rows 0-3 of every batch" in log.read_text()
     assert list((run / "profile").rglob("process_0000.xplane.pb"))

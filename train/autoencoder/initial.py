@@ -8,7 +8,8 @@ from etils import epath
 
 from ldm_jax import loading, schema, sharding
 from ldm_jax.convert import auxiliary
-from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.autoencoder import codebook
 from ldm_jax.train_state import GanState
 
@@ -106,7 +107,7 @@ def start(
     host = {"autoencoder": given.params, **others}
     codes = jax.device_get(codebook.start(config, host))
     if given.said:
-        cli.say(given.said)
+        LOG.info(given.said)
     if given.disc is not None:
         stats = {**state.disc_stats, "batch_stats": given.disc["batch_stats"]}
         state = state.replace(

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from ldm_jax import data, losses, schema, sharding, train_state
 from ldm_jax.models import quantize
-from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.schema import serialize
 from ldm_jax.train.autoencoder import adversary, checks, codebook, held_out, initial, reconstruction
 from ldm_jax.train.run import logs, loop, startup
@@ -300,7 +301,7 @@ def train(
     run, changes = rundir.open_run(workdir, config)
     logs.begin(run)
     for change in changes:
-        cli.say(f"changed on resume: {change}")
+        LOG.info(f"changed on resume: {change}")
 
     reconstruction.keep_perceptual(config, run, perceptual)
     perceptual = sharding.place(perceptual, sharding.by_rules(perceptual, sharding.RULES, mesh))
@@ -311,7 +312,7 @@ def train(
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
         if given is not None:
             state = initial.start(config, state, shardings, given)
-            cli.say(f"starts from {config.init_from}; trains {config.train_only}")
+            LOG.info(f"starts from {config.init_from}; trains {config.train_only}")
     else:
         rundir.drop_metrics_after(run, int(state.step))
     startup.report(config, mesh, state, stream)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from ldm_jax import data, latents, loading, schema, sharding
 from ldm_jax.data import cache
 from ldm_jax.models import attention, autoencoder
-from ldm_jax.runtime import cli, rundir
+from ldm_jax.runtime import rundir
+from ldm_jax.runtime.log import LOG
 
 SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the scale is measured on
 
@@ -101,7 +102,7 @@ def prepare(
     if known is None:
         known = scale_of(config, module, placed, mesh, stream)
         rundir.write_latents(run, known)
-        cli.say(f"latent scale {known['scale']:.5f} ({known['how']})")
+        LOG.info(f"latent scale {known['scale']:.5f} ({known['how']})")
     return Frozen(module, placed, known["scale"], model)
 
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from ldm_jax import bundle, conditioning, data, diffusion, latents, schema, sharding, train_state
 from ldm_jax.models import attention, convolution, unet
-from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.schema import serialize
 from ldm_jax.train.frozen import first_stage, text_encoder
 from ldm_jax.train.ldm import preview
@@ -277,7 +278,7 @@ def train(
     run, changes = rundir.open_run(workdir, config)
     logs.begin(run)
     for change in changes:
-        cli.say(f"changed on resume: {change}")
+        LOG.info(f"changed on resume: {change}")
     frozen = dataclasses.replace(
         first_stage.prepare(config, found, run, mesh, stream),
         cond_stage=text_encoder.prepare(config, text, run, mesh),

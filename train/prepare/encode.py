@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from ldm_jax import bundle, data, schema, sharding
 from ldm_jax.data import cache, examples
 from ldm_jax.models import autoencoder
-from ldm_jax.runtime import checkpoint, cli, overlap, processes, rundir
+from ldm_jax.runtime import checkpoint, overlap, processes, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.schema import serialize
 from ldm_jax.train.frozen import first_stage
 
@@ -55,7 +56,7 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
     ][jax.process_index() :: jax.process_count()]
     due = [(split, shard) for split, shard in mine if not (path / shard.name).exists()]
     total = sum(shard.last - shard.first for _, shard in due)
-    cli.say(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} records to encode")
+    LOG.info(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} records to encode")
     began, bad = time.perf_counter(), {split: set() for split in SPLITS}
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for split, shard in due:
@@ -65,16 +66,16 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
                 bar.update()
     if total:
         rate = total / (time.perf_counter() - began)
-        cli.say(
+        LOG.info(
             f"{total} records in {total / rate:.1f} s, {rate / devices:.1f} images/s per device"
         )
     bad = {split: processes.union(found) for split, found in bad.items()}
     if any(bad.values()):
         count = sum(len(found) for found in bad.values())
-        cli.say(f"{count} records could not be decoded; the next readable ones replace them")
+        LOG.info(f"{count} records could not be decoded; the next readable ones replace them")
     processes.barrier("encoded")
     rundir.write_text(path / "cache.json", _json({**meta, "complete": True}))
-    cli.say(f"{path}: complete; train from it with --cache.path {path}")
+    LOG.info(f"{path}: complete; train from it with --cache.path {path}")
     return 0
 
 

@@ -19,7 +19,8 @@ from etils import epath
 from ldm_jax import schema
 from ldm_jax.data import cache, examples, packed, transforms
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.runtime import checkpoint, cli, processes, rundir, storage
+from ldm_jax.runtime import checkpoint, processes, rundir, storage
+from ldm_jax.runtime.log import LOG
 
 SPLITS = ("train", "eval")
 PER_SHARD = 4096
@@ -60,7 +61,7 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = PE
     mine = every[jax.process_index() :: jax.process_count()]
     due = [(split, shard) for split, shard in mine if not summary_path(path, shard).exists()]
     total = sum(shard.last - shard.first for _, shard in due)
-    cli.say(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} images to pack")
+    LOG.info(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} images to pack")
     began, bad = time.perf_counter(), 0
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for split, shard in due:
@@ -71,7 +72,7 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = PE
             bad += len(left_out)
             write_summary(path, shard, left_out)
     if total:
-        cli.say(f"{total} images in {time.perf_counter() - began:.1f} s")
+        LOG.info(f"{total} images in {time.perf_counter() - began:.1f} s")
     processes.barrier("packed")
     finish(path, meta, every)
     return 0
@@ -177,7 +178,7 @@ def records_of(
             continue
         name = one.record["file"]
         left_out.append([name, one.reason])
-        cli.say(f"{name}: cannot be decoded ({one.reason}); left out")
+        LOG.info(f"{name}: cannot be decoded ({one.reason}); left out")
         examples.check_limit(before + len(left_out), name, read.config)
 
 
@@ -205,7 +206,7 @@ def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.
     splits = {s: {**x, "records": counts[s]} for s, x in meta["splits"].items()}
     rundir.write_text(path / "left_out.txt", "".join(names))
     rundir.write_text(path / "pack.json", _json({**meta, "complete": True, "splits": splits}))
-    cli.say(
+    LOG.info(
         f"{path}: {counts['train']} images to train and {counts['eval']} held out"
         + (f"; {len(names)} left out, in left_out.txt" if names else "")
         + f"; read them with --data.source.path {path}"

@@ -1,4 +1,4 @@
-"""What every process said, warned of and failed with, in RUN/logs; process 0 alone on the terminal.
+"""Log of every process, in RUN/logs: what it said, warned of and failed with.
 
     RUN/logs/0003/000001.log    of process 3, part 1: a part for every start, and every 64 KiB
 
@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from ldm_jax.runtime import cli
+from ldm_jax.runtime import log
+from ldm_jax.runtime.log import LOG
 
 SECONDS = 2.0  # between two writes of a part that grows
 LARGEST = 2**16  # characters of a part
@@ -79,55 +80,30 @@ class RunLog(logging.Handler):
                 return
 
 
-class Terminal(logging.StreamHandler):
-    """Warnings of process 0; errors of the others, with their number in front."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self.setLevel(logging.WARNING)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if getattr(record, "only_file", False):
-            return False
-        index = _process()
-        return not index or record.levelno >= logging.ERROR
-
-    def format(self, record: logging.LogRecord) -> str:
-        index = _process()
-        return (f"process {index}: " if index else "") + super().format(record)
-
-
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Inside, records, warnings and what `cli.say` says are kept for the run that `begin` names.
+    """Keep the records and warnings inside for the run that `begin` names.
 
     An error on the way out leaves its traceback there.
     """
-    root, ours, said = logging.getLogger(), logging.getLogger("ldm_jax"), RunLog()
-    handlers, level, hook = (said, Terminal()), ours.level, threading.excepthook
-    others = [h for h in root.handlers if type(h) is logging.StreamHandler]  # Orbax's import adds
-    for handler in others:
-        root.removeHandler(handler)
-    for handler in handlers:
-        root.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    root, level, hook = logging.getLogger(), LOG.level, threading.excepthook
+    handler = RunLog()
+    root.addHandler(handler)
+    LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
     threading.excepthook = _of_thread
     try:
         yield
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            ours.error("stopped by an error", exc_info=error, extra={"only_file": True})
+            LOG.error("stopped by an error", exc_info=error, extra=log.ONLY_FILE)
         raise
     finally:
         threading.excepthook = hook
         logging.captureWarnings(False)
-        ours.setLevel(level)
-        for handler in handlers:
-            root.removeHandler(handler)
-        for handler in others:
-            root.addHandler(handler)
-        said.close()
+        LOG.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
 
 
 def begin(run: epath.Path) -> None:
@@ -146,11 +122,6 @@ def flush(seconds: float | None = None) -> None:
             thread.join(seconds)
 
 
-def _process() -> int:
-    """0 also where there is one process, without asking for devices too early."""
-    return jax.process_index() if jax.distributed.is_initialized() else 0
-
-
 def _of_thread(arguments: threading.ExceptHookArgs) -> None:
     name = arguments.thread.name if arguments.thread else "unknown"
-    cli.LOG.error("error in thread %s", name, exc_info=arguments.exc_value)
+    LOG.error("error in thread %s", name, exc_info=arguments.exc_value)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ldm_jax import data, schema, sharding
 from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.runtime.checkpoint_manager import Manager
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import goodput, profiling, stop
 from ldm_jax.train.run.monitor import Monitor, compile_step
 from ldm_jax.train.run.watchdog import Watch
@@ -59,7 +60,7 @@ def ended(config: schema.TrainConfig, run: epath.Path, state: Any) -> bool:
     """Whether `config.steps` are made already; says so."""
     if (step := int(state.step)) < config.steps:
         return False
-    cli.say(f"{run}: already at step {step} of {config.steps}; raise --steps to go on")
+    LOG.info(f"{run}: already at step {step} of {config.steps}; raise --steps to go on")
     return True
 
 
@@ -103,7 +104,7 @@ def run(job: Job, state: Any, saved: int | None) -> int:
             if last or interrupted:
                 break
         if not last:
-            monitor.say(f"stopped at step {step}; run the same command again to go on")
+            LOG.info(f"stopped at step {step}; run the same command again to go on")
     monitor.flush()
     stop.refuse_bad(monitor, config, job.manager)
     monitor.close()

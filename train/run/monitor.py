@@ -13,7 +13,8 @@ import tqdm
 from etils import epath
 
 from ldm_jax.cost import flops
-from ldm_jax.runtime import cli, rundir
+from ldm_jax.runtime import rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import goodput
 
 # steps/s also where a step takes seconds; tqdm would turn it into s/step
@@ -33,7 +34,7 @@ def compile_step(
     step: partial of a jitted function. model_step(): the same without remat and with plain
     attention, whose operations count where a peak is known to compare them with.
     """
-    cli.say("compiling the training step ...")
+    LOG.info("compiling the training step ...")
     start = time.perf_counter()
     traced = step.func.trace(*step.args, *args)
     compiled = traced.lower().compile()
@@ -47,7 +48,7 @@ def compile_step(
     if memory is not None:
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         parts.append(f"{held / 2**20:.0f} MiB per device")
-    cli.say(", ".join(parts))
+    LOG.info(", ".join(parts))
     return lambda *rest: compiled(*step.args, *rest), work
 
 
@@ -135,7 +136,7 @@ class Monitor:
     def write(self, step: int, values: dict[str, float], *, aloud: bool = False) -> None:
         """A line of metrics at `step`, to JSONL and TensorBoard, and `aloud` to the terminal."""
         if aloud:
-            self.say(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
+            LOG.info(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
             self.pause()
         self.lines.append({"step": step, **values})
         if self.main:
@@ -145,7 +146,7 @@ class Monitor:
         # on a full disk its thread dies, and what comes when its queue is full would wait for ever
         if self.board is not None and not self.board.file_writer.event_writer._worker.is_alive():
             self.board = None
-            self.say("TensorBoard's file could not be written: another is begun")
+            LOG.info("TensorBoard's file could not be written: another is begun")
         if self.board is None:
             try:
                 self.board = self.board_type(str(self.workdir / "tensorboard"), max_queue=1000)
@@ -154,12 +155,6 @@ class Monitor:
         for name, value in values.items():
             if math.isfinite(value):  # it warns of others, on lines of its own
                 self.board.add_scalar(name, value, step)
-
-    def say(self, message: str) -> None:
-        """A line above the bar; in the log of every process."""
-        self.bar.clear()
-        cli.say(message)
-        self.bar.refresh()
 
     def pause(self) -> None:
         """Time until now does not count as time per step (after an evaluation or a compilation)."""
@@ -172,7 +167,7 @@ class Monitor:
         self.bad_steps, self.fetched_step = int(values["bad_steps"]), step
         skipped = int(values.get("skipped_steps", 0))
         if skipped > self.skipped_steps:
-            self.say(f"step {step}: {skipped - self.skipped_steps} skipped, {skipped} in all")
+            LOG.info(f"step {step}: {skipped - self.skipped_steps} skipped, {skipped} in all")
         self.skipped_steps = skipped
         now = time.perf_counter()
         if step > self.last_step:

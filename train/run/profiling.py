@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 
 
 def window(value: str, steps: int) -> range | None:
@@ -38,7 +38,7 @@ class Profile:
         self.run, self.steps = run, steps
         self.local: tempfile.TemporaryDirectory | None = None
         if steps is not None and first >= steps.stop:
-            cli.say(
+            LOG.info(
                 f"--profile {steps.start}:{steps.stop}: the run is at step {first} already;"
                 " nothing is traced"
             )
@@ -75,4 +75,4 @@ class Profile:
             target.write_bytes(path.read_bytes())
         self.local.cleanup()
         self.local = self.steps = None
-        cli.say(f"trace of {name.replace('_', ' ')}: {self.run / 'profile'}")
+        LOG.info(f"trace of {name.replace('_', ' ')}: {self.run / 'profile'}")

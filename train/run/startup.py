@@ -11,7 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax import data, schema, sharding
-from ldm_jax.runtime import cli
+from ldm_jax.runtime import log
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run.monitor import count_parameters
 
 PARTS = {  # fields of a state, as the report sums them up
@@ -46,12 +47,13 @@ def report(config: schema.TrainConfig, mesh: Mesh, state: Any, stream: data.Stre
         f" {len(rows)} read by each process",
         f"compiled programs: {cache or 'not kept'}" + (", written by process 0" if cache else ""),
     ):
-        cli.say(line)
-    cli.LOG.info(
+        LOG.info(line)
+    LOG.info(
         "process %d of %d on %s: devices %s; reads rows %s of every batch",
         *(jax.process_index(), jax.process_count(), socket.gethostname()),
         [device.id for device in jax.local_devices()],
         _ranges(rows),
+        extra=log.ONLY_FILE,
     )
 
 

@@ -11,12 +11,12 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ldm_jax.runtime import checkpoint, cli
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import watchdog
 
 LONGEST_DELAY = 300.0  # seconds
@@ -85,9 +85,8 @@ def split(argv: Sequence[str]) -> tuple[Policy | None, list[str]]:
 
 
 def say(message: str) -> None:
-    """A line for people, on stderr. (cli.say would ask JAX for its devices, which are not ours.)"""
-    sys.stderr.write(f"ldm-train supervisor: {message}\n")
-    sys.stderr.flush()
+    """Log a line of the supervisor."""
+    LOG.info("ldm-train supervisor: %s", message)
 
 
 def supervise(command: Sequence[str], policy: Policy, say: Callable[[str], None] = say) -> int:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import faulthandler
 import json
-import logging
 import os
 import signal
 import socket
@@ -29,7 +28,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ldm_jax import schema
-from ldm_jax.runtime import cli, storage
+from ldm_jax.runtime import cli, log, storage
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs
 
 LOST = 76  # exit code: another process is gone, or one stands still; start again
@@ -42,7 +42,6 @@ PERMANENT = (  # start-up errors of the system that another start would meet aga
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
 
-LOG = logging.getLogger("ldm_jax.said")
 _pipe: int | None = None
 
 
@@ -239,7 +238,7 @@ class Watch:
         self.leaving.set()
         me = f"process {self.index}" if self.count > 1 else "this process"
         message = f"ldm-train: {why}; {me} leaves with code {LOST}"
-        LOG.info(message)  # the log of this process
+        LOG.info(message, extra=log.ONLY_FILE)
         sys.stderr.write(f"\n{message}\n")  # of each: the first one may be the one that is gone
         sys.stderr.flush()
         logs.flush(2.0)  # storage may hang

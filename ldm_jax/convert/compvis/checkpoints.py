@@ -20,7 +20,7 @@ from ldm_jax.convert.formats import files, safetensors_file, torch_writer
 from ldm_jax.models import autoencoder, unet
 from ldm_jax.models.autoencoder import FirstStage
 from ldm_jax.models.unet import UNet
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 
 StateDict = Mapping[str, Any]  # torch name -> NumPy array, ShapeDtypeStruct or lazy tensor
 
@@ -280,7 +280,7 @@ def _config(
         said = [f"{path.name}: {found.family}, by its names and shapes"]
         said += [f"{path.name}: a guess: {guess}" for guess in found.guesses]
     for line in said:
-        cli.say(line)
+        LOG.info(line)
     return config, scale
 
 
@@ -296,7 +296,7 @@ def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) 
     """The latent scale of the file if it has one (`scale_by_std`), else that of the config."""
     if "scale_factor" in tensors:
         scale = float(np.asarray(tensors.pop("scale_factor")).astype(np.float32))
-        cli.say(f"{path.name}: its own latent scale is {scale:g}")
+        LOG.info(f"{path.name}: its own latent scale is {scale:g}")
     if scale is None:
         raise ValueError(f"{path}: its YAML says scale_by_std, but it has no scale_factor")
     return scale
@@ -314,10 +314,10 @@ def _taken(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for line in taken.said:
-        cli.say(f"{path.name}: {line}")
+        LOG.info(f"{path.name}: {line}")
     if info.left:
         more = f" and {len(info.left) - 8} more" if len(info.left) > 8 else ""
-        cli.say(f"{path.name}: beside the state dict: {', '.join(info.left[:8])}{more}")
+        LOG.info(f"{path.name}: beside the state dict: {', '.join(info.left[:8])}{more}")
     return taken.tensors
 
 

@@ -13,7 +13,7 @@ from ldm_jax.convert import table, text_tables
 from ldm_jax.convert.diffusers import tables
 from ldm_jax.convert.formats import files
 from ldm_jax.models import autoencoder, bert, clip, unet
-from ldm_jax.runtime import cli
+from ldm_jax.runtime.log import LOG
 
 MOST_JSON = 2**24
 TextConfig = schema.CLIPTextConfig | schema.BERTTextConfig
@@ -111,7 +111,7 @@ def params(
     else:
         unused = [name for name in UNUSED if name in found]
         if unused:
-            cli.say(f"{path}: left out, as it computes nothing: {', '.join(unused)}")
+            LOG.info(f"{path}: left out, as it computes nothing: {', '.join(unused)}")
         found = {name: x for name, x in found.items() if name not in unused}
         rows = part.rows(found)
     if shapes_only:

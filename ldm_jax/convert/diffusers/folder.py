@@ -20,7 +20,8 @@ from ldm_jax.convert.diffusers.components import TextConfig, read_json
 from ldm_jax.convert.diffusers.unet_config import unet_config
 from ldm_jax.convert.diffusers.writer import INDEX, INPAINT, UPSCALE_SCALE, save
 from ldm_jax.data import tokens
-from ldm_jax.runtime import checkpoint, cli
+from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime.log import LOG
 
 __all__ = [
     "first_stage_scale",
@@ -183,7 +184,7 @@ def _config(folder: epath.Path, index: Index) -> tuple[schema.LatentDiffusionCon
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(path)
     for option in scheduler_config.left_out(scheduler, index.pipeline):
-        cli.say(f"{path}: {option} is left out: our sampler does not clip")
+        LOG.info(f"{path}: {option} is left out: our sampler does not clip")
     return schema.LatentDiffusionConfig(
         first_stage=first,
         unet=net,

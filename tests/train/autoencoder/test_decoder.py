@@ -127,7 +127,7 @@ def given_by(path, new, tmp_path, **changes):
     return initial.start(config, state, shardings, given), given
 
 
-def test_a_released_discriminator_goes_on_too(new, tmp_path, capsys):
+def test_a_released_discriminator_goes_on_too(new, tmp_path, capsys, shown):
     before = new[0]
     disc = variables(before)
     path = published(tmp_path / "model.safetensors", before.params, disc)
@@ -140,7 +140,7 @@ def test_a_released_discriminator_goes_on_too(new, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_no_discriminator_or_another_is_told(new, tmp_path, capsys, layers):
+def test_no_discriminator_or_another_is_told(new, tmp_path, capsys, shown, layers):
     """Of a file without one, and of one with other layers than the config has."""
     before = new[0]
     path = published(
@@ -162,7 +162,7 @@ def test_no_discriminator_or_another_is_told(new, tmp_path, capsys, layers):
 
 
 @pytest.mark.slow
-def test_the_discriminator_of_a_run_goes_on_too(run, tmp_path, capsys):
+def test_the_discriminator_of_a_run_goes_on_too(run, tmp_path, capsys, shown):
     config = dataclasses.replace(
         tiny.get_config("gan"), init_from=str(run), steps=1, loss=schema.FirstStageLossConfig()
     )  # which does not train it before step 50 001

@@ -39,7 +39,7 @@ def test_records_and_rows_are_those_of_the_folder(folder, tmp_path):
     assert (tmp_path / "packed" / "left_out.txt").read_text() == ""
 
 
-def test_what_cannot_be_decoded_is_left_out_and_named(folder, tmp_path, capsys):
+def test_what_cannot_be_decoded_is_left_out_and_named(folder, tmp_path, capsys, shown):
     for name in ("a/02.png", "b/09.png"):
         (folder / name).write_bytes(b"\x89PNG broken")
     (folder / "b" / "07_mask.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Every process keeps what it says, in whole parts; only the first speaks on the terminal."""
+"""Logs of a run: every process keeps its records, in whole parts."""
 
 import logging
 import re
@@ -8,7 +8,8 @@ import warnings
 import jax
 import pytest
 
-from ldm_jax.runtime import cli
+from ldm_jax.runtime import cli, log
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs
 
 OTHER = logging.getLogger("somebody.else")
@@ -26,18 +27,9 @@ def second(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
 
 
-@pytest.fixture
-def other_handler():
-    """What absl leaves on the root logger when Orbax is imported."""
-    handler = logging.StreamHandler()
-    logging.getLogger().addHandler(handler)
-    yield handler
-    logging.getLogger().removeHandler(handler)
-
-
-def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys, other_handler):
-    with logs.kept():
-        cli.say("before the run is known")
+def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys):
+    with log.shown(), logs.kept():
+        LOG.info("before the run is known")
         assert parts(tmp_path) == []
         logs.begin(logs.epath.Path(tmp_path))
         OTHER.warning("odd")
@@ -49,7 +41,7 @@ def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys, other_handler
         thread.start()
         thread.join()
     (text,) = parts(tmp_path)
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO ldm_jax.said: before the run", text)
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO ldm_jax: before the run", text)
     assert "WARNING somebody.else: odd" in text
     assert "detail" not in text
     assert "UserWarning: old" in text
@@ -58,16 +50,15 @@ def test_lines_warnings_and_errors_go_to_the_run(tmp_path, capsys, other_handler
     said = capsys.readouterr().err
     assert said.startswith("before the run is known\nodd\n")
     assert "UserWarning: old" in said
-    handlers = logging.getLogger().handlers
-    assert other_handler in handlers
-    assert not [h for h in handlers if isinstance(h, (logs.RunLog, logs.Terminal))]
+    assert not [h for h in logging.getLogger().handlers if isinstance(h, logs.RunLog)]
 
 
 def test_another_process_is_silent_but_for_errors_with_its_number(tmp_path, capsys, second):
     def fail(argv):
         with logs.kept():
             logs.begin(logs.epath.Path(tmp_path))
-            cli.say("a fact")
+            LOG.info("a fact")
+            LOG.info("a detail", extra=log.ONLY_FILE)
             OTHER.warning("odd")
             OTHER.error("wrong")
             raise ValueError("no such file")
@@ -76,7 +67,8 @@ def test_another_process_is_silent_but_for_errors_with_its_number(tmp_path, caps
     said = capsys.readouterr().err
     assert said == "process 1: wrong\nprocess 1: ldm-train: error: no such file\n"
     (text,) = parts(tmp_path, 1)
-    assert "a fact" in text
+    assert "INFO ldm_jax: a fact" in text
+    assert "INFO ldm_jax: a detail" in text
     assert "stopped by an error\nTraceback" in text
     assert "ValueError: no such file" in text
 
@@ -85,11 +77,11 @@ def test_every_start_and_every_64_kib_get_a_new_part(tmp_path):
     for start in range(2):
         with logs.kept():
             logs.begin(logs.epath.Path(tmp_path))
-            cli.say(f"start {start}")
+            LOG.info(f"start {start}")
             logs.flush()
-            cli.say("x" * logs.LARGEST)
+            LOG.info("x" * logs.LARGEST)
             logs.flush()
-            cli.say("end")
+            LOG.info("end")
     found = parts(tmp_path)
     assert [text.count("\n") for text in found] == [2, 1, 2, 1]
     assert ["start 1" in text for text in found] == [False, False, True, False]
@@ -106,7 +98,7 @@ def test_lines_are_written_while_the_main_thread_stands_still(tmp_path, monkeypa
     monkeypatch.setattr(logs, "SECONDS", 0.01)
     with logs.kept():
         logs.begin(logs.epath.Path(tmp_path))
-        cli.say("still here")
+        LOG.info("still here")
         found = threading.Event()
         for _ in range(500):
             if parts(tmp_path) and "still here" in parts(tmp_path)[-1]:

@@ -138,7 +138,7 @@ def test_windows_that_trace_nothing_are_refused(value):
         profiling.window(value, 20)
 
 
-def test_a_window_is_traced_once_and_holds_its_steps(tmp_path, capsys):
+def test_a_window_is_traced_once_and_holds_its_steps(tmp_path, capsys, shown):
     run, step = rundir.epath.Path(tmp_path), jax.jit(lambda x: x @ x)
     profile = profiling.Profile(run, profiling.window("3:5", 20), first=2)
     x, ended = jnp.ones((8, 8)), []
@@ -160,7 +160,7 @@ def test_a_window_is_traced_once_and_holds_its_steps(tmp_path, capsys):
     assert "trace of steps 000003 000005" in capsys.readouterr().err
 
 
-def test_a_run_that_is_past_its_window_says_so(tmp_path, capsys):
+def test_a_run_that_is_past_its_window_says_so(tmp_path, capsys, shown):
     profile = profiling.Profile(tmp_path, profiling.window("3:5", 20), first=5)
     with profile.around(5):
         pass

@@ -79,7 +79,7 @@ def test_lines_and_tensorboard_hold_every_number(tmp_path, clock):
     assert ("loss", 2) not in shown
 
 
-def test_skipped_steps_are_said(tmp_path, capsys):
+def test_skipped_steps_are_said(tmp_path, capsys, shown):
     watch = monitor.Monitor(tmp_path, 0, 5, batch_size=8)
     for step, skipped in enumerate((0, 1, 1, 3, 3), start=1):
         values = {**metrics(1.0), "skipped_steps": jnp.int32(skipped)}
@@ -113,7 +113,7 @@ def test_a_silent_interval_writes_nothing(tmp_path):
     assert not (tmp_path / "metrics").exists()
 
 
-def test_the_compiled_step_says_what_it_costs(capsys):
+def test_the_compiled_step_says_what_it_costs(capsys, shown):
     scale, x = jnp.float32(2), jnp.ones((512, 512))
     step = functools.partial(jax.jit(lambda scale, x: scale * (x @ x)), scale)
     compiled, work = monitor.compile_step(step, x)

@@ -116,7 +116,7 @@ def half(tmp_path, ldm_run):
 
 
 @pytest.mark.slow
-def test_it_goes_on_on_another_mesh(half, ldm_run, first_stage_run, capsys):
+def test_it_goes_on_on_another_mesh(half, ldm_run, first_stage_run, capsys, shown):
     assert resume(half, first_stage_run, "--mesh.data", "2", "--mesh.fsdp", "2") == 0
     said = capsys.readouterr().err
     assert "changed on resume: mesh.data: -1 -> 2" in said
@@ -127,14 +127,14 @@ def test_it_goes_on_on_another_mesh(half, ldm_run, first_stage_run, capsys):
     assert len(losses[0]) == STEPS
 
 
-def test_a_finished_run_says_so(ldm_run, first_stage_run, capsys):
+def test_a_finished_run_says_so(ldm_run, first_stage_run, capsys, shown):
     assert resume(ldm_run, first_stage_run) == 0
     assert "already at step 24 of 24; raise --steps to go on" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_made_again(
-    half, ldm_run, first_stage_run, capsys
+    half, ldm_run, first_stage_run, capsys, shown
 ):
     flip(half, 12)
     assert resume(half, first_stage_run) == 0
