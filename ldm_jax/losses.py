@@ -96,11 +96,6 @@ def generator(fake: jax.Array) -> jax.Array:
     return -jnp.mean(fake)
 
 
-def non_saturating(fake: jax.Array) -> jax.Array:
-    """Generator's loss -log D of Goodfellow et al. 2014, a scalar."""
-    return jnp.mean(jax.nn.softplus(-fake))
-
-
 def adopted(disc_factor: float, step: jax.Array, disc_start: int) -> jax.Array:
     """`disc_factor` from the optimizer step `disc_start` on, 0 before (`adopt_weight`)."""
     return jnp.where(step < disc_start, 0.0, jnp.float32(disc_factor))

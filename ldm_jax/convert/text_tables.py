@@ -17,7 +17,6 @@ from ldm_jax.convert.table import (
 STACK = (("s", 3),)  # OpenCLIP stores queries, keys and values in one tensor
 STACKED_DENSE = Layout("(s o) i", "s i o", STACK)
 STACKED_VECTOR = Layout("(s o)", "s o", STACK)
-PROJECTION = Layout("i o", "i o")
 
 
 def cond_stage(config: schema.CondConfig) -> list[Row]:
@@ -111,29 +110,13 @@ def _open_clip_text(config: schema.CLIPTextConfig) -> Rows:
     ours = "text_model/embeddings"
     yield _table("token_embedding.weight", f"{ours}/token_embedding")
     yield _table("positional_embedding", f"{ours}/position_embedding")
-    yield from _open_clip_layers("transformer", "text_model", config.num_layers)
+    yield from _open_clip_layers(config.num_layers)
     yield from norm("ln_final", "text_model/final_layer_norm")
 
 
-def open_clip_vision(config: schema.CLIPVisionConfig) -> list[Row]:
-    """CLIP image encoder with projection, names after `visual.` of OpenAI's or OpenCLIP's files."""
-    return list(_open_clip_vision(config))
-
-
-def _open_clip_vision(config: schema.CLIPVisionConfig) -> Rows:
-    ours = "vision_model/embeddings"
-    yield Row("class_embedding", (f"{ours}/class_embedding",), VECTOR)
-    yield from layer("conv1", f"{ours}/patch_embedding", CONV, bias=False)
-    yield _table("positional_embedding", f"{ours}/position_embedding")
-    yield from norm("ln_pre", "vision_model/pre_layrnorm")
-    yield from _open_clip_layers("transformer", "vision_model", config.num_layers)
-    yield from norm("ln_post", "vision_model/post_layernorm")
-    yield Row("proj", ("visual_projection/kernel",), PROJECTION)
-
-
-def _open_clip_layers(model: str, our_model: str, count: int) -> Rows:
+def _open_clip_layers(count: int) -> Rows:
     for i in range(count):
-        torch, ours = f"{model}.resblocks.{i}", f"{our_model}/encoder/layers/{i}"
+        torch, ours = f"transformer.resblocks.{i}", f"text_model/encoder/layers/{i}"
         for name, leaf, layout in (
             ("in_proj_weight", "kernel", STACKED_DENSE),
             ("in_proj_bias", "bias", STACKED_VECTOR),

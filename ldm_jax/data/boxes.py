@@ -1,4 +1,4 @@
-"""Boxes with classes into the tokens that layout models read, and back.
+"""Boxes with classes into the tokens that layout models read.
 
 As taming's `objects_bbox.py`: an object is three tokens, its class and the places of its upper left
 and lower right corner on a square grid; what is left of the sequence is filled with the last id of
@@ -77,17 +77,6 @@ def tokenize(
     if max_length % 3:
         tokens += _corners(part, vocab_size)
     return np.asarray(tokens, np.int32)
-
-
-def untokenize(tokens: np.ndarray, vocab_size: int = 8192) -> list[Box]:
-    """The boxes in a sequence of `tokenize`, moved to the grid."""
-    side = math.isqrt(vocab_size)
-
-    def place(token: int) -> tuple[float, float]:
-        return token % side / (side - 1), token // side / (side - 1)
-
-    triples = np.asarray(tokens)[: 3 * max_objects(len(tokens))].reshape(-1, 3).tolist()
-    return [Box(a, *place(b), *place(c)) for a, b, c in triples if a != vocab_size - 1]
 
 
 def read_names(path: epath.PathLike) -> dict[str, int]:
