@@ -111,7 +111,7 @@ def bind(unet: Any, params: dict) -> Callable:
     return model
 
 
-def project(net: Any, params: dict, cond: Cond) -> Cond:
+def with_kv_cache(net: Any, params: dict, cond: Cond) -> Cond:
     """`cond` with the keys and values that the cross-attentions of a UNet make of its context.
 
     They depend on the context alone: made before a loop over levels, they stand outside of it in
@@ -139,8 +139,16 @@ def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None
     if net.out_channels != z:
         raise ValueError(f"unet.out_channels is {net.out_channels}, but the latent has {z}")
     _check_context(cond, net)
-    _check_label(cond, net)
-    _check_sizes(config)
+    kind = conditioning.kind_of(cond)
+    kind.check(cond, config, "cond")
+    if net.num_classes is not None and kind.label_ids(cond) is None:
+        raise ValueError(
+            f"unet.num_classes is {net.num_classes}, but the conditioning gives no label: set it"
+            " to None"
+        )
+    down = config.first_stage.downsample
+    if config.size % down:
+        raise ValueError(f"data.size {config.size} is not a multiple of the downsampling {down}")
 
 
 def _check_context(cond: schema.CondConfig, net: schema.UNetConfig) -> None:
@@ -156,52 +164,3 @@ def _check_context(cond: schema.CondConfig, net: schema.UNetConfig) -> None:
             f"unet.context_dim is {given}, but "
             + (f"{name} is {width}" if width is not None else "the conditioning gives no context")
         )
-
-
-def _check_label(cond: schema.CondConfig, net: schema.UNetConfig) -> None:
-    where, concat = _concat_of(cond)
-    if isinstance(cond, schema.ClassCondConfig) and not cond.null_class and cond.dropout:
-        raise ValueError(f"cond.dropout is {cond.dropout}, but cond.null_class is False")
-    if isinstance(cond, schema.ClassCondConfig) and cond.via == "label":
-        ids = cond.num_classes + cond.null_class
-        if net.num_classes != ids:
-            kinds = "the classes and the null class" if cond.null_class else "the classes"
-            raise ValueError(
-                f"unet.num_classes is {net.num_classes}: with cond.via=label it must be {ids},"
-                f" {kinds}"
-            )
-    elif isinstance(concat, schema.UpscaleCondConfig):
-        if net.num_classes is None or net.num_classes <= concat.max_noise_level:
-            raise ValueError(
-                f"unet.num_classes is {net.num_classes}: its label is the noise level, and"
-                f" {where}.max_noise_level is {concat.max_noise_level}; set it to more than that"
-            )
-    elif net.num_classes is not None:
-        raise ValueError(
-            f"unet.num_classes is {net.num_classes}, but the conditioning gives no label: set it"
-            " to None"
-        )
-
-
-def _check_sizes(config: schema.LatentDiffusionConfig) -> None:
-    down, (where, concat) = config.first_stage.downsample, _concat_of(config.cond)
-    small = schema.SuperResCondConfig | schema.UpscaleCondConfig
-    if isinstance(concat, small) and concat.factor != down:
-        raise ValueError(
-            f"{where}.factor is {concat.factor}, but the first stage downsamples by {down}:"
-            " the low-resolution image must be as large as the latent"
-        )
-    if isinstance(concat, schema.SemanticCondConfig) and 2**concat.stages != down:
-        raise ValueError(
-            f"cond.stages is {concat.stages} (divides by {2**concat.stages}), but the first stage"
-            f" downsamples by {down}"
-        )
-    if config.size % down:
-        raise ValueError(f"data.size {config.size} is not a multiple of the downsampling {down}")
-
-
-def _concat_of(cond: schema.CondConfig) -> tuple[str, schema.CondConfig]:
-    """The conditioning that may give concat channels, and its field."""
-    if isinstance(cond, schema.HybridCondConfig):
-        return "cond.concat", cond.concat
-    return "cond", cond

@@ -69,8 +69,20 @@ def portable(model: LatentDiffusion, platforms: Sequence[str] = PLATFORMS) -> La
 
 
 def identity(model: LatentDiffusion) -> str:
-    """Hash of all that a program takes from a model but its weights: config and latent scale."""
-    text = serialize.to_json(model.config) + repr(float(model.latent_scale))
+    """Hash of all that a program takes from a model but its weights: config and latent scale.
+
+    Only fields that differ from their defaults count: one added later changes no hash.
+    """
+    return _hash(json.dumps(serialize.difference_from_defaults(model.config)), model)
+
+
+def _old_identity(model: LatentDiffusion) -> str:
+    """`identity` as programs of November 2026 and before hold it."""
+    return _hash(serialize.old_to_json(model.config), model)
+
+
+def _hash(config: str, model: LatentDiffusion) -> str:
+    text = config + repr(float(model.latent_scale))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -196,7 +208,7 @@ def read(
     version of JAX, or not for this model or platform. What `run` is called with must fit, too.
     """
     meta, blobs = _split(path)
-    if model is not None and meta.get("model") != identity(model):
+    if model is not None and meta.get("model") not in (identity(model), _old_identity(model)):
         raise ValueError(
             f"{path}: was exported from another model (config and latent scale have the hash"
             f" {meta.get('model')}, here {identity(model)}): give that one, or export again"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax import denoising, diffusion, guidance, latents, schema, solvers
-from ldm_jax.bundle import LatentDiffusion, bind, project
+from ldm_jax.bundle import LatentDiffusion, bind, with_kv_cache
 from ldm_jax.conditioning import Cond
 
 
@@ -110,9 +110,9 @@ def make_sampler(
         """denoise(x, level) of one request."""
         net = bind(bundle.unet, params["unet"])
         net = net if wrap_model is None else wrap_model(net)
-        cond = project(bundle.unet, params["unet"], cond)
+        cond = with_kv_cache(bundle.unet, params["unet"], cond)
         if guided:
-            null = project(bundle.unet, params["unet"], null)
+            null = with_kv_cache(bundle.unet, params["unet"], null)
             model = guidance.classifier_free(
                 net,
                 cond,

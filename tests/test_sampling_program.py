@@ -94,7 +94,10 @@ def test_projected_conditions_give_the_same_prediction(model):
 
     @quick_jit
     def predictions(params):
-        predict, given = bundle.bind(model.unet, params), bundle.project(model.unet, params, COND)
+        predict, given = (
+            bundle.bind(model.unet, params),
+            bundle.with_kv_cache(model.unet, params, COND),
+        )
         # the context itself is not read any more
         conditions = (COND, given, given._replace(context=NULL.context), NULL)
         return [predict(x, t, cond) for cond in conditions]
@@ -103,7 +106,7 @@ def test_projected_conditions_give_the_same_prediction(model):
     np.testing.assert_array_equal(kv_cache, plain)
     np.testing.assert_array_equal(elsewhere, plain)
     assert np.abs(other - plain).max() > 1e-3
-    assert bundle.project(model.unet, model.params["unet"], Cond()) == Cond()
+    assert bundle.with_kv_cache(model.unet, model.params["unet"], Cond()) == Cond()
 
 
 def test_a_self_attention_that_reads_the_context_is_projected_too():
@@ -114,7 +117,7 @@ def test_a_self_attention_that_reads_the_context_is_projected_too():
         only_cross_attention=(True,),
     )
     params = upscaler.params["unet"]
-    given = jax.eval_shape(lambda: bundle.project(upscaler.unet, params, COND)).kv_cache
+    given = jax.eval_shape(lambda: bundle.with_kv_cache(upscaler.unet, params, COND)).kv_cache
     for kind, names in (("down_blocks_0", {"attn1", "attn2"}), ("mid_block", {"attn2"})):
         block = given[kind]["attentions_0"]["transformer_blocks_0"]
         assert block.keys() == names
@@ -130,7 +133,7 @@ def test_a_step_costs_one_call_and_guidance_one_of_twice_the_context(model):
 
     def one_call(rows, contexts):
         x, cond = jnp.zeros((rows, *SHAPE)), Cond(context=jnp.zeros((contexts, TOKENS, 32)))
-        kv_cache = jax.eval_shape(lambda cond: bundle.project(net, params, cond), cond)
+        kv_cache = jax.eval_shape(lambda cond: bundle.with_kv_cache(net, params, cond), cond)
         call = lambda x, cond: bundle.bind(net, params)(x, jnp.zeros(rows), cond)  # noqa: E731
         return flops.count(jax.make_jaxpr(call)(x, kv_cache))
 

@@ -52,6 +52,7 @@ from ldm_jax.schema.objectives import (
 )
 from ldm_jax.schema.recipes import (
     AutoencoderTrainConfig,
+    BaseTrainConfig,
     FirstStageConfig,
     LatentCacheConfig,
     LatentDiffusionConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "AutoencoderTrainConfig",
     "AutoencoderVQConfig",
     "BERTTextConfig",
+    "BaseTrainConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
     "ClassCondConfig",

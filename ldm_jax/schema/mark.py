@@ -1,4 +1,4 @@
-"""The mark that tells execution fields from identity fields."""
+"""Marks of fields: execution apart from identity, and those younger than exported programs."""
 
 from dataclasses import field
 from typing import Any
@@ -7,3 +7,11 @@ from typing import Any
 def execution(default: Any) -> Any:
     """A field that may differ when a run is resumed."""
     return field(default=default, metadata={"execution": True})
+
+
+def later(default: Any) -> Any:
+    """A field of a model's config that programs exported before it was added do not know.
+
+    Their hash covers every other field, so at its default this one is left out (`old_to_json`).
+    """
+    return field(default=default, metadata={"later": True})

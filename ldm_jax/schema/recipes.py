@@ -38,28 +38,13 @@ class SpikeConfig:
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainConfig:
-    """Training of a first stage: `train/autoencoder.py`."""
+class BaseTrainConfig:
+    """Fields that every training recipe has."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: AutoencoderKLConfig | AutoencoderVQConfig = field(default_factory=AutoencoderKLConfig)
-    loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)
-    discriminator: DiscriminatorConfig | None = None
-    """The adversary; None trains without."""
-    init_from: str = execution("")
-    """First stage to start from, of the same shape: a run, a diffusers folder or a checkpoint."""
-    train_only: Literal["all", "decoder"] = "all"
-    """`decoder` trains decoder and post_quant_conv: the latents stay those of `init_from`."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=4.5e-6, b1=0.5, b2=0.9, weight_decay=0.0
-        )
-    )
-    disc_optimizer: OptimizerConfig | None = None
-    """That of the discriminator; None: the same, with the same rate at every step."""
-    ema: EMAConfig = field(default_factory=lambda: EMAConfig(parts=()))
-    """Parts: ("autoencoder",); the reference keeps no average of a first stage."""
-    batch_size: int = 12
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    batch_size: int = 64
     """Images per optimizer step, over all devices."""
     seed: int = 23
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -82,7 +67,7 @@ class AutoencoderTrainConfig:
     eval_batches: int = execution(8)
     """Batches of held-out images per evaluation."""
     num_samples: int = execution(8)
-    """Images in a reconstruction picture."""
+    """Images in a picture of samples or reconstructions."""
     remat: bool = execution(False)
     """Recompute activations in the backward pass."""
     attention: Literal["auto", "xla", "chunked", "cudnn"] = execution("auto")
@@ -90,6 +75,31 @@ class AutoencoderTrainConfig:
     """Bit-exact resume on GPU too, at a cost in speed."""
     profile: str = execution("")
     """FIRST:END: steps to trace into the run's `profile/`; 100:105 are five, after a hundred."""
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainConfig(BaseTrainConfig):
+    """Training of a first stage: `train/autoencoder`."""
+
+    model: AutoencoderKLConfig | AutoencoderVQConfig = field(default_factory=AutoencoderKLConfig)
+    loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)
+    discriminator: DiscriminatorConfig | None = None
+    """The adversary; None trains without."""
+    init_from: str = execution("")
+    """First stage to start from, of the same shape: a run, a diffusers folder or a checkpoint."""
+    train_only: Literal["all", "decoder"] = "all"
+    """`decoder` trains decoder and post_quant_conv: the latents stay those of `init_from`."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=4.5e-6, b1=0.5, b2=0.9, weight_decay=0.0
+        )
+    )
+    disc_optimizer: OptimizerConfig | None = None
+    """That of the discriminator; None: the same, with the same rate at every step."""
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(parts=()))
+    """Parts: ("autoencoder",); the reference keeps no average of a first stage."""
+    batch_size: int = 12
+    """Images per optimizer step, over all devices."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +142,9 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class LatentDiffusionTrainConfig:
-    """Training of the latent diffusion model: `train/ldm.py`."""
+class LatentDiffusionTrainConfig(BaseTrainConfig):
+    """Training of the latent diffusion model: `train/ldm`."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     cache: LatentCacheConfig = execution(LatentCacheConfig())
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -143,42 +152,11 @@ class LatentDiffusionTrainConfig:
     """Conditioning; None trains an unconditional model."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = execution(SamplingConfig())
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    batch_size: int = 64
-    """Images per optimizer step, over all devices."""
-    seed: int = 23
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; parameters are float32."""
-    steps: int = execution(100_000)
-    """Optimizer steps in all."""
-    accumulate: int = execution(1)
-    """Microbatches per step."""
-    mesh: MeshConfig = execution(MeshConfig())
-    intervals: IntervalConfig = execution(IntervalConfig())
-    watch: WatchConfig = execution(WatchConfig())
-    max_to_keep: int = execution(2)
-    """Checkpoints kept."""
-    max_failed_saves: int = execution(2)
-    """Checkpoints in a row that may fail, as on a full disk, before training stops; the last one of
-    a run, and one that was asked for by a signal, may not."""
-    max_bad_steps: int = execution(10)
-    """Steps in a row that may be skipped, as not finite or as spikes, before training stops."""
-    spikes: SpikeConfig = execution(SpikeConfig())
-    eval_batches: int = execution(8)
-    """Batches of held-out images per evaluation."""
     num_samples: int = execution(16)
     """Images in a sample grid."""
     sample_steps: int = execution(50)
     sample_guidance: float = execution(1.5)
     """Guidance scale of the sample grid."""
-    remat: bool = execution(False)
-    """Recompute activations in the backward pass."""
-    attention: Literal["auto", "xla", "chunked", "cudnn"] = execution("auto")
-    deterministic: bool = execution(False)
-    """Bit-exact resume on GPU too, at a cost in speed."""
-    profile: str = execution("")
-    """FIRST:END: steps to trace into the run's `profile/`; 100:105 are five, after a hundred."""
 
 
 @dataclass(frozen=True)

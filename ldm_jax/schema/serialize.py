@@ -90,6 +90,41 @@ def to_json(config: Any) -> str:
     return json.dumps({"format": FORMAT, "config": to_dict(config)}, indent=2) + "\n"
 
 
+def difference_from_defaults(config: Any) -> Any:
+    """As `to_dict`, with only the fields that differ from their defaults.
+
+    A field that is added later, at its default, leaves it as it is.
+    """
+    if not dataclasses.is_dataclass(config):
+        return list(config) if isinstance(config, tuple) else config
+    values = {"class": type(config).__name__}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        made = f.default_factory is not dataclasses.MISSING
+        default = f.default_factory() if made else f.default
+        if value != default:
+            values[f.name] = difference_from_defaults(value)
+    return values
+
+
+def old_to_json(config: Any) -> str:
+    """Text of `to_json` as of November 2026: fields made with `later` left out at their default."""
+
+    def known(config: Any, values: Any) -> Any:
+        if not dataclasses.is_dataclass(config):
+            return values
+        fields = [
+            f
+            for f in dataclasses.fields(config)
+            if not ("later" in f.metadata and getattr(config, f.name) == f.default)
+        ]
+        inner = {f.name: known(getattr(config, f.name), values[f.name]) for f in fields}
+        return {"class": values["class"], **inner}
+
+    values = known(config, to_dict(config))
+    return json.dumps({"format": 1, "config": values}, indent=2) + "\n"
+
+
 def from_json(text: str, where: str = "config.json") -> Any:
     """Inverse of `to_json`. ValueError names a newer format, an unknown field or a wrong type."""
     try:

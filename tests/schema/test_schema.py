@@ -8,7 +8,7 @@ import pytest
 
 from ldm_jax import schema
 from ldm_jax.configs import digits, tiny
-from ldm_jax.schema import serialize
+from ldm_jax.schema import mark, serialize
 
 CONFIGS = [digits.get_config(s) for s in ("first_stage", "ldm")]
 CONFIGS += [tiny.get_config(s) for s in ("first_stage", *tiny.CONDITIONS)]
@@ -109,8 +109,8 @@ def test_difference_separates_identity_from_execution():
     identity, execution = serialize.difference(BASE, changed)
     assert identity == [
         "data.flip: True -> False",
-        "unet.dropout: 0.0 -> 0.5",
         "batch_size: 8 -> 16",
+        "unet.dropout: 0.0 -> 0.5",
     ]
     assert execution == ["data.threads: 2 -> 7", "steps: 8 -> 99", "mesh.fsdp: 1 -> 2"]
     assert serialize.difference(BASE, BASE) == ([], [])
@@ -142,3 +142,21 @@ def test_every_field_has_a_type_that_json_can_check():
         hints = typing.get_type_hints(cls)
         assert set(hints) == {f.name for f in dataclasses.fields(cls)}
         assert typing.Any not in hints.values()
+
+
+def test_a_field_added_later_changes_no_hash():
+    """Neither the one over fields that differ from their defaults, nor that of old programs."""
+    model = schema.LatentDiffusionConfig(unet=schema.UNetConfig(channel_mult=(1, 2)))
+    assert serialize.difference_from_defaults(model) == {
+        "class": "LatentDiffusionConfig",
+        "unet": {"class": "UNetConfig", "channel_mult": [1, 2]},
+    }
+    assert serialize.old_to_json(model) == serialize.to_json(model)
+    younger = dataclasses.make_dataclass(
+        "UNetConfig", [("depth", int, mark.later(0))], bases=(schema.UNetConfig,), frozen=True
+    )
+    unet = younger(channel_mult=(1, 2))
+    assert "depth" in serialize.to_dict(unet)
+    for of in (serialize.difference_from_defaults, serialize.old_to_json):
+        assert of(dataclasses.replace(model, unet=unet)) == of(model)
+        assert of(dataclasses.replace(model, unet=dataclasses.replace(unet, depth=1))) != of(model)

@@ -1,0 +1,38 @@
+"""Conditioning: a file for each kind, which says all that the rest asks of it.
+
+A new kind is its config in `schema.conds`, its file here, and its line in `registry.KINDS`.
+"""
+
+from ldm_jax.conditioning.kind import Cond, Encode, Example, Kind, Sizes
+from ldm_jax.conditioning.registry import (
+    KINDS,
+    build,
+    concat_channels,
+    context_width,
+    example,
+    from_batch,
+    init,
+    kind_of,
+    name_of,
+    needs,
+    null_like,
+)
+
+__all__ = [
+    "KINDS",
+    "Cond",
+    "Encode",
+    "Example",
+    "Kind",
+    "Sizes",
+    "build",
+    "concat_channels",
+    "context_width",
+    "example",
+    "from_batch",
+    "init",
+    "kind_of",
+    "name_of",
+    "needs",
+    "null_like",
+]

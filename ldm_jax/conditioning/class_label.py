@@ -1,0 +1,64 @@
+"""Class ids: one learned context token (ClassEmbedder), or added to the time embedding."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax import schema
+from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes
+from ldm_jax.models import embedders
+
+Config = schema.ClassCondConfig
+
+
+def _ids(config: Config) -> int:
+    return config.num_classes + config.null_class
+
+
+def _build(config: Config, dtype: Any, remat: bool) -> Any:
+    if config.via == "label":
+        return None
+    return embedders.ClassEmbedder(_ids(config), config.embed_dim, dtype=dtype)
+
+
+def _example(config: Config, sizes: Sizes) -> dict[str, Example]:
+    return {"label": Example((), jnp.int32)}
+
+
+def _from_batch(
+    config: Config, module: Any, params: dict, batch: Batch, encode: Encode | None, dropped: Dropped
+) -> Cond:
+    label = batch["label"]
+    if config.null_class:
+        label = jnp.where(dropped, config.num_classes, label)
+    elif dropped is True:
+        raise ValueError("the model has no null class: sample with guidance scale 1")
+    if config.via == "label":
+        return Cond(label=label)
+    return Cond(context=module.apply({"params": params}, label))
+
+
+def _check(config: Config, model: schema.LatentDiffusionConfig, at: str) -> None:
+    if not config.null_class and config.dropout:
+        raise ValueError(f"{at}.dropout is {config.dropout}, but {at}.null_class is False")
+    if config.via == "label" and model.unet.num_classes != _ids(config):
+        kinds = "the classes and the null class" if config.null_class else "the classes"
+        raise ValueError(
+            f"unet.num_classes is {model.unet.num_classes}: with {at}.via=label it must be"
+            f" {_ids(config)}, {kinds}"
+        )
+
+
+KIND = Kind(
+    name=lambda config: "class label",
+    example=_example,
+    from_batch=_from_batch,
+    build=_build,
+    context_width=lambda config: (
+        ("cond.embed_dim", config.embed_dim) if config.via == "context" else None
+    ),
+    label_ids=lambda config: _ids(config) if config.via == "label" else None,
+    check=_check,
+    in_turn=lambda config, count: {"label": np.arange(count, dtype=np.int32) % config.num_classes},
+)

@@ -1,0 +1,78 @@
+"""A kind of conditioning: the functions that each file of this folder gives for its config."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax import schema
+
+Encode = Callable[[jax.Array], jax.Array]  # image_bhwc -> scaled latent, the posterior's mode
+Batch = Mapping[str, Any]  # name -> [B, ...] array
+Dropped = jax.Array | bool  # [B] bool or one bool: where the null condition replaces the given one
+
+
+class Cond(NamedTuple):
+    """Conditioning of a batch; a kind that a model does not use is None."""
+
+    context: Any = None
+    """[B, l, c] tokens for cross-attention."""
+    concat: Any = None
+    """[B, h, w, c] channels beside the noised latent."""
+    label: Any = None
+    """[B] class ids or [B, v] vectors added to the time embedding."""
+    kv_cache: Any = None
+    """Keys and values that a UNet's layers make of `context`, [B, ...]: `bundle.with_kv_cache`."""
+
+
+class Sizes(NamedTuple):
+    """Shapes of one image and of its latent."""
+
+    image: tuple[int, int, int]
+    latent: tuple[int, int, int]
+
+
+class Example(NamedTuple):
+    """Shape and type of an array of a batch, without the batch axis."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of conditioning. `config` is the kind's own dataclass of `schema`."""
+
+    name: Callable[[Any], str]
+    """name(config): the condition as users call it."""
+    example: Callable[[Any, Sizes], dict[str, Example]]
+    """example(config, sizes) -> {name: Example} of all that a batch must hold."""
+    from_batch: Callable[..., Cond]
+    """from_batch(config, module, params, batch, encode, dropped) -> Cond, null where `dropped`."""
+    build: Callable[[Any, Any, bool], Any] = lambda config, dtype, remat: None
+    """build(config, dtype, remat) -> the module with the learned part, None without one."""
+    module_input: Callable[[Any], tuple[int, ...]] = lambda config: (1,)
+    """module_input(config): shape of the int32 array that initializes the module."""
+    context_width: Callable[[Any], tuple[str, int] | None] = lambda config: None
+    """context_width(config) -> (field, width of the context tokens), None without context."""
+    concat_channels: Callable[[Any, int, int], int] = lambda config, latent, image: 0
+    """concat_channels(config, latent channels, image channels): added to the latent's."""
+    label_ids: Callable[[Any], int | None] = lambda config: None
+    """label_ids(config): ids that `Cond.label` takes, None where the kind gives no label."""
+    check: Callable[[Any, schema.LatentDiffusionConfig, str], None] = lambda config, model, at: None
+    """check(config, model, field): ValueError if the rest of the model does not fit the kind."""
+    in_turn: Callable[[Any, int], dict[str, Any] | None] = lambda config, count: None
+    """in_turn(config, count): a batch that needs no data, as every class in turn; None: data."""
+
+
+def where_dropped(dropped: Dropped, null: jax.Array, given: jax.Array) -> jax.Array:
+    """`null` in the examples that are dropped, `given` in the others; both [B, ...]."""
+    dropped = jnp.broadcast_to(dropped, given.shape[:1])
+    return jnp.where(dropped.reshape(-1, *(1,) * (given.ndim - 1)), null, given)
+
+
+def concat(x: jax.Array, dropped: Dropped, label: Any = None) -> Cond:
+    """Cond of channels beside the latent, whose null is zeros."""
+    return Cond(concat=where_dropped(dropped, jnp.zeros_like(x), x), label=label)

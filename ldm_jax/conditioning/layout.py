@@ -1,0 +1,7 @@
+"""Boxes with classes, written as tokens of a text transformer (`layout2img`)."""
+
+import dataclasses
+
+from ldm_jax.conditioning import text
+
+KIND = dataclasses.replace(text.KIND, name=lambda config: "boxes with classes")

@@ -1,0 +1,121 @@
+"""Turn a batch into what the UNet is conditioned on, by the kind of the config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax import schema
+from ldm_jax.conditioning import (
+    class_label,
+    depth,
+    embedding,
+    hybrid,
+    inpaint,
+    layout,
+    semantic,
+    superres,
+    text,
+    upscale,
+)
+from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes
+
+KINDS: dict[type, Kind] = {
+    schema.ClassCondConfig: class_label.KIND,
+    schema.TextCondConfig: text.KIND,
+    schema.LayoutCondConfig: layout.KIND,
+    schema.EmbeddingCondConfig: embedding.KIND,
+    schema.InpaintCondConfig: inpaint.KIND,
+    schema.SuperResCondConfig: superres.KIND,
+    schema.SemanticCondConfig: semantic.KIND,
+    schema.DepthCondConfig: depth.KIND,
+    schema.UpscaleCondConfig: upscale.KIND,
+}
+KINDS[schema.HybridCondConfig] = hybrid.join(KINDS)
+KINDS[type(None)] = Kind(
+    name=lambda config: "nothing",
+    example=lambda config, sizes: {},
+    from_batch=lambda *arguments: Cond(),
+)
+
+
+def kind_of(config: schema.CondConfig) -> Kind:
+    """The functions of the config's kind."""
+    return KINDS[type(config)]
+
+
+def name_of(config: schema.CondConfig) -> str:
+    """The condition as users call it, such as "class label" or "text + masked image"."""
+    return kind_of(config).name(config)
+
+
+def build(config: schema.CondConfig, dtype: Any = jnp.float32, remat: bool = False) -> Any:
+    """The module with the learned part of a conditioning, or None if nothing of it is learned.
+
+    `remat` recomputes the layers of a text encoder that trains in the backward pass.
+    """
+    return kind_of(config).build(config, dtype, remat)
+
+
+def init(config: schema.CondConfig, cond_stage: Any, key: jax.Array) -> dict:
+    """Fresh parameters of `build(config)`; {} if it is None."""
+    if cond_stage is None:
+        return {}
+    shape = kind_of(config).module_input(config)
+    return cond_stage.init(key, jnp.zeros(shape, jnp.int32))["params"]
+
+
+def concat_channels(config: schema.CondConfig, latent_channels: int, image_channels: int) -> int:
+    """Channels that concat conditioning adds to the latent's."""
+    return kind_of(config).concat_channels(config, latent_channels, image_channels)
+
+
+def context_width(config: schema.CondConfig) -> tuple[str, int] | None:
+    """Field and value of the width of the context tokens; None without any."""
+    return kind_of(config).context_width(config)
+
+
+def example(config: schema.CondConfig, sizes: Sizes) -> dict[str, Example]:
+    """Shapes and types of all that a batch must hold, for images of `sizes`; without its axis."""
+    return kind_of(config).example(config, sizes)
+
+
+def needs(config: schema.CondConfig) -> tuple[str, ...]:
+    """Names of the arrays that a batch must hold."""
+    return tuple(example(config, Sizes((1, 1, 1), (1, 1, 1))))
+
+
+def from_batch(
+    config: schema.CondConfig,
+    cond_stage: Any,
+    params: dict,
+    batch: Batch,
+    encode: Encode | None = None,
+    dropped: Dropped = False,
+) -> Cond:
+    """Condition of every example; where `dropped` ([B] bool or one bool), the null condition.
+
+    Reads from `batch`, by the kind of `config`, what stands left; right is its null condition:
+    class: `label` [B] int; id num_classes.
+    text, layout: `tokens` [B, L] int; `null_tokens` [B, L], the empty or a negative prompt.
+    embedding: `embedding` [B, l, c]; zeros, or `null_embedding` [B, l, c].
+    inpaint: `image` [B, H, W, c] in [-1, 1], `mask` [B, H, W, 1], 1 where it is drawn anew; zeros.
+    superres: `image`, made small here, or `low_res` [B, h, w, c] as large as the latent; zeros.
+    semantic: `segmentation` [B, H, W] int; zeros.
+    depth: `depth` [B, h, w, 1] as large as the latent, in any unit; zeros.
+    upscale: `low_res` [B, h, w, c] in [-1, 1], `noise_level` [B] int, `low_res_noise` [B, h, w, c]
+    unit normal; zeros, with the same label.
+    hybrid: text and an image; the null text with the same image.
+    """
+    return kind_of(config).from_batch(config, cond_stage, params, batch, encode, dropped)
+
+
+def null_like(
+    config: schema.CondConfig,
+    cond_stage: Any,
+    params: dict,
+    batch: Batch,
+    encode: Encode | None = None,
+) -> Cond:
+    """The null condition for as many examples as `batch` has."""
+    return from_batch(config, cond_stage, params, batch, encode, dropped=True)
