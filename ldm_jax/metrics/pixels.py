@@ -91,9 +91,3 @@ def fine_power(image: jax.Array) -> jax.Array:
 def _hann(count: int) -> np.ndarray:
     """Periodic, so that of a whole number of cycles it keeps all but three coefficients at 0."""
     return np.float32(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count))
-
-
-def check(real: np.ndarray, other: np.ndarray) -> None:
-    """ValueError if two sets of images cannot be compared one by one."""
-    if real.shape != other.shape:
-        raise ValueError(f"images {real.shape} cannot be compared with {other.shape}")

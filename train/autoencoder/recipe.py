@@ -26,7 +26,7 @@ from ldm_jax.train_state import GanState
 
 DRAWS = ("encode", "dropout", "disc_encode", "disc_dropout")  # one key per row for each
 REVIVE = "revive"  # and one key for all that is revived
-INIT, TRAIN, EVALUATE = range(3)  # folded into the root key: one stream per purpose
+INIT, TRAIN = range(2)  # folded into the root key: one stream per purpose
 DISCRIMINATOR = 1  # folded into the key of INIT
 
 

@@ -85,11 +85,6 @@ def _shapes(module: Any, *inputs: Any) -> dict:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
 
 
-def torch_shapes(part: Part) -> dict[str, tuple[int, ...]]:
-    """Names that we write, and their shapes."""
-    return {k: tuple(x.shape) for k, x in table.to_torch(part.rows(None), part.shapes).items()}
-
-
 def params(
     folder: epath.Path,
     part: Part,
