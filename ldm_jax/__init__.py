@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from ldm_jax.loading import load
 
         return load
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("ldm-jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-import tyro
 from etils import epath
+from tyro.conf import Positional, arg
 
-from ldm_jax.runtime import images, storage
+from ldm_jax.runtime import flags, images, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, write
 from ldm_jax.sample.request import Call
@@ -18,17 +18,17 @@ from ldm_jax.sample.request import Call
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Draws an image of ldm-sample again, and compares the two pixel for pixel.
+    """Repeat an image of ldm-sample, and compare the two pixel for pixel.
 
     Everything that it was made from must be there: the model and the files, unchanged. On the same
     kind and number of devices and with the same version of JAX the images are equal.
     """
 
-    image: Annotated[str, tyro.conf.Positional]
+    image: Annotated[str, Positional, arg(metavar="IMAGE.png")]
     """PNG file that ldm-sample wrote."""
-    out: str = "again"
+    out: flags.Dir = "again"
     """Folder for the new one; made if missing."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="PATH")] = None
     """Where the model is now; default: where it was."""
     overwrite: bool = False
     """Write into a folder that already holds images."""

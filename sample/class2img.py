@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from ldm_jax import schema
+from ldm_jax.runtime import flags
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, check_labels, latent_shape, open_model
 from ldm_jax.sample.request import Request
@@ -16,7 +17,7 @@ NAME = "class2img"
 class Options(Options):
     """Samples of a class-conditional model."""
 
-    labels: tuple[int, ...] = ()
+    labels: flags.Ids = ()
     """Class ids; default: every class of the model (the first 10 if it has more)."""
     height: int | None = None
     """Height in pixels; default: the training size."""

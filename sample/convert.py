@@ -1,28 +1,31 @@
-"""`ldm-convert SRC DST --to {ldm_jax,diffusers,compvis}`: checkpoints between formats."""
+"""Convert a model between the formats of ldm_jax, diffusers and CompVis.
+
+`ldm-convert SRC DST --to {ldm_jax,diffusers,compvis}`
+"""
 
 import contextlib
 import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import tyro
 from etils import epath
+from tyro.conf import Positional, arg
 
 from ldm_jax import bundle, loading, saving
-from ldm_jax.runtime import checkpoint, cli
+from ldm_jax.runtime import checkpoint, cli, flags
 from ldm_jax.runtime.log import LOG
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Converts a model. SRC is read as every command reads --model; DST is written in full."""
+    """Convert a model. SRC is read as every command reads --model; DST is written in full."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, Positional, arg(metavar="SRC")]
     """Run directory, diffusers folder, CompVis .ckpt or .safetensors, or Stable Diffusion file."""
-    target: tyro.conf.Positional[str]
+    target: Annotated[str, Positional, arg(metavar="DST")]
     """New folder; with --to compvis a new .safetensors or .ckpt file, with its YAML beside it."""
     to: saving.Format
     """Format of the target."""
@@ -34,20 +37,22 @@ class Options:
     """Training step of a run to take the weights of; default: the newest."""
     ema: bool = True
     """Averaged weights where there are both; --no-ema takes the raw ones."""
-    config: str | None = None
+    config: flags.OptionalFile = None
     """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
-    variant: str | None = None
+    variant: Annotated[str | None, arg(metavar="NAME")] = None
     """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
     where its tensors do not tell."""
-    tokenizer: str | None = None
+    tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
     overwrite: bool = False
     """Replace what lies at the target, if it is a model in the format asked for."""
 
 
 def convert(argv: Sequence[str]) -> int:
-    """Reads the source, says what it holds, and writes the target."""
-    options = tyro.cli(Options, args=argv, prog="ldm-convert")
+    """Read the source, log what it holds, and write the target."""
+    options, common = flags.parse(argv, "ldm-convert", Options.__doc__, Options, flags.Common)
+    if common.compilation_cache:
+        cli.enable_compilation_cache()
     source, target = checkpoint.absolute(options.source), checkpoint.absolute(options.target)
     if not options.check:
         refuse_target(options, source, target)

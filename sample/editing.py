@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, schema
+from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.options import Options, check_labels, check_tokenizer, null_batch
 
@@ -16,17 +17,17 @@ from ldm_jax.sample.options import Options, check_labels, check_tokenizer, null_
 class Options(Options):
     """Images, and prompts or labels to go with them: as many, or one for all."""
 
-    images: tuple[str, ...] = ()
+    images: flags.Files = ()
     """Image files. One goes with every prompt or label; several, with as many or with one."""
     height: int | None = None
     """Pixels to which the images are scaled and cut; default: as they are."""
     width: int | None = None
     """Pixels to which the images are scaled and cut; default: as they are."""
-    prompt: tuple[str, ...] = ()
+    prompt: flags.Texts = ()
     """What to draw, for a model of text; default: the empty text."""
-    negative_prompt: str = ""
+    negative_prompt: flags.Text = ""
     """What guidance leads away from; default: the empty text."""
-    labels: tuple[int, ...] = ()
+    labels: flags.Ids = ()
     """Class ids, for a model of classes; default: no class in particular."""
     num_images: int = 1
     """Images per pair of image and prompt or label."""

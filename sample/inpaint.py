@@ -7,12 +7,15 @@ reference's `inpaint.py`.
 """
 
 import dataclasses
+from typing import Annotated
 
 import numpy as np
 import scipy.ndimage
 from PIL import Image
+from tyro.conf import arg
 
 from ldm_jax import bundle, schema
+from ldm_jax.runtime import flags
 from ldm_jax.sample import editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, read_images, resized, size_of
@@ -26,9 +29,9 @@ NAME = "inpaint"
 class Options(editing.Options):
     """Images whose holes are filled, or that are continued beyond their edges."""
 
-    masks: tuple[str, ...] = ()
+    masks: flags.Files = ()
     """Mask files as large as the images, white where to draw: one per image, or one for all."""
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    pad: Annotated[tuple[int, int, int, int], arg(metavar="ABOVE BELOW LEFT RIGHT")] = (0, 0, 0, 0)
     """Pixels to draw above, below, left and right of the images (outpainting)."""
 
 

@@ -7,6 +7,7 @@ from etils import epath
 
 from ldm_jax import schema
 from ldm_jax.data import boxes
+from ldm_jax.runtime import flags
 from ldm_jax.sample import superres
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, latent_shape, open_model
@@ -19,11 +20,11 @@ NAME = "layout2img"
 class Options(Options):
     """Images of boxes with classes, by a layout model."""
 
-    boxes: tuple[str, ...] = ()
+    boxes: flags.Files = ()
     """JSON files: {"objects": [{"class": NAME or ID, "box": [left, top, right, bottom]}, ...]}, in
     fractions of the image or, with "size": [width, height], in pixels. Each gets num_images images
     and a row of the grid."""
-    class_names: str | None = None
+    class_names: flags.OptionalFile = None
     """Names of the classes: "coco" (its 80 things), a JSON list of names or object of name and id,
     or OpenImages' class-descriptions-boxable.csv; without it, classes are ids."""
     height: int | None = None

@@ -1,11 +1,12 @@
-"""`ldm-sample TASK --model PATH --out DIR [...]`, `ldm-sample again IMAGE.png`."""
+"""Sample images from a model, or repeat an image from its settings.
+
+`ldm-sample TASK --model PATH --out DIR [...]`, `ldm-sample again IMAGE.png`
+"""
 
 import sys
 from collections.abc import Sequence
 
-import tyro
-
-from ldm_jax.runtime import cli
+from ldm_jax.runtime import cli, flags
 from ldm_jax.sample import (
     again,
     class2img,
@@ -36,16 +37,18 @@ TASKS = {
     "megapixel": megapixel,
     "retrieval": retrieval,
 }
+USAGE = "--model PATH --out DIR [options]"
 
 
 def sample(argv: Sequence[str]) -> int:
-    """Runs the task that the first argument names."""
-    argv = cli.join_processes(cli.enable_compilation_cache(argv))
-    name, rest = cli.split_task(argv, "ldm-sample", (*TASKS, "again"))
-    if name == "again":
-        return again.main(tyro.cli(again.Options, args=rest, prog="ldm-sample again"), TASKS)
-    task = TASKS[name]
-    return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-sample {name}"))
+    """Run the task that the first argument names."""
+    process, argv = flags.parse_known(argv, "ldm-sample", flags.Process)
+    kinds = {name: task.Options for name, task in {**TASKS, "again": again}.items()}
+    name, argv = cli.split_task(argv, "ldm-sample", USAGE, flags.summary(__doc__), kinds)
+    kind = kinds[name]
+    asked, _ = flags.parse(argv, f"ldm-sample {name}", kind.__doc__, kind, flags.Process)
+    cli.start(process)
+    return again.main(asked, TASKS) if name == "again" else TASKS[name].main(asked)
 
 
 def main() -> None:

@@ -11,14 +11,16 @@ Three ways, for models of semantic maps, small images, text, classes, or of neit
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from tyro.conf import arg
 
 from ldm_jax import bundle, schema, sharding
 from ldm_jax.large import tiling, windows
+from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import editing, semantic, superres
 from ldm_jax.sample.draw import draw
@@ -39,26 +41,26 @@ class Options(editing.Options):
     to cover what makes this height and width, and cut at their centre."""
     width: int | None = None
     """Pixels; default: as of height."""
-    images: tuple[str, ...] = ()
+    images: flags.Files = ()
     """Small images, for a model of super-resolution."""
-    maps: tuple[str, ...] = ()
+    maps: flags.Files = ()
     """Segmentation maps as large as the result, for a model of semantic synthesis."""
-    palette: str | None = None
+    palette: flags.OptionalFile = None
     """JSON file with the colours of the classes in --maps, as in `ldm-sample semantic`."""
     noise_level: int | None = None
     """Noise added to the small images, by Stable Diffusion's upscaler only; default: 20."""
-    window: tuple[int, ...] = ()
+    window: Annotated[tuple[int, ...], arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = ()
     """Height and width of overlapping windows, or one number for both. Default: no windows."""
-    stride: tuple[int, ...] = ()
+    stride: Annotated[tuple[int, ...], arg(metavar="DOWN ACROSS", help_behavior_hint="")] = ()
     """From one window to the next, down and across; default: half a window."""
     at_once: int | None = None
     """Windows of an image in one call of the UNet; fewer take less memory. Default: all."""
-    window_clip: tuple[float, float] = (0.01, 0.5)
+    window_clip: Annotated[tuple[float, float], arg(metavar="LEAST GREATEST")] = (0.01, 0.5)
     """Least and greatest weight of a pixel, which falls towards the border of its window."""
-    tie_clip: tuple[float, float] | None = None
+    tie_clip: Annotated[tuple[float, float] | None, arg(metavar="LEAST GREATEST")] = None
     """Least and greatest weight of a window, which falls towards the border of the image; default:
     all weigh the same."""
-    tile: tuple[int, ...] = ()
+    tile: Annotated[tuple[int, ...], arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = ()
     """Height and width of the tiles that are decoded one after another, overlaps included, or one
     number for both. Default: decode in one pass."""
     tile_levels: int = 2

@@ -2,31 +2,32 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+from tyro.conf import arg
 
 from ldm_jax import bundle, loading, sampling, schema, sharding, solvers
-from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime import checkpoint, flags
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of every sampling task."""
 
-    model: str
+    model: flags.Path
     """Run directory, diffusers folder, CompVis .ckpt or .safetensors with its .yaml beside it, or
     Stable Diffusion in a single file."""
-    out: str
+    out: flags.Dir
     """Folder for the images; made if missing."""
     num_images: int = 4
     """Images per label or prompt."""
     steps: int = 50
     """Solver steps."""
-    solver: str = "ddim"
+    solver: Annotated[str, arg(metavar="NAME")] = "ddim"
     """Name of a solver; an unknown one is answered with the list."""
-    spacing: str | None = None
+    spacing: Annotated[str | None, arg(metavar="NAME")] = None
     """Which timesteps are visited; default: as the model's own sampler, `leading` in the reference.
     `trailing` gives any number; an unknown one is answered with the list."""
     eta: float = 0.0
@@ -36,7 +37,7 @@ class Options:
     guidance_rescale: float = 0.0
     """Part of 0..1 by which the guided prediction is brought back to the contrast of the one
     without guidance (Lin et al. 2023); 0.7 where colours are burnt at a high guidance scale."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: Annotated[tuple[float, float] | None, arg(metavar="LOWEST HIGHEST")] = None
     """Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); the others cost half.
     Default: all of them."""
     dynamic_threshold: float | None = None
@@ -56,14 +57,14 @@ class Options:
     """Training step of a run to take the weights of; default: the newest."""
     ema: bool = True
     """Averaged weights; --no-ema takes the raw ones."""
-    config: str | None = None
+    config: flags.OptionalFile = None
     """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
-    variant: str | None = None
+    variant: Annotated[str | None, arg(metavar="NAME")] = None
     """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
     where its tensors do not tell."""
-    tokenizer: str | None = None
+    tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
-    init_latents: str | None = None
+    init_latents: flags.OptionalFile = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image
     number i starts from row i."""
     save_latents: bool = False
@@ -81,12 +82,14 @@ class Options:
     """What the bars count. A program that reports its steps is not kept in the compilation cache:
     auto is steps on a CPU, where compiling is the smaller part, else images; none without a
     terminal."""
-    export: str | None = None
+    export: flags.OptionalFile = None
     """File for the compiled sampler's program without weights, for batches of --batch-size. Draws
     nothing then."""
-    export_platforms: tuple[str, ...] = ()
+    export_platforms: Annotated[
+        tuple[str, ...], arg(metavar="PLATFORM ...", help_behavior_hint="")
+    ] = ()
     """Platforms that the file is for, of cpu, cuda, tpu; default: all."""
-    from_export: str | None = None
+    from_export: flags.OptionalFile = None
     """Sample with the program of such a file; --model still gives the weights."""
 
 

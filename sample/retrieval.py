@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm_jax import bundle, neighbours, schema, sharding
 from ldm_jax.convert import clip_folder
+from ldm_jax.runtime import flags
 from ldm_jax.sample import editing, text2img
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, resized
@@ -31,23 +32,23 @@ INDEX = ".ldm_jax_clip.npz"  # hidden, so that it is none of the folder's images
 class Options(Options):
     """Images of texts or images and of their neighbours, by a model of CLIP embeddings."""
 
-    clip: str = ""
+    clip: flags.Dir = ""
     """Folder of transformers' CLIPModel that the model was trained with (config.json,
     model.safetensors, tokenizer); ViT-L/14 for the published one."""
-    clip_tokenizer: str | None = None
+    clip_tokenizer: flags.OptionalDir = None
     """Folder with CLIP's tokenizer, where --clip has none."""
-    prompt: tuple[str, ...] = ()
+    prompt: flags.Texts = ()
     """Texts to draw; each gets num_images images and a row of the grid."""
-    query_image: tuple[str, ...] = ()
+    query_image: flags.Files = ()
     """Images to draw others of, after the texts."""
-    database: str | None = None
+    database: flags.OptionalDir = None
     """Folder of images, with all folders below, whose nearest ones are found."""
     neighbours: int | None = None
     """Images of --database beside the text or image itself; default: 10, or 0 without a folder."""
     include_query: bool = True
     """The embedding of the text or image stands before those of its neighbours;
     --no-include-query leaves it out."""
-    index_file: str | None = None
+    index_file: flags.OptionalFile = None
     """File with the embeddings of --database, made where there is none; default: a hidden file in
     that folder."""
     rebuild: bool = False

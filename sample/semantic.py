@@ -8,6 +8,7 @@ from etils import epath
 from PIL import Image
 
 from ldm_jax import bundle, schema
+from ldm_jax.runtime import flags
 from ldm_jax.sample import superres
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, latent_shape, open_model
@@ -21,11 +22,11 @@ LOSSY = ("JPEG", "MPO", "WEBP")
 class Options(Options):
     """Images of segmentation maps, by a model of semantic synthesis."""
 
-    maps: tuple[str, ...] = ()
+    maps: flags.Files = ()
     """PNG files as large as the image, all of one size: grey or palette images whose values are
     class ids, or images in the colours of --palette. Each gets num_images images and a row of the
     grid."""
-    palette: str | None = None
+    palette: flags.OptionalFile = None
     """JSON file with the colours of the classes: a list of [red, green, blue] numbered from 0, or
     an object of id and colour."""
     guidance_scale: float = 1.0

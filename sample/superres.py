@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, diffusion, sampling, schema
+from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
@@ -25,7 +26,7 @@ NAME = "superres"
 class Options(Options):
     """Images enlarged as the model was trained to."""
 
-    images: tuple[str, ...] = ()
+    images: flags.Files = ()
     """Small images, all of one size; each gets num_images images and a row of the grid."""
     height: int | None = None
     """Pixels of the small image: it is scaled to cover height and width, and cut at its centre;
@@ -35,9 +36,9 @@ class Options(Options):
     noise_level: int | None = None
     """Noise added to the small image, by the upscaler only: 0..350 in the published one, where more
     invents more; default: 20."""
-    prompt: str = ""
+    prompt: flags.Text = ""
     """What the images show, read by the upscaler only."""
-    negative_prompt: str = ""
+    negative_prompt: flags.Text = ""
     """What guidance leads away from, in the upscaler only."""
     num_images: int = 1
     """Images per small image."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax import bundle, schema
+from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import prompts
 from ldm_jax.sample.draw import draw
@@ -21,12 +22,12 @@ NAME = "text2img"
 class Options(Options):
     """Images of a text, by a text-conditional model."""
 
-    prompt: tuple[str, ...] = ()
+    prompt: flags.Texts = ()
     """What to draw; each gets num_images images and a row of the grid."""
-    prompt_file: str | None = None
+    prompt_file: flags.OptionalFile = None
     """Text file with one prompt per line, or .csv or .jsonl with prompt, negative_prompt, seed,
     guidance_scale and num_images for each; drawn after those of --prompt."""
-    negative_prompt: str = ""
+    negative_prompt: flags.Text = ""
     """What guidance leads away from; default: the empty text."""
     height: int | None = None
     """Pixels; default: the size the model was trained at."""

@@ -5,12 +5,14 @@ two of them is as likely as they are.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from tyro.conf import arg
 
 from ldm_jax import bundle, conditioning, diffusion, sampling, schema, sharding
+from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, check_labels, open_model
@@ -25,13 +27,13 @@ NOISY = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
 class Options(Options):
     """Images on the way from one seed, class or prompt to the next, or near one image."""
 
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], arg(metavar="SEED ...", help_behavior_hint="")] = ()
     """Seeds whose first images the path passes; one is kept all along. Default: --seed."""
-    labels: tuple[int, ...] = ()
+    labels: flags.Ids = ()
     """Class ids that the path passes; one is kept all along."""
-    prompt: tuple[str, ...] = ()
+    prompt: flags.Texts = ()
     """Texts that the path passes; one is kept all along."""
-    negative_prompt: str = ""
+    negative_prompt: flags.Text = ""
     """What guidance leads away from; default: the empty text."""
     strength: float | None = None
     """Instead of a path, the first image of a seed and others near it: 0 is the image itself, 1 is

@@ -1,5 +1,9 @@
-"""`ldm-train [plan | encode | pack] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`."""
+"""Train a model, write its data once, or plan its run.
 
+`ldm-train [encode | pack | plan] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`
+"""
+
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -8,15 +12,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 
 from ldm_jax import configs, schema
-from ldm_jax.runtime import checkpoint, cli
+from ldm_jax.runtime import checkpoint, cli, flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs, supervisor, watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train the model of a config in a run directory, or go on where the run stopped."""
+
+    workdir: flags.Dir
+    """Run directory, made or resumed; may be gs://..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Write the latents of a data set once; a run reads them with --cache.path."""
+
+    workdir: flags.Dir
+    """Folder for the latents, made or gone on with; may be gs://..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Pack a folder of images into few large files, which network storage reads faster."""
+
+    workdir: flags.Dir
+    """Folder for the packed images, made or gone on with; may be gs://..."""
+    records_per_shard: int = 4096
+    """Images in a file at most."""
 
 
 def load_config(name: str) -> schema.TrainConfig:
@@ -46,51 +75,23 @@ def _from_path(path: Path) -> ModuleType:
     return module
 
 
-def available() -> list[str]:
-    """Names of the configs that come with the package."""
-    folder = Path(configs.__file__).parent
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+def available() -> dict[str, Path]:
+    """Files of the configs that come with the package, by name."""
+    paths = sorted(Path(configs.__file__).parent.glob("*.py"))
+    return {path.stem: path for path in paths if path.stem != "__init__"}
 
 
 def parse(config: Any, argv: Sequence[str], program: str) -> tuple[str, Any]:
-    """(workdir, config with the overrides of argv); tyro refuses what it does not know."""
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            (
-                "workdir",
-                Annotated[
-                    str, tyro.conf.arg(help="Run directory, made or resumed; may be gs://...")
-                ],
-            ),
-            (
-                "config",
-                Annotated[type(config), tyro.conf.arg(name="")],
-                dataclasses.field(default=config),
-            ),
-        ],
-    )
-    options = (
-        "Also: --debug (tracebacks), --no-compilation-cache (compile everything anew),"
-        " --distributed ADDRESS:PORT,PROCESSES,INDEX (one process of several; Cloud TPU, SLURM,"
-        " Open MPI and Kubernetes are found out without it) or off (alone), --restart on-failure"
-        " [--max-restarts 5] [--restart-delay 5]"
-        " (started again when it fails, so often without a new checkpoint; seconds, doubled)."
-    )
-    parsed = tyro.cli(
-        command,
-        args=list(argv),
-        prog=program,
-        description=options,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return parsed.workdir, parsed.config
+    """Parse the options of a training run; return its run directory and the config with them."""
+    parts = (Train, config, supervisor.Restart, flags.Process)
+    run, config, *_ = flags.parse(argv, program, Train.__doc__, *parts)
+    return run.workdir, config
 
 
 def be_deterministic() -> None:
     """Has XLA take only what repeats bit for bit, and says what that means on these devices."""
-    flags = os.environ.get("XLA_FLAGS", "")  # which XLA reads when the first device is asked for
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    given = os.environ.get("XLA_FLAGS", "")  # which XLA reads when the first device is asked for
+    os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
     platform = jax.devices()[0].platform
     if platform == "gpu":
         LOG.info(
@@ -105,39 +106,49 @@ def be_deterministic() -> None:
 
 
 def train(argv: Sequence[str]) -> int:
-    """Runs the recipe that the config's class asks for."""
+    """Run the sub-command, or the recipe that the class of the config asks for."""
     watchdog.adopt()
     with logs.kept(), watchdog.errors_told():
-        return _train(argv)
+        process, argv = flags.parse_known(argv, "ldm-train", flags.Process)
+        does = argv[0] if argv and argv[0] in SUBCOMMANDS else ""
+        name, rest = _config_first(argv[bool(does) :], does)
+        if does != "plan":
+            cli.start(process)
+        elif process.distributed is not None:
+            raise ValueError("--distributed: plan compiles in one process; leave the option out")
+        elif process.compilation_cache:
+            cli.enable_compilation_cache()
+        return SUBCOMMANDS.get(does, _train)(name, rest)
 
 
-def _train(argv: Sequence[str]) -> int:
-    argv = cli.enable_compilation_cache(argv)
-    if argv[:1] == ["plan"]:
-        return _plan(argv[1:])
-    does = argv[0] if argv[:1] in (["encode"], ["pack"]) else ""
-    name, rest = cli.split_first(
-        argv[bool(does) :],
-        f"ldm-train {does}".rstrip(),
-        "CONFIG[:STAGE]",
-        f"one of {', '.join(available())}, or a .py file",
-    )
-    rest = cli.join_processes(rest)
-    if does == "pack":
-        from ldm_jax.train.prepare import pack
+def _config_first(argv: Sequence[str], does: str) -> tuple[str, list[str]]:
+    """Split the name of a config from its options; the help names sub-commands and configs."""
 
-        per_shard, rest = pack.split_options(rest)
-        workdir, config = parse(load_config(name), rest, f"ldm-train pack {name}")
-        return pack.pack(config.data, workdir, per_shard)
-    workdir, config = parse(load_config(name), rest, f"ldm-train {name}")
+    def listed() -> dict[str, dict[str, str]]:
+        commands = {f"{name} CONFIG": flags.summary(_kind(name).__doc__) for name in SUBCOMMANDS}
+        trees = {name: ast.parse(path.read_text()) for name, path in available().items()}
+        known = {name: flags.summary(ast.get_docstring(tree)) for name, tree in trees.items()}
+        known["FILE.py"] = "A file of your own with get_config(stage)."
+        return {**({} if does else {"sub-commands": commands}), "CONFIG": known}
+
+    needed = "--topology KIND:CHIPS" if does == "plan" else "--workdir DIR"
+    usage, about = f"CONFIG[:STAGE] {needed} [--field.sub value ...]", _kind(does).__doc__
+    return cli.split_first(argv, f"ldm-train {does}".rstrip(), usage, about, listed)
+
+
+def _kind(does: str) -> type:
+    """Options of a sub-command; of training without one."""
+    if does == "plan":
+        from ldm_jax.train.plan.command import PlanOptions
+
+        return PlanOptions
+    return {"": Train, "encode": Encode, "pack": Pack}[does]
+
+
+def _train(name: str, argv: Sequence[str]) -> int:
+    workdir, config = parse(load_config(name), argv, f"ldm-train {name}")
     if config.deterministic:
         be_deterministic()
-    if does == "encode":
-        if not isinstance(config, schema.LatentDiffusionTrainConfig):
-            raise ValueError(f"{name} trains a first stage; encode takes a config of the model")
-        from ldm_jax.train.prepare import encode
-
-        return encode.encode(config, workdir)
     if isinstance(config, schema.AutoencoderTrainConfig):
         from ldm_jax.train import autoencoder as recipe
     else:
@@ -151,20 +162,45 @@ def _train(argv: Sequence[str]) -> int:
     return code
 
 
-def _plan(argv: Sequence[str]) -> int:
+def _encode(name: str, argv: Sequence[str]) -> int:
+    config, program = load_config(name), f"ldm-train encode {name}"
+    parts = (Encode, config, supervisor.Restart, flags.Process)
+    asked, config, *_ = flags.parse(argv, program, Encode.__doc__, *parts)
+    if not isinstance(config, schema.LatentDiffusionTrainConfig):
+        raise ValueError(f"{name} trains a first stage; encode takes a config of the model")
+    from ldm_jax.train.prepare import encode
+
+    if config.deterministic:
+        be_deterministic()
+    return encode.encode(config, asked.workdir)
+
+
+def _pack(name: str, argv: Sequence[str]) -> int:
+    config, program = load_config(name), f"ldm-train pack {name}"
+    parts = (Pack, config, supervisor.Restart, flags.Process)
+    asked, config, *_ = flags.parse(argv, program, Pack.__doc__, *parts)
+    if asked.records_per_shard < 1:
+        raise ValueError(f"--records-per-shard {asked.records_per_shard}: give at least 1")
+    from ldm_jax.train.prepare import pack
+
+    return pack.pack(config.data, asked.workdir, asked.records_per_shard)
+
+
+def _plan(name: str, argv: Sequence[str]) -> int:
     from ldm_jax.train.plan import command
 
-    configs_known = f"one of {', '.join(available())}, or a .py file"
-    name, rest = cli.split_first(argv, "ldm-train plan", "CONFIG[:STAGE]", configs_known)
-    return command.plan(rest, name, load_config)
+    return command.plan(argv, name, load_config)
+
+
+SUBCOMMANDS = {"encode": _encode, "pack": _pack, "plan": _plan}
 
 
 def restart_on_failure(argv: Sequence[str]) -> int:
-    """Trains in a process of its own, started again when it fails, if `--restart` asks for it."""
-    policy, rest = supervisor.split(argv)
-    if policy is None:
+    """Train in a process of its own, started again when it fails, if `--restart` asks for it."""
+    restart, rest = flags.parse_known(argv, "ldm-train", supervisor.Restart)
+    if not supervisor.is_asked_for(restart):
         return train(rest)
-    return supervisor.supervise([sys.executable, "-m", "ldm_jax.train.main", *rest], policy)
+    return supervisor.supervise([sys.executable, "-m", "ldm_jax.train.main", *rest], restart)
 
 
 def main() -> None:

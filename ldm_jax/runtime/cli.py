@@ -1,17 +1,18 @@
-"""What every command shares: one-line errors, distinct exit codes, the compilation cache."""
+"""Parts of every command: one-line errors, exit codes, the first argument, cache and cluster."""
 
-import argparse
+import functools
 import logging
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ldm_jax.runtime import cluster, log
+import ldm_jax
+from ldm_jax.runtime import cluster, flags, log
 
 CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
@@ -21,12 +22,12 @@ UNREAD = 141  # 128 + SIGPIPE: whoever read stdout left, as `| head` does
 def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command with its log on stderr; return its exit code.
 
-    An error is one line on stderr, with --debug a traceback.
+    An error is one line on stderr, with --debug a traceback; --version prints versions instead.
     """
-    argv = list(argv)
-    debug = "--debug" in argv
-    argv = [a for a in argv if a != "--debug"]
-    if not debug:
+    common, _ = flags.parse_known(argv, program, flags.Common)
+    if common.version:
+        command = functools.partial(_print_version, program)
+    if not common.debug:
         _hide_tracebacks()
     try:
         try:
@@ -40,7 +41,7 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
             return UNREAD
-        if debug:
+        if common.debug:
             raise
         text = " ".join(str(error).split()) or "no message"
         # RuntimeError itself is ours; its subclasses are not
@@ -49,6 +50,11 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         who = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
         sys.stderr.write(f"{who}{program}: error: {kind}{text}{hint}\n")
         return 1
+
+
+def _print_version(program: str, argv: Sequence[str]) -> None:
+    del argv
+    sys.stdout.write(f"{program} {ldm_jax.__version__} (jax {jax.__version__})\n")
 
 
 def _nobody_reads_stdout() -> bool:
@@ -77,64 +83,83 @@ def _hide_tracebacks() -> None:
     sys.unraisablehook = hook
 
 
-def enable_compilation_cache(argv: Sequence[str]) -> list[str]:
-    """Keeps compiled programs on disk between runs; `--no-compilation-cache` turns it off.
+def start(process: flags.Process) -> None:
+    """Set the compilation cache up and join the processes of a cluster, as the options say."""
+    if process.compilation_cache:
+        enable_compilation_cache()
+    join_processes(process.distributed)
 
-    Returns argv without the flag. The folder is JAX_COMPILATION_CACHE_DIR, or ldm_jax under the
-    user's cache folder.
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs.
+
+    The folder is JAX_COMPILATION_CACHE_DIR, or ldm_jax under the user's cache folder.
     """
-    rest = [a for a in argv if a != "--no-compilation-cache"]
-    if len(rest) == len(argv):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ldm_jax" / "xla"
-        path = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
-        jax.config.update("jax_compilation_cache_dir", path)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
-    return rest
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ldm_jax" / "xla"
+    path = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
-def join_processes(argv: Sequence[str]) -> list[str]:
-    """Joins the processes of a cluster, if this is one of several; returns argv without the flag.
+def join_processes(place: str | None = None) -> None:
+    """Join the processes of a cluster, if this is one of several.
 
-    Without a flag, what `cluster.find` sees in the environment: Cloud TPU, SLURM, Open MPI,
-    Kubernetes. `--distributed ADDRESS:PORT,PROCESSES,INDEX` says it; `--distributed` alone insists
-    on several; `--distributed off` runs alone.
+    place: ADDRESS:PORT,PROCESSES,INDEX; "off": run alone; None: as `cluster.find` sees it in the
+    environment (Cloud TPU, SLURM, Open MPI, Kubernetes); "auto": the same, but insist on several.
     """
-    rest, value, given = list(argv), None, "--distributed" in argv
-    if given:
-        at = rest.index("--distributed")
-        value = rest[at + 1] if at + 1 < len(rest) and not rest[at + 1].startswith("-") else None
-        del rest[at : at + (1 if value is None else 2)]
-    if value == "off":
-        return rest
-    place = cluster.parse(value) if value else cluster.find()
-    if place is None and given:
+    if place == "off":
+        return
+    found = cluster.find() if place in (None, "auto") else cluster.parse(place)
+    if found is None and place == "auto":
         raise ValueError(
             "--distributed: no launcher of several processes is seen in the environment"
             " (Cloud TPU, SLURM, Open MPI, Kubernetes); give ADDRESS:PORT,PROCESSES,INDEX"
         )
-    if place is not None:
-        cluster.join(place)
-    return rest
+    if found is not None:
+        cluster.join(found)
 
 
-def split_task(argv: Sequence[str], program: str, names: Sequence[str]) -> tuple[str, list[str]]:
-    """As `split_first` for one of some tasks. ValueError for another name."""
-    listed = ", ".join(names)
-    name, rest = split_first(argv, program, "TASK", f"one of {listed}")
-    if name not in names:
-        raise ValueError(f"task {name!r} is not one of {listed}")
+def split_task(
+    argv: Sequence[str], program: str, usage: str, description: str, tasks: Mapping[str, type]
+) -> tuple[str, list[str]]:
+    """As `split_first` for one of some tasks; ValueError for another name.
+
+    tasks: {name: dataclass of its options}.
+    """
+
+    def listed() -> dict[str, dict[str, str]]:
+        return {"TASK": {name: flags.summary(kind.__doc__) for name, kind in tasks.items()}}
+
+    name, rest = split_first(argv, program, f"TASK {usage}", description, listed)
+    if name not in tasks:
+        raise ValueError(f"task {name!r} is not one of {', '.join(tasks)}")
     return name, rest
 
 
 def split_first(
-    argv: Sequence[str], program: str, name: str, choices: str
+    argv: Sequence[str],
+    program: str,
+    usage: str,
+    description: str,
+    choices: Callable[[], Mapping[str, Mapping[str, str]]],
 ) -> tuple[str, list[str]]:
-    """The first positional argument and the rest; without one, usage on stderr and exit code 2."""
+    """Split the first argument from the others; without one, print what it may be.
+
+    For --help that goes to stdout with exit code 0, else to stderr with exit code 2.
+    choices: {heading: {choice: a line about it}}, made only to be printed.
+    """
     if argv and not argv[0].startswith("-"):
         return argv[0], list(argv[1:])
-    parser = argparse.ArgumentParser(program, usage=f"{program} {name} [options]")
-    parser.epilog = f"{name} is {choices}. With it, --help lists every option."
+    name = usage.split()[0]
+    lines = [f"usage: {program} {usage}", "", " ".join(description.split())]
+    for heading, described in choices().items():
+        width = max(map(len, described)) + 2
+        lines += ["", f"{heading}:"]
+        lines += [f"  {choice:{width}}{line}" for choice, line in described.items()]
+    lines += ["", f"{program} {name} --help lists every option; {program} --version, the versions."]
+    text = "\n".join(lines) + "\n"
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write(parser.format_help())
+        sys.stdout.write(text)
         raise SystemExit(0)
-    parser.error(f"the first argument is {name}: {choices}; --help lists options")
+    sys.stderr.write(f"{text}\n{program}: error: the first argument is {name}\n")
+    raise SystemExit(2)

@@ -4,18 +4,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from tyro.conf import arg
 
 from ldm_jax import bundle, conditioning, sampling, schema, sharding
 from ldm_jax.metrics import features
 from ldm_jax.models import clip
-from ldm_jax.runtime import images, rundir
+from ldm_jax.runtime import flags, images, rundir
 from ldm_jax.sample import options as sample_options
 from ldm_jax.sample import program
 from ldm_jax.sample.evaluate import extraction, image_sets
@@ -28,10 +29,10 @@ PAPER = 50_000  # samples of a figure in the paper
 class Options(extraction.Options):
     """What is drawn, and how."""
 
-    model: str = ""
+    model: flags.Path = ""
     """Run, diffusers folder or checkpoint that samples are drawn from, of any task: classes take
     turns, other conditions are those of --data."""
-    data: str = ""
+    data: flags.Path = ""
     """Where captions, maps, masks and small images come from: a run or a folder of images.
     Default: the model's own run."""
     data_split: Literal["train", "eval"] = "eval"
@@ -44,9 +45,9 @@ class Options(extraction.Options):
     """Samples: default 50 000 of a model, all of files."""
     steps: int = 50
     """Solver steps."""
-    solver: str = "ddim"
+    solver: Annotated[str, arg(metavar="NAME")] = "ddim"
     """Name of a solver."""
-    spacing: str | None = None
+    spacing: Annotated[str | None, arg(metavar="NAME")] = None
     """Which timesteps are visited; default: as the model's own sampler."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
@@ -54,7 +55,7 @@ class Options(extraction.Options):
     """Classifier-free guidance; 1 samples without it."""
     guidance_rescale: float = 0.0
     """As of ldm-sample."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: Annotated[tuple[float, float] | None, arg(metavar="LOWEST HIGHEST")] = None
     """As of ldm-sample."""
     dynamic_threshold: float | None = None
     """As of ldm-sample."""
@@ -68,11 +69,11 @@ class Options(extraction.Options):
     """Training step of a run; default: the newest."""
     ema: bool = True
     """Averaged weights; --no-ema takes the raw ones."""
-    config: str | None = None
+    config: flags.OptionalFile = None
     """YAML of a checkpoint file."""
-    variant: str | None = None
+    variant: Annotated[str | None, arg(metavar="NAME")] = None
     """Variant of the weights in a diffusers folder."""
-    tokenizer: str | None = None
+    tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
     npz: bool = False
     """Write samples.npz too: arr_0 uint8 [N, H, W, c], as the ADM suite reads it."""

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ldm_jax import schema, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
-from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime import checkpoint, flags, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate.image_sets import ImageSet
 
@@ -28,19 +28,19 @@ Found = dict[str, np.ndarray]
 class Options:
     """Options of every `ldm-eval` task."""
 
-    out: str
+    out: flags.Dir
     """Folder for result.json, row.md, and the features it goes on from when run again."""
     features: Literal["inception", "clip", "random"] = "inception"
     """Network that distances are taken in. `random` needs no weights and compares with nothing
     published: for tests, demonstrations, and runs among each other."""
-    inception: str = ""
+    inception: flags.File = ""
     """Inception weights: pt_inception-2015-12-05-6726825d.pth of pytorch-fid."""
     layer: str = "2048"
     """Inception layer of FID, KID, precision and recall: 64, 192, 768 or 2048."""
     preprocess: Literal["torch_fidelity", "pytorch_fid"] = "torch_fidelity"
     """How pixels reach Inception: both resize to 299 without antialiasing, pytorch_fid with pixel
     centres aligned."""
-    clip: str = ""
+    clip: flags.Dir = ""
     """Folder of a CLIPModel of transformers: FD in CLIP features, CLIP score."""
     random_seed: int = 0
     """Of the weights of random features."""

@@ -1,11 +1,12 @@
-"""`ldm-eval TASK [...]`: figures of reconstructions and samples, and statistics to compare with."""
+"""Evaluate reconstructions and samples, or write statistics to compare with.
+
+`ldm-eval TASK --out DIR [...]`
+"""
 
 import sys
 from collections.abc import Sequence
 
-import tyro
-
-from ldm_jax.runtime import cli
+from ldm_jax.runtime import cli, flags
 from ldm_jax.sample.evaluate import reconstruct, samples, statistics
 
 TASKS = {
@@ -13,14 +14,18 @@ TASKS = {
     "samples": samples,
     "statistics": statistics,
 }
+USAGE = "--out DIR [options]"
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Runs the task that the first argument names."""
-    argv = cli.join_processes(cli.enable_compilation_cache(argv))
-    name, rest = cli.split_task(argv, "ldm-eval", tuple(TASKS))
-    task = TASKS[name]
-    return task.main(tyro.cli(task.Options, args=rest, prog=f"ldm-eval {name}"))
+    """Run the task that the first argument names."""
+    process, argv = flags.parse_known(argv, "ldm-eval", flags.Process)
+    kinds = {name: task.Options for name, task in TASKS.items()}
+    name, argv = cli.split_task(argv, "ldm-eval", USAGE, flags.summary(__doc__), kinds)
+    kind = kinds[name]
+    asked, _ = flags.parse(argv, f"ldm-eval {name}", kind.__doc__, kind, flags.Process)
+    cli.start(process)
+    return TASKS[name].main(asked)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from ldm_jax import bundle, latents, loading, sampling, schema, sharding
 from ldm_jax.convert import auxiliary
 from ldm_jax.metrics import features, pixels, scores
 from ldm_jax.models import autoencoder, lpips
-from ldm_jax.runtime import images, rundir
+from ldm_jax.runtime import flags, images, rundir
 from ldm_jax.sample.evaluate import extraction, image_sets, report
 
 NAME = "reconstruct"
@@ -26,9 +26,9 @@ class Options(extraction.Options):
     """PSNR, SSIM, LPIPS, R-FID and sharpness of a data set through a first stage, and its codes'
     usage."""
 
-    model: str
+    model: flags.Path
     """Run of a first stage or of a latent diffusion model, diffusers folder, or checkpoint."""
-    data: str = ""
+    data: flags.Path = ""
     """Run, folder of images, or .npz with arr_0; default: the data of the model's own run."""
     split: Literal["train", "eval"] = "eval"
     """Of a run's data; held out by default."""
@@ -44,10 +44,10 @@ class Options(extraction.Options):
     """Latent of a KL first stage that is decoded."""
     seed: int = 0
     """Of the posterior's samples: number i depends on (seed, i) alone."""
-    lpips_vgg: str = ""
+    lpips_vgg: flags.File = ""
     """VGG16 of torchvision, vgg16-397923af.pth; or `random`, for random features. Default: no
     LPIPS."""
-    lpips_lin: str = ""
+    lpips_lin: flags.File = ""
     """Last layers of LPIPS 0.1, vgg.pth."""
     step: int | None = None
     """Training step of a first stage's run; default: the newest."""

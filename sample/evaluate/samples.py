@@ -10,7 +10,7 @@ from etils import epath
 
 from ldm_jax import schema, sharding
 from ldm_jax.metrics import features, gaussian, scores
-from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime import checkpoint, flags
 from ldm_jax.sample.evaluate import drawing, extraction, image_sets, report
 
 NAME = "samples"
@@ -20,9 +20,9 @@ NAME = "samples"
 class Options(drawing.Options):
     """FID and its relatives of samples: drawn here from a model, or lying in files."""
 
-    samples: str = ""
+    samples: flags.Path = ""
     """Instead of --model: folder of images, or .npz with arr_0, taken as they are."""
-    reference: str = ""
+    reference: flags.Path = ""
     """Run, folder of images, .npz of images, or .npz of statistics (of `ldm-eval statistics`,
     pytorch-fid or the ADM suite). Default: what the model's own run trains on, prepared alike."""
     reference_split: Literal["train", "eval"] = "train"

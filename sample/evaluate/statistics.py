@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 
 from ldm_jax.metrics import gaussian
+from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate import extraction, image_sets, report
 
@@ -17,7 +18,7 @@ class Options(extraction.Options):
     """statistics.npz of a data set, which `ldm-eval samples --reference`, pytorch-fid and the ADM
     suite read."""
 
-    data: str
+    data: flags.Path
     """Run whose data are meant, folder of images, or .npz with arr_0."""
     split: Literal["train", "eval"] = "train"
     """Of a run's data."""

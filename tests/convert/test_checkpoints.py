@@ -12,6 +12,7 @@ import yaml
 from ldm_jax import schema, sharding
 from ldm_jax.convert import compvis
 from ldm_jax.convert.formats import safetensors_file
+from ldm_jax.runtime.log import LOG
 
 MODELS = {
     "churches": checkpoints.churches,
@@ -36,7 +37,7 @@ def loaded(folder):
     """name -> (bundle, what was printed)"""
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compvis.cli, "say", said.append)
+        patch.setattr(LOG, "info", said.append)
         found = {}
         for name in MODELS:
             said.clear()

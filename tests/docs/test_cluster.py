@@ -13,7 +13,7 @@ import pytest
 import yaml
 from launchers import CLUSTER, Room
 
-from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax.runtime import checkpoint, cli, flags, rundir
 from ldm_jax.train import main
 from ldm_jax.train.run import supervisor
 
@@ -41,8 +41,8 @@ def slurm(room, *arguments, tasks=2, **variables):
 
 def parsed(arguments):
     """(workdir, config) that ldm-train makes of its arguments; the supervisor is asked for."""
-    policy, rest = supervisor.split(arguments)
-    assert policy is not None
+    restart, rest = flags.parse_known(arguments, "ldm-train", supervisor.Restart)
+    assert restart.restart == "on-failure"
     return main.parse(main.load_config(rest[0]), rest[1:], "ldm-train")
 
 

@@ -19,7 +19,7 @@ import sys, time, jax, numpy as np, orbax.checkpoint as ocp
 from checkpoint_states import assert_same, state_of
 from ldm_jax import schema, sharding
 from ldm_jax.runtime import checkpoint, cli, processes, storage
-cli.join_processes(["--distributed", sys.argv[1]])
+cli.join_processes(sys.argv[1])
 run, what, second = sys.argv[2], sys.argv[3], jax.process_index() == 1
 
 def local(state):

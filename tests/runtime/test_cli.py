@@ -1,20 +1,37 @@
 """Command lines: one-line errors, exit codes, help that is complete, flags before the config's."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import types
 
 import pytest
 
+import ldm_jax
+from ldm_jax import __main__ as package_main
 from ldm_jax import schema
 from ldm_jax.configs import digits, tiny
-from ldm_jax.runtime import cli, cluster
+from ldm_jax.runtime import cli, cluster, flags
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample import class2img
+from ldm_jax.sample import again, class2img
 from ldm_jax.sample import main as sample_main
+from ldm_jax.sample.evaluate import main as eval_main
 from ldm_jax.train import main as train_main
+from ldm_jax.train.plan.command import PlanOptions
+
+
+def flags_of(cls_or_value, prefix="") -> set[str]:
+    """Every field below a config, as the flag it should have."""
+    flags = set()
+    for field in dataclasses.fields(cls_or_value):
+        value = getattr(cls_or_value, field.name, None)
+        name = f"{prefix}{field.name}".replace("_", "-")
+        flags |= flags_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {f"--{name}"}
+    return flags
 
 
 def raising(error):
@@ -50,12 +67,18 @@ def test_an_error_is_one_line(capsys, error, line):
     assert capsys.readouterr().err == line
 
 
-def test_debug_raises_and_is_not_passed_on():
+def test_debug_raises():
     with pytest.raises(ValueError, match="odd"):
-        cli.run("p", raising(ValueError("odd")), ["--debug"])
-    seen = []
-    cli.run("p", seen.extend, ["a", "--debug", "b"])
-    assert seen == ["a", "b"]
+        cli.run("p", raising(ValueError("odd")), ["a", "--debug", "b"])
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["tiny", "--steps", "3", "--version"]])
+def test_version_instead_of_the_command(capsys, argv):
+    assert cli.run("ldm-train", raising(ValueError("runs")), argv) == 0
+    found = importlib.metadata.version
+    expected = f"ldm-train {found('ldm-jax')} (jax {found('jax')})\n"
+    assert capsys.readouterr().out == expected
+    assert ldm_jax.__version__ == found("ldm-jax")
 
 
 def test_ctrl_c_before_training_is_not_an_error(capsys):
@@ -117,50 +140,58 @@ def joined(monkeypatch) -> list:
     ("argv", "rest", "place"),
     [
         (["--a", "1"], ["--a", "1"], None),
-        (["--distributed", "off", "--a", "1"], ["--a", "1"], None),
-        (
-            ["--a", "1", "--distributed", "h:12,4,3", "--b"],
-            ["--a", "1", "--b"],
-            cluster.Place("--distributed", "h:12", 4, 3),
-        ),
+        (["--distributed", "off", "--a", "1"], ["--a", "1"], "off"),
+        (["--a", "1", "--distributed", "h:12,4,3", "--b"], ["--a", "1", "--b"], "h:12,4,3"),
+        (["--a", "--distributed=h:12,4,3"], ["--a"], "h:12,4,3"),
+        (["--distributed", "--a"], ["--a"], "auto"),
+        (["--a", "--distributed"], ["--a"], "auto"),
     ],
 )
-def test_distributed(joined, argv, rest, place):
-    assert cli.join_processes(argv) == rest
+def test_the_value_of_distributed_may_be_left_out(argv, rest, place):
+    assert flags.parse_known(argv, "p", flags.Process) == (flags.Process(distributed=place), rest)
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [(None, None), ("off", None), ("h:12,4,3", cluster.Place("--distributed", "h:12", 4, 3))],
+)
+def test_distributed(joined, value, place):
+    cli.join_processes(value)
     assert joined == ([] if place is None else [place])
 
 
 def test_a_launcher_is_found_without_a_flag_unless_it_is_off(joined, monkeypatch):
     place = cluster.Place("SLURM", "node1:61440", 4, 3)
     monkeypatch.setattr(cli.cluster, "find", lambda: place)
-    assert cli.join_processes(["--a"]) == ["--a"]
-    assert cli.join_processes(["--distributed", "--a"]) == ["--a"]
+    cli.join_processes()
+    cli.join_processes("auto")
     assert joined == [place, place]
-    assert cli.join_processes(["--a", "--distributed", "off"]) == ["--a"]
+    cli.join_processes("off")
     assert joined == [place, place]
 
 
 def test_distributed_without_a_launcher_is_refused(joined):
     with pytest.raises(ValueError, match="no launcher of several processes is seen"):
-        cli.join_processes(["--distributed"])
+        cli.join_processes("auto")
     assert joined == []
 
 
 @pytest.mark.parametrize("value", ["h:12", "h:12,4", "h:12,four,3", "h:12,4,-1", "h,4,3", "on"])
 def test_distributed_refuses_what_it_cannot_read(joined, value):
     with pytest.raises(ValueError, match=r"is not ADDRESS:PORT,PROCESSES,INDEX, nor off"):
-        cli.join_processes(["--distributed", value])
+        cli.join_processes(value)
     with pytest.raises(ValueError, match="the last of 4 processes is 3"):
-        cli.join_processes(["--distributed", "h:12,4,4"])
+        cli.join_processes("h:12,4,4")
     assert joined == []
 
 
-def test_compilation_cache(jax_calls, monkeypatch, tmp_path):
-    assert cli.enable_compilation_cache(["a", "--no-compilation-cache"]) == ["a"]
-    assert jax_calls == []
+def test_compilation_cache(jax_calls, joined, monkeypatch, tmp_path):
+    process, rest = flags.parse_known(["a", "--no-compilation-cache"], "p", flags.Process)
+    cli.start(process)
+    assert (rest, jax_calls) == (["a"], [])
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cli.enable_compilation_cache(["a"]) == ["a"]
+    cli.start(flags.Process())
     assert ("jax_compilation_cache_dir", os.path.join(tmp_path, "ldm_jax", "xla")) in jax_calls
 
 
@@ -170,8 +201,9 @@ def test_compilation_cache(jax_calls, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("command", "program", "names"),
     [
-        (train_main.train, "ldm-train", ["CONFIG[:STAGE]", "digits", "tiny"]),
-        (sample_main.sample, "ldm-sample", ["TASK", "class2img"]),
+        (train_main.train, "ldm-train", ["CONFIG[:STAGE]", "digits", "tiny", "encode", "plan"]),
+        (sample_main.sample, "ldm-sample", ["TASK", *sample_main.TASKS, "again"]),
+        (eval_main.evaluate, "ldm-eval", ["TASK", *eval_main.TASKS]),
     ],
 )
 def test_without_arguments_usage_says_what_to_give(jax_calls, capsys, command, program, names):
@@ -183,6 +215,44 @@ def test_without_arguments_usage_says_what_to_give(jax_calls, capsys, command, p
         text = printed.out if code == 0 else printed.err
         assert text.startswith(f"usage: {program} {names[0]}")
         assert all(name in text for name in names)
+
+
+def test_top_help_has_the_first_sentence_of_each(jax_calls, capsys):
+    for command, line in (
+        (train_main.train, f"  tiny              {flags.summary(tiny.__doc__)}\n"),
+        (train_main.train, f"  pack CONFIG    {flags.summary(train_main.Pack.__doc__)}\n"),
+        (sample_main.sample, f"  class2img      {flags.summary(class2img.Options.__doc__)}\n"),
+    ):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+        assert line in capsys.readouterr().out
+
+
+def test_a_sentence_ends_before_a_capital():
+    assert flags.summary("Images (Meng et al. 2021)\nof a model. As many.\n\nMore.") == (
+        "Images (Meng et al. 2021) of a model."
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "output"),
+    [
+        (["--help"], 0, "  convert  Convert a model between the formats of"),
+        (["--version"], 0, f"ldm_jax {ldm_jax.__version__}\n"),
+        ([], 2, "error: a command is missing"),
+        (["paint"], 2, "error: 'paint' is not a command"),
+        (["sample", "--version"], 0, f"ldm-sample {ldm_jax.__version__} (jax "),
+        (["eval", "paint"], 1, "ldm-eval: error: task 'paint' is not one of reconstruct"),
+    ],
+)
+def test_the_package_runs_its_commands(monkeypatch, capsys, argv, code, output):
+    monkeypatch.setattr(sys, "argv", ["ldm_jax", *argv])
+    with contextlib.suppress(SystemExit) if code == 0 else pytest.raises(SystemExit) as stopped:
+        package_main.main()
+    printed = capsys.readouterr()
+    assert output in (printed.out if code == 0 else printed.err)
+    if code:
+        assert stopped.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -216,45 +286,96 @@ def test_a_config_may_be_a_file_of_ones_own(tmp_path):
 # --- fields as flags ----------------------------------------------------------------------------
 
 
-def flags_of(cls_or_value, prefix="") -> set[str]:
-    """Every field below a config, as the flag it should have."""
-    flags = set()
-    for field in dataclasses.fields(cls_or_value):
-        value = getattr(cls_or_value, field.name)
-        name = f"{prefix}{field.name}".replace("_", "-")
-        flags |= flags_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {f"--{name}"}
-    return flags
+PROCESS = {"--debug", "--no-compilation-cache", "--version", "--distributed"}
+RESTART = {"--restart", "--max-restarts", "--restart-delay"}
+
+
+def shown(text) -> list[str]:
+    """Options at the beginning of a line of --help."""
+    return re.findall(r"^[│ ]*(--[a-z][a-z0-9.-]*)", text, re.M)
+
+
+def helped(capsys, command, *argv) -> str:
+    """What --help prints."""
+    with pytest.raises(SystemExit) as stopped:
+        command([*argv, "--help", "--distributed", "off"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["first_stage", "ldm"])
-def test_help_lists_every_field(capsys, stage):
-    config = digits.get_config(stage)
-    with pytest.raises(SystemExit) as stopped:
-        train_main.parse(config, ["--help"], "ldm-train digits")
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
+def test_help_lists_every_field(jax_calls, capsys, stage):
+    text = helped(capsys, train_main.train, f"digits:{stage}")
     # what a file leaves out altogether has no fields to set
-    flags = flags_of(config) - {"--cond", "--discriminator", "--disc-optimizer"}
-    assert len(flags) > 50
-    assert sorted(flag for flag in flags if flag not in text) == []
-    for other in ("--workdir", "--debug", "--distributed", "--no-compilation-cache"):
-        assert other in text
+    fields = flags_of(digits.get_config(stage)) - {"--cond", "--discriminator", "--disc-optimizer"}
+    assert len(fields) > 50
+    expected = fields | PROCESS | RESTART | {"--workdir"}
+    assert sorted(expected - set(shown(text))) == []
 
 
-def test_help_of_a_task_lists_every_option(capsys):
+@pytest.mark.parametrize(
+    ("argv", "own"),
+    [
+        (["encode", "tiny:class"], {"--workdir"} | PROCESS | RESTART),
+        (["pack", "folder"], {"--workdir", "--records-per-shard"} | PROCESS | RESTART),
+        (["plan", "tiny:class"], flags_of(PlanOptions) | PROCESS - {"--distributed"}),
+    ],
+)
+def test_help_of_a_subcommand_lists_every_option(jax_calls, capsys, argv, own):
     with pytest.raises(SystemExit):
-        sample_main.sample(["class2img", "--help", "--no-compilation-cache"])
+        train_main.train([*argv, "--help"])
     text = capsys.readouterr().out
-    for field in dataclasses.fields(class2img.Options):
-        assert f"--{field.name.replace('_', '-')}" in text
+    assert sorted((own | {"--data.size"}) - set(shown(text))) == []
+
+
+@pytest.mark.parametrize("task", [*sample_main.TASKS, "again"])
+def test_help_of_a_task_lists_every_option(jax_calls, capsys, task):
+    text = helped(capsys, sample_main.sample, task)
+    kind = sample_main.TASKS.get(task, again).Options
+    expected = flags_of(kind) - {"--image"} | PROCESS  # IMAGE.png stands without a flag
+    assert sorted(expected - set(shown(text))) == []
+    for anonymous in ("STR STR", "INT INT", "FLOAT FLOAT", "{None}|"):
+        assert anonymous not in text
+
+
+@pytest.mark.parametrize("task", eval_main.TASKS)
+def test_help_of_an_evaluation_lists_every_option(jax_calls, capsys, task):
+    text = helped(capsys, eval_main.evaluate, task)
+    expected = flags_of(eval_main.TASKS[task].Options) | PROCESS
+    assert sorted(expected - set(shown(text))) == []
+
+
+def test_help_shows_required_options_first_and_those_of_the_task_before_others(jax_calls, capsys):
+    text = helped(capsys, sample_main.sample, "inpaint")
+    listed = shown(text)
+    assert listed[:4] == ["--model", "--out", "--masks", "--pad"]
+    assert listed.index("--images") < listed.index("--steps") < listed.index("--debug")
+    for metavar in ("--masks FILE ...", "--pad ABOVE BELOW LEFT RIGHT", "--out DIR", "--step INT"):
+        assert metavar in text
+    listed = shown(helped(capsys, eval_main.evaluate, "reconstruct"))
+    assert listed[:2] == ["--model", "--out"]
+
+
+def test_parts_of_a_command_line_come_back_as_they_are():
+    asked, config, common = flags.parse(
+        ["--out", "o", "--model=m", "--labels", "3", "4", "--seed", "5", "--no-compilation-cache"],
+        "p",
+        "About.",
+        class2img.Options,
+        digits.get_config("first_stage").loss,
+        flags.Common,
+    )
+    assert asked == class2img.Options(model="m", out="o", labels=(3, 4), seed=5)
+    assert config == digits.get_config("first_stage").loss
+    assert common == flags.Common(compilation_cache=False)
 
 
 def test_flags_override_fields_and_keep_the_kind_of_a_union():
-    flags = (
+    argv = (
         "--workdir runs/a --unet.model-channels 64 --unet.channel-mult 1 2 2 --cond.dropout 0.5"
         " --mesh.fsdp 2 --data.no-flip --intervals.save 7"
     )
-    workdir, config = train_main.parse(tiny.get_config("class"), flags.split(), "ldm-train")
+    workdir, config = train_main.parse(tiny.get_config("class"), argv.split(), "ldm-train")
     base = tiny.get_config("class")
     assert workdir == "runs/a"
     assert config == dataclasses.replace(
@@ -268,7 +389,7 @@ def test_flags_override_fields_and_keep_the_kind_of_a_union():
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("argv", "named"),
     [
         ("--unet.widht 3", "--unet.widht"),
         ("--unet.model-channels many", "'many'"),
@@ -277,9 +398,9 @@ def test_flags_override_fields_and_keep_the_kind_of_a_union():
         ("--seed", "--seed"),
     ],
 )
-def test_wrong_flags_are_named(capsys, flags, named):
+def test_wrong_flags_are_named(capsys, argv, named):
     with pytest.raises(SystemExit) as stopped:
-        train_main.parse(tiny.get_config("class"), ["--workdir", "a", *flags.split()], "ldm-train")
+        train_main.parse(tiny.get_config("class"), ["--workdir", "a", *argv.split()], "ldm-train")
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
 

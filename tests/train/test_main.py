@@ -10,6 +10,7 @@ from runs import ldm_flags
 
 from ldm_jax.runtime import checkpoint, cli, images, rundir
 from ldm_jax.train import main
+from ldm_jax.train.prepare import pack
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -103,3 +104,19 @@ def test_an_ldm_compares_weights_and_draws_at_intervals(tmp_path, ldm_run, first
     side = 64  # enlarged; two rows of two
     assert pixels.shape[0] == pixels.shape[1] > 2 * side
     assert len({pixels[:side, :side].tobytes(), pixels[-side:, -side:].tobytes()}) == 2
+
+
+def test_pack_takes_the_size_of_a_shard(tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(pack, "pack", lambda *given: called.append(given[1:]) or 0)
+    flags = ["--no-compilation-cache", "--workdir", str(tmp_path)]
+    assert train("pack", "folder", "--records-per-shard", "7", *flags) == 0
+    assert train("pack", "folder", *flags) == 0
+    assert called == [(str(tmp_path), 7), (str(tmp_path), 4096)]
+    assert train("pack", "folder", "--records-per-shard", "0", *flags) == 1
+    assert "--records-per-shard 0: give at least 1" in capsys.readouterr().err
+
+
+def test_plan_runs_alone(capsys):
+    assert train("--distributed", "h:1,2,0", "plan", "tiny", "--no-compilation-cache") == 1
+    assert "--distributed: plan compiles in one process" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ldm_jax import data, schema, sharding
 from ldm_jax.runtime import cli
 from ldm_jax.configs import tiny
-cli.join_processes(["--distributed", sys.argv[1]])
+cli.join_processes(sys.argv[1])
 assert jax.process_count() == 2 and jax.device_count() == 4
 first, second, third, fourth = jax.devices()
 crossed = [first, third, second, fourth]  # neighbours along the last axis are in two processes

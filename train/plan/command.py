@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
+from tyro.conf import arg
 
 from ldm_jax import schema
+from ldm_jax.runtime import flags
 from ldm_jax.schema import serialize
 from ldm_jax.train.plan import reports, topologies
 from ldm_jax.train.plan.programs import Request
@@ -40,28 +41,29 @@ CHILD = (sys.executable, "-m", "ldm_jax.train.plan.programs")
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """Options beside those of the config."""
+    """Plan what a run needs of devices that are not there: memory, time, collectives."""
 
-    topology: str
+    topology: Annotated[str, arg(metavar="KIND:CHIPS")]
     """v5e:4x4, v5p:4x4x4, v6e:16x16: chips of a TPU slice; gpu:8: GPUs, as fake CPU devices."""
     slices: int = 1
     """TPU slices; --mesh.dcn-data and the like say how the mesh lies over them."""
     cached: bool = False
     """Train from cached latents, as with --cache.path."""
-    first_stage_config: str = ""
+    first_stage_config: Annotated[str, arg(metavar="CONFIG:STAGE")] = ""
     """CONFIG:STAGE whose first stage is taken, by shape; default: CONFIG:first_stage."""
     sample: bool = False
     """Plan the sampler instead of the training step."""
     images: int = 0
-    """Of one call of the sampler; default: one for each device, or for each `space` of them."""
+    """Images in one call of the sampler; default: one for each device, or each --space of them."""
     height: int = 0
+    """Height of a sample in pixels; default: that of training."""
     width: int = 0
-    """Of a sample, in pixels; default: those of training."""
+    """Width of a sample in pixels; default: that of training."""
     space: int = 1
     """Devices that share an image of the sampler."""
     search: bool = False
     """Where it does not fit, compile what would, the cheapest change first."""
-    out: str = ""
+    out: flags.Dir = ""
     """Folder for results; default: plans, beside the compilation cache."""
     again: bool = False
     """Compile anew though a result is there."""
@@ -94,26 +96,10 @@ def plan(
 def parse(
     config: schema.TrainConfig, argv: Sequence[str], name: str
 ) -> tuple[schema.TrainConfig, PlanOptions]:
-    """The config with its overrides, and the options."""
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("options", Annotated[PlanOptions, tyro.conf.arg(name="")]),
-            (
-                "config",
-                Annotated[type(config), tyro.conf.arg(name="")],
-                dataclasses.field(default=config),
-            ),
-        ],
-    )
-    parsed = tyro.cli(
-        command,
-        args=list(argv),
-        prog=f"ldm-train plan {name}",
-        description="What a run needs of devices that are not there: memory, time, collectives.",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return parsed.config, parsed.options
+    """Parse argv; return the config with its overrides, and the options."""
+    parts = (PlanOptions, config, flags.Common)
+    asked, config, _ = flags.parse(argv, f"ldm-train plan {name}", PlanOptions.__doc__, *parts)
+    return config, asked
 
 
 def request_of(

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -23,23 +23,9 @@ from ldm_jax.runtime import checkpoint, processes, rundir, storage
 from ldm_jax.runtime.log import LOG
 
 SPLITS = ("train", "eval")
-PER_SHARD = 4096
 
 
-def split_options(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """(images in a shard at most, argv without --records-per-shard). ValueError below 1."""
-    rest = list(argv)
-    if "--records-per-shard" not in rest:
-        return PER_SHARD, rest
-    at = rest.index("--records-per-shard")
-    value = rest[at + 1] if at + 1 < len(rest) else ""
-    if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"--records-per-shard {value!r} is not a number from 1 on")
-    del rest[at : at + 2]
-    return int(value), rest
-
-
-def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = PER_SHARD) -> int:
+def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = 4096) -> int:
     """Packs both splits into the folder `workdir`, going on where it stopped; an exit code.
 
     Every process writes its own shards; nobody waits until the end. An image that cannot be decoded

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from ldm_jax.runtime import checkpoint, cli
 from ldm_jax.runtime.log import LOG
@@ -26,13 +28,16 @@ POLL = 0.1  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
-    """How often, and how soon, a run is started again."""
+class Restart:
+    """Options of a run that is started again when it fails."""
 
+    restart: Literal["never", "on-failure"] = "never"
+    """`on-failure` starts the run again from its last checkpoint when it fails, hangs or is
+    killed."""
     max_restarts: int = 5
-    """In a row without a new checkpoint."""
-    delay: float = 5.0
-    """Seconds before the first of them; doubled for each more."""
+    """Restarts in a row without a new checkpoint."""
+    restart_delay: Annotated[float, arg(metavar="SECONDS")] = 5.0
+    """Wait before the first restart; doubled for each more."""
 
 
 @dataclasses.dataclass
@@ -47,41 +52,15 @@ class End:
     """Whether it was killed from here, because it gave no sign of life."""
 
 
-def split(argv: Sequence[str]) -> tuple[Policy | None, list[str]]:
-    """(policy or None, argv without --restart, --max-restarts and --restart-delay).
-
-    ValueError for a value that is none, or options of a restart that is not asked for.
-    """
-    rest, found = list(argv), {}
-    for name in ("--restart", "--max-restarts", "--restart-delay"):
-        for i, word in enumerate(rest):
-            if word == name or word.startswith(name + "="):
-                value = word.partition("=")[2] if "=" in word else None
-                if value is None and i + 1 < len(rest):
-                    value = rest.pop(i + 1)
-                del rest[i]
-                found[name] = value or ""
-                break
-    when = found.pop("--restart", "never")
-    if when not in ("never", "on-failure"):
-        raise ValueError(f"--restart {when!r} is neither never nor on-failure")
-    if when == "never":
-        if found:
-            raise ValueError(f"{next(iter(found))} has no effect without --restart on-failure")
-        return None, rest
-    policy = Policy()
-    for name, field, kind in (
-        ("--max-restarts", "max_restarts", int),
-        ("--restart-delay", "delay", float),
-    ):
-        try:
-            value = kind(found.get(name, getattr(policy, field)))
-        except ValueError:
-            value = -1
+def is_asked_for(restart: Restart) -> bool:
+    """Whether a run is to be started again; ValueError for numbers that cannot be, or no effect."""
+    for name in ("max_restarts", "restart_delay"):
+        value, flag = getattr(restart, name), f"--{name.replace('_', '-')}"
         if not 0 <= value < 1e6:
-            raise ValueError(f"{name} {found[name]!r} is not a number from 0 on")
-        policy = dataclasses.replace(policy, **{field: value})
-    return policy, rest
+            raise ValueError(f"{flag} {value} is not a number from 0 on")
+        if restart.restart == "never" and value != getattr(Restart, name):
+            raise ValueError(f"{flag} has no effect without --restart on-failure")
+    return restart.restart == "on-failure"
 
 
 def say(message: str) -> None:
@@ -89,7 +68,7 @@ def say(message: str) -> None:
     LOG.info("ldm-train supervisor: %s", message)
 
 
-def supervise(command: Sequence[str], policy: Policy, say: Callable[[str], None] = say) -> int:
+def supervise(command: Sequence[str], restart: Restart, say: Callable[[str], None] = say) -> int:
     """Runs `command` until it ends well, is stopped, or a restart is of no use; its exit code.
 
     SIGTERM and Ctrl-C are passed on, and end the restarts. A process that stops giving signs of
@@ -112,13 +91,13 @@ def supervise(command: Sequence[str], policy: Policy, say: Callable[[str], None]
             saved = newest(end.told.get("run"))
             failures, best = (0 if saved > best else failures), max(saved, best)
             failures += 1
-            if failures > policy.max_restarts:
+            if failures > restart.max_restarts:
                 say(
-                    f"{reason}; {policy.max_restarts} restarts without a new checkpoint: gives up"
+                    f"{reason}; {restart.max_restarts} restarts without a new checkpoint: gives up"
                     " (--max-restarts)"
                 )
                 return code
-            delay = min(policy.delay * 2 ** (failures - 1), LONGEST_DELAY)
+            delay = min(restart.restart_delay * 2 ** (failures - 1), LONGEST_DELAY)
             say(f"{reason}; {lost(end, saved)}; restart {failures} in {delay:g} s")
             if _sleep(delay, caught) or _old_coordinator_left(end.told, caught):
                 return cli.INTERRUPTED

@@ -122,10 +122,6 @@ def test_what_cannot_be_packed_or_read_is_refused(folder, tmp_path):
         pack.pack(config_of(path), tmp_path / "again")
     with pytest.raises(ValueError, match=r"was started with .*'shards': 1.*--records-per-shard"):
         pack.pack(config_of(folder), path, per_shard=2)
-    for argv in (["--records-per-shard", "0"], ["--records-per-shard"]):
-        with pytest.raises(ValueError, match="is not a number from 1 on"):
-            pack.split_options(argv)
-    assert pack.split_options(["a", "--records-per-shard", "7", "b"]) == (7, ["a", "b"])
 
     meta = json.loads((path / "pack.json").read_text())
     (path / "train-00000-of-00001.array_record").unlink()

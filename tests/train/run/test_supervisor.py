@@ -1,8 +1,10 @@
 """What a supervisor does with processes that fail, hang and are stopped: small scripts stand in."""
 
 import json
+import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,10 +12,11 @@ import time
 import pytest
 
 from ldm_jax.runtime import cli
+from ldm_jax.train import main
 from ldm_jax.train.run import supervisor, watchdog
-from ldm_jax.train.run.supervisor import End, Policy
+from ldm_jax.train.run.supervisor import End, Restart
 
-QUICK = Policy(max_restarts=3, delay=0.01)
+QUICK = Restart(max_restarts=3, restart_delay=0.01)
 
 # tell(...) writes to the supervisor; `start` is 0 for the first process, 1 for the next, ...
 SCRIPT = """
@@ -29,12 +32,12 @@ def tell(**values):
 
 @pytest.fixture
 def supervise(tmp_path):
-    """supervise(body, policy) -> (exit code, what was said, how many processes were started)."""
+    """supervise(body, restart) -> (exit code, what was said, how many processes were started)."""
 
-    def run(body, policy=QUICK):
+    def run(body, restart=QUICK):
         said = []
         command = [sys.executable, "-S", "-E", "-c", SCRIPT + body, str(tmp_path)]
-        code = supervisor.supervise(command, policy, said.append)
+        code = supervisor.supervise(command, restart, said.append)
         return code, said, len(list(tmp_path.iterdir()))
 
     return run
@@ -119,7 +122,7 @@ def test_a_signal_while_waiting_ends_the_wait(tmp_path):
     def say(message):  # that it waits for a minute
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert supervisor.supervise(command, Policy(delay=60.0), say) == cli.INTERRUPTED
+    assert supervisor.supervise(command, Restart(restart_delay=60.0), say) == cli.INTERRUPTED
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -151,8 +154,6 @@ def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_pa
 
 
 def test_looking_for_checkpoints_leaves_the_devices_alone(tmp_path):
-    import subprocess
-
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-1").mkdir()
     program = (
@@ -166,31 +167,68 @@ def test_looking_for_checkpoints_leaves_the_devices_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "policy", "rest"),
+    ("argv", "restart", "rest"),
     [
-        ("tiny --steps 4", None, "tiny --steps 4"),
-        ("tiny --restart never --steps 4", None, "tiny --steps 4"),
-        ("--restart on-failure tiny", Policy(), "tiny"),
-        ("tiny --restart=on-failure --max-restarts 2", Policy(max_restarts=2), "tiny"),
-        ("tiny --restart on-failure --restart-delay=0.5 --steps 4", Policy(5, 0.5), None),
+        ("tiny --steps 4", Restart(), "tiny --steps 4"),
+        ("tiny --restart never --steps 4", Restart(), "tiny --steps 4"),
+        ("--restart on-failure tiny", Restart("on-failure"), "tiny"),
+        ("tiny --restart=on-failure --max-restarts 2", Restart("on-failure", 2), "tiny"),
+        (
+            "tiny --restart on-failure --a.b_c d_e --restart-delay=0.5 --steps -4 --debug",
+            Restart("on-failure", 5, 0.5),
+            "tiny --a.b_c d_e --steps -4 --debug",
+        ),
+        ("encode tiny --distributed off --restart on-failure", Restart("on-failure"), None),
     ],
 )
-def test_options(argv, policy, rest):
-    assert supervisor.split(argv.split()) == (policy, (rest or "tiny --steps 4").split())
+def test_the_child_gets_every_option_but_those_of_restarts(monkeypatch, argv, restart, rest):
+    called = []
+    monkeypatch.setattr(main, "train", lambda argv: called.append((argv, Restart())))
+    monkeypatch.setattr(supervisor, "supervise", lambda c, r: called.append((c[3:], r)))
+    main.restart_on_failure(argv.split())
+    assert called == [((rest or "encode tiny --distributed off").split(), restart)]
 
 
 @pytest.mark.parametrize(
-    ("argv", "complaint"),
+    ("restart", "complaint"),
     [
-        ("--restart always", "--restart 'always' is neither never nor on-failure"),
-        ("--max-restarts 3", "--max-restarts has no effect without --restart on-failure"),
-        ("--restart on-failure --max-restarts many", "--max-restarts 'many' is not a number"),
-        ("--restart on-failure --restart-delay -1", "--restart-delay '-1' is not a number"),
+        (Restart(max_restarts=3), "--max-restarts has no effect without --restart on-failure"),
+        (Restart("on-failure", -1), "--max-restarts -1 is not a number from 0 on"),
+        (Restart("on-failure", 5, -1.0), "--restart-delay -1.0 is not a number from 0 on"),
+        (Restart("on-failure", 5, math.inf), "--restart-delay inf is not a number from 0 on"),
     ],
 )
-def test_options_that_are_none(argv, complaint):
+def test_options_that_cannot_be(restart, complaint):
     with pytest.raises(ValueError, match=complaint):
-        supervisor.split(argv.split())
+        supervisor.is_asked_for(restart)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [("--restart always", "on-failure"), ("--restart on-failure --max-restarts many", "many")],
+)
+def test_options_of_no_kind_are_wrong_usage(capsys, argv, named):
+    with pytest.raises(SystemExit) as stopped:
+        main.restart_on_failure(argv.split())
+    assert stopped.value.code == supervisor.USAGE
+    said = capsys.readouterr().err
+    assert argv.split()[-2] in said
+    assert named in said
+
+
+def test_the_supervisor_speaks_and_leaves_the_devices_alone():
+    program = (
+        "import sys\nfrom jax._src import xla_bridge\n"
+        "from ldm_jax.runtime import cli\nfrom ldm_jax.train import main\n"
+        "def supervise(command, restart):\n"
+        "    main.supervisor.say('restart 1')\n"
+        "    print(xla_bridge.backends_are_initialized())\n"
+        "main.supervisor.supervise = supervise\n"
+        "cli.run('ldm-train', main.restart_on_failure, ['tiny', '--restart', 'on-failure'])"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("False\n", "ldm-train supervisor: restart 1\n")
 
 
 def test_what_is_told_reaches_the_supervisor_and_a_lost_one_stops_the_run(monkeypatch):
