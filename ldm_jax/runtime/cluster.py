@@ -1,34 +1,32 @@
-"""Which process of how many this is: from what the launcher left in the environment.
+"""Find which process of how many this is, and join the others through `jax.distributed`.
 
-    Cloud TPU   GKE: TPU_WORKER_HOSTNAMES (or TPU_PROCESS_ADDRESSES) of more than one host, or
-                MEGASCALE_NUM_SLICES above 1; elsewhere chips, and the metadata of the machine
-    Open MPI    OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_RANK, _LOCAL_SIZE
-    SLURM       SLURM_JOB_ID, SLURM_STEP_NODELIST, SLURM_STEP_NUM_TASKS, SLURM_PROCID,
-                SLURM_LOCALID: those of a step (`srun`), not of a shell in an allocation
-    Kubernetes  JOB_COMPLETION_INDEX of an indexed Job or JobSet, and the package `kubernetes`
-    any         JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or
-                JOB_COMPLETION_INDEX); these hold before the others
-
-One process, however it was started, is left alone: it never waits for anybody.
+JAX reads Cloud TPU, Kubernetes and the address of Open MPI 4 by itself (`jax._src.clusters`). This
+adds: --distributed and JAX_NUM_PROCESSES; one process waits for nobody; a step of SLURM has its own
+count, port and node list; Open MPI 5 needs no mpi4py; processes share a node's GPUs evenly; errors
+name the variable and the remedy. docs/runs.md lists every launcher's variables.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import re
 import sys
 import threading
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 SECONDS = 300  # that a process waits for the others
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
+DEVICES = Path("/dev")
 TPU_TUNED = ("TPU_PROCESS_BOUNDS", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES")
-METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+SAY_IT = "give --distributed ADDRESS:PORT,PROCESSES,INDEX or --distributed off"
+REMEDY = (
+    f"start the same command in every process, check that the address can be reached, or {SAY_IT}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,40 +34,33 @@ class Place:
     """One process of several."""
 
     launcher: str
-    address: str | None = None
-    """HOST:PORT of process 0; None: JAX finds out the rest by itself."""
+    address: str | None = None  # HOST:PORT of process 0; None: JAX finds out the rest by itself
     processes: int | None = None
     index: int | None = None
-    devices: tuple[int, ...] | None = None
-    """The node's devices that are this process's; None: all that it sees."""
+    devices: tuple[int, ...] | None = None  # this process's of the node; None: all that it sees
 
 
-def find(environ: Mapping[str, str] | None = None) -> Place | None:
+def find() -> Place | None:
     """The place that a launcher gave to this process, perhaps as the only one; None without one.
 
     ValueError where a launcher started several but does not say enough to join them.
     """
-    environ = os.environ if environ is None else environ
-    for look in (_given, _cloud_tpu, _open_mpi, _slurm, _kubernetes):
-        place = look(environ)
-        if place is not None:
-            return place
-    return None
+    launchers = (_given, _cloud_tpu, _open_mpi, _slurm, _kubernetes)
+    return next(filter(None, (read() for read in launchers)), None)
 
 
 def parse(value: str) -> Place:
     """`ADDRESS:PORT,PROCESSES,INDEX`. ValueError for anything else."""
-    parts = value.split(",")
-    numbers = all(part.isdigit() for part in parts[1:])
-    if len(parts) != 3 or not numbers or ":" not in parts[0]:
+    found = re.fullmatch(r"([^,]*:[^,]*),(\d+),(\d+)", value)
+    if not found:
         raise ValueError(f"--distributed {value!r} is not ADDRESS:PORT,PROCESSES,INDEX, nor off")
-    place = Place("--distributed", parts[0], int(parts[1]), int(parts[2]))
-    if place.index >= place.processes:
+    processes, index = int(found[2]), int(found[3])
+    if index >= processes:
         raise ValueError(
-            f"--distributed {value!r}: INDEX counts from 0, so the last of {place.processes}"
-            f" processes is {place.processes - 1}"
+            f"--distributed {value!r}: INDEX counts from 0, so the last of {processes} processes"
+            f" is {processes - 1}"
         )
-    return place
+    return Place("--distributed", found[1], processes, index)
 
 
 def join(place: Place) -> None:
@@ -80,35 +71,25 @@ def join(place: Place) -> None:
     if place.processes == 1:
         return
     who = f"process {place.index} of {place.processes}" if place.processes else "this process"
-    where = f" at {place.address}" if place.address else ""
+    others = f"the others at {place.address}" if place.address else "the others"
     if not place.index:
-        sys.stderr.write(
-            f"{place.launcher}: {who} waits for the others{where} (up to {SECONDS} s; --distributed"
-            " off runs alone)\n"
-        )
+        limit = f"up to {SECONDS} s; --distributed off runs alone"
+        sys.stderr.write(f"{place.launcher}: {who} waits for {others} ({limit})\n")
+
+    def give_up() -> None:  # JAX would abort with a page of its own
+        why = f"{who} has waited {SECONDS} s for {others}"
+        sys.stderr.write(f"{place.launcher}: error: {why}: {REMEDY}\n")
+        sys.stderr.flush()
+        os._exit(1)
+
     known = {
         "coordinator_address": place.address,
         "num_processes": place.processes,
         "process_id": place.index,
         "local_device_ids": place.devices,
-        # else JAX takes one device where it knows the launcher
-        "cluster_detection_method": "deactivate",
+        "cluster_detection_method": "deactivate",  # or JAX takes one device where it knows SLURM
     }
-    remedy = (
-        "start the same command in every process, check that the address can be reached, or give"
-        " --distributed ADDRESS:PORT,PROCESSES,INDEX or --distributed off"
-    )
-
-    def give_up() -> None:  # JAX would abort with a page of its own
-        sys.stderr.write(
-            f"{place.launcher}: error: {who} has waited {SECONDS} s for the others{where}:"
-            f" {remedy}\n"
-        )
-        sys.stderr.flush()
-        os._exit(1)
-
     timer = threading.Timer(SECONDS, give_up)
-    timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(
@@ -117,7 +98,7 @@ def join(place: Place) -> None:
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise RuntimeError(
-            f"{place.launcher}: {who} could not join the others{where} ({why[:200]}): {remedy}"
+            f"{place.launcher}: {who} could not join {others} ({why[:200]}): {REMEDY}"
         ) from error
     finally:
         timer.cancel()
@@ -126,92 +107,94 @@ def join(place: Place) -> None:
 # --- launchers ----------------------------------------------------------------------------------
 
 
-def _given(environ: Mapping[str, str]) -> Place | None:
-    """What the user or a job template wrote down for JAX itself."""
-    address, processes = environ.get("JAX_COORDINATOR_ADDRESS"), environ.get("JAX_NUM_PROCESSES")
-    index = environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
+def _given() -> Place | None:
+    """All that the user or a job template wrote down, for any launcher."""
+    processes, address = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get(ADDRESS)
     if processes is None:
         return None  # the address alone may be meant for a launcher below
-    if not address or index is None:
+    found = _numbers("JAX_NUM_PROCESSES", "JAX_PROCESS_ID|JOB_COMPLETION_INDEX")
+    if not address or found is None:
         raise ValueError(
             f"JAX_NUM_PROCESSES is {processes}, but JAX_COORDINATOR_ADDRESS (HOST:PORT of process"
             " 0) or JAX_PROCESS_ID (or JOB_COMPLETION_INDEX) is not set: set all three or none"
         )
-    numbers = _numbers({"JAX_NUM_PROCESSES": processes, "JAX_PROCESS_ID": index})
-    return Place("JAX_NUM_PROCESSES", address, *numbers)
+    return Place("JAX_NUM_PROCESSES", address, *found)
 
 
-def _open_mpi(environ: Mapping[str, str]) -> Place | None:
-    """`mpirun`: version 4 says where it runs, version 5 does not."""
-    names = [f"OMPI_COMM_WORLD_{n}" for n in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")]
-    if not all(name in environ for name in names):
-        return None
-    size, rank, here, local = _numbers({name: environ[name] for name in names})
-    address = environ.get("JAX_COORDINATOR_ADDRESS")
-    uri = re.search(
-        r"tcp://(.+?)[,:]|tcp6://\[(.+?)[,\]]", environ.get("OMPI_MCA_orte_hnp_uri", "")
-    )
-    seed = environ.get("OMPI_MCA_orte_hnp_uri", environ.get("PMIX_NAMESPACE", "")).split(";")[0]
-    if address is None and size > 1:
-        if uri is None and here < size:
-            raise ValueError(
-                "Open MPI 5 does not say where process 0 runs: give it with mpirun -x"
-                " JAX_COORDINATOR_ADDRESS=HOST:PORT"
-            )
-        host = "127.0.0.1" if here == size else uri[1] or uri[2]
-        address = f"{host}:{_port(environ, zlib.crc32(seed.encode()))}"
-    return Place("Open MPI", address, size, rank, _devices(environ, local, here))
-
-
-def _slurm(environ: Mapping[str, str]) -> Place | None:
-    """A step of `srun`. An allocation's shell and a batch script have no list of the step's nodes,
-    or a step of one task."""
-    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS"))
-    if tasks is None or not all(name in environ for name in names):
-        return None
-    values = {name: environ[name] for name in names if name != "SLURM_STEP_NODELIST"}
-    job, rank, local, processes = _numbers({**values, "SLURM_STEP_NUM_TASKS": tasks})
-    counts = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
-    here = max(_tasks_per_node(counts))
-    host = re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).split(",")[0]
-    step = environ.get("SLURM_STEP_ID", "0")
-    port = _port(environ, job * 16 + int(step) if step.isdigit() else job * 16)
-    address = environ.get("JAX_COORDINATOR_ADDRESS", f"{host}:{port}")
-    return Place("SLURM", address, processes, rank, _devices(environ, local, here))
-
-
-def _cloud_tpu(environ: Mapping[str, str]) -> Place | None:
+def _cloud_tpu() -> Place | None:
     """Hosts of a TPU slice, and slices; JAX knows how to join them."""
-    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
-    slices = environ.get("MEGASCALE_NUM_SLICES", "1")
-    platforms = environ.get("JAX_PLATFORMS") or "tpu"
-    if "tpu" not in platforms.split(",") or any(name in environ for name in TPU_TUNED):
+    platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
+    if "tpu" not in platforms.split(",") or any(name in os.environ for name in TPU_TUNED):
         return None
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
     if hosts is None:
-        # importing JAX sets the variable where the machine has no chip
-        has_library = importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in environ
-        if not has_library or "TPU_SKIP_MDS_QUERY" in environ:
-            return None
-        hosts = _metadata("worker-network-endpoints")
-        found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env") or "")
-        slices = environ.get("MEGASCALE_NUM_SLICES", found[1] if found else "1")
-    if hosts is None:
-        return None
-    several = "," in hosts or _numbers({"MEGASCALE_NUM_SLICES": slices}) != [1]
-    return Place("Cloud TPU") if several else Place("Cloud TPU", None, 1, 0)
+        count = _tpu_vm_processes()
+    elif "," in hosts or _numbers("MEGASCALE_NUM_SLICES") not in (None, [1]):  # GKE
+        count = None  # JAX counts them
+    else:
+        count = 1
+    return {0: None, 1: Place("Cloud TPU", None, 1, 0)}.get(count, Place("Cloud TPU"))
 
 
-def _kubernetes(environ: Mapping[str, str]) -> Place | None:
+def _tpu_vm_processes() -> int:
+    """Processes on the slices of a TPU VM, whose metadata JAX reads; 0 elsewhere."""
+    if "TPU_SKIP_MDS_QUERY" in os.environ:  # importing JAX sets it where the machine has no chip
+        return 0
+    tpu_vm = _jax_cluster("GceTpuCluster")
+    with contextlib.suppress(OSError):  # chips, but no metadata: not in Google's cloud
+        return tpu_vm.get_process_count() if tpu_vm.is_env_present() else 0
+    return 0
+
+
+def _open_mpi() -> Place | None:
+    """`mpirun`: version 4 says where it runs, which JAX reads; version 5 does not."""
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    found = _numbers(*(f"OMPI_COMM_WORLD_{name}" for name in names))
+    if found is None:
+        return None
+    size, rank, here, local = found
+    address, uri = os.environ.get(ADDRESS), os.environ.get("OMPI_MCA_orte_hnp_uri")  # noqa: SIM112
+    if address is None and here == size:
+        job = uri or os.environ.get("PMIX_NAMESPACE", "")
+        address = f"127.0.0.1:{_port(zlib.crc32(job.encode()))}"
+    elif address is None and uri:
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        address = _jax_cluster("OmpiCluster").get_coordinator_address(SECONDS, port)
+    elif address is None:
+        raise ValueError(
+            "Open MPI 5 does not say where process 0 runs: give it with mpirun -x"
+            " JAX_COORDINATOR_ADDRESS=HOST:PORT"
+        )
+    return Place("Open MPI", address, size, rank, _devices(local, here))
+
+
+def _slurm() -> Place | None:
+    """A step of `srun`. An allocation's shell and a batch script have no list of the step's nodes,
+    or a step of one task, where SLURM_NTASKS, which JAX reads, is the allocation's."""
+    tasks = "SLURM_STEP_NUM_TASKS|SLURM_NTASKS"
+    found = _numbers("SLURM_JOB_ID", tasks, "SLURM_PROCID", "SLURM_LOCALID")
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if found is None or nodes is None:
+        return None
+    job, processes, rank, local = found
+    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    here = max(map(int, re.findall(r"(?:^|,)(\d+)", counts)), default=1)  # 2 of 2(x3),1
+    host = re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # r2n01 of r[2,4]n[01-03]
+    port = _port(job * 16 + (_numbers("SLURM_STEP_ID") or [0])[0])
+    address = os.environ.get(ADDRESS, f"{host}:{port}")
+    return Place("SLURM", address, processes, rank, _devices(local, here))
+
+
+def _kubernetes() -> Place | None:
     """A pod of an indexed Job, which JAX asks the cluster about."""
-    if "KUBERNETES_SERVICE_HOST" not in environ or "JOB_COMPLETION_INDEX" not in environ:
+    pod = os.environ.get("JOB_COMPLETION_INDEX")
+    if "KUBERNETES_SERVICE_HOST" not in os.environ or pod is None:
         return None
     if importlib.util.find_spec("kubernetes") is None:
         raise ValueError(
-            f"this is pod {environ['JOB_COMPLETION_INDEX']} of an indexed Kubernetes Job, and"
-            " nothing says how many there are: set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"
-            " in the Job, install the package kubernetes, or give --distributed off for pods that"
-            " have nothing to do with each other"
+            f"this is pod {pod} of an indexed Kubernetes Job, and nothing says how many there are:"
+            " set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES in the Job, install the package"
+            " kubernetes, or give --distributed off for pods that are independent of each other"
         )
     return Place("Kubernetes")
 
@@ -219,37 +202,47 @@ def _kubernetes(environ: Mapping[str, str]) -> Place | None:
 # --- parts of them ------------------------------------------------------------------------------
 
 
-def _numbers(values: Mapping[str, str]) -> list[int]:
-    wrong = [f"{name}={value!r}" for name, value in values.items() if not value.isdigit()]
+def _jax_cluster(name: str) -> Any:
+    """JAX's reader of a launcher. It is private (jax 0.10 to 0.12 have it): reached here alone."""
+    try:
+        return getattr(importlib.import_module("jax._src.clusters"), name)
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"jax {jax.__version__} has no jax._src.clusters.{name}, which says which process this"
+            f" is: {SAY_IT}"
+        ) from None
+
+
+def _numbers(*names: str) -> list[int] | None:
+    """Values of variables, of the first that is set in `A|B`; None unless each has one."""
+    found = [next((n for n in name.split("|") if n in os.environ), None) for name in names]
+    if None in found:
+        return None
+    wrong = [f"{name}={os.environ[name]!r}" for name in found if not os.environ[name].isdigit()]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} in the environment is not a number")
-    return [int(value) for value in values.values()]
+    return [int(os.environ[name]) for name in found]
 
 
-def _port(environ: Mapping[str, str], seed: int) -> int:
+def _port(seed: int) -> int:
     """The same in all processes of a job, hardly ever in two jobs of a node."""
-    given = environ.get("JAX_COORDINATOR_PORT")
+    given = os.environ.get("JAX_COORDINATOR_PORT")
     return int(given) if given else 65535 - 2**12 + 1 + seed % 2**12
 
 
-def _tasks_per_node(value: str) -> list[int]:
-    """[2, 2, 1] of `2(x2),1`."""
-    found = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", value):
-        found += [int(count)] * int(times or 1)
-    return found or [1]
+def _devices(local: int, here: int) -> tuple[int, ...] | None:
+    """The share of process `local` in the GPUs that all `here` processes of a node see.
 
-
-def _devices(environ: Mapping[str, str], local: int, here: int) -> tuple[int, ...] | None:
-    """Process `local` of the `here` on a node gets its part of the GPUs that all of them see.
-
-    None (all) for the only one of its node, where a launcher has dealt them out already, and where
-    there are none.
+    None (all) for the only process of its node, where a launcher has dealt them out already, and
+    where there are none. JAX by itself would take one GPU.
     """
-    seen = _visible_gpus(environ)
-    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
+    names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    listed = next((os.environ[name] for name in names if name in os.environ), None)
+    files = DEVICES.glob("nvidia[0-9]*")
+    seen = len(list(files) if listed is None else re.findall(r"[^,\s]+", listed))
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
     dealt = seen == 1 or (on_node.isdigit() and seen < int(on_node))
-    if here == 1 or seen == 0 or dealt or "JAX_LOCAL_DEVICE_IDS" in environ:
+    if here == 1 or seen == 0 or dealt or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
     if seen % here:
         raise ValueError(
@@ -258,24 +251,3 @@ def _devices(environ: Mapping[str, str], local: int, here: int) -> tuple[int, ..
         )
     each = seen // here
     return tuple(range(local * each, (local + 1) * each))
-
-
-def _visible_gpus(environ: Mapping[str, str]) -> int:
-    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
-        if name in environ:
-            return len([part for part in environ[name].split(",") if part.strip()])
-    return len(_device_files())
-
-
-def _device_files() -> Sequence[Path]:
-    return [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
-
-
-def _metadata(key: str) -> str | None:
-    """An attribute of a Google Cloud machine; None on others."""
-    request = urllib.request.Request(METADATA + key, headers={"Metadata-Flavor": "Google"})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.read().decode()
-    except (urllib.error.URLError, TimeoutError):
-        return None
