@@ -1,7 +1,6 @@
 """The safetensors format: an 8-byte length, a JSON header, then the tensors one after another."""
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -17,23 +16,12 @@ from ldm_jax.convert.formats.tensors import DTYPES, File, LazyTensor
 MAX_HEADER = 16 * 2**20  # bytes; 1000 tensors take about 100 kB
 
 NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "U16": "uint16",
-    "I16": "int16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U32": "uint32",
-    "I32": "int32",
-    "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-    "C64": "complex64",
-}
+    "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
+    "U32": "uint32", "I32": "int32", "F32": "float32",
+    "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
 OURS = {DTYPES[ours]: theirs for theirs, ours in NAMES.items()}
 
 
@@ -56,11 +44,6 @@ def metadata(path: str | os.PathLike) -> dict[str, str]:
         if type(found) is not dict or any(type(value) is not str for value in found.values()):
             raise ValueError("its __metadata__ is not text by name")
     return found
-
-
-def read_sharded(index_path: str | os.PathLike) -> dict[str, LazyTensor]:
-    """All tensors of the files that `*.safetensors.index.json` lists. ValueError as in `read`."""
-    return shards.read(index_path, read)
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
@@ -135,15 +118,14 @@ def write_stream(
     then there is no file, and an older one stays.
     """
     path = os.fspath(path)
-    order = sorted(specs, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name))
-    sizes = [_nbytes(name, specs[name]) for name in order]
-    ends = list(itertools.accumulate(sizes))
-    begins = {name: end - size for name, end, size in zip(order, ends, sizes)}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, end in zip(order, ends):
-        dtype = OURS[np.dtype(specs[name].dtype)]
-        shape = list(map(int, specs[name].shape))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begins[name], end]}
+    begins, end = {}, 0
+    for name in sorted(specs, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name)):
+        dtype, shape = np.dtype(specs[name].dtype), list(map(int, specs[name].shape))
+        if dtype not in OURS:
+            raise ValueError(f"{name}: safetensors has no dtype {dtype}")
+        begins[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": OURS[dtype], "shape": shape, "data_offsets": [begins[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     with _replacing(path) as handle:
@@ -156,13 +138,6 @@ def write_stream(
             del array  # before the next is made
         if begins:
             raise ValueError(f"{path}: {', '.join(list(begins)[:5])} never came")
-
-
-def _nbytes(name: str, spec: Any) -> int:
-    dtype = np.dtype(spec.dtype)
-    if dtype not in OURS:
-        raise ValueError(f"{name}: safetensors has no dtype {dtype}")
-    return math.prod(spec.shape) * dtype.itemsize
 
 
 def _checked(name: str, array: Any, spec: Any) -> memoryview:

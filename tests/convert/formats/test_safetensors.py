@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ldm_jax.convert.formats import files, safetensors_file, torch_file
+from ldm_jax.convert.formats import files, safetensors_file, shards, torch_file
 
 RNG = np.random.default_rng(0)
 NAMED = {
@@ -225,7 +225,7 @@ def weight_map(folder) -> dict[str, str]:
 
 
 def test_shards(folder):
-    same(safetensors_file.read_sharded(folder / INDEX), NAMED)
+    same(shards.read(folder / INDEX, safetensors_file.read), NAMED)
     found, info = files.open_state_dict(folder / INDEX)
     same(found, NAMED)
     assert info.format == "safetensors"
@@ -256,7 +256,7 @@ def test_an_index_reaches_no_file_outside_of_its_folder(folder, name):
     (folder.parent / "one").write_bytes((folder / "one").read_bytes())
     index(folder, {k: name if v == "one" else v for k, v in weight_map(folder).items()})
     with pytest.raises(ValueError, match=r"index\.json: it names the file"):
-        safetensors_file.read_sharded(folder / INDEX)
+        shards.read(folder / INDEX, safetensors_file.read)
 
 
 def test_a_link_out_of_the_folder_is_refused_but_in_a_hub_cache(folder):
@@ -264,7 +264,7 @@ def test_a_link_out_of_the_folder_is_refused_but_in_a_hub_cache(folder):
     (folder / "one").rename(secret)
     (folder / "one").symlink_to(secret)
     with pytest.raises(ValueError, match=r"one is a link to .*secret, out of its folder"):
-        safetensors_file.read_sharded(folder / INDEX)
+        shards.read(folder / INDEX, safetensors_file.read)
     snapshot = folder.parent / "models--x" / "snapshots" / "abc" / "unet"
     blobs = folder.parent / "models--x" / "blobs"
     blobs.mkdir(parents=True)
@@ -274,7 +274,7 @@ def test_a_link_out_of_the_folder_is_refused_but_in_a_hub_cache(folder):
         (folder / name).rename(blobs / blob)
     for name, blob in (("one", "1"), ("two", "2"), (INDEX, "3")):
         (snapshot / name).symlink_to(f"../../../blobs/{blob}")
-    same(safetensors_file.read_sharded(snapshot / INDEX), NAMED)
+    same(shards.read(snapshot / INDEX, safetensors_file.read), NAMED)
 
 
 def test_index_and_shards_that_disagree(folder):
@@ -287,14 +287,14 @@ def test_index_and_shards_that_disagree(folder):
     for complaint, changed in cases.items():
         index(folder, changed)
         with pytest.raises(ValueError, match=complaint):
-            safetensors_file.read_sharded(folder / INDEX)
+            shards.read(folder / INDEX, safetensors_file.read)
     (folder / "copy").write_bytes((folder / "one").read_bytes())
     index(folder, {**places, "conv.weight": "copy"})  # in two shards
     with pytest.raises(ValueError, match="copy also holds"):
-        safetensors_file.read_sharded(folder / INDEX)
+        shards.read(folder / INDEX, safetensors_file.read)
     index(folder, {**places, "w": "gone"})
     with pytest.raises(FileNotFoundError, match="gone is missing"):
-        safetensors_file.read_sharded(folder / INDEX)
+        shards.read(folder / INDEX, safetensors_file.read)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_index_and_shards_that_disagree(folder):
 def test_an_index_that_is_none(folder, content):
     (folder / INDEX).write_text(content)
     with pytest.raises(ValueError, match=INDEX):
-        safetensors_file.read_sharded(folder / INDEX)
+        shards.read(folder / INDEX, safetensors_file.read)
 
 
 # --- what people have instead ---------------------------------------------------------------------
