@@ -161,7 +161,7 @@ def trajectory(model: ldm_jax.bundle.LatentDiffusion) -> np.ndarray:
     """What the model takes the image to be at ten of fifty steps, one row for each of 0..9."""
     trace = lambda x, denoised: denoised.x0  # noqa: E731
     sample = sampling.make_sampler(
-        model, shape=model.latent_shape, steps=50, guided=True, trace=trace
+        model, steps=50, trace=trace
     )
 
     @functools.partial(jax.jit)
@@ -170,7 +170,7 @@ def trajectory(model: ldm_jax.bundle.LatentDiffusion) -> np.ndarray:
         batch = {"label": jnp.arange(10)}
         cond = conditioning.from_batch(*arguments, batch)
         null = conditioning.null_like(*arguments, batch)
-        _, x0s = sample(params, cond, null, keys, 1.5)
+        _, x0s = sample(params, cond, keys, null, 1.5)
         shown = x0s[jnp.asarray([0, 5, 10, 15, 20, 25, 30, 35, 42, 49])]
         decode = functools.partial(
             latents.decode, model.first_stage, params["first_stage"], scale=model.latent_scale

@@ -140,7 +140,7 @@ def load_sample_save(folder: Path) -> dict:
     def sample(params, keys):
         stage = (model.config.cond, model.cond_stage, params["cond_stage"], batch)
         cond, null = conditioning.from_batch(*stage), conditioning.null_like(*stage)
-        return sampler(params, cond, null, keys, GUIDANCE)
+        return sampler(params, cond, keys, null, GUIDANCE)
 
     keys = sampling.keys_of(0, np.arange(1))
     compiled, found["compile"] = measured(
@@ -151,7 +151,7 @@ def load_sample_save(folder: Path) -> dict:
     assert np.isfinite(image).all()
     found["image"] = [float(image.mean()), float(image.std())]
     target = folder / "back.safetensors"
-    _, found["save"] = measured(lambda: saving.save(model, target, "compvis"))
+    _, found["save"] = measured(lambda: saving.save(model, target, to="compvis"))
     return found
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import ldm_jax
-from ldm_jax import conditioning, sampling
 from ldm_jax.runtime import images
 
 
@@ -38,14 +37,12 @@ def guide(model, labels, goals, keys, steps=20, updates=20, rate=0.06, remat=Tru
 
     rate: radians by which the noise of a picture turns in an update, less close to its goal.
     """
-    batch = {"label": jnp.asarray(labels)}
-    args = (model.config.cond, model.cond_stage, model.params["cond_stage"], batch)
-    cond, null = conditioning.from_batch(*args), conditioning.null_like(*args)
+    cond, null = model.encode({"label": jnp.asarray(labels)})
     # remat: the backward pass computes each step again instead of keeping all that was in it
-    sample = sampling.make_sampler(model, shape=model.latent_shape, steps=steps, remat=remat)
+    sample = ldm_jax.make_sampler(model, steps, remat=remat)
 
     def slants(x_T, params):
-        pictures = sample(params, cond, null, keys, 3.0, x_T=x_T)
+        pictures = sample(params, cond, keys, null, guidance_scale=3.0, x_T=x_T)
         return jnp.sum(slant(pictures)), pictures
 
     @jax.jit
@@ -66,7 +63,8 @@ def guide(model, labels, goals, keys, steps=20, updates=20, rate=0.06, remat=Tru
 def main(run: str, out: str) -> None:
     """Each class as it comes (middle row), and led to both sides."""
     labels, goals = np.tile(np.arange(10), 2), np.repeat([-0.3, 0.3], 10)
-    before, after = guide(ldm_jax.load(run), labels, goals, sampling.keys_of(0, labels))
+    digit_keys = ldm_jax.keys(0, 10)[labels]  # one noise for both goals of a class
+    before, after = guide(ldm_jax.load(run), labels, goals, digit_keys)
     rows = {"left": after[:10], "as drawn": before[:10], "right": after[10:]}
     for name, pictures in rows.items():
         print(f"{name:10}", np.round(np.asarray(slant(pictures), float), 2))

@@ -1,41 +1,113 @@
 """A latent diffusion model as one frozen bundle: modules, parameters, schedule, scale."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ldm_jax import conditioning, diffusion, schema
+from ldm_jax import conditioning, diffusion, latents, schema
 from ldm_jax.conditioning import Cond
+from ldm_jax.data.tokens import Tokenizer
 from ldm_jax.models import attention, autoencoder, blocks, convolution, unet
+from ldm_jax.models.autoencoder import FirstStage
+from ldm_jax.models.unet import UNet
+
+Params = dict[str, Any]
+"""{part: tree of arrays}"""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LatentDiffusion:
     """Modules and parameters of a model that samples; not a pytree: pass `.params` to jit."""
 
-    unet: Any
-    first_stage: Any
-    cond_stage: Any
-    """Module, or None if no conditioning is learned."""
-    params: dict
-    """{"unet", "first_stage", "cond_stage"}; cond_stage is {} without a module."""
+    unet: UNet | None
+    """None in a first stage alone, which encodes and decodes."""
+    first_stage: FirstStage
+    cond_stage: nn.Module | None
+    """None if no conditioning is learned."""
+    params: Params
+    """{"unet", "first_stage", "cond_stage"}; {} for a part without a module."""
     schedule: diffusion.Schedule
     prediction: str
     """What the UNet predicts: "eps", "x0" or "v"."""
     latent_scale: float
     config: schema.LatentDiffusionConfig
-    tokenizer: Any = None
-    """`data.tokens` tokenizer of a model of text, or None."""
+    tokenizer: Tokenizer | None = None
+    """Of a model of text; None also where it came without."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of the latent of a training image."""
         side = self.config.size // self.config.first_stage.downsample
         return side, side, self.config.first_stage.embed_dim
+
+    def encode(
+        self, batch: conditioning.Batch, params: Params | None = None
+    ) -> tuple[Cond, Cond | None]:
+        """(cond, null) of a batch: what a sampler is given; null is None where the model has none.
+
+        batch: what `conditioning.from_batch` reads, a [B, ...] array for each name; `prompts` makes
+        that of a model of text. params: as `self.params`, an argument under jit.
+        ValueError names what is missing, misspelt, no array, or out of range.
+        """
+        conditioning.check_batch(self.config.cond, batch)
+        params = self.params if params is None else params
+
+        def encode(image: jax.Array) -> jax.Array:
+            return self.encode_image(image, params)
+
+        given = (self.config.cond, self.cond_stage, params["cond_stage"], batch, encode)
+        guides = conditioning.has_null(self.config.cond)
+        return conditioning.from_batch(*given), conditioning.null_like(*given) if guides else None
+
+    def encode_image(
+        self, images: jax.Array, params: Params | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Scaled latents [B, h, w, z] of images [B, H, W, c] in [-1, 1].
+
+        key: one typed key, or [B] of them: a sample of the posterior; without it the mode.
+        """
+        params = self.params if params is None else params
+        if key is not None and key.ndim == 0:
+            key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
+        return latents.encode(
+            self.first_stage, params["first_stage"], images, self.latent_scale, key
+        )
+
+    def decode(self, latent: jax.Array, params: Params | None = None) -> jax.Array:
+        """Images [B, H, W, c] in about [-1, 1], not clipped, of scaled latents [B, h, w, z]."""
+        params = self.params if params is None else params
+        return latents.decode(self.first_stage, params["first_stage"], latent, self.latent_scale)
+
+    def __repr__(self) -> str:
+        return "\n  ".join(["LatentDiffusion", *summary(self)])
+
+
+def summary(model: LatentDiffusion) -> list[str]:
+    """A line for each part with its size, and one for the rest."""
+    lines = []
+    for part in ("unet", "first_stage", "cond_stage"):
+        module, leaves = getattr(model, part), jax.tree.leaves(model.params[part])
+        line = f"{part}: {'none' if module is None else type(module).__name__}"
+        if leaves:
+            count = sum(math.prod(x.shape) for x in leaves)
+            dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
+            line += f", {count:,} parameters in {len(leaves)} arrays, {dtypes}"
+        lines.append(line)
+    tokenizer = model.tokenizer
+    facts = [
+        f"predicts {model.prediction}",
+        f"latent scale {model.latent_scale:g}",
+        f"conditioned on {conditioning.name_of(model.config.cond)}",
+        f"tokenizer {'none' if tokenizer is None else type(tokenizer).__name__}",
+        f"size {model.config.size}",
+    ]
+    return [*lines, "; ".join(facts)]
 
 
 def build(
@@ -53,7 +125,9 @@ def build(
     """
     execution = {"dtype": dtype} | ({} if attention is None else {"attention": attention})
     return LatentDiffusion(
-        unet=unet.from_config(config.unet, convolution=convolution, **execution),
+        unet=None
+        if config.unet is None
+        else unet.from_config(config.unet, convolution=convolution, **execution),
         first_stage=autoencoder.from_config(config.first_stage, **execution),
         cond_stage=conditioning.build(config.cond, dtype),
         params=params,

@@ -32,6 +32,9 @@ def load(
 ) -> bundle.LatentDiffusion:
     """The model at a path: a run, a diffusers folder, or a checkpoint of CompVis or Stability.
 
+    A folder of diffusers may be a pipeline's, or a first stage's alone (`sd-vae-ft-mse`): a model
+    that encodes and decodes, whose `unet` is None.
+
     A run gives its newest snapshot or checkpoint, or that of `step`. A checkpoint file is read with
     the YAML `config`, by default NAME.yaml or config.yaml beside it; without any, it must be Stable
     Diffusion, which its tensors tell.
@@ -64,6 +67,8 @@ def load(
             mesh=mesh,
             shapes_only=shapes_only,
         )
+    elif kind == "first_stage":
+        model = _load_first_stage_alone(path, variant, mesh, dtype, param_dtype)
     else:
         model = compvis.load(
             path,
@@ -83,11 +88,16 @@ def load(
 
 # --- what lies there ----------------------------------------------------------------------------
 
-KINDS = {"run": "a run", "diffusers": "a diffusers folder", "checkpoint": "a checkpoint file"}
+KINDS = {
+    "run": "a run",
+    "diffusers": "a diffusers folder",
+    "first_stage": "a first stage alone",
+    "checkpoint": "a checkpoint file",
+}
 
 
 def recognise(path: epath.PathLike) -> tuple[epath.Path, str]:
-    """(absolute path, "run", "diffusers" or "checkpoint"); a folder with one checkpoint is that.
+    """(absolute path, one of KINDS); a folder with one checkpoint is that checkpoint.
 
     FileNotFoundError or ValueError say what was looked for.
     """
@@ -102,6 +112,8 @@ def recognise(path: epath.PathLike) -> tuple[epath.Path, str]:
         return path, "run"
     if (path / "model_index.json").exists():
         return path, "diffusers"
+    if diffusers.is_first_stage(path):
+        return path, "first_stage"
     found = sorted(f for f in path.iterdir() if f.suffix in CHECKPOINTS)
     if (path / "config.json").exists():
         raise ValueError(
@@ -166,13 +178,9 @@ def _load_run(
         "cond_stage": _cond_stage(run, text, trained),
     }
     params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype, copy=False), params)
-    if mesh is None:
-        params = jax.device_put(params)  # jnp.asarray would compile a program for each shape
-    else:
-        params = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
     model = bundle.build(
         section,
-        params,
+        _placed(params, mesh),
         known["scale"],
         dtype=dtype,
         **bundle.kernels(mesh),
@@ -180,6 +188,27 @@ def _load_run(
     if text is None:
         return model
     return dataclasses.replace(model, tokenizer=kept_tokenizer(run, text.encoder.max_length))
+
+
+def _load_first_stage_alone(
+    folder: epath.Path, variant: str | None, mesh: Mesh | None, dtype: Any, param_dtype: Any
+) -> bundle.LatentDiffusion:
+    params, first_stage = diffusers.load_first_stage(
+        folder, variant=variant, param_dtype=param_dtype
+    )
+    config = schema.LatentDiffusionConfig(
+        first_stage=first_stage, unet=None, size=diffusers.first_stage_size(folder)
+    )
+    placed = _placed({"unet": {}, "first_stage": params, "cond_stage": {}}, mesh)
+    scale = diffusers.first_stage_scale(folder)
+    return bundle.build(config, placed, scale, dtype=dtype, **bundle.kernels(mesh))
+
+
+def _placed(params: dict, mesh: Mesh | None) -> dict:
+    """Host arrays on the default device, or laid out on the mesh by the training rules."""
+    if mesh is None:
+        return jax.device_put(params)  # jnp.asarray would compile a program for each shape
+    return sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
 
 
 def _cond_stage(run: epath.Path, text: schema.TextCondConfig | None, trained: dict) -> dict:
@@ -235,7 +264,7 @@ def load_first_stage(
             raise ValueError(f"{path}: is not the run of a first stage ({type(config).__name__})")
         params, _ = weights(path, config, step, ema=True)
         return params["autoencoder"], config.model
-    if kind == "diffusers":
+    if kind in ("diffusers", "first_stage"):
         return diffusers.load_first_stage(path)
     return compvis.load_first_stage_file(path, yaml_of(path))
 

@@ -5,23 +5,48 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ldm_jax import denoising, diffusion, guidance, latents, schema, solvers
+from ldm_jax import denoising, diffusion, guidance, schema, solvers
 from ldm_jax.bundle import LatentDiffusion, bind, with_kv_cache
 from ldm_jax.conditioning import Cond
 
 
+def keys(seed: int, n: int, first: int = 0) -> jax.Array:
+    """Typed keys [n] of the images number `first` to `first + n - 1` of a seed.
+
+    The pixels of an image depend on its key alone: not on its batch, nor on the devices.
+    ValueError for a seed that is not in 0..2**64 - 1, or a negative number of images.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed} is not in 0..2**64 - 1")
+    if n < 0 or first < 0:
+        raise ValueError(f"keys of {n} images from number {first} on: give numbers from 0 on")
+    return keys_of(seed, range(first, first + n))
+
+
 def keys_of(seed: int, indices: Any) -> jax.Array:
-    """Keys [N] of images: number i of a seed has fold_in(key(seed), i), whatever its batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
+    """Keys [N] of images: number i of a seed has fold_in(key_of(seed), i), whatever its batch."""
+    numbers = jnp.asarray(np.asarray(indices, np.int32))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key_of(seed), numbers)
 
 
-def levels_of(bundle: LatentDiffusion, steps: int, spacing: str | None) -> solvers.Levels:
+def key_of(seed: int) -> jax.Array:
+    """The typed key of a seed of up to 64 bits, all of which count.
+
+    Below 2**32 it is `jax.random.key(seed)`, which without 64-bit types ignores the upper half.
+    """
+    low, high = seed & 0xFFFFFFFF, (seed >> 32 if seed >= 0 else 0)
+    key = jax.random.key(np.uint32(low))
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
+
+
+def levels_of(model: LatentDiffusion, steps: int, spacing: str | None) -> solvers.Levels:
     """The levels of `steps` steps: the model's own where the spacing is, or of another spacing."""
-    own = bundle.config.sampling
+    own = model.config.sampling
     if spacing is None or spacing == own.spacing:
-        return solvers.levels(bundle.schedule, steps, own.spacing, own.final, own.steps_offset)
-    return solvers.levels(bundle.schedule, steps, spacing)
+        return solvers.levels(model.schedule, steps, own.spacing, own.final, own.steps_offset)
+    return solvers.levels(model.schedule, steps, spacing)
 
 
 def start_of(strength: float, count: int) -> int:
@@ -52,37 +77,47 @@ def _other(keys: jax.Array) -> jax.Array:
 
 
 def make_sampler(
-    bundle: LatentDiffusion,
+    model: LatentDiffusion,
+    steps: int = 50,
     *,
-    shape: tuple[int, int, int],
-    steps: int,
-    solver: str = "ddim",
+    shape: tuple[int, int, int] | None = None,
+    solver: str | solvers.Solver = "ddim",
     spacing: str | None = None,
-    guided: bool = True,
     decode: bool = True,
-    trace: Callable | None = None,
+    trace: Callable[[jax.Array, diffusion.Denoised], Any] | None = None,
     guidance_rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     dynamic_threshold: float | None = None,
     threshold_limit: float = 1.0,
     quantize_x0: bool = False,
-    wrap_model: Callable | None = None,
+    wrap_model: Callable[[Callable], Callable] | None = None,
     remat: bool = False,
     levels: solvers.Levels | None = None,
-) -> Callable:
-    """sample(params, cond, null, keys, guidance_scale, eta, x_T, start, init, mask) -> images.
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """sample(params, cond, keys, null=None, guidance_scale=1.0, eta=0.0, x_T=None, start=0,
+    init=None, mask=None) -> images.
 
-    `shape` is the latent's (h, w, c). `spacing` is one of `solvers.levels`; by default the model's
-    own (`config.sampling`). The function is pure: jit it with your own shardings.
-    `params` are as in `bundle.params`; `cond` and `null` hold [B, ...] arrays (`null` and
-    `guidance_scale` are unused unless `guided`); `keys` is [B] typed keys, one per image: its
-    pixels depend on nothing else. `x_T` [B, h, w, c] is unit normal, drawn from the keys by
-    default; `start` is the first level that runs. `init` [B, h, w, c], a scaled latent, is what
-    sampling starts from: noised with x_T to the level `start`, so that 0 ignores it (x_T itself)
-    and the number of levels returns it. With `mask` [B, h, w, 1] `init` is also kept outside of
-    it: see `solvers.masked`. Prompt, seed, guidance scale, eta, start, init and mask are traced: a
-    new one never recompiles.
+    The function is pure: jit it with your own shardings; every argument may be given by position.
+    params: as `model.params`.
+    cond, null: [B, ...] arrays, as `model.encode` gives them. Guidance runs if and only if `null`
+    is given, away from it by `guidance_scale` (a number, or [B]).
+    keys: [B] typed keys, one per image, as `keys` makes them: its pixels depend on nothing else.
+    eta: noise of DDIM, 0 to 1.
+    x_T: [B, h, w, c] unit normal; default: drawn from the keys.
+    start: the first level that runs.
+    init: [B, h, w, c], a scaled latent that sampling starts from: noised with x_T to the level
+    `start`, so that 0 ignores it (x_T itself) and the number of levels returns it.
+    mask: [B, h, w, 1], 1 where the picture is made anew; elsewhere `init` is kept: see
+    `solvers.masked`.
+    Prompt, seed, guidance scale, eta, start, init and mask are traced: a new one never recompiles.
 
+    shape: (h, w, c) of the latent; default: the model's own.
+    solver: one of `solvers.SOLVERS`, or a `Solver` of your own, which is given no eta.
+    spacing: one of `solvers.levels`; default: the model's own (`config.sampling`).
+    decode: False returns the scaled latents, which `model.decode` takes.
+    trace: trace(x, denoised) of every level. The result is then a pair: the images, and what
+    `trace` returned, stacked: see `solvers.sample`.
     guidance_rescale: phi in 0..1 of `guidance.rescaled`.
     guidance_interval: (lowest, highest) timestep with guidance; see `guidance.classifier_free`.
     dynamic_threshold: percentile in (0, 100] of `denoising.dynamic_threshold`, which brings the
@@ -90,30 +125,38 @@ def make_sampler(
     quantize_x0: the predicted x0 becomes codes of the first stage, which must be a VQ one.
     wrap_model: model(x, t, cond) -> the same; what it returns is guided. For example
     `lambda model: windows.windowed(model, stride=(32, 32))`. In cond, `kv_cache` has been made of
-    `context` and is read in its place: rows of both go together.
+    `context` and is read in its place: the examples of both go together.
     remat: a backward pass computes each step again instead of keeping what is in it.
     levels: others than those of `steps` and `spacing`, as `solvers.inverted`, which lead from a
     scaled latent, given as x_T, to its noise.
 
-    Returns images [B, H, W, c] in about [-1, 1], not clipped; with `decode=False` the unscaled
-    latents that the first stage decodes. With `trace(x, denoised)` a pair: that, and what `trace`
-    returned at every level, stacked: see `solvers.sample`. The latent can take the place of x_T or
-    of init: with `decode=False`, one of them (argument 6 or 8) may be donated to `jax.jit`.
-    Raises ValueError for an option that is out of its range or cannot apply.
+    Returns images [B, H, W, c] in about [-1, 1], not clipped. The latent can take the place of x_T
+    or of init: with `decode=False`, one of them may be donated to `jax.jit`.
+    Raises ValueError for an option that is out of its range or cannot apply, or for conditions and
+    keys of different numbers; TypeError for a call of before November 2026.
     """
-    solvers.make(solver)  # refuses an unknown name now, not at the first call
-    levels = levels_of(bundle, steps, spacing) if levels is None else levels
-    _check_guidance(guided, guidance_rescale, guidance_interval, levels)
-    _check_x0(bundle, dynamic_threshold, threshold_limit, quantize_x0)
+    if unknown:
+        name = next(iter(unknown))
+        hint = f"; it is now {NEW_CALL}" if name == "guided" else ""
+        raise TypeError(f"make_sampler has no option {name!r}{hint}")
+    if model.unet is None:
+        raise ValueError(
+            "the model is a first stage alone, which encodes and decodes but cannot sample"
+        )
+    make_solver = _solver(solver)
+    shape = model.latent_shape if shape is None else shape
+    levels = levels_of(model, steps, spacing) if levels is None else levels
+    _check_guidance(guidance_rescale, guidance_interval, levels)
+    _check_x0(model, dynamic_threshold, threshold_limit, quantize_x0)
 
-    def denoiser(params, cond, null, guidance_scale):
+    def denoiser(params: dict, cond: Cond, null: Cond | None, guidance_scale: Any) -> Callable:
         """denoise(x, level) of one request."""
-        net = bind(bundle.unet, params["unet"])
+        net = bind(model.unet, params["unet"])
         net = net if wrap_model is None else wrap_model(net)
-        cond = with_kv_cache(bundle.unet, params["unet"], cond)
-        if guided:
-            null = with_kv_cache(bundle.unet, params["unet"], null)
-            model = guidance.classifier_free(
+        cond = with_kv_cache(model.unet, params["unet"], cond)
+        if null is not None:
+            null = with_kv_cache(model.unet, params["unet"], null)
+            predict = guidance.classifier_free(
                 net,
                 cond,
                 null,
@@ -123,26 +166,27 @@ def make_sampler(
                 shared=wrap_model is None,
             )
         else:
-            model = lambda x, t: net(x, t, cond)  # noqa: E731
-        denoise = diffusion.denoiser(model, bundle.prediction)
+            predict = lambda x, t: net(x, t, cond)  # noqa: E731
+        denoise = diffusion.denoiser(predict, model.prediction)
         if dynamic_threshold is not None:
             denoise = denoising.dynamic_threshold(denoise, dynamic_threshold / 100, threshold_limit)
         if quantize_x0:
-            denoise = denoising.quantize_x0(denoise, _to_codes(bundle, params["first_stage"]))
+            denoise = denoising.quantize_x0(denoise, _to_codes(model, params["first_stage"]))
         return denoise
 
     def sample(
         params: dict,
         cond: Cond,
-        null: Cond | None,
         keys: jax.Array,
-        guidance_scale: Any,
+        null: Cond | None = None,
+        guidance_scale: Any = 1.0,
         eta: Any = 0.0,
         x_T: jax.Array | None = None,
         start: Any = 0,
         init: jax.Array | None = None,
         mask: jax.Array | None = None,
     ) -> Any:
+        _check_call(cond, keys, null, guidance_scale, guidance_rescale, guidance_interval)
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
         denoise = denoiser(params, cond, null, guidance_scale)
@@ -151,46 +195,84 @@ def make_sampler(
         if mask is not None:
             noise = solvers.fresh_noise(_other(step_keys), shape)
             denoise = solvers.masked(denoise, init, mask, noise)
-        rule = solvers.make(solver, eta)
         out = solvers.sample(
-            rule, denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
+            make_solver(eta), denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
         )
         latent, traced = out if trace is not None else (out, None)
         if mask is not None:
             latent = solvers.composite(latent, init, mask)
-        if decode:
-            image = latents.decode(
-                bundle.first_stage, params["first_stage"], latent, bundle.latent_scale
-            )
-        else:
-            image = latent / bundle.latent_scale
-        return image if trace is None else (image, traced)
+        result = model.decode(latent, params) if decode else latent
+        return result if trace is None else (result, traced)
 
     return sample
 
 
-def _to_codes(bundle: LatentDiffusion, params: dict) -> Callable[[jax.Array], jax.Array]:
+NEW_CALL = (
+    "make_sampler(model, steps, ...) and sample(params, cond, keys, null=None, guidance_scale=1.0,"
+    " eta=0.0, x_T=None, start=0, init=None, mask=None); guidance runs if null is given"
+)
+
+
+def _solver(solver: str | solvers.Solver) -> Callable[[Any], solvers.Solver]:
+    """make(eta) -> Solver; an unknown name is refused now, not at the first call."""
+    if isinstance(solver, solvers.Solver):
+        return lambda eta: solver
+    solvers.make(solver)
+    return lambda eta: solvers.make(solver, eta)
+
+
+def _check_call(
+    cond: Any, keys: Any, null: Any, guidance_scale: Any, rescale: float, interval: Any
+) -> None:
+    """One sentence for a call that cannot be meant; shapes and types only, so under jit too."""
+    typed = isinstance(keys, jax.Array) and jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if not typed:
+        kind = type(keys).__name__
+        raise TypeError(
+            f"keys must be [B] typed keys, as ldm_jax.keys makes them, and is {kind}: the call is"
+            f" {NEW_CALL}"
+        )
+    if not isinstance(cond, Cond) or not isinstance(null, Cond | None):
+        odd = cond if not isinstance(cond, Cond) else null
+        raise TypeError(
+            f"cond and null are Cond, as model.encode gives them, and one is {type(odd).__name__}"
+        )
+    if keys.ndim != 1:
+        raise ValueError(f"keys has the shape {keys.shape}: give [B], one key for each image")
+    for name, given in (("cond", cond), ("null", null)):
+        for leaf in jax.tree.leaves(given):
+            if leaf.shape[0] != len(keys):
+                raise ValueError(
+                    f"{name} is of {leaf.shape[0]} images, and there are {len(keys)} keys: give one"
+                    " key for each image, as ldm_jax.keys(seed, n) makes them"
+                )
+    if null is not None:
+        return
+    if isinstance(guidance_scale, int | float) and guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale={guidance_scale}, but null is not given: guidance is away from it"
+        )
+    if rescale or interval is not None:
+        option = f"guidance_rescale={rescale}" if rescale else f"guidance_interval={interval}"
+        raise ValueError(f"{option} changes guidance, but null is not given: leave it out")
+
+
+def _to_codes(model: LatentDiffusion, params: dict) -> Callable[[jax.Array], jax.Array]:
     """Scaled latents to the nearest codes of the first stage, scaled too."""
 
     def codes(latent):
-        z = latent / bundle.latent_scale
-        nearest, _ = bundle.first_stage.apply({"params": params}, z, method="quantize")
-        return bundle.latent_scale * nearest
+        z = latent / model.latent_scale
+        nearest, _ = model.first_stage.apply({"params": params}, z, method="quantize")
+        return model.latent_scale * nearest
 
     return codes
 
 
 def _check_guidance(
-    guided: bool, rescale: float, interval: tuple[float, float] | None, levels: solvers.Levels
+    rescale: float, interval: tuple[float, float] | None, levels: solvers.Levels
 ) -> None:
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance_rescale={rescale} is not in 0..1, the part that is rescaled")
-    if not guided and (rescale or interval is not None):
-        option = f"guidance_rescale={rescale}" if rescale else f"guidance_interval={interval}"
-        raise ValueError(
-            f"{option} changes guidance, and this sampler has none: leave it out, or sample with"
-            " a guidance scale other than 1"
-        )
     if interval is None:
         return
     lowest, highest = interval
@@ -202,7 +284,7 @@ def _check_guidance(
 
 
 def _check_x0(
-    bundle: LatentDiffusion, percentile: float | None, limit: float, quantize: bool
+    model: LatentDiffusion, percentile: float | None, limit: float, quantize: bool
 ) -> None:
     if percentile is not None and not 0 < percentile <= 100:
         raise ValueError(
@@ -210,8 +292,8 @@ def _check_x0(
         )
     if not limit > 0:
         raise ValueError(f"threshold_limit={limit} is not positive")
-    if quantize and not isinstance(bundle.config.first_stage, schema.AutoencoderVQConfig):
+    if quantize and not isinstance(model.config.first_stage, schema.AutoencoderVQConfig):
         raise ValueError(
             "quantize_x0 needs a first stage with codes (AutoencoderVQConfig), and this model has"
-            f" {type(bundle.config.first_stage).__name__}: leave it out"
+            f" {type(model.config.first_stage).__name__}: leave it out"
         )

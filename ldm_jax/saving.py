@@ -1,15 +1,17 @@
 """A model into a run, a diffusers folder or a CompVis checkpoint: what `loading` reads."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, schema
+from ldm_jax import bundle, schema, sharding
 from ldm_jax.convert import compvis, table
 from ldm_jax.convert.compvis import model_yaml
-from ldm_jax.convert.diffusers import writer
+from ldm_jax.convert.diffusers import writer as diffusers_writer
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.schema import serialize
 
@@ -17,25 +19,52 @@ Format = Literal["ldm_jax", "diffusers", "compvis"]
 
 
 def save(
-    model: bundle.LatentDiffusion, path: epath.PathLike, to: Format, *, dtype: Any = None
+    model: bundle.LatentDiffusion,
+    path: epath.PathLike,
+    params: bundle.Params | None = None,
+    *,
+    to: Format = "ldm_jax",
+    dtype: Any = None,
 ) -> None:
     """Writes the model in one of three formats, none of which may be there yet.
 
-    ldm_jax: a run directory that samples and that training can start from.
-    diffusers: a folder with every component, tokenizer and scheduler.
-    compvis: a .safetensors or .ckpt file, as `path` ends, with its YAML beside it.
-    `dtype` is that of the weights, by default the parameters' own. ValueError says what the format
-    cannot hold.
+    params: parameters in place of `model.params`, as after training or merging.
+    to: "ldm_jax", a run directory that samples and that training can start from; "diffusers", a
+    folder with every component, tokenizer and scheduler; "compvis", a .safetensors or .ckpt file,
+    as `path` ends, with its YAML beside it.
+    dtype: that of the weights; default: the parameters' own. ValueError for parameters that are not
+    the model's, or not finite, and for what the format cannot hold.
     """
     path = checkpoint.absolute(path)
+    if params is not None:
+        check_params(model, params)
+        model = dataclasses.replace(model, params=params)
+    if model.unet is None:
+        raise ValueError("the model is a first stage alone: formats are of whole models")
     if to == "ldm_jax":
         save_run(model, path, dtype=dtype)
     elif to == "diffusers":
-        writer.save(model, path, dtype=dtype)
+        diffusers_writer.save(model, path, dtype=dtype)
     elif to == "compvis":
         compvis.save(model, path, dtype=dtype)
     else:
         raise ValueError(f"format {to!r} is not one of ldm_jax, diffusers, compvis")
+
+
+def check_params(model: bundle.LatentDiffusion, params: bundle.Params) -> None:
+    """ValueError unless `params` have the names and shapes of the model's, and are finite."""
+    wanted, given = (
+        {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (model.params, params)
+    )
+    for name in sorted(wanted.keys() | given.keys()):
+        shapes = [np.shape(tree[name]) if name in tree else "nothing" for tree in (wanted, given)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"params are not those of the model: {name} is {shapes[1]}, there {shapes[0]}"
+            )
+        if not bool(jnp.all(jnp.isfinite(given[name]))):
+            raise ValueError(f"params: {name} holds values that are not finite; nothing is saved")
 
 
 def check(model: bundle.LatentDiffusion, to: Format) -> int:
@@ -46,7 +75,7 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
     if to == "ldm_jax":
         return len(jax.tree.leaves(model.params))
     if to == "diffusers":
-        return writer.check(model)
+        return diffusers_writer.check(model)
     model_yaml.dumps(model.config, model.latent_scale)
     return len(table.to_torch(compvis.model_rows(model), model.params, lazy=True))
 

@@ -264,6 +264,18 @@ def by_rules(tree: Any, rules: Sequence[tuple], mesh: Mesh) -> Any:
     return shardings
 
 
+def abstract(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, Any]:
+    """(shapes, shardings) of what `init(key)` makes, without computing anything."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return shapes, by_rules(shapes, RULES, mesh)
+
+
+def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> tuple[Any, Any]:
+    """(init(key), its shardings): born sharded, nothing is ever held whole on one device."""
+    _, shardings = abstract(init, mesh)
+    return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
 def all_gather(params: Any, mesh: Mesh) -> Any:
     """Traced parameters whole along fsdp: what a model is given, wherever it trains or samples.
 

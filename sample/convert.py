@@ -130,7 +130,7 @@ def write(model: bundle.LatentDiffusion, target: epath.Path, options: Options) -
         draft.rmtree()
     draft.mkdir(parents=True)
     try:
-        saving.save(model, draft / target.name, options.to)
+        saving.save(model, draft / target.name, to=options.to)
         for path in results(options, target):
             if path.exists():
                 path.rmtree() if path.is_dir() else path.unlink()

@@ -109,7 +109,6 @@ def make_run(
         steps=options.steps,
         solver=options.solver,
         spacing=options.spacing,
-        guided=guided,
         decode=False,
         trace=trace,
         guidance_rescale=options.guidance_rescale,
@@ -137,8 +136,9 @@ def make_run(
             init = encode(init, keys=draws)
         if mask is not None:  # a latent pixel is kept if all that it stands for is
             mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
-        z = sample(params, cond, null, keys, scale, eta, batch.get("x_T"), start, init, mask)
+        z = sample(params, cond, keys, null, scale, eta, batch.get("x_T"), start, init, mask)
         z, x0 = z if trace is not None else (z, None)
+        z = z / model.latent_scale
         image = decode(stage, z).astype("float32")
         if not options.preview:
             return image, z

@@ -35,7 +35,7 @@ def make_run(model):
 
     def run(params, batch, keys, scale, eta, start=0):
         cond, null = Cond(context=batch["context"]), Cond(context=jnp.zeros_like(batch["context"]))
-        images, previews = sample(params, cond, null, keys, scale, eta, None, start)
+        images, previews = sample(params, cond, keys, null, scale, eta, None, start)
         return {"images": images, "previews": previews}
 
     return run

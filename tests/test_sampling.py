@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import conditioning, diffusion, latents, loading, sampling, schema, sharding
+from ldm_jax import conditioning, diffusion, loading, sampling, schema, sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -20,13 +20,13 @@ def model(ldm_run):
 @pytest.fixture(scope="module")
 def guided(model):
     """sample(params, labels, keys, scale, eta, start) of the guided sampler, jitted."""
-    sample = sampling.make_sampler(model, shape=model.latent_shape, steps=STEPS)
+    sample = sampling.make_sampler(model, steps=STEPS)
 
     @jax.jit
     def run(params, labels, keys, scale, eta, start):
         arguments = (model.config.cond, model.cond_stage, params["cond_stage"], {"label": labels})
         cond, null = conditioning.from_batch(*arguments), conditioning.null_like(*arguments)
-        return sample(params, cond, null, keys, scale, eta, start=start)
+        return sample(params, cond, keys, null, scale, eta, start=start)
 
     return run
 
@@ -86,9 +86,9 @@ def test_nothing_recompiles_for_another_request(model, guided):
 
 def test_guidance_of_one_is_the_plain_conditional_sampler(model, guided):
     keys = sampling.keys_of(0, range(2))
-    plain = sampling.make_sampler(model, shape=model.latent_shape, steps=STEPS, guided=False)
+    plain = sampling.make_sampler(model, steps=STEPS)
     cond, _ = conditions(model, LABELS[:2])
-    expected = jax.jit(plain)(model.params, cond, None, keys, None)
+    expected = jax.jit(plain)(model.params, cond, keys, None, None)
     found = guided(model.params, LABELS[:2], keys, 1.0, 0.0, 0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -106,12 +106,9 @@ def test_latents_trace_and_given_noise_agree_with_the_images(model, guided):
     # the noise that sample draws for itself
     x_T = diffusion.rowwise_normal(jax.vmap(jax.random.split)(keys)[:, 0], model.latent_shape)
     cond, null = conditions(model, LABELS[:2])
-    z, (x, x0) = jax.jit(sample)(model.params, cond, null, keys, 2.0, 0.0, x_T)
+    z, (x, x0) = jax.jit(sample)(model.params, cond, keys, null, 2.0, 0.0, x_T)
     assert z.shape == (2, 8, 8, 4)
-    decoded = latents.decode(
-        model.first_stage, model.params["first_stage"], z * model.latent_scale, model.latent_scale
-    )
-    np.testing.assert_allclose(decoded, images, atol=1e-5)
+    np.testing.assert_allclose(model.decode(z), images, atol=1e-5)
     assert x.shape == x0.shape == (STEPS, 2, 8, 8, 4)
     np.testing.assert_array_equal(x[0], x_T)
     assert np.abs(x[1] - x[0]).max() > 0.01

@@ -39,7 +39,7 @@ def sampler(model, remat, shape=SHAPE):
 
     def run(given):
         cond = Cond(context=given["context"])
-        return sample(model.params, cond, NULL, KEYS, given["scale"], given["eta"], given["x_T"])
+        return sample(model.params, cond, KEYS, NULL, given["scale"], given["eta"], given["x_T"])
 
     return run
 

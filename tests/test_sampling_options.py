@@ -53,11 +53,9 @@ def model(first_stage=None):
 def drawn(guided=True, first_stage=None, **options):
     """Scaled latents [2, *SHAPE] of `make_sampler` with the options."""
     made = model(first_stage)
-    sample = sampling.make_sampler(
-        made, shape=SHAPE, steps=STEPS, decode=False, guided=guided, **options
-    )
-    arguments = (made.params, COND, NULL, KEYS, 3.0, 0.0, X_T)
-    return SCALE * np.asarray(quick_jit(sample)(*arguments))
+    sample = sampling.make_sampler(made, shape=SHAPE, steps=STEPS, decode=False, **options)
+    arguments = (made.params, COND, KEYS, NULL if guided else None, 3.0, 0.0, X_T)
+    return np.asarray(quick_jit(sample)(*arguments))
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def loops(program):
 
 
 WAYS = {
-    "plain": {"guided": False},
+    "plain": {},
     "guided": {},
     "interval, start and mask": {"guidance_interval": (100, 700)},
     "windows": {"wrap_model": lambda net: windows.windowed(net, window=(4, 2), stride=(4, 2))},
@@ -74,12 +74,13 @@ QUICK = ("interval, start and mask",)  # in the others the compiler hoists by it
 )
 def test_keys_and_values_of_a_prompt_stand_outside_the_loop(model, way):
     sample = made(model, **WAYS[way])
+    guides = None if way == "plain" else NULL
 
-    def run(params, cond, null, keys, start, init, mask):
+    def run(params, cond, keys, null, start, init, mask):
         given = (start, init, mask) if "start" in way else ()
-        return sample(params, cond, null, keys, 3.0, 0.0, None, *given)
+        return sample(params, cond, keys, null, 3.0, 0.0, None, *given)
 
-    arguments = (model.params, COND, NULL, KEYS, 1, INIT, HOLE)
+    arguments = (model.params, COND, KEYS, guides, 1, INIT, HOLE)
     program = quick_jit(run).lower(*arguments).compile().as_text()
     inside, outside = loops(program)
     for part in ("to_k", "to_v"):
@@ -137,14 +138,15 @@ def test_a_step_costs_one_call_and_guidance_one_of_twice_the_context(model):
         call = lambda x, cond: bundle.bind(net, params)(x, jnp.zeros(rows), cond)  # noqa: E731
         return flops.count(jax.make_jaxpr(call)(x, kv_cache))
 
-    def one_step(**options):
+    def one_step(null=NULL, **options):
         def cost(steps):
             sample = made(model, steps, **options)
-            return flops.count(jax.make_jaxpr(sample)(model.params, COND, NULL, KEYS, 3.0))
+            scale = jnp.float32(3)
+            return flops.count(jax.make_jaxpr(sample)(model.params, COND, KEYS, null, scale))
 
         return cost(5) - cost(4)
 
-    assert one_step(guided=False) == one_call(ROWS, ROWS)
+    assert one_step(null=None) == one_call(ROWS, ROWS)
     assert one_step() == one_call(ROWS, 2 * ROWS)
     # windows get every row: what is before the context is then computed for each
     assert one_step(wrap_model=lambda net: net) == one_call(2 * ROWS, 2 * ROWS)
@@ -159,7 +161,7 @@ def test_guidance_sends_nothing_between_devices_that_hold_rows(model):
     sample = jax.jit(made(model), in_shardings=(None, rows, rows, rows, None))
     cond = Cond(context=draw(4, TOKENS, 32))
     keys = jax.random.split(KEYS[0], 4)
-    program = sample.lower(model.params, cond, cond, keys, 3.0).compile()
+    program = sample.lower(model.params, cond, keys, cond, 3.0).compile()
     assert program.output_shardings.is_equivalent_to(rows, 4)
     sent = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     assert re.findall(rf"= .*\b(?:{sent})(?:-start)?\(.*", program.as_text()) == []
@@ -171,12 +173,12 @@ def test_guidance_sends_nothing_between_devices_that_hold_rows(model):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_one_compilation_for_every_request(model, guided, caplog):
-    sample = made(model, guided=guided)
+    sample, null = made(model), NULL if guided else None
 
     @jax.jit
     def sampler(params, context, keys, scale, eta, start, init, mask):
         return sample(
-            params, Cond(context=context), NULL, keys, scale, eta, None, start, init, mask
+            params, Cond(context=context), keys, null, scale, eta, None, start, init, mask
         )
 
     first = [COND.context, KEYS, 3.0, 0.0, 1, INIT, HOLE]
@@ -203,7 +205,7 @@ def test_the_latent_takes_the_place_of_a_donated_buffer(model):
     sample, x_T = made(model), jnp.array(INIT)
 
     def run(name, params, given):
-        return sample(params, COND, NULL, KEYS, 3.0, **{"start": 1, name: given})
+        return sample(params, COND, KEYS, NULL, 3.0, **{"start": 1, name: given})
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "Some donated buffers were not usable"
@@ -222,7 +224,7 @@ def in_bfloat16(model):
 
 
 def test_bfloat16_is_what_the_network_computes_in(model):
-    arguments = (model.params, COND, NULL, KEYS, 3.0)
+    arguments = (model.params, COND, KEYS, NULL, 3.0)
     program = jax.make_jaxpr(made(in_bfloat16(model)))(*arguments)
     assert [x.dtype for x in program.out_avals] == [jnp.float32]
     assert {*re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", str(program))} == {"bf16"}
@@ -231,7 +233,7 @@ def test_bfloat16_is_what_the_network_computes_in(model):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_bfloat16_draws_nearly_the_same_latents(model):
-    arguments, low = (model.params, COND, NULL, KEYS, 3.0), in_bfloat16(model)
+    arguments, low = (model.params, COND, KEYS, NULL, 3.0), in_bfloat16(model)
     found, expected = jax.jit(lambda *a: (made(low)(*a), made(model)(*a)))(*arguments)
     error = max_difference(found, expected) / float(np.abs(expected).max())
     assert 0 < error < 0.03

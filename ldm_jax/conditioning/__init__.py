@@ -3,14 +3,16 @@
 A new kind is its config in `schema.conds`, its file here, and its line in `registry.KINDS`.
 """
 
-from ldm_jax.conditioning.kind import Cond, Encode, Example, Kind, Sizes
+from ldm_jax.conditioning.kind import Batch, Cond, Encode, Example, Kind, Sizes
 from ldm_jax.conditioning.registry import (
     KINDS,
     build,
+    check_batch,
     concat_channels,
     context_width,
     example,
     from_batch,
+    has_null,
     init,
     kind_of,
     name_of,
@@ -20,16 +22,19 @@ from ldm_jax.conditioning.registry import (
 
 __all__ = [
     "KINDS",
+    "Batch",
     "Cond",
     "Encode",
     "Example",
     "Kind",
     "Sizes",
     "build",
+    "check_batch",
     "concat_channels",
     "context_width",
     "example",
     "from_batch",
+    "has_null",
     "init",
     "kind_of",
     "name_of",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,6 +51,22 @@ def _check(config: Config, model: schema.LatentDiffusionConfig, at: str) -> None
         )
 
 
+def _check_values(config: Config, batch: Batch) -> None:
+    label = batch["label"]
+    if isinstance(label, jax.core.Tracer):
+        return
+    label = np.asarray(label)
+    if not np.issubdtype(label.dtype, np.integer):
+        raise ValueError(f"batch['label'] is of type {label.dtype}: give integers")
+    odd = label[(label < 0) | (label >= _ids(config))]
+    if odd.size:
+        null = f", and {config.num_classes} for none of them" if config.null_class else ""
+        raise ValueError(
+            f"batch['label'] holds {odd.flat[0]}, but the model's classes are"
+            f" 0..{config.num_classes - 1}{null}"
+        )
+
+
 KIND = Kind(
     name=lambda config: "class label",
     example=_example,
@@ -60,5 +77,7 @@ KIND = Kind(
     ),
     label_ids=lambda config: _ids(config) if config.via == "label" else None,
     check=_check,
+    has_null=lambda config: config.null_class,
+    check_values=_check_values,
     in_turn=lambda config, count: {"label": np.arange(count, dtype=np.int32) % config.num_classes},
 )

@@ -42,6 +42,10 @@ def join(kinds: Mapping[type, Kind]) -> Kind:
         for kind, name in zip(parts(config), ("text", "concat"), strict=True):
             kind.check(getattr(config, name), model, f"{at}.{name}")
 
+    def check_values(config: Config, batch: Batch) -> None:
+        for kind, part in zip(parts(config), (config.text, config.concat), strict=True):
+            kind.check_values(part, batch)
+
     return Kind(
         name=lambda config: " + ".join(
             kind.name(part)
@@ -57,4 +61,5 @@ def join(kinds: Mapping[type, Kind]) -> Kind:
         ),
         label_ids=lambda config: parts(config)[1].label_ids(config.concat),
         check=check,
+        check_values=check_values,
     )

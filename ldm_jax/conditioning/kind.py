@@ -63,6 +63,12 @@ class Kind:
     """label_ids(config): ids that `Cond.label` takes, None where the kind gives no label."""
     check: Callable[[Any, schema.LatentDiffusionConfig, str], None] = lambda config, model, at: None
     """check(config, model, field): ValueError if the rest of the model does not fit the kind."""
+    has_null: Callable[[Any], bool] = lambda config: True
+    """has_null(config): there is a null condition, so that guidance is possible."""
+    instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """{name of `example`: another name that a batch may hold in its place}."""
+    check_values: Callable[[Any, Batch], None] = lambda config, batch: None
+    """check_values(config, batch): ValueError for values out of range, where they are known."""
     in_turn: Callable[[Any, int], dict[str, Any] | None] = lambda config, count: None
     """in_turn(config, count): a batch that needs no data, as every class in turn; None: data."""
 

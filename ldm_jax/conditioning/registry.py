@@ -1,5 +1,6 @@
 """Turn a batch into what the UNet is conditioned on, by the kind of the config."""
 
+import difflib
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ KINDS[type(None)] = Kind(
     name=lambda config: "nothing",
     example=lambda config, sizes: {},
     from_batch=lambda *arguments: Cond(),
+    has_null=lambda config: False,
+    in_turn=lambda config, count: {},
 )
 
 
@@ -83,6 +86,37 @@ def example(config: schema.CondConfig, sizes: Sizes) -> dict[str, Example]:
 def needs(config: schema.CondConfig) -> tuple[str, ...]:
     """Names of the arrays that a batch must hold."""
     return tuple(example(config, Sizes((1, 1, 1), (1, 1, 1))))
+
+
+def has_null(config: schema.CondConfig) -> bool:
+    """Whether there is a null condition, so that guidance is possible."""
+    return kind_of(config).has_null(config)
+
+
+def check_batch(config: schema.CondConfig, batch: Batch) -> None:
+    """ValueError, in one sentence, for a batch that `from_batch` cannot read as it is meant."""
+    name, sizes = name_of(config), {}
+    for needed in needs(config):
+        instead = kind_of(config).instead.get(needed)
+        key = instead if instead in batch else needed
+        if key not in batch:
+            close = difflib.get_close_matches(key, [n for n in batch if n not in needs(config)], 1)
+            raise ValueError(
+                f"the batch has no {key!r}, which a model conditioned on a {name} needs"
+                + (f"; is {close[0]!r} meant as that?" if close else "")
+                + f" (it has {', '.join(batch) or 'nothing'})"
+            )
+        value = batch[key]
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            kind = type(value).__name__
+            raise ValueError(f"batch[{key!r}] is a {kind}: give an array, as of numpy.asarray")
+        if not value.shape:
+            raise ValueError(f"batch[{key!r}] is one number: give an array with one for each image")
+        sizes[key] = value.shape[0]
+    if len(set(sizes.values())) > 1:
+        counts = ", ".join(f"{n} of {key!r}" for key, n in sizes.items())
+        raise ValueError(f"the batch is of different numbers of images: {counts}")
+    kind_of(config).check_values(config, batch)
 
 
 def from_batch(

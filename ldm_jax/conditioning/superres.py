@@ -45,4 +45,5 @@ KIND = Kind(
     from_batch=_from_batch,
     concat_channels=lambda config, latent, image: image,
     check=check_factor,
+    instead={"image": "low_res"},
 )

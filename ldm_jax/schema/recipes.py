@@ -164,7 +164,8 @@ class LatentDiffusionConfig:
     """What a latent diffusion model is: all that sampling and export need beside the weights."""
 
     first_stage: FirstStageModelConfig = field(default_factory=AutoencoderKLConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
+    unet: UNetConfig | None = field(default_factory=UNetConfig)
+    """None: a first stage alone."""
     cond: CondConfig = None
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     size: int = 256

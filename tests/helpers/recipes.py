@@ -13,7 +13,7 @@ from ldm_jax.configs import tiny
 from ldm_jax.data import tokens
 from ldm_jax.models import autoencoder as autoencoder_model
 from ldm_jax.train import autoencoder, ldm
-from ldm_jax.train.frozen import first_stage, text_encoder
+from ldm_jax.train.frozen import Frozen, text_encoder
 
 # Where a gradient is zero but for rounding, Adam divides rounding by itself: a larger eps keeps
 # that out of comparisons between meshes.
@@ -88,7 +88,7 @@ def frozen(mesh, cond=None):
         )
     params = filled(shapes)
     placed = sharding.place(params, sharding.by_rules(params, sharding.RULES, mesh))
-    return first_stage.Frozen(module, placed["first_stage"], 0.8, config, placed.get("cond_stage"))
+    return Frozen(module, placed["first_stage"], 0.8, config, placed.get("cond_stage"))
 
 
 def start(config, mesh):

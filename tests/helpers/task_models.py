@@ -45,7 +45,7 @@ def make(cond, tokenizer=None, **changes) -> bundle.LatentDiffusion:
 
 def save(model, folder):
     """The model as a run directory in a folder of pytest's."""
-    saving.save(model, folder / "run", "ldm_jax")
+    saving.save(model, folder / "run", to="ldm_jax")
     return folder / "run"
 
 

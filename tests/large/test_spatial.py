@@ -47,7 +47,7 @@ def sampler(mesh=None):
     found = model(mesh)
     shape = (HEIGHT, WIDTH, tiny.LATENT)
     sample = sampling.make_sampler(found, shape=shape, steps=STEPS)
-    run = lambda params, keys: sample(params, COND, NULL, keys, 3.0)  # noqa: E731
+    run = lambda params, keys: sample(params, COND, keys, NULL, 3.0)  # noqa: E731
     out = None if mesh is None else sharding.image_sharding(mesh)
     params, keys = found.params, sampling.keys_of(0, range(1))
     if mesh is not None:

@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 def source(model, tmp_path_factory):
     """It as a run."""
     folder = tmp_path_factory.mktemp("convert") / "run"
-    saving.save(model, folder, "ldm_jax")
+    saving.save(model, folder, to="ldm_jax")
     return folder
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_overwritten_unasked(source, tmp_path, capsys):
 
 def test_a_failure_leaves_nothing(source, model, tmp_path, capsys):
     """A run whose tokenizer diffusers has no file for."""
-    saving.save(text_model.make(), tmp_path / "bytes", "ldm_jax")
+    saving.save(text_model.make(), tmp_path / "bytes", to="ldm_jax")
     assert run(tmp_path / "bytes", tmp_path / "out", "--to", "diffusers") == 1
     assert "a tokenizer of CLIP or BERT is needed" in capsys.readouterr().err
     assert {f.name for f in tmp_path.iterdir()} == {"bytes"}

@@ -114,7 +114,7 @@ def test_files_of_a_model_of_classes(ldm_run, photos, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_of_text_takes_prompts_and_sizes(photos, tmp_path):
-    saving.save(text_model.make(), tmp_path / "run", "ldm_jax")
+    saving.save(text_model.make(), tmp_path / "run", to="ldm_jax")
     flags = ["--images", photos / "0.png", photos / "2.png", "--height", 8, "--width", 12]
     flags += ["--prompt", "a disc", "--steps", 2, "--num-images", 2]
     assert sample("img2img", "--model", tmp_path / "run", "--out", tmp_path / "out", *flags) == 0

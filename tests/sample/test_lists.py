@@ -29,7 +29,7 @@ NAMES = (
 def run(tmp_path_factory):
     """A model of text as a run."""
     folder = tmp_path_factory.mktemp("lists") / "run"
-    saving.save(text_model.make(), folder, "ldm_jax")
+    saving.save(text_model.make(), folder, to="ldm_jax")
     return folder
 
 

@@ -72,8 +72,8 @@ def test_windows_are_blended_at_every_step(plain, run, whole, tmp_path):
     )  # fmt: skip
     cond, null = (Cond(label=np.full(1, i)) for i in (2, 3))
     draw = reference.quick_jit(sample)
-    expected = draw(plain.params, cond, null, sampling.keys_of(0, [1]), 1.5)
-    np.testing.assert_allclose(found[1:], expected, atol=1e-4)
+    expected = draw(plain.params, cond, sampling.keys_of(0, [1]), null, 1.5)
+    np.testing.assert_allclose(found[1:], expected / plain.latent_scale, atol=1e-4)
     assert np.abs(found - whole[0]).max() > 0.01
 
 
@@ -146,12 +146,12 @@ def test_maps_are_cut_like_the_image(maps, tmp_path):
     concat = onehot.reshape(1, 12, 2, 8, 2, 3).mean((2, 4))
     how = {"window": (8, 8), "stride": (4, 4)}
     sample = sampling.make_sampler(
-        model, shape=(12, 8, 4), steps=2, guided=False, decode=False,
+        model, shape=(12, 8, 4), steps=2, decode=False,
         wrap_model=lambda net: windows.windowed(net, **how),
     )  # fmt: skip
     draw = reference.quick_jit(sample)
-    expected = draw(model.params, Cond(concat=concat), None, sampling.keys_of(0, [0]), 1.0)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    expected = draw(model.params, Cond(concat=concat), sampling.keys_of(0, [0]), None, 1.0)
+    np.testing.assert_allclose(found, expected / model.latent_scale, atol=1e-4)
     assert (tmp_path / "out" / "00000_street_seed0.png").exists()
 
 

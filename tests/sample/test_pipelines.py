@@ -117,7 +117,7 @@ def test_levels(made, kind):
 def test_round_trip(made, tmp_path, kind):
     """Folder -> ours -> folder -> diffusers: the same bits."""
     folder, pipe = made(kind)
-    saving.save(loading.load(folder), tmp_path / "again", "diffusers")
+    saving.save(loading.load(folder), tmp_path / "again", to="diffusers")
     again = type(pipe).from_pretrained(tmp_path / "again")
     for name in ("unet", "vae", "vqvae", "text_encoder", "bert"):
         if getattr(pipe, name, None) is None:

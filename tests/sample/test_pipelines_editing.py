@@ -175,7 +175,7 @@ def drawn(model, start=0, init=None, mask=None, scale=SCALE, **options):
 
     @jax.jit
     def run(start):
-        return sample(model.params, cond, null, keys, scale, 0.0, noise(), start, init, mask)
+        return sample(model.params, cond, keys, null, scale, 0.0, noise(), start, init, mask)
 
     return images.to_uint8(run(start)).astype(int)
 

@@ -61,8 +61,9 @@ def test_the_context_is_the_query_and_its_neighbours(model, flags, photos, tmp_p
     cond = Cond(context=np.repeat(context, 2, axis=0))
     null = Cond(context=np.zeros_like(cond.context))
     keys = sampling.keys_of(0, range(4))
-    expected = draw(model.params, cond, null, keys, 5.0)
-    np.testing.assert_allclose(np.load(tmp_path / "latents.npy"), expected, atol=1e-4)
+    expected = draw(model.params, cond, keys, null, 5.0)
+    latents = model.latent_scale * np.load(tmp_path / "latents.npy")
+    np.testing.assert_allclose(latents, expected, atol=1e-4)
 
     kept = images.read_settings(tmp_path / "00002_c_seed0.png")
     assert kept["asked"] == "c.png"
@@ -100,10 +101,11 @@ def test_without_neighbours_the_text_stands_alone(model, flags, tmp_path):
     assert task_models.sample("retrieval", *flags, "--out", tmp_path, *asked) == 0
     towers = clip_folder.load(flags[3])
     context = unit(neighbours.embed_texts(towers, ["red"]))[:, None]
-    sample = sampling.make_sampler(model, shape=(8, 8, 4), steps=2, guided=False, decode=False)
+    sample = sampling.make_sampler(model, shape=(8, 8, 4), steps=2, decode=False)
     draw = reference.quick_jit(sample)
-    expected = draw(model.params, Cond(context=context), None, sampling.keys_of(0, [0]), 1.0)
-    np.testing.assert_allclose(np.load(tmp_path / "latents.npy"), expected, atol=1e-4)
+    expected = draw(model.params, Cond(context=context), sampling.keys_of(0, [0]), None, 1.0)
+    latents = model.latent_scale * np.load(tmp_path / "latents.npy")
+    np.testing.assert_allclose(latents, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_images_of_maps(model, run, tmp_path):
     assert made.shape == (8, 12, 3)
     arguments = (model.config.cond, model.cond_stage, model.params["cond_stage"])
     cond = conditioning.from_batch(*arguments, {"segmentation": IDS[None]})
-    draw = sampling.make_sampler(model, shape=(4, 6, 4), steps=2, guided=False)
-    image = reference.quick_jit(draw)(model.params, cond, None, sampling.keys_of(0, [1]), 1.0)
+    draw = sampling.make_sampler(model, shape=(4, 6, 4), steps=2)
+    image = reference.quick_jit(draw)(model.params, cond, sampling.keys_of(0, [1]), None, 1.0)
     expected = images.to_uint8(np.asarray(image))[0].astype(int)
     assert np.abs(made - expected).max() <= 1
 

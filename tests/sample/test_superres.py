@@ -55,8 +55,8 @@ def test_the_small_image_stands_beside_the_latent(plain, runs, small, tmp_path):
     assert task_models.sample("superres", *flags) == 0
     made = task_models.pixels(tmp_path / "00001_b_seed3.png")
     assert made.shape == (8, 12, 3)
-    draw = reference.quick_jit(sampling.make_sampler(plain, shape=(4, 6, 4), steps=2, guided=False))
-    image = draw(plain.params, Cond(concat=low[1:]), None, sampling.keys_of(3, [1]), 1.0)
+    draw = reference.quick_jit(sampling.make_sampler(plain, shape=(4, 6, 4), steps=2))
+    image = draw(plain.params, Cond(concat=low[1:]), sampling.keys_of(3, [1]), None, 1.0)
     expected = images.to_uint8(np.asarray(image))[0].astype(int)
     assert np.abs(made - expected).max() <= 1
     kept = images.read_settings(tmp_path / "00001_b_seed3.png")

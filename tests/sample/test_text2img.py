@@ -39,7 +39,7 @@ def model():
 def run(model, tmp_path_factory):
     """The model as a run directory."""
     folder = tmp_path_factory.mktemp("text") / "run"
-    saving.save(model, folder, "ldm_jax")
+    saving.save(model, folder, to="ldm_jax")
     return folder
 
 
@@ -75,7 +75,7 @@ def test_an_image_is_what_the_public_functions_give(made, model):
     arguments = (model.config.cond, model.cond_stage, model.params["cond_stage"], batch)
     cond, null = conditioning.from_batch(*arguments), conditioning.null_like(*arguments)
     draw = reference.quick_jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
-    image = draw(model.params, cond, null, sampling.keys_of(0, [2]), 7.5)
+    image = draw(model.params, cond, sampling.keys_of(0, [2]), null, 7.5)
     expected = images.to_uint8(np.asarray(image))[0].astype(int)
     assert np.abs(pixels(made / "00002_a_disc_seed0.png") - expected).max() <= 1
 
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line(run, ldm_run, model, tmp_path, capsys, flags, mes
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     if "{mute}" in flags:
-        saving.save(dataclasses.replace(model, tokenizer=None), tmp_path / "mute", "ldm_jax")
+        saving.save(dataclasses.replace(model, tokenizer=None), tmp_path / "mute", to="ldm_jax")
     places = {"tmp": tmp_path, "classes": ldm_run, "mute": tmp_path / "mute"}
     assert sample("--model", run, "--out", tmp_path / "out", *(f.format(**places) for f in flags))
     (line,) = capsys.readouterr().err.splitlines()

@@ -53,7 +53,7 @@ def drawn(model, labels, seeds):
     )
     keys = jax.numpy.concatenate([sampling.keys_of(seed, [0]) for seed in seeds])
     draw = reference.quick_jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
-    return images.to_uint8(np.asarray(draw(model.params, cond, null, keys, 1.5))).astype(int)
+    return images.to_uint8(np.asarray(draw(model.params, cond, keys, null, 1.5))).astype(int)
 
 
 def test_a_path_between_seeds_and_classes(classes, run, tmp_path):

@@ -55,9 +55,9 @@ def first_step(name: str, mesh: tuple = ()) -> Step:
     mesh = recipes.mesh_of(**dict(mesh))
     state, batch = recipes.start(config, mesh), recipes.batch_of(config, mesh, 0)
     step, key = recipes.step_of(config, mesh), jax.random.key(config.seed)
-    params = jax.eval_shape(lambda: (state.params, getattr(state, "disc_params", {}), step.args))
-    compiled = step.func.lower(*step.args, state, batch, key).compile()
-    state, metrics = compiled(*step.args, state, batch, key)
+    params = jax.eval_shape(lambda: (state.params, getattr(state, "disc_params", {}), step.frozen))
+    compiled = step.trace(state, batch, key).lower().compile()
+    state, metrics = compiled(step.frozen, state, batch, key)
     gradients = dict(_gradients(state.opt_state))
     if getattr(state, "disc_params", {}):
         gradients["discriminator"] = _gradients(state.disc_opt_state)
@@ -153,8 +153,8 @@ def test_a_step_sends_parameters_and_gradients_but_no_activations():
     mesh = recipes.mesh_of(data=2, fsdp=2)
     step, key = recipes.step_of(config, mesh), jax.random.key(config.seed)
     state, batch = recipes.start(config, mesh), recipes.batch_of(config, mesh, 0)
-    text = step.func.lower(*step.args, state, batch, key).compile().as_text()
-    assert_only_parameters_and_gradients(text, (state.params, step.args))
+    text = step.trace(state, batch, key).lower().compile().as_text()
+    assert_only_parameters_and_gradients(text, (state.params, step.frozen))
 
 
 @pytest.mark.slow

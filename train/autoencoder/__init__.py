@@ -1,8 +1,8 @@
-"""First stages: reconstruction, KL or codebook, LPIPS and a discriminator."""
+"""First stages: `loss` is the method, `loop` the recipe."""
 
-from ldm_jax.train.autoencoder.recipe import (
+from ldm_jax.train.autoencoder.loop import train
+from ldm_jax.train.autoencoder.loss import (
     DRAWS,
-    TRAIN,
     abstract_state,
     fresh,
     init_params,
@@ -10,12 +10,10 @@ from ldm_jax.train.autoencoder.recipe import (
     make_eval_step,
     make_loss,
     make_train_step,
-    train,
 )
 
 __all__ = [
     "DRAWS",
-    "TRAIN",
     "abstract_state",
     "fresh",
     "init_params",

@@ -2,18 +2,14 @@
 
 from jax.sharding import Mesh
 
-from ldm_jax import data, schema, sharding, train_state
+from ldm_jax import data, schema
 from ldm_jax.models import discriminator, lpips
-from ldm_jax.train.run import profiling
+from ldm_jax.train.run import startup
 
 
 def first_stage(config: schema.AutoencoderTrainConfig, stream: data.Stream, mesh: Mesh) -> None:
     """ValueError if config, data and mesh do not fit each other; it names the option."""
-    if config.steps < 1:
-        raise ValueError(f"--steps {config.steps}: give at least 1")
-    profiling.window(config.profile, config.steps)
-    sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    train_state.check_spikes(config.spikes)
+    startup.check(config, mesh)
     if config.model.in_channels != config.data.channels:
         raise ValueError(
             f"data.channels is {config.data.channels}, but model.in_channels is"

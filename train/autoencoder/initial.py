@@ -61,7 +61,7 @@ def _discriminator(
     if config.discriminator is None:
         return None, ""
     path, kind = loading.recognise(config.init_from)
-    if kind == "diffusers":
+    if kind in ("diffusers", "first_stage"):
         found, about = None, f"{path} is a diffusers folder, which holds none"
     else:
         found, about = _kept(path) if kind == "run" else _published(path)

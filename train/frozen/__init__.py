@@ -1,1 +1,5 @@
-"""What a diffusion model trains on and does not train: first stage, text encoder, tokenizer."""
+"""Parts that a diffusion model trains on and that do not train: first stage, text encoder."""
+
+from ldm_jax.train.frozen.parts import Found, Frozen, find, prepare
+
+__all__ = ["Found", "Frozen", "find", "prepare"]

@@ -1,6 +1,5 @@
 """The frozen first stage of a run: loaded once, kept in the run, its latent scale measured."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,26 +15,6 @@ from ldm_jax.runtime import rundir
 from ldm_jax.runtime.log import LOG
 
 SCALE = 0x5CA1E  # folded into the seed's key: draws of the posterior that the scale is measured on
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """A first stage that does not train, and the text encoder if that does not train either.
-
-    Both trees of parameters are arguments of the step.
-    """
-
-    module: Any
-    params: dict
-    scale: float
-    config: schema.FirstStageModelConfig
-    cond_stage: dict | None = None
-    """Parameters of a frozen text encoder."""
-
-    @property
-    def arguments(self) -> dict:
-        """{"first_stage", "cond_stage"}: what the step takes beside the state."""
-        return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
 
 
 def find(
@@ -87,8 +66,8 @@ def prepare(
     run: epath.Path,
     mesh: Mesh,
     stream: Any,
-) -> Frozen:
-    """What `find` found, placed on the mesh and kept in the run with the latent scale."""
+) -> tuple[Any, dict, float]:
+    """(module, placed parameters, latent scale) of what `find` gave; all kept in the run."""
     params, model = found
     rundir.write_frozen(run, "first_stage", params, model)
     module = autoencoder.from_config(
@@ -103,7 +82,7 @@ def prepare(
         known = scale_of(config, module, placed, mesh, stream)
         rundir.write_latents(run, known)
         LOG.info(f"latent scale {known['scale']:.5f} ({known['how']})")
-    return Frozen(module, placed, known["scale"], model)
+    return module, placed, known["scale"]
 
 
 def latent(
@@ -111,7 +90,7 @@ def latent(
 ) -> jax.Array:
     """Scaled latents of a batch of images, or of cached moments; `keys` as in `latents.encode`.
 
-    params: as `Frozen.arguments`; those of the first stage are not read for cached moments.
+    params: {"first_stage": parameters}; those of the first stage are not read for cached moments.
     """
     if "mean" not in batch:
         return latents.encode(module, params["first_stage"], batch["image"], scale, keys)

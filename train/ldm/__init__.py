@@ -1,24 +1,19 @@
-"""Latent diffusion on a frozen first stage."""
+"""Latent diffusion on a frozen first stage: `loss` is the method, `loop` the recipe."""
 
-from ldm_jax.train.ldm.recipe import (
+from ldm_jax.train.ldm.loop import check, train
+from ldm_jax.train.ldm.loss import (
     DRAWS,
-    NEEDS,
-    NEEDS_IMAGE,
     abstract_state,
-    check,
     init_params,
     init_state,
     make_eval_step,
     make_loss,
     make_train_step,
     modules,
-    train,
 )
 
 __all__ = [
     "DRAWS",
-    "NEEDS",
-    "NEEDS_IMAGE",
     "abstract_state",
     "check",
     "init_params",

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from ldm_jax import bundle, conditioning, data, latents, sampling, schema, sharding
 from ldm_jax.runtime import images, rundir
-from ldm_jax.train.frozen import first_stage
+from ldm_jax.train.frozen import Frozen
 
 
 def make(
     config: schema.LatentDiffusionTrainConfig,
-    frozen: first_stage.Frozen,
+    frozen: Frozen,
     mesh: Mesh,
     held_out: data.Stream,
     key: jax.Array,
@@ -35,9 +35,8 @@ def make(
         **bundle.kernels(mesh, config.attention),
     )
     guided = config.cond is not None and config.cond.dropout > 0 and config.sample_guidance != 1
-    sample = sampling.make_sampler(
-        model, shape=model.latent_shape, steps=config.sample_steps, guided=guided
-    )
+    sample = sampling.make_sampler(model, config.sample_steps)
+    scale = config.sample_guidance if guided else 1.0
     count = config.num_samples
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
@@ -50,7 +49,7 @@ def make(
         arguments = (config.cond, model.cond_stage, params["cond_stage"], batch, encode)
         null = conditioning.null_like(*arguments) if guided else None
         cond = conditioning.from_batch(*arguments)
-        return sample(params, cond, null, keys, config.sample_guidance)
+        return sample(params, cond, keys, null, scale)
 
     def draw(params: dict, path: epath.Path) -> None:
         batch = _conditions(config, held_out, count)
@@ -71,10 +70,9 @@ def make(
 def _conditions(
     config: schema.LatentDiffusionTrainConfig, held_out: data.Stream, count: int
 ) -> dict[str, np.ndarray]:
-    """What the grid is conditioned on: host arrays, the same in every process."""
-    if config.cond is None:
-        return {}
-    if isinstance(config.cond, schema.ClassCondConfig):
-        return {"label": np.arange(count, dtype=np.int32) % config.cond.num_classes}
-    rows = [held_out[i] for i in range(count)]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    """Batch of the grid's conditions: host arrays, the same in every process."""
+    batch = conditioning.kind_of(config.cond).in_turn(config.cond, count)
+    if batch is not None:
+        return batch
+    examples = [held_out[i] for i in range(count)]
+    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}

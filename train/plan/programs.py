@@ -27,7 +27,7 @@ from ldm_jax.models import unet as unets
 from ldm_jax.schema import serialize
 from ldm_jax.train import autoencoder as first_stages
 from ldm_jax.train import ldm
-from ldm_jax.train.frozen import first_stage, text_encoder
+from ldm_jax.train.frozen import Frozen, text_encoder
 from ldm_jax.train.plan import topologies
 
 
@@ -105,9 +105,10 @@ def first_stage_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Progr
         perceptual = by_rules(lpips.shapes(), mesh)
     state = sharding.with_shardings(*first_stages.abstract_state(config, mesh))
     step = first_stages.make_train_step(config, mesh, perceptual)
-    batch = {"image": row(config, mesh, *image_shape(config))}
+    image = (config.data.size, config.data.size, config.data.channels)
+    batch = {"image": examples(config, mesh, image, jnp.float32)}
     resident = {**of_state(state), "frozen": perceptual, "batch": batch}
-    return Program(step.func, (*step.args, state, batch, root_key(mesh)), resident)
+    return Program(step, (state, batch, root_key(mesh)), resident)
 
 
 def ldm_step(request: Request, mesh: Mesh) -> Program:
@@ -120,10 +121,10 @@ def ldm_step(request: Request, mesh: Mesh) -> Program:
     step = ldm.make_train_step(config, frozen, mesh)
     batch = abstract_batch(request, mesh)
     resident = {**of_state(state), "frozen": frozen.arguments, "batch": batch}
-    return Program(step.func, (*step.args, state, batch, root_key(mesh)), resident)
+    return Program(step, (state, batch, root_key(mesh)), resident)
 
 
-def abstract_frozen(request: Request, mesh: Mesh) -> first_stage.Frozen:
+def abstract_frozen(request: Request, mesh: Mesh) -> Frozen:
     """The frozen parts by shape."""
     config, model = request.config, request.first_stage
     module = autoencoder.from_config(
@@ -135,48 +136,24 @@ def abstract_frozen(request: Request, mesh: Mesh) -> first_stage.Frozen:
     encoder = None
     if not text_encoder.trains(config.cond):
         encoder = by_rules({"cond_stage": cond_shapes(config.cond)}, mesh)["cond_stage"]
-    return first_stage.Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
+    return Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
 
 
 def abstract_batch(request: Request, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The rows that the conditioning reads, and latents or images."""
+    """Arrays that the conditioning reads, and latents or images."""
     config, model = request.config, request.first_stage
     side = config.data.size // model.downsample
-    latent = (side, side, model.embed_dim)
-    low_res = (side, side, config.data.channels)
-    kinds = {
-        "image": image_shape(config),
-        "mean": (latent, jnp.float32),
-        "logvar": (latent, jnp.float32),
-        "label": ((), jnp.int32),
-        "segmentation": (image_shape(config)[0][:2], jnp.int32),
-        "mask": ((*image_shape(config)[0][:2], 1), jnp.float32),
-        "embedding": ((1, getattr(config.cond, "width", 0)), jnp.float32),
-        "depth": ((side, side, 1), jnp.float32),
-        "low_res": (low_res, jnp.float32),
-        "low_res_noise": (low_res, jnp.float32),
-        "noise_level": ((), jnp.int32),
-    }
-    parts = [config.cond]
-    if isinstance(config.cond, schema.HybridCondConfig):
-        parts = [config.cond.text, config.cond.concat]
-    needs = [ldm.NEEDS[type(cond)] for cond in parts if type(cond) in ldm.NEEDS]
-    if any(isinstance(cond, schema.UpscaleCondConfig) for cond in parts):
-        needs += ["low_res_noise", "noise_level"]
-    if not request.cached or any(isinstance(cond, ldm.NEEDS_IMAGE) for cond in parts):
-        needs.append("image")
-    elif isinstance(model, schema.AutoencoderKLConfig):
-        needs += ["mean", "logvar"]
-    else:
-        needs.append("mean")
-    batch = {}
-    for name in needs:
-        if name == "tokens":
-            encoder = next(cond.encoder for cond in parts if hasattr(cond, "encoder"))
-            kinds |= dict.fromkeys(("tokens", "null_tokens"), ((encoder.max_length,), jnp.int32))
-            batch["null_tokens"] = row(config, mesh, *kinds["null_tokens"])
-        batch[name] = row(config, mesh, *kinds[name])
-    return batch
+    image = (config.data.size, config.data.size, config.data.channels)
+    sizes = conditioning.Sizes(image, (side, side, model.embed_dim))
+    shapes = conditioning.example(config.cond, sizes)
+    latent = conditioning.Example(sizes.latent, jnp.float32)
+    if not request.cached:
+        shapes["image"] = conditioning.Example(image, jnp.float32)
+    elif "image" not in shapes:
+        shapes["mean"] = latent
+        if isinstance(model, schema.AutoencoderKLConfig):
+            shapes["logvar"] = latent
+    return {name: examples(config, mesh, *example) for name, example in shapes.items()}
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -197,7 +174,7 @@ def sampler(request: Request, mesh: Mesh) -> Program:
     shape = (request.height // model.downsample, request.width // model.downsample)
     shape = (*shape, model.embed_dim)
     guided = config.cond is not None and config.sample_guidance != 1
-    sample = sampling.make_sampler(net, shape=shape, steps=config.sample_steps, guided=guided)
+    sample = sampling.make_sampler(net, config.sample_steps, shape=shape)
 
     def run(params: dict, batch: dict, keys: jax.Array, scale: jax.Array) -> jax.Array:
         encode = functools.partial(
@@ -206,7 +183,7 @@ def sampler(request: Request, mesh: Mesh) -> Program:
         arguments = (config.cond, net.cond_stage, params["cond_stage"], batch, encode)
         cond = conditioning.from_batch(*arguments)
         null = conditioning.null_like(*arguments) if guided else None
-        return sample(params, cond, null, keys, scale, 0.0, batch.get("x_T"))
+        return sample(params, cond, keys, null, scale, 0.0, batch.get("x_T"))
 
     shapes = {
         "unet": jax.eval_shape(net.unet.init, jax.random.key(0), *unets.example_inputs(net.unet))[
@@ -261,13 +238,10 @@ def cond_shapes(cond: schema.CondConfig) -> dict:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def image_shape(config: schema.TrainConfig) -> tuple[tuple[int, int, int], Any]:
-    """Shape and type of a training image."""
-    return (config.data.size, config.data.size, config.data.channels), jnp.float32
-
-
-def row(config: schema.TrainConfig, mesh: Mesh, shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
-    """A batch of rows of a shape."""
+def examples(
+    config: schema.BaseTrainConfig, mesh: Mesh, shape: tuple, dtype: Any
+) -> jax.ShapeDtypeStruct:
+    """A batch of arrays of a shape."""
     dims = (config.batch_size, *shape)
     return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.batch_sharding(mesh))
 

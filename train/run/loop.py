@@ -1,4 +1,18 @@
-"""The loop of every recipe: step, log, evaluate, draw, save, until the last step or a signal."""
+"""The surroundings of a training loop: its clock, bar, watch, trace, signals and checkpoints.
+
+loop = Loop(config, run, mesh, stream, manager, state, started=time.time())
+train_step = loop.compile(step, state, root, plain_step)
+with loop:
+    for i, batch in loop.batches:
+        with loop.traced(i):
+            state, metrics = train_step(state, batch, root)
+        loop.made(i + 1, state, metrics)
+        stop = loop.stops(i + 1)
+        loop.save(i + 1, state, section, final=stop)
+        if stop:
+            break
+return loop.exit_code
+"""
 
 import contextlib
 import dataclasses
@@ -18,35 +32,7 @@ from ldm_jax.train.run.monitor import Monitor, compile_step
 from ldm_jax.train.run.watchdog import Watch
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a recipe hands to the loop."""
-
-    config: schema.TrainConfig
-    run: epath.Path
-    mesh: Mesh
-    root: jax.Array
-    """The run's root key."""
-    stream: data.Stream
-    manager: Manager
-    """Closed at the end, when the checkpoint under way is finished."""
-    train_step: Callable
-    """step(state, batch, root) -> (state, metrics): a partial of a jitted function."""
-    evaluate: Callable[[Any], dict[str, float]]
-    """evaluate(state) -> {"eval/NAME": value} over held-out images."""
-    draw: Callable[[dict, epath.Path], None]
-    """draw(params, path) writes a picture."""
-    model_step: Callable[[], Callable]
-    """Makes the `train_step` of the `plain` config, whose operations are the model's."""
-    started: float
-    """`time.time()` when this start began."""
-    section: Mapping[str, Any]
-    """Of the config what sampling needs, as JSON values: goes into snapshots."""
-    watch: Watch
-    """Told where the loop stands."""
-
-
-def plain(config: schema.TrainConfig) -> schema.TrainConfig:
+def plain(config: schema.BaseTrainConfig) -> schema.BaseTrainConfig:
     """The config without remat and kernels: its step counts no operation twice and all of them."""
     return dataclasses.replace(config, remat=False, attention="xla")
 
@@ -56,7 +42,7 @@ def averaged(state: Any) -> dict:
     return {**state.params, **state.ema_params}
 
 
-def ended(config: schema.TrainConfig, run: epath.Path, state: Any) -> bool:
+def ended(config: schema.BaseTrainConfig, run: epath.Path, state: Any) -> bool:
     """Whether `config.steps` are made already; says so."""
     if (step := int(state.step)) < config.steps:
         return False
@@ -64,99 +50,140 @@ def ended(config: schema.TrainConfig, run: epath.Path, state: Any) -> bool:
     return True
 
 
-def run(job: Job, state: Any, saved: int | None) -> int:
-    """Trains from `state`, whose last checkpoint is `saved`, to the end; returns an exit code."""
-    config, first = job.config, int(state.step)
-    rows = sharding.batch_sharding(job.mesh)
-    clock = goodput.Clock(job.started, _spent(job, saved))
-    profile = profiling.Profile(job.run, profiling.window(config.profile, config.steps), first)
-    with job.watch.doing("compiling"):
-        batch = data.global_batch(job.stream, first, rows)
-        train_step, work = compile_step(
-            job.train_step, state, batch, job.root, model_step=job.model_step
-        )
-    monitor = Monitor(job.run, first, config.steps, config.batch_size, clock, work)
-    monitor.skipped_steps = int(state.skips["count"])
-    with (
-        job.manager,  # on the way out, an error's too, the checkpoint under way is finished
-        stop.on_signal() as stopping,
-        data.prefetch(job.stream, first, rows) as batches,
-        contextlib.closing(profile),
-    ):
-        clock.begin()
-        for i, batch in clock.batches(job.watch.batches(batches)):
-            with profile.around(i):
-                state, metrics = train_step(state, batch, job.root)
-            clock.made = metrics["loss"]
-            step, last = i + 1, i + 1 == config.steps
-            job.watch.step(step)
-            job.manager.look()
-            log = due(config.intervals.log, step) or last
-            monitor.step(step, metrics, job.stream.bad_records, log=log)
-            stop.refuse_bad(monitor, config, job.manager)
-            if profile.ends(step):
-                with aside(job, monitor, "tracing", state):
-                    profile.close()
-            look(job, monitor, state, step, last)
-            interrupted = stopping(step)
-            if keep(job, monitor, state, step, last, interrupted):
-                job.watch.saved(step)
-            if last or interrupted:
-                break
-        if not last:
-            LOG.info(f"stopped at step {step}; run the same command again to go on")
-    monitor.flush()
-    stop.refuse_bad(monitor, config, job.manager)
-    monitor.close()
-    return 0 if last else cli.INTERRUPTED
-
-
-def due(interval: int, step: int) -> bool:
+def is_due(interval: int, step: int) -> bool:
     """Whether `step` is one of every `interval`; 0 is never."""
     return bool(interval) and step % interval == 0
 
 
-@contextlib.contextmanager
-def aside(job: Job, monitor: Monitor, what: str, state: Any) -> Iterator[None]:
-    """Inside is no training: it begins when the devices have made `state`, and counts apart."""
-    jax.block_until_ready(state.step)
-    monitor.catch_up()
-    with job.watch.doing(what), monitor.clock.aside():
-        yield
-    monitor.pause()
+class Loop:
+    """Everything around the steps of one start of a run; a context from the first to the last."""
+
+    def __init__(
+        self,
+        config: schema.BaseTrainConfig,
+        run: epath.Path,
+        mesh: Mesh,
+        stream: data.Stream,
+        manager: Manager,
+        state: Any,
+        *,
+        started: float,
+        watch: Watch | None = None,
+    ) -> None:
+        """`state`: that of the first step, new or from the last checkpoint of `manager`.
+
+        manager: closed at the end, when the checkpoint under way is finished.
+        started: `time.time()` when this start began.
+        watch: told where the loop stands.
+        """
+        self.config, self.run, self.mesh = config, run, mesh
+        self.stream, self.manager, self.first = stream, manager, int(state.step)
+        self.watch = watch or Watch()
+        self.clock = goodput.Clock(started, _spent(manager, self.first))
+        steps = profiling.window(config.profile, config.steps)
+        self.profile = profiling.Profile(run, steps, self.first)
+        self.skipped = int(state.skips["count"])
+        self.batches: Iterator[tuple[int, dict]] = iter(())
+        self.exit_code = cli.INTERRUPTED
+
+    def compile(self, step: Any, state: Any, root: jax.Array, model_step: Callable) -> Callable:
+        """`step` compiled ahead of the first batch. model_step() makes that of the `plain` config.
+
+        Its operations are the model's, which the monitor compares with the device's peak.
+        """
+        with self.watch.doing("compiling"):
+            batch = data.global_batch(self.stream, self.first, sharding.batch_sharding(self.mesh))
+            compiled, work = compile_step(step, state, batch, root, model_step=model_step)
+        config = self.config
+        self.monitor = Monitor(
+            self.run, self.first, config.steps, config.batch_size, self.clock, work
+        )
+        self.monitor.skipped_steps = self.skipped
+        return compiled
+
+    def __enter__(self) -> "Loop":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.manager)  # on an error's way out, too, the save is finished
+            self._stopping = stack.enter_context(stop.on_signal())
+            rows = sharding.batch_sharding(self.mesh)
+            batches = stack.enter_context(data.prefetch(self.stream, self.first, rows))
+            stack.enter_context(contextlib.closing(self.profile))
+            self._stack = stack.pop_all()
+        self.clock.begin()
+        self.batches = self.clock.batches(self.watch.batches(batches))
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._stack.__exit__(kind, error, traceback)
+        if kind is None:
+            self.monitor.flush()
+            stop.refuse_bad(self.monitor, self.config, self.manager)
+            self.monitor.close()
+
+    def traced(self, i: int) -> contextlib.AbstractContextManager:
+        """Around the step after `i` others: a trace, if it is in the window of --profile."""
+        return self.profile.around(i)
+
+    def made(self, step: int, state: Any, metrics: dict) -> None:
+        """After step number `step`; `metrics` are still on the device.
+
+        FloatingPointError after too many steps in a row that were skipped.
+        """
+        self.clock.made = metrics["loss"]
+        self.watch.step(step)
+        self.manager.look()
+        log = is_due(self.config.intervals.log, step) or step == self.config.steps
+        self.monitor.step(step, metrics, self.stream.bad_records, log=log)
+        stop.refuse_bad(self.monitor, self.config, self.manager)
+        if self.profile.ends(step):
+            with self.paused("tracing", state):
+                self.profile.close()
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether `what` of `config.intervals` is due; at the last step unless it is 0."""
+        interval = getattr(self.config.intervals, what)
+        return is_due(interval, step) or (step == self.config.steps and bool(interval))
+
+    @contextlib.contextmanager
+    def paused(self, what: str, state: Any) -> Iterator[None]:
+        """Begin when the devices have made `state`; the time inside does not count as steps."""
+        jax.block_until_ready(state.step)
+        self.monitor.catch_up()
+        with self.watch.doing(what), self.clock.aside():
+            yield
+        self.monitor.pause()
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Write metrics of an evaluation, aloud."""
+        self.monitor.write(step, values, aloud=True)
+
+    def stops(self, step: int) -> bool:
+        """Whether the loop ends with this step: the last one, or a signal. Ask once a step."""
+        interrupted = self._stopping(step)
+        if step == self.config.steps:
+            self.exit_code = 0
+        elif interrupted:
+            self.monitor.say(f"stopped at step {step}; run the same command again to go on")
+        return self.exit_code == 0 or interrupted
+
+    def save(self, step: int, state: Any, section: Mapping[str, Any], *, final: bool) -> None:
+        """Save a checkpoint and a snapshot where they are due; `final`: a checkpoint that may not
+        fail. `section` is the config of the model, as JSON values, which a snapshot holds."""
+        every = self.config.intervals
+        if is_due(every.save, step) or self.manager.again or final:
+            with self.paused("saving", state):
+                meta = rundir.meta(self.config, self.mesh)
+                meta["clock"] = self.clock.spent(orderly=final)
+                if checkpoint.save(self.manager, state, meta, final=final):
+                    self.watch.saved(step)
+                self.stream.agree()
+                self.monitor.flush()
+        if is_due(every.snapshot, step) or step == self.config.steps:
+            with self.paused("saving", state):
+                checkpoint.save_snapshot(self.run, step, averaged(state), section)
 
 
-def look(job: Job, monitor: Monitor, state: Any, step: int, last: bool) -> None:
-    """Evaluates and draws where an interval asks for it, and at the last step."""
-    every = job.config.intervals
-    if due(every.evaluate, step) or (last and every.evaluate):
-        with aside(job, monitor, "evaluating", state):
-            monitor.write(step, job.evaluate(state), aloud=True)
-    if due(every.sample, step) or (last and every.sample):
-        with aside(job, monitor, "drawing", state):
-            job.draw(averaged(state), rundir.sample_path(job.run, step))
-
-
-def keep(job: Job, monitor: Monitor, state: Any, step: int, last: bool, interrupted: bool) -> bool:
-    """Saves checkpoint and snapshot where they are due; whether there is a new checkpoint."""
-    every = job.config.intervals
-    final = last or interrupted
-    saves = due(every.save, step) or job.manager.again or final
-    if saves:
-        with aside(job, monitor, "saving", state):
-            spent = {"clock": monitor.clock.spent(orderly=final)}
-            meta = rundir.meta(job.config, job.mesh) | spent
-            saves = checkpoint.save(job.manager, state, meta, final=final)
-            job.stream.agree()
-            monitor.flush()
-    if due(every.snapshot, step) or last:
-        with aside(job, monitor, "saving", state):
-            checkpoint.save_snapshot(job.run, step, averaged(state), job.section)
-    return saves
-
-
-def _spent(job: Job, saved: int | None) -> dict[str, Any] | None:
-    """What the checkpoint says of the time until then; None in one of an older version."""
-    if saved is None:
-        return None
-    return checkpoint.read_meta(epath.Path(job.manager.directory) / str(saved)).get("clock")
+def _spent(manager: Manager, first: int) -> dict[str, Any] | None:
+    """The time until checkpoint `first`, as it says; None without one, or in an older version's."""
+    folder = epath.Path(manager.directory) / str(first)
+    return checkpoint.read_meta(folder).get("clock") if folder.exists() else None

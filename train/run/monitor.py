@@ -31,17 +31,16 @@ def compile_step(
 ) -> tuple[Callable, float]:
     """(`step` compiled ahead of the loop, operations of the model in one step); says what it costs.
 
-    step: partial of a jitted function. model_step(): the same without remat and with plain
+    step: as of `step.make_step`. model_step(): the same without remat and with plain
     attention, whose operations count where a peak is known to compare them with.
     """
     LOG.info("compiling the training step ...")
     start = time.perf_counter()
-    traced = step.func.trace(*step.args, *args)
+    traced = step.trace(*args)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     if model_step is not None and goodput.peak(jax.devices()[0]):
-        plain = model_step()
-        traced = plain.func.trace(*plain.args, *args)
+        traced = model_step().trace(*args)
     work = flops.count(traced.jaxpr)
     memory = compiled.memory_analysis()
     parts = [f"compiled in {seconds:.1f} s", f"{work / 1e9:.2f} GFLOP per step"]
@@ -49,7 +48,7 @@ def compile_step(
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         parts.append(f"{held / 2**20:.0f} MiB per device")
     LOG.info(", ".join(parts))
-    return lambda *rest: compiled(*step.args, *rest), work
+    return lambda *rest: compiled(step.frozen, *rest), work
 
 
 def summary_writer() -> type:

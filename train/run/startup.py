@@ -1,4 +1,4 @@
-"""What a run says when it starts: where it runs, how large it is, what each device holds."""
+"""The start of a run: checked, opened or resumed, and what it says of itself."""
 
 import dataclasses
 import importlib.metadata
@@ -8,11 +8,14 @@ import socket
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import data, schema, sharding
-from ldm_jax.runtime import log
+from ldm_jax import data, schema, sharding, train_state
+from ldm_jax.runtime import checkpoint, log, rundir
+from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
+from ldm_jax.train.run import logs, profiling
 from ldm_jax.train.run.monitor import count_parameters
 
 PARTS = {  # fields of a state, as the report sums them up
@@ -25,7 +28,33 @@ PARTS = {  # fields of a state, as the report sums them up
 }
 
 
-def report(config: schema.TrainConfig, mesh: Mesh, state: Any, stream: data.Stream) -> None:
+def check(config: schema.BaseTrainConfig, mesh: Mesh) -> None:
+    """ValueError for fields that every recipe has and that do not fit each other or the mesh."""
+    if config.steps < 1:
+        raise ValueError(f"--steps {config.steps}: give at least 1")
+    profiling.window(config.profile, config.steps)
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    train_state.check_spikes(config.spikes)
+
+
+def open_run(workdir: epath.PathLike, config: schema.BaseTrainConfig) -> epath.Path:
+    """The run at `workdir`, begun or gone on with; its log begins, and changes are said."""
+    run, changes = rundir.open_run(workdir, config)
+    logs.begin(run)
+    for change in changes:
+        LOG.info(f"changed on resume: {change}")
+    return run
+
+
+def resume(run: epath.Path, manager: Manager, shapes: Any, shardings: Any) -> Any | None:
+    """The state of the newest checkpoint, placed; None without one. Later metrics are dropped."""
+    state = checkpoint.resume(manager, sharding.with_shardings(shapes, shardings))
+    if state is not None:
+        rundir.drop_metrics_after(run, int(state.step))
+    return state
+
+
+def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.Stream) -> None:
     """Says it once; the log of every process also says what is its own."""
     trees = dict(state.params)
     if getattr(state, "disc_params", None):

@@ -2,16 +2,22 @@
 
 from ldm_jax.convert.diffusers.folder import (
     first_stage_scale,
+    first_stage_size,
+    is_first_stage,
     load,
     load_first_stage,
     load_text_encoder,
     load_unet,
+    save,
 )
 
 __all__ = [
     "first_stage_scale",
+    "first_stage_size",
+    "is_first_stage",
     "load",
     "load_first_stage",
     "load_text_encoder",
     "load_unet",
+    "save",
 ]

@@ -25,6 +25,8 @@ from ldm_jax.runtime.log import LOG
 
 __all__ = [
     "first_stage_scale",
+    "first_stage_size",
+    "is_first_stage",
     "load",
     "load_first_stage",
     "load_text_encoder",
@@ -108,6 +110,27 @@ def load_first_stage(
 def first_stage_scale(folder: epath.PathLike) -> float:
     """`scaling_factor` of a first stage: of its own folder, or of a pipeline's."""
     return _first_stage(_component(folder, "first_stage"))[1]
+
+
+def first_stage_size(folder: epath.PathLike) -> int:
+    """Side in pixels of the images that a first stage was trained on, as far as it says."""
+    folder = _component(folder, "first_stage")
+    config, _ = _first_stage(folder)
+    size = read_json(folder / "config.json").get("sample_size")
+    fits = type(size) is int and 0 < size <= 2**16 and size % config.downsample == 0
+    return size if fits else 256
+
+
+def is_first_stage(folder: epath.Path) -> bool:
+    """Whether a folder is that of a first stage alone."""
+    if not (folder / "config.json").exists():
+        return False
+    try:
+        return (
+            read_json(folder / "config.json").get("_class_name") in part_configs.FIRST_STAGE_CLASSES
+        )
+    except ValueError:
+        return False
 
 
 def load_text_encoder(

@@ -94,7 +94,7 @@ def test_a_concat_model_is_asked_with_the_held_out_images(condition, tmp_path):
     held = data.stream(config.data, batch_size=1, seed=0, split="eval")
     needed = {"image", "mask", "segmentation"} & set(held.spec)
     batch = {name: np.stack([held[i][name] for i in range(4)]) for name in needed}
-    sample = sampling.make_sampler(model, shape=model.latent_shape, steps=2, guided=False)
+    sample = sampling.make_sampler(model, shape=model.latent_shape, steps=2)
 
     @jax.jit
     def draw(params, batch, keys):
@@ -102,7 +102,7 @@ def test_a_concat_model_is_asked_with_the_held_out_images(condition, tmp_path):
             latents.encode, model.first_stage, params["first_stage"], scale=model.latent_scale
         )
         given = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
-        return sample(params, conditioning.from_batch(*given), None, keys, 1.0)
+        return sample(params, conditioning.from_batch(*given), keys, None, 1.0)
 
     expected = images.to_uint8(draw(model.params, batch, sampling.keys_of(0, np.arange(4))))
     with np.load(tmp_path / "out" / "samples.npz") as file:

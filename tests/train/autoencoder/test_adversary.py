@@ -49,7 +49,7 @@ def by_hand(config, step, state, batch):
     reconstruct = reconstruction.make(config, mesh)
     nll = reconstruction.make_nll(config)
     net = discriminator.from_config(config.discriminator)
-    key = jax.random.fold_in(jax.random.key(config.seed), autoencoder.TRAIN)
+    key = jax.random.fold_in(jax.random.key(config.seed), step.TRAIN)
     keys = train_state.step_keys(key, step, autoencoder.DRAWS)
     keys = {name: train_state.row_keys(k, config.batch_size) for name, k in keys.items()}
     image = batch["image"]

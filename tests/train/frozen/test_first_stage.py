@@ -11,8 +11,8 @@ from ldm_jax import loading, schema, train_state
 from ldm_jax.configs import tiny
 from ldm_jax.models import autoencoder
 from ldm_jax.runtime import rundir
+from ldm_jax.train import frozen as frozen_parts
 from ldm_jax.train import ldm
-from ldm_jax.train.frozen import first_stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,15 +43,15 @@ def test_a_stage_without_a_posterior_is_kept_and_trained_on(
     monkeypatch.setattr(loading, "load_first_stage", lambda path: vq())
     config, mesh = config_of(path, channels), recipes.mesh_of(data=4)
     stream = recipes.stream_of(config)
-    found = first_stage.find(config, tmp_path / "run")
-    ldm.check(config, found[1], stream, mesh)
+    found = frozen_parts.find(config, tmp_path / "run")
+    ldm.check(config, found.first_stage, stream, mesh)
     run, _ = rundir.open_run(tmp_path / "run", config)
-    frozen = first_stage.prepare(config, found, run, mesh, stream)
+    frozen = frozen_parts.prepare(config, run, mesh, stream, found)
 
     monkeypatch.setattr(loading, "load_first_stage", None)  # from now on the run has its own
     config = config_of("", channels)
     run = run.rename(tmp_path / "moved")
-    again = first_stage.prepare(config, first_stage.find(config, run), run, mesh, None)
+    again = frozen_parts.prepare(config, run, mesh, None)
     recipes.assert_same_bits(again.params, {} if path == "identity" else vq()[0])
     assert (again.config, again.scale) == (frozen.config, frozen.scale)
 
@@ -77,7 +77,7 @@ def test_another_stage_is_refused_in_a_run(tmp_path, monkeypatch):
     config, mesh = config_of("vq", 4), recipes.mesh_of(data=4)
     run, _ = rundir.open_run(tmp_path / "run", config)
     stream = recipes.stream_of(config)
-    first_stage.prepare(config, first_stage.find(config, run), run, mesh, stream)
+    frozen_parts.prepare(config, run, mesh, stream)
     with pytest.raises(ValueError, match=r"--first-stage\.path identity: is not the first stage"):
-        first_stage.find(config_of("identity", 4), run)
-    first_stage.find(config_of("elsewhere", 4), run)  # the same weights
+        frozen_parts.find(config_of("identity", 4), run)
+    frozen_parts.find(config_of("elsewhere", 4), run)  # the same weights

@@ -95,7 +95,7 @@ def test_captions_are_dropped_by_row_at_the_rate_of_the_config(name, monkeypatch
         seen["dropped"], seen["cond"] = arguments[-1], from_batch(*arguments)
         return seen["cond"]
 
-    monkeypatch.setattr(ldm.conditioning, "from_batch", spy)
+    monkeypatch.setattr(conditioning, "from_batch", spy)
     loss = ldm.make_loss(config, fixed, mesh)
     batch = recipes.batch_of(config, mesh, 0)
 

@@ -153,7 +153,7 @@ def test_the_condition_is_dropped_by_row_at_the_rate_of_the_config(monkeypatch):
             return seen["cond"]
 
         from_batch = conditioning.from_batch
-        monkeypatch.setattr(ldm.conditioning, "from_batch", spy)
+        monkeypatch.setattr(conditioning, "from_batch", spy)
         loss = ldm.make_loss(config, fixed, mesh)
         labels = np.arange(batch_size, dtype=np.int32) % 4
         batch = {"image": jnp.zeros((batch_size, 8, 8, 3)), "label": labels}
@@ -221,7 +221,7 @@ def poison(monkeypatch):
                     batch["image"] = jax.device_put(_spoiled(image), image.sharding)
                 return step, batch
 
-        monkeypatch.setattr(ldm.data, "prefetch", Poisoned)
+        monkeypatch.setattr(data, "prefetch", Poisoned)
 
     return spoil
 

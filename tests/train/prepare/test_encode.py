@@ -13,7 +13,7 @@ from two_processes import codes, logs, two
 from ldm_jax import data, schema, sharding, train_state
 from ldm_jax.configs import tiny
 from ldm_jax.data import cache
-from ldm_jax.train import ldm, main
+from ldm_jax.train import frozen, ldm, main
 from ldm_jax.train.frozen import first_stage
 from ldm_jax.train.prepare import encode
 
@@ -94,16 +94,17 @@ def test_a_loss_from_the_cache_is_a_loss_from_the_images(cached, first_stage_run
         config = config_of(first_stage_run, path)
         net = dataclasses.replace(config.unet, channel_mult=(1,), scale_shift_norm=True)
         config = dataclasses.replace(config, unet=net)
-        found = first_stage.find(config, tmp_path / "run")
-        frozen = first_stage.prepare(config, found, tmp_path / f"run{bool(path)}", mesh, stream)
+        found = frozen.find(config, tmp_path / "run")
+        run = tmp_path / f"run{bool(path)}"
+        fixed = frozen.prepare(config, run, mesh, stream, found)
         shapes, _ = ldm.abstract_state(config, mesh)
         params = recipes.filled(shapes.params)
         keys = train_state.step_keys(jax.random.key(1), 0, ldm.DRAWS)
         keys = {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()}
         batch = data.global_batch(stream, 3, sharding.batch_sharding(mesh))
-        loss = jax.jit(ldm.make_loss(config, frozen, mesh), static_argnums=3)
-        found = loss(frozen.arguments, params, {"batch": batch, "keys": keys}, True)[0]
-        values.append((frozen.scale, float(found)))
+        loss = jax.jit(ldm.make_loss(config, fixed, mesh), static_argnums=3)
+        found = loss(fixed.arguments, params, {"batch": batch, "keys": keys}, True)[0]
+        values.append((fixed.scale, float(found)))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused(cached, first_stage_run, tmp_path):
     )
     found = first_stage.find(config_of(first_stage_run), tmp_path)
     _, stream = streams(config, cached)
-    with pytest.raises(ValueError, match=r"SuperResCondConfig, which is made from the image"):
+    with pytest.raises(ValueError, match=r"low-resolution image, which is made from the image"):
         ldm.check(config, found[1], stream, recipes.mesh_of(data=1))
     with pytest.raises(ValueError, match="is no latent cache"):
         streams(config_of(first_stage_run), tmp_path)

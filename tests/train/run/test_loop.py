@@ -15,7 +15,6 @@ from ldm_jax import schema
 from ldm_jax.configs import tiny
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.train.run import loop, profiling, startup
-from ldm_jax.train.run.watchdog import Watch
 
 
 class OnDevice:
@@ -70,23 +69,30 @@ def alone(tmp_path, monkeypatch):
             steps=steps,
             intervals=schema.IntervalConfig(**{"log": 1, **off, **intervals}),
         )
-        job = loop.Job(
-            config=config,
-            run=rundir.epath.Path(tmp_path),
-            mesh=recipes.mesh_of(),
-            root=jax.random.key(0),
-            stream=mock.MagicMock(bad_records=0),
-            manager=mock.MagicMock(again=False),
-            train_step=step,
-            model_step=lambda: step,
-            started=0.0,
-            evaluate=lambda state: events.append(f"evaluate {int(state.step)}") or {},
-            draw=lambda params, path: events.append(f"draw {path.name}"),
-            section={},
-            watch=Watch(),
-        )
-        code = loop.run(job, State(jnp.int32(0), {"a": one}, {}, {"count": zero}), None)
-        return code, events
+        state = State(jnp.int32(0), {"a": one}, {}, {"count": zero})
+        manager = mock.MagicMock(again=False, directory=tmp_path / "checkpoints")
+        stream = mock.MagicMock(bad_records=0)
+        run = rundir.epath.Path(tmp_path)
+        around = loop.Loop(config, run, recipes.mesh_of(), stream, manager, state, started=0.0)
+        train_step = around.compile(step, state, jax.random.key(0), lambda: step)
+        with around:
+            for i, batch in around.batches:
+                with around.traced(i):
+                    state, metrics = train_step(state, batch, jax.random.key(0))
+                number = i + 1
+                around.made(number, state, metrics)
+                if around.due("evaluate", number):
+                    with around.paused("evaluating", state):
+                        events.append(f"evaluate {number}")
+                        around.evaluated(number, {})
+                if around.due("sample", number):
+                    with around.paused("drawing", state):
+                        events.append(f"draw {rundir.sample_path(run, number).name}")
+                stop = around.stops(number)
+                around.save(number, state, {}, final=stop)
+                if stop:
+                    break
+        return around.exit_code, events
 
     monkeypatch.setattr(loop, "compile_step", lambda *arguments, model_step: (step, 0.0))
     monkeypatch.setattr(loop.data, "prefetch", prefetch)

@@ -1,0 +1,1 @@
+"""Prompts: texts into what a model of text is conditioned on."""

@@ -1,0 +1,77 @@
+"""The frozen parts of a run at once: found, kept in the run, and placed on the mesh."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from ldm_jax import schema
+from ldm_jax.runtime import rundir
+from ldm_jax.train.frozen import first_stage, text_encoder
+
+
+class Found(NamedTuple):
+    """Frozen parts on the host, before anything of a run is written."""
+
+    params: dict
+    """Parameters of the first stage."""
+    first_stage: schema.FirstStageModelConfig
+    text: text_encoder.Text | None
+    """Tokenizer and text encoder; None for a model without text."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of `data.stream`, or None."""
+        return self.text and self.text.tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A first stage that does not train, and the text encoder if that does not train either.
+
+    Both trees of parameters are arguments of the step.
+    """
+
+    module: Any
+    params: dict
+    scale: float
+    config: schema.FirstStageModelConfig
+    cond_stage: dict | None = None
+    """Parameters of a frozen text encoder."""
+
+    @property
+    def arguments(self) -> dict:
+        """{"first_stage", "cond_stage"}: the first argument of a loss, beside the state."""
+        return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
+
+
+def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> Found:
+    """First stage, text encoder and tokenizer: from the run's `frozen/`, else from their paths.
+
+    Only reads. ValueError names a part that is missing, does not fit, or is another one than the
+    run was trained with.
+    """
+    text = text_encoder.find(config, workdir)
+    return Found(*first_stage.find(config, workdir), text)
+
+
+def prepare(
+    config: schema.LatentDiffusionTrainConfig,
+    workdir: epath.PathLike,
+    mesh: Mesh,
+    stream: Any,
+    found: Found | None = None,
+) -> Frozen:
+    """The frozen parts, kept in the run at `workdir` and placed on the mesh.
+
+    The latent scale is measured on `stream` if neither config nor run has it. `found` is what
+    `find` gave, looked for here by default; a run that is not there yet is begun.
+    """
+    found = find(config, workdir) if found is None else found
+    run, _ = rundir.open_run(workdir, config)
+    module, params, scale = first_stage.prepare(
+        config, (found.params, found.first_stage), run, mesh, stream
+    )
+    cond_stage = text_encoder.prepare(config, found.text, run, mesh)
+    return Frozen(module, params, scale, found.first_stage, cond_stage)
