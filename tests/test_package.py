@@ -21,6 +21,7 @@ def fresh(code: str) -> str:
         "import ldm_jax; print(ldm_jax.load.__name__)",
         "from ldm_jax import load; print(load.__name__)",
         "import ldm_jax.loading, ldm_jax.sample.main, ldm_jax; print(ldm_jax.load.__name__)",
+        "from ldm_jax import checkpoint, load; checkpoint.save; print(load.__name__)",
     ],
 )
 def test_load_is_a_function_whatever_was_imported_before(code):

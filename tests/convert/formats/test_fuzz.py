@@ -177,7 +177,7 @@ def test_any_opcodes(tmp_path, content):
 READ_ALL = """
 import resource, sys
 import numpy as np
-from ldm_jax.convert import files, torch_file
+from ldm_jax.convert.formats import files, torch_file
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found, _ = files.open_state_dict(sys.argv[1])

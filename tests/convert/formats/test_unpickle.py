@@ -236,6 +236,6 @@ def test_no_module_is_imported_for_a_name_in_a_pickle(tmp_path):
     """In a fresh process: a name in a file must not even load its module."""
     content = b"(ctorch.nn\nModule\n)\x81cantigravity_not\nThing\nt."
     path = save(tmp_path / "a", content)
-    code = "import sys; from ldm_jax.convert import torch_file; " \
+    code = "import sys; from ldm_jax.convert.formats import torch_file; " \
         f"torch_file.read({str(path)!r}); assert 'torch' not in sys.modules"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)
