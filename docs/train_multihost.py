@@ -12,30 +12,29 @@ import sys
 
 import jax
 
-from ldm_jax import data, schema, sharding
+from ldm_jax import checkpoint, data, schema, sharding, train_state
 from ldm_jax.configs import digits
-from ldm_jax.runtime import checkpoint, rundir
-from ldm_jax.train import ldm
-from ldm_jax.train.frozen import first_stage
+from ldm_jax.runtime import rundir
+from ldm_jax.train import frozen, ldm
+from ldm_jax.train.step import make_step
 
 
 def train(config: schema.LatentDiffusionTrainConfig, workdir: str) -> None:
-    """Trains until `config.steps`, saving every `config.intervals.save` steps."""
+    """Train until `config.steps`, saving every `config.intervals.save` steps."""
     mesh = sharding.make_mesh(config.mesh)  # all devices of all hosts
-    rows = sharding.batch_sharding(mesh)
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
-    run, _ = rundir.open_run(workdir, config)
-    frozen = first_stage.prepare(config, first_stage.find(config, run), run, mesh, stream)
+    fixed = frozen.prepare(config, workdir, mesh, stream)  # first stage, kept in the run
 
     key = jax.random.key(config.seed)
     fresh, _ = ldm.init_state(config, key, mesh)
-    manager = checkpoint.manager(run, config.max_to_keep)
+    manager = checkpoint.manager(workdir, config.max_to_keep)
     saved = checkpoint.resume(manager, fresh)  # onto this mesh, whatever it was saved from
     state = fresh if saved is None else saved
-    train_step = ldm.make_train_step(config, frozen, mesh)
+    tx, _ = train_state.make_optimizer(config.optimizer)  # or an optax transformation of yours
+    train_step = make_step(ldm.make_loss(config, fixed, mesh), tx, config, mesh)
 
-    first = int(state.step)
-    with data.prefetch(stream, first, rows) as batches:  # a host decodes its own rows only
+    first, place = int(state.step), sharding.batch_sharding(mesh)
+    with data.prefetch(stream, first, place) as batches:  # a host decodes its own examples only
         for i, batch in batches:
             if i == config.steps:
                 break
