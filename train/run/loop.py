@@ -163,7 +163,7 @@ class Loop:
         if step == self.config.steps:
             self.exit_code = 0
         elif interrupted:
-            self.monitor.say(f"stopped at step {step}; run the same command again to go on")
+            LOG.info(f"stopped at step {step}; run the same command again to go on")
         return self.exit_code == 0 or interrupted
 
     def save(self, step: int, state: Any, section: Mapping[str, Any], *, final: bool) -> None:
