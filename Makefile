@@ -17,7 +17,7 @@ help:
 	@echo '               STAGE=gan DEMO=runs/demo_gan: with a discriminator in the first stage'
 	@echo 'make test      the tests, without the slow ones'
 	@echo 'make test-all  every test'
-	@echo 'make lint      ruff: rules and format'
+	@echo 'make lint      ruff: rules and format; mypy: types of the public surface'
 	@echo 'PYTHON=python3.12 selects the interpreter, VENV=.venv-3.12 where its packages go'
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -42,3 +42,4 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from ldm_jax import conditioning, diffusion, latents, schema
 from ldm_jax.conditioning import Cond
@@ -33,7 +34,7 @@ class LatentDiffusion:
     params: Params
     """{"unet", "first_stage", "cond_stage"}; {} for a part without a module."""
     schedule: diffusion.Schedule
-    prediction: str
+    prediction: diffusion.Prediction
     """What the UNet predicts: "eps", "x0" or "v"."""
     latent_scale: float
     config: schema.LatentDiffusionConfig
@@ -115,7 +116,7 @@ def build(
     params: dict,
     latent_scale: float,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     attention: Callable | None = None,
     convolution: Callable = convolution.xla,
 ) -> LatentDiffusion:
@@ -123,11 +124,14 @@ def build(
 
     `attention` and `convolution` are those of `kernels` for the target devices.
     """
-    execution = {"dtype": dtype} | ({} if attention is None else {"attention": attention})
+    execution: dict[str, Any] = {"dtype": dtype}
+    if attention is not None:
+        execution["attention"] = attention
+    net = None
+    if config.unet is not None:
+        net = unet.from_config(config.unet, convolution=convolution, **execution)
     return LatentDiffusion(
-        unet=None
-        if config.unet is None
-        else unet.from_config(config.unet, convolution=convolution, **execution),
+        unet=net,
         first_stage=autoencoder.from_config(config.first_stage, **execution),
         cond_stage=conditioning.build(config.cond, dtype),
         params=params,
@@ -164,7 +168,7 @@ def model_config(
     )
 
 
-def bind(unet: Any, params: dict) -> Callable:
+def bind(unet: UNet, params: dict) -> Callable[[jax.Array, jax.Array, Cond], jax.Array]:
     """The UNet as model(x, t, cond) -> raw prediction; concat conditioning joins x's channels.
 
     Under guidance cond has n times the rows of x: rows n i to n i + n - 1 go with row i.
@@ -176,16 +180,16 @@ def bind(unet: Any, params: dict) -> Callable:
             x, t = blocks.rows_of(x, beside), blocks.rows_of(t, beside)
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
-        variables = {"params": params}
+        variables: dict[str, Any] = {"params": params}
         if cond.kv_cache is not None:
             variables["context"] = cond.kv_cache
-        out = unet.apply(variables, x, t, cond.context, cond.label)
+        out: Any = unet.apply(variables, x, t, cond.context, cond.label)
         return out.astype(jnp.float32)
 
     return model
 
 
-def with_kv_cache(net: Any, params: dict, cond: Cond) -> Cond:
+def with_kv_cache(net: UNet, params: dict, cond: Cond) -> Cond:
     """`cond` with the keys and values that the cross-attentions of a UNet make of its context.
 
     They depend on the context alone: made before a loop over levels, they stand outside of it in
@@ -204,6 +208,8 @@ def with_kv_cache(net: Any, params: dict, cond: Cond) -> Cond:
 def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None:
     """ValueError if the parts of a model do not fit each other, naming both numbers."""
     z, cond, net = config.first_stage.embed_dim, config.cond, config.unet
+    if net is None:
+        raise ValueError("the config has no unet: it is that of a first stage alone")
     extra = conditioning.concat_channels(cond, z, image_channels)
     if net.in_channels != z + extra:
         raise ValueError(
@@ -214,7 +220,7 @@ def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None
         raise ValueError(f"unet.out_channels is {net.out_channels}, but the latent has {z}")
     _check_context(cond, net)
     kind = conditioning.kind_of(cond)
-    kind.check(cond, config, "cond")
+    kind.check(cond, net, config.first_stage, "cond")
     if net.num_classes is not None and kind.label_ids(cond) is None:
         raise ValueError(
             f"unet.num_classes is {net.num_classes}, but the conditioning gives no label: set it"

@@ -110,8 +110,8 @@ def signal_and_noise(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.A
     if jnp.issubdtype(t.dtype, jnp.integer):
         alpha, sigma = _at(np.sqrt(table), t), _at(np.sqrt(1 - table), t)
     else:
-        log = log_alphas_cumprod(schedule).astype(np.float32)
-        log = jnp.interp(t, np.arange(len(table), dtype=np.float32), log)
+        known = log_alphas_cumprod(schedule).astype(np.float32)
+        log = jnp.interp(t, np.arange(len(table), dtype=np.float32), known)
         alpha, sigma = jnp.exp(0.5 * log), jnp.sqrt(-jnp.expm1(log))
     return append_dims(alpha, ndim), append_dims(sigma, ndim)
 
@@ -212,7 +212,9 @@ def x0_from_v(x, v, alpha, sigma):
     return alpha * x - sigma * v
 
 
-def target(prediction: Prediction, x0: jax.Array, noise: jax.Array, alpha, sigma) -> jax.Array:
+def target(
+    prediction: Prediction, x0: jax.Array, noise: jax.Array, alpha: Any, sigma: Any
+) -> jax.Array:
     """What a model of this prediction type is trained to return."""
     if prediction == "eps":
         return noise
@@ -221,7 +223,9 @@ def target(prediction: Prediction, x0: jax.Array, noise: jax.Array, alpha, sigma
     return v_from_eps(noise, x0, alpha, sigma)
 
 
-def to_denoised(prediction: Prediction, x: jax.Array, out: jax.Array, alpha, sigma) -> Denoised:
+def to_denoised(
+    prediction: Prediction, x: jax.Array, out: jax.Array, alpha: Any, sigma: Any
+) -> Denoised:
     """x0 and noise from the raw prediction; only x0 from eps divides by alpha."""
     if prediction == "eps":
         return Denoised(x0_from_eps(x, out, alpha, sigma), out)
@@ -315,7 +319,7 @@ def training_loss(
     loss = simple
     if config.min_snr_gamma is not None:
         loss *= _at(min_snr_weights(schedule, config.prediction, config.min_snr_gamma), t)
-    if config.learn_logvar:
+    if config.learn_logvar and logvar is not None:
         logvar_b = logvar[t.astype(jnp.int32)]
         loss = loss / jnp.exp(logvar_b) + logvar_b
         metrics["logvar"] = jnp.mean(logvar)

@@ -166,7 +166,9 @@ def last_kernel_gradient(features: jax.Array, cotangent: jax.Array) -> jax.Array
     return transposed(cotangent.astype(features.dtype))[0].astype(jnp.float32)
 
 
-def adaptive_weight(nll_grad: jax.Array, generator_grad: jax.Array, disc_weight: float):
+def adaptive_weight(
+    nll_grad: jax.Array, generator_grad: jax.Array, disc_weight: float
+) -> jax.Array:
     """Weight of the generator's loss, a scalar without a gradient.
 
     |nll_grad| / (|generator_grad| + 1e-4), at most 1e4, times `disc_weight`; both are gradients to

@@ -41,7 +41,9 @@ def key_of(seed: int) -> jax.Array:
     return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
-def levels_of(model: LatentDiffusion, steps: int, spacing: str | None) -> solvers.Levels:
+def levels_of(
+    model: LatentDiffusion, steps: int, spacing: solvers.Spacing | None
+) -> solvers.Levels:
     """The levels of `steps` steps: the model's own where the spacing is, or of another spacing."""
     own = model.config.sampling
     if spacing is None or spacing == own.spacing:
@@ -82,7 +84,7 @@ def make_sampler(
     *,
     shape: tuple[int, int, int] | None = None,
     solver: str | solvers.Solver = "ddim",
-    spacing: str | None = None,
+    spacing: solvers.Spacing | None = None,
     decode: bool = True,
     trace: Callable[[jax.Array, diffusion.Denoised], Any] | None = None,
     guidance_rescale: float = 0.0,
@@ -143,7 +145,7 @@ def make_sampler(
         raise ValueError(
             "the model is a first stage alone, which encodes and decodes but cannot sample"
         )
-    make_solver = _solver(solver)
+    unet, make_solver = model.unet, _solver(solver)
     shape = model.latent_shape if shape is None else shape
     levels = levels_of(model, steps, spacing) if levels is None else levels
     _check_guidance(guidance_rescale, guidance_interval, levels)
@@ -151,11 +153,11 @@ def make_sampler(
 
     def denoiser(params: dict, cond: Cond, null: Cond | None, guidance_scale: Any) -> Callable:
         """denoise(x, level) of one request."""
-        net = bind(model.unet, params["unet"])
+        net = bind(unet, params["unet"])
         net = net if wrap_model is None else wrap_model(net)
-        cond = with_kv_cache(model.unet, params["unet"], cond)
+        cond = with_kv_cache(unet, params["unet"], cond)
         if null is not None:
-            null = with_kv_cache(model.unet, params["unet"], null)
+            null = with_kv_cache(unet, params["unet"], null)
             predict = guidance.classifier_free(
                 net,
                 cond,
@@ -193,13 +195,15 @@ def make_sampler(
         if init is not None:
             x_T = noised(init, levels, start, x_T)
         if mask is not None:
+            if init is None:
+                raise ValueError("mask keeps `init` outside of it: give init too")
             noise = solvers.fresh_noise(_other(step_keys), shape)
             denoise = solvers.masked(denoise, init, mask, noise)
         out = solvers.sample(
             make_solver(eta), denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
         )
         latent, traced = out if trace is not None else (out, None)
-        if mask is not None:
+        if mask is not None and init is not None:
             latent = solvers.composite(latent, init, mask)
         result = model.decode(latent, params) if decode else latent
         return result if trace is None else (result, traced)

@@ -83,6 +83,8 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
 def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:
     """A run directory with a snapshot of step 0: config, first stage, text encoder, tokenizer."""
     section = model.config
+    if section.unet is None:
+        raise ValueError("the model is a first stage alone: formats are of whole models")
     text = schema.text_of(section.cond)
     config = schema.LatentDiffusionTrainConfig(
         data=schema.DataConfig(

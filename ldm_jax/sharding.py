@@ -111,7 +111,7 @@ def mesh_sizes(
             f"mesh {shown} does not fit {where}: the product of the sizes"
             f"{' without dcn_' if num_slices > 1 else ''} must be {each}, or leave one size at -1"
         )
-    return tuple(inner), tuple(outer)
+    return (inner[0], inner[1], inner[2]), (outer[0], outer[1], outer[2])
 
 
 def slices(devices: Iterable[jax.Device], process_is_slice: bool = False) -> list[list[jax.Device]]:

@@ -181,17 +181,17 @@ def keep_or_skip(
     mean takes in sound steps only, also while the policy is off, so that it may be switched on at
     any resume; a norm of 0, of a discriminator that has not started, is left out.
     """
-    norms, usual = jnp.stack(norms), old.skips["norms"]
-    sound = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
+    norms_n, usual = jnp.stack(norms), old.skips["norms"]
+    sound = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms_n))
     if config.factor:
         judged = usual["count"] >= config.warmup
-        sound &= ~jnp.any(judged & (norms > config.factor * usual["mean"]))
+        sound &= ~jnp.any(judged & (norms_n > config.factor * usual["mean"]))
     kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
 
-    taken = sound & (norms > 0)
+    taken = sound & (norms_n > 0)
     count = usual["count"] + taken
-    rate = jnp.maximum(1 - config.decay, 1 / jnp.maximum(count, 1).astype(norms.dtype))
-    mean = usual["mean"] + jnp.where(taken, rate * (norms - usual["mean"]), 0.0)
+    rate = jnp.maximum(1 - config.decay, 1 / jnp.maximum(count, 1).astype(norms_n.dtype))
+    mean = usual["mean"] + jnp.where(taken, rate * (norms_n - usual["mean"]), 0.0)
     return kept.replace(
         step=old.step + 1,
         bad_steps=jnp.where(sound, jnp.zeros_like(old.step), old.bad_steps + 1),
@@ -242,7 +242,7 @@ def _learning_rate(config: schema.OptimizerConfig) -> Callable[[Any], jax.Array]
             rate = rate * jnp.minimum(1.0, (n + 1) / warmup)
         if config.schedule == "constant":
             return rate
-        done = jnp.clip((n - warmup) / (decay - warmup), 0.0, 1.0)
+        done = jnp.clip((n - warmup) / ((decay or 0) - warmup), 0.0, 1.0)
         left = 0.5 * (1 + jnp.cos(jnp.pi * done)) if config.schedule == "cosine" else 1 - done
         return rate * (config.final_fraction + (1 - config.final_fraction) * left)
 

@@ -149,6 +149,9 @@ def _gradients(loss: Loss, config: schema.BaseTrainConfig, mesh: Mesh) -> Callab
         return sharding.data_parallel_gradients(gradients, mesh, dtype)
     if loss.gathers:
         return gradients
-    return lambda frozen, params, examples: gradients(
-        *sharding.all_gather((frozen, params), mesh), examples
-    )
+
+    def on_whole(frozen: Any, params: Any, examples: Examples) -> tuple[Any, dict]:
+        frozen, params = sharding.all_gather((frozen, params), mesh)
+        return gradients(frozen, params, examples)
+
+    return on_whole

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ldm_jax import schema
 from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes
@@ -17,7 +19,7 @@ def _ids(config: Config) -> int:
     return config.num_classes + config.null_class
 
 
-def _build(config: Config, dtype: Any, remat: bool) -> Any:
+def _build(config: Config, dtype: DTypeLike, remat: bool) -> nn.Module | None:
     if config.via == "label":
         return None
     return embedders.ClassEmbedder(_ids(config), config.embed_dim, dtype=dtype)
@@ -40,13 +42,15 @@ def _from_batch(
     return Cond(context=module.apply({"params": params}, label))
 
 
-def _check(config: Config, model: schema.LatentDiffusionConfig, at: str) -> None:
+def _check(
+    config: Config, unet: schema.UNetConfig, first_stage: schema.FirstStageModelConfig, at: str
+) -> None:
     if not config.null_class and config.dropout:
         raise ValueError(f"{at}.dropout is {config.dropout}, but {at}.null_class is False")
-    if config.via == "label" and model.unet.num_classes != _ids(config):
+    if config.via == "label" and unet.num_classes != _ids(config):
         kinds = "the classes and the null class" if config.null_class else "the classes"
         raise ValueError(
-            f"unet.num_classes is {model.unet.num_classes}: with {at}.via=label it must be"
+            f"unet.num_classes is {unet.num_classes}: with {at}.via=label it must be"
             f" {_ids(config)}, {kinds}"
         )
 

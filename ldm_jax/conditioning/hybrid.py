@@ -38,9 +38,11 @@ def join(kinds: Mapping[type, Kind]) -> Kind:
     def context_width(config: Config) -> tuple[str, int] | None:
         return "cond.text.encoder.width", config.text.encoder.width
 
-    def check(config: Config, model: schema.LatentDiffusionConfig, at: str) -> None:
+    def check(
+        config: Config, unet: schema.UNetConfig, first_stage: schema.FirstStageModelConfig, at: str
+    ) -> None:
         for kind, name in zip(parts(config), ("text", "concat"), strict=True):
-            kind.check(getattr(config, name), model, f"{at}.{name}")
+            kind.check(getattr(config, name), unet, first_stage, f"{at}.{name}")
 
     def check_values(config: Config, batch: Batch) -> None:
         for kind, part in zip(parts(config), (config.text, config.concat), strict=True):

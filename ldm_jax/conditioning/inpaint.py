@@ -19,6 +19,8 @@ def _example(config: Config, sizes: Sizes) -> dict[str, Example]:
 def _from_batch(
     config: Config, module: Any, params: dict, batch: Batch, encode: Encode | None, dropped: Dropped
 ) -> Cond:
+    if encode is None:
+        raise ValueError("a masked image is encoded: give from_batch the first stage's `encode`")
     return concat(masked_image(config, batch["image"], batch["mask"], encode), dropped)
 
 

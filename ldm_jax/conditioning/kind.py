@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ldm_jax import schema
 
@@ -17,13 +19,13 @@ Dropped = jax.Array | bool  # [B] bool or one bool: where the null condition rep
 class Cond(NamedTuple):
     """Conditioning of a batch; a kind that a model does not use is None."""
 
-    context: Any = None
+    context: jax.Array | None = None
     """[B, l, c] tokens for cross-attention."""
-    concat: Any = None
+    concat: jax.Array | None = None
     """[B, h, w, c] channels beside the noised latent."""
-    label: Any = None
+    label: jax.Array | None = None
     """[B] class ids or [B, v] vectors added to the time embedding."""
-    kv_cache: Any = None
+    kv_cache: Mapping[str, Any] | None = None
     """Keys and values that a UNet's layers make of `context`, [B, ...]: `bundle.with_kv_cache`."""
 
 
@@ -38,7 +40,7 @@ class Example(NamedTuple):
     """Shape and type of an array of a batch, without the batch axis."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Kind:
     """example(config, sizes) -> {name: Example} of all that a batch must hold."""
     from_batch: Callable[..., Cond]
     """from_batch(config, module, params, batch, encode, dropped) -> Cond, null where `dropped`."""
-    build: Callable[[Any, Any, bool], Any] = lambda config, dtype, remat: None
+    build: Callable[[Any, DTypeLike, bool], nn.Module | None] = lambda config, dtype, remat: None
     """build(config, dtype, remat) -> the module with the learned part, None without one."""
     module_input: Callable[[Any], tuple[int, ...]] = lambda config: (1,)
     """module_input(config): shape of the int32 array that initializes the module."""
@@ -61,8 +63,10 @@ class Kind:
     """concat_channels(config, latent channels, image channels): added to the latent's."""
     label_ids: Callable[[Any], int | None] = lambda config: None
     """label_ids(config): ids that `Cond.label` takes, None where the kind gives no label."""
-    check: Callable[[Any, schema.LatentDiffusionConfig, str], None] = lambda config, model, at: None
-    """check(config, model, field): ValueError if the rest of the model does not fit the kind."""
+    check: Callable[[Any, schema.UNetConfig, schema.FirstStageModelConfig, str], None] = (
+        lambda config, unet, first_stage, at: None
+    )
+    """check(config, unet, first_stage, field): ValueError if they do not fit the kind."""
     has_null: Callable[[Any], bool] = lambda config: True
     """has_null(config): there is a null condition, so that guidance is possible."""
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -79,6 +83,6 @@ def where_dropped(dropped: Dropped, null: jax.Array, given: jax.Array) -> jax.Ar
     return jnp.where(dropped.reshape(-1, *(1,) * (given.ndim - 1)), null, given)
 
 
-def concat(x: jax.Array, dropped: Dropped, label: Any = None) -> Cond:
+def concat(x: jax.Array, dropped: Dropped, label: jax.Array | None = None) -> Cond:
     """Cond of channels beside the latent, whose null is zeros."""
     return Cond(concat=where_dropped(dropped, jnp.zeros_like(x), x), label=label)

@@ -3,8 +3,10 @@
 import difflib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ldm_jax import schema
 from ldm_jax.conditioning import (
@@ -52,7 +54,9 @@ def name_of(config: schema.CondConfig) -> str:
     return kind_of(config).name(config)
 
 
-def build(config: schema.CondConfig, dtype: Any = jnp.float32, remat: bool = False) -> Any:
+def build(
+    config: schema.CondConfig, dtype: DTypeLike = jnp.float32, remat: bool = False
+) -> nn.Module | None:
     """The module with the learned part of a conditioning, or None if nothing of it is learned.
 
     `remat` recomputes the layers of a text encoder that trains in the backward pass.
@@ -97,7 +101,7 @@ def check_batch(config: schema.CondConfig, batch: Batch) -> None:
     """ValueError, in one sentence, for a batch that `from_batch` cannot read as it is meant."""
     name, sizes = name_of(config), {}
     for needed in needs(config):
-        instead = kind_of(config).instead.get(needed)
+        instead = kind_of(config).instead.get(needed, needed)
         key = instead if instead in batch else needed
         if key not in batch:
             close = difflib.get_close_matches(key, [n for n in batch if n not in needs(config)], 1)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ldm_jax import schema
 from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes, concat
@@ -11,11 +13,11 @@ from ldm_jax.models import embedders
 Config = schema.SemanticCondConfig
 
 
-def _build(config: Config, dtype: Any, remat: bool) -> Any:
+def _build(config: Config, dtype: DTypeLike, remat: bool) -> nn.Module | None:
     return None if config.out_channels is None else _rescaler(config, dtype)
 
 
-def _rescaler(config: Config, dtype: Any = jnp.float32) -> Any:
+def _rescaler(config: Config, dtype: DTypeLike = jnp.float32) -> Any:
     return embedders.SpatialRescaler(
         config.num_classes, config.stages, config.out_channels, dtype=dtype
     )
@@ -32,8 +34,10 @@ def _from_batch(
     return concat(module.apply({"params": params}, batch["segmentation"]), dropped)
 
 
-def _check(config: Config, model: schema.LatentDiffusionConfig, at: str) -> None:
-    down = model.first_stage.downsample
+def _check(
+    config: Config, unet: schema.UNetConfig, first_stage: schema.FirstStageModelConfig, at: str
+) -> None:
+    down = first_stage.downsample
     if 2**config.stages != down:
         raise ValueError(
             f"{at}.stages is {config.stages} (divides by {2**config.stages}), but the first stage"

@@ -29,9 +29,11 @@ def downsample(image: jax.Array, factor: int) -> jax.Array:
     return jnp.clip(small, -1, 1)
 
 
-def check_factor(config: Any, model: schema.LatentDiffusionConfig, at: str) -> None:
+def check_factor(
+    config: Any, unet: schema.UNetConfig, first_stage: schema.FirstStageModelConfig, at: str
+) -> None:
     """ValueError unless `config.factor` makes the image as small as the latent."""
-    down = model.first_stage.downsample
+    down = first_stage.downsample
     if config.factor != down:
         raise ValueError(
             f"{at}.factor is {config.factor}, but the first stage downsamples by {down}:"

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ldm_jax import schema
 from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes
@@ -12,7 +14,7 @@ from ldm_jax.models import bert, clip
 Config = schema.TextCondConfig | schema.LayoutCondConfig
 
 
-def _build(config: Config, dtype: Any, remat: bool) -> Any:
+def _build(config: Config, dtype: DTypeLike, remat: bool) -> nn.Module | None:
     if isinstance(config.encoder, schema.CLIPTextConfig):
         return clip.text_from_config(config.encoder, dtype=dtype)
     return bert.from_config(config.encoder, dtype=dtype, remat=remat)

@@ -27,9 +27,11 @@ def _from_batch(
     return concat(noised, dropped, level)
 
 
-def _check(config: Config, model: schema.LatentDiffusionConfig, at: str) -> None:
-    superres.check_factor(config, model, at)
-    ids = model.unet.num_classes
+def _check(
+    config: Config, unet: schema.UNetConfig, first_stage: schema.FirstStageModelConfig, at: str
+) -> None:
+    superres.check_factor(config, unet, first_stage, at)
+    ids = unet.num_classes
     if ids is None or ids <= config.max_noise_level:
         raise ValueError(
             f"unet.num_classes is {ids}: its label is the noise level, and"

@@ -100,8 +100,8 @@ def difference_from_defaults(config: Any) -> Any:
     values = {"class": type(config).__name__}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        made = f.default_factory is not dataclasses.MISSING
-        default = f.default_factory() if made else f.default
+        make: Any = f.default_factory
+        default = f.default if make is dataclasses.MISSING else make()
         if value != default:
             values[f.name] = difference_from_defaults(value)
     return values

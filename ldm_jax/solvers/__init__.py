@@ -18,6 +18,8 @@ The order is that of the error against the exact flow as steps shrink evenly in 
 a step from pure noise or to none always has one call.
 """
 
+from collections.abc import Callable
+
 import jax
 
 from ldm_jax.solvers.adams import deis, lms
@@ -27,13 +29,13 @@ from ldm_jax.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3
 from ldm_jax.solvers.euler import euler, euler_ancestral
 from ldm_jax.solvers.heun import heun
 from ldm_jax.solvers.kdpm2 import kdpm2
-from ldm_jax.solvers.levels import Levels, inverted, levels
+from ldm_jax.solvers.levels import Levels, Spacing, inverted, levels
 from ldm_jax.solvers.loop import Solver, sample
 from ldm_jax.solvers.masked import composite, fresh_noise, masked
 from ldm_jax.solvers.plms import plms
 from ldm_jax.solvers.unipc import unipc
 
-SOLVERS = {
+SOLVERS: dict[str, Callable[..., Solver]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "plms": plms,
@@ -54,6 +56,7 @@ __all__ = [
     "SOLVERS",
     "Levels",
     "Solver",
+    "Spacing",
     "composite",
     "fresh_noise",
     "inverted",

@@ -53,7 +53,8 @@ def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> 
     run was trained with.
     """
     text = text_encoder.find(config, workdir)
-    return Found(*first_stage.find(config, workdir), text)
+    params, model = first_stage.find(config, workdir)
+    return Found(params, model, text)
 
 
 def prepare(
