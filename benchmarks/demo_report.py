@@ -160,9 +160,7 @@ def draw(folder, model, held, decoded, generated, labels) -> None:
 def trajectory(model: ldm_jax.bundle.LatentDiffusion) -> np.ndarray:
     """What the model takes the image to be at ten of fifty steps, one row for each of 0..9."""
     trace = lambda x, denoised: denoised.x0  # noqa: E731
-    sample = sampling.make_sampler(
-        model, steps=50, trace=trace
-    )
+    sample = sampling.make_sampler(model, steps=50, trace=trace)
 
     @functools.partial(jax.jit)
     def run(params: dict, keys: jax.Array) -> jax.Array:

@@ -126,13 +126,13 @@ def sampler(model: bundle.LatentDiffusion, case: cases.Sampling) -> Callable:
         model,
         shape=(case.size, case.size, 4),
         steps=case.steps,
-        guided=case.guided,
         decode=False,
     )
 
     def from_arrays(params, x_T, context, null):
-        cond, null = Cond(context=context), Cond(context=null)
-        return sample(params, cond, keys, null, cases.GUIDANCE, x_T=x_T)
+        cond, null = Cond(context=context), Cond(context=null) if case.guided else None
+        scale = cases.GUIDANCE if case.guided else 1.0
+        return sample(params, cond, keys, null, scale, x_T=x_T) / model.latent_scale
 
     return from_arrays
 

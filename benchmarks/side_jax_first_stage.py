@@ -19,9 +19,8 @@ from ldm_jax.data import cache
 from ldm_jax.models import discriminator, lpips
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.schema import serialize
-from ldm_jax.train import autoencoder, ldm
+from ldm_jax.train import autoencoder, frozen, ldm, step
 from ldm_jax.train.autoencoder import adversary, reconstruction
-from ldm_jax.train.frozen import first_stage
 from ldm_jax.train.prepare import encode
 
 MESH = sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1])
@@ -67,10 +66,10 @@ def time_step(job: sides.Job, case: cases.TrainStep) -> tuple[dict, np.ndarray]:
     state = [autoencoder.init_state(config, ROOT, MESH)[0]]
     batch = {"image": jnp.asarray(case.images())}
     train_step = autoencoder.make_train_step(config, MESH, perceptual)
-    program, about = compiled(train_step.func, *train_step.args, state[0], batch, ROOT)
+    program, about = compiled(train_step, state[0], batch, ROOT)
 
     def run() -> list[float]:
-        state[0], metrics = program(*train_step.args, state[0], batch, ROOT)
+        state[0], metrics = program(train_step.frozen, state[0], batch, ROOT)
         jax.block_until_ready(state[0])
         return [float(metrics[name]) for name in cases.TERMS]
 
@@ -134,7 +133,7 @@ def write_tensors(job: sides.Job, case: cases.TrainStep | cases.Encode) -> None:
 
 def posterior_noise(batch: int, shape: tuple[int, ...]) -> dict[str, jax.Array]:
     """The recipe's noise of the posterior in the first steps: {"STEP/DRAW": [B, h, w, c]}."""
-    root = jax.random.fold_in(ROOT, autoencoder.TRAIN)
+    root = jax.random.fold_in(ROOT, step.TRAIN)
     return {
         f"{i}/{name}": diffusion.rowwise_normal(train_state.row_keys(key, batch), shape)
         for i in range(cases.COMPARED)
@@ -203,20 +202,20 @@ def time_latent_training(job: sides.Job, case: cases.LatentTraining) -> tuple[di
     stream = data.stream(
         config.data, batch_size=case.batch, seed=config.seed, cached=config.cache.path
     )
-    run, _ = rundir.open_run(sides.weights(job) / f"run_{job.variant}", config)
-    frozen = first_stage.prepare(config, first_stage.find(config, run), run, MESH, stream)
+    run = sides.weights(job) / f"run_{job.variant}"
+    fixed = frozen.prepare(config, run, MESH, stream)
     state = [ldm.init_state(config, ROOT, MESH)[0]]
-    train_step = ldm.make_train_step(config, frozen, MESH)
+    train_step = ldm.make_train_step(config, fixed, MESH)
     given = (state[0], data.global_batch(stream, 0, rows), ROOT)
-    program, about = compiled(train_step.func, *train_step.args, *given)
+    program, about = compiled(train_step, *given)
     with data.prefetch(stream, 0, rows) as batches:
 
-        def step() -> float:
+        def one_step() -> float:
             _, batch = next(batches)
-            state[0], metrics = program(*train_step.args, state[0], batch, ROOT)
+            state[0], metrics = program(train_step.frozen, state[0], batch, ROOT)
             return float(metrics["loss"])  # waits
 
-        figures, losses = sides.measure(step, job.seconds, LEAST)
+        figures, losses = sides.measure(one_step, job.seconds, LEAST)
     return {"parts": {"run": figures | about}}, np.array(losses)
 
 
