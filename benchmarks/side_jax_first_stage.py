@@ -103,7 +103,7 @@ def time_pieces(
         once = jax.jit(jax.value_and_grad(function))
         return sides.measure(lambda: jax.block_until_ready(once(*args)), 0.0)[0]
 
-    keys, stats = train_state.row_keys(ROOT, config.batch_size), state.disc_stats["batch_stats"]
+    keys, stats = train_state.example_keys(ROOT, config.batch_size), state.disc_stats["batch_stats"]
     figures = (
         measured(whole, state.params["autoencoder"], image, keys),
         measured(perceived, other, perceptual, image),
@@ -135,7 +135,7 @@ def posterior_noise(batch: int, shape: tuple[int, ...]) -> dict[str, jax.Array]:
     """The recipe's noise of the posterior in the first steps: {"STEP/DRAW": [B, h, w, c]}."""
     root = jax.random.fold_in(ROOT, step.TRAIN)
     return {
-        f"{i}/{name}": diffusion.rowwise_normal(train_state.row_keys(key, batch), shape)
+        f"{i}/{name}": diffusion.rowwise_normal(train_state.example_keys(key, batch), shape)
         for i in range(cases.COMPARED)
         for name, key in train_state.step_keys(root, i, ("encode", "disc_encode")).items()
     }

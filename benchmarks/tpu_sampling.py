@@ -98,7 +98,7 @@ def run_case(batch: str, name: str, keep: Path, former: Path | None) -> dict:
     return found
 
 
-def rows_of(batch: str) -> tuple[int, int]:
+def repeat_for(batch: str) -> tuple[int, int]:
     """Rows of x and of the context."""
     x, _, context = batch.partition(":")
     return int(x), int(context or x)
@@ -186,7 +186,7 @@ def shapes_of(mesh, params, batch: str, latent: tuple[int, ...]):
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-    rows, contexts = (n * mesh.size for n in rows_of(batch))
+    rows, contexts = (n * mesh.size for n in repeat_for(batch))
     return (
         jax.tree.map(lambda x: shape(x.shape, jnp.bfloat16), params),
         shape((rows, *latent), jnp.bfloat16, "data"),
@@ -283,7 +283,7 @@ def table_row(row: dict, found: tpu_cost.Estimate) -> str:
     return (
         f"| {row['batch']} | {row['attention']} | {1e3 * found.seconds:.1f}"
         f" | {100 * found.utilization(row['operations'], CHIP):.1f} %"
-        f" | {row['operations'] / rows_of(row['batch'])[0] / 1e9:.1f}"
+        f" | {row['operations'] / repeat_for(row['batch'])[0] / 1e9:.1f}"
         f" | {row['arguments'] / 1e9:.2f} + {row['temporaries'] / 1e9:.2f}"
         f" | {sources} | {1e3 * found.hidden_copies:.1f} | {row['at']} |"
     )

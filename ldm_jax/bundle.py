@@ -177,7 +177,7 @@ def bind(unet: UNet, params: dict) -> Callable[[jax.Array, jax.Array, Cond], jax
     def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         beside = cond.concat if cond.concat is not None else cond.label
         if beside is not None and len(beside) != len(x):  # for the context the UNet repeats
-            x, t = blocks.rows_of(x, beside), blocks.rows_of(t, beside)
+            x, t = blocks.repeat_for(x, beside), blocks.repeat_for(t, beside)
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
         variables: dict[str, Any] = {"params": params}

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from ldm_jax import schema
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+BATCH = ("data", "fsdp")
 """Axes that the batch is split over."""
 # A parameter with more bytes is replicated under fsdp only if its rule has no spec but P().
 LARGEST_COPY = 2**20
@@ -204,12 +204,12 @@ def image_sharding(mesh: Mesh) -> NamedSharding:
     B must be a multiple of the former, h of the latter; a multiple of `space` times the model's
     coarsest downsampling also splits its inner levels evenly.
     """
-    return NamedSharding(mesh, P(ROWS, "space"))
+    return NamedSharding(mesh, P(BATCH, "space"))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (axis 0) over `data` and `fsdp`; replicated over `tensor`."""
-    return NamedSharding(mesh, P(ROWS))
+    return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -279,10 +279,10 @@ def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -
 def all_gather(params: Any, mesh: Mesh) -> Any:
     """Traced parameters whole along fsdp: what a model is given, wherever it trains or samples.
 
-    A device then computes its own rows, and only parameters and gradients travel. Left to itself
-    the compiler splits a layer as its kernel is: it sends the rows of the whole batch to the shards
-    (all of a text encoder's), or feature maps around in rings; benchmarks/README.md has what this
-    costs on TPUs.
+    A device then computes its own examples, and only parameters and gradients travel. Left to
+    itself the compiler splits a layer as its kernel is: it sends the examples of the whole batch to
+    the shards (all of a text encoder's), or feature maps around in rings; benchmarks/README.md has
+    what this costs on TPUs.
     """
     if mesh.shape["fsdp"] == 1:
         return params
@@ -297,46 +297,46 @@ def all_gather(params: Any, mesh: Mesh) -> Any:
 def data_parallel_gradients(
     gradients: Callable[..., tuple[Any, Any]], mesh: Mesh, dtype: DTypeLike = "float32"
 ) -> Callable[..., tuple[Any, Any]]:
-    """`gradients(frozen, params, rows) -> (mean gradient, mean metrics)`, by devices on their own.
+    """`gradients(frozen, params, examples) -> (mean gradient, mean metrics)`, on each device.
 
-    Every device is given whole parameters and its part of the rows, and sums nothing with others
+    Every device is given whole parameters and its part of the batch, and sums nothing with others
     until it is done: parameters travel once, in, and gradients once, out in `dtype`, however many
     microbatches there are; compilers left to themselves send gradients after every microbatch.
     A device is sent the shards that it keeps, half of what an all-reduce sends, but where a TPU
     compiler makes one again (it does for all devices of a program). The price: each holds whole
     gradients.
 
-    What is drawn or normalized for a row may not depend on the rows of other devices. `frozen` and
-    `params` are laid out by `RULES`, and so is the gradient; `tensor` is left to the compiler.
+    What is drawn or normalized for an example may not depend on those of other devices. `frozen`
+    and `params` are laid out by `RULES`, and so is the gradient; `tensor` is left to the compiler.
     """
-    devices = math.prod(mesh.shape[axis] for axis in ROWS)
+    devices = math.prod(mesh.shape[axis] for axis in BATCH)
     if devices == 1:
         return gradients
 
-    def of_all(frozen: Any, params: Any, rows: Any) -> tuple[Any, Any]:
+    def of_all(frozen: Any, params: Any, examples: Any) -> tuple[Any, Any]:
         given = (frozen, params)
         cuts = jax.tree.map(lambda s: _cut(s.spec), by_rules(given, RULES, mesh))
         specs = jax.tree.map(lambda cut: P(*[None] * cut, "fsdp") if cut >= 0 else P(), cuts)
         split = jax.shard_map(
             functools.partial(of_own, cuts),
             mesh=mesh,
-            in_specs=(specs, P(ROWS)),
+            in_specs=(specs, P(BATCH)),
             out_specs=(specs[1], P()),
-            axis_names=set(ROWS),
+            axis_names=set(BATCH),
             check_vma=False,
         )
-        return split(given, rows)
+        return split(given, examples)
 
-    def of_own(cuts: Any, given: Any, rows: Any) -> tuple[Any, Any]:
-        grads, metrics = gradients(*jax.tree.map(whole, given, cuts), rows)
-        return jax.tree.map(mean, grads, cuts[1]), jax.lax.pmean(metrics, ROWS)
+    def of_own(cuts: Any, given: Any, examples: Any) -> tuple[Any, Any]:
+        grads, metrics = gradients(*jax.tree.map(whole, given, cuts), examples)
+        return jax.tree.map(mean, grads, cuts[1]), jax.lax.pmean(metrics, BATCH)
 
     def whole(shard: jax.Array, cut: int) -> jax.Array:
         return shard if cut < 0 else jax.lax.all_gather(shard, "fsdp", axis=cut, tiled=True)
 
     def mean(grad: jax.Array, cut: int) -> jax.Array:
         if cut < 0:
-            return jax.lax.pmean(grad, ROWS)
+            return jax.lax.pmean(grad, BATCH)
         sent = grad.astype(dtype)
         shard = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=cut, tiled=True)
         return jax.lax.psum(shard, "data").astype(grad.dtype) / devices

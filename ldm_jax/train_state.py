@@ -100,8 +100,8 @@ def step_keys(key: jax.Array, step: jax.Array | int, names: Sequence[str]) -> di
     return {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names}
 
 
-def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
-    """[B] keys: that of row r is a function of `key` and r alone, on every mesh."""
+def example_keys(key: jax.Array, batch_size: int) -> jax.Array:
+    """[B] keys: that of example r is a function of `key` and r alone, on every mesh."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
 
 
@@ -109,50 +109,56 @@ def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
 
 
 def gradients(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]], params: Any, rows: Any, accumulate: int
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]],
+    params: Any,
+    examples: Any,
+    accumulate: int,
 ) -> tuple[Any, dict]:
-    """(gradient, metrics with "loss") of `loss_fn(params, rows) -> (mean loss, metrics)`.
+    """(gradient, metrics with "loss") of `loss_fn(params, examples) -> (mean loss, metrics)`.
 
-    `rows` is any tree of [B, ...] arrays (typed keys too). Microbatch a holds rows a::accumulate,
-    so that a batch split over devices in blocks is cut inside every block and no row changes its
-    device. Gradient and metrics are means over the microbatches, which are equally large; but what
-    `metrics` holds under "rows", [B / accumulate, ...] arrays, comes back as [B, ...].
+    `examples` is any tree of [B, ...] arrays (typed keys too). Microbatch a holds those numbered
+    a::accumulate, so that a batch split over devices in blocks is cut inside every block and no
+    example changes its device. Gradient and metrics are means over the microbatches, which are
+    equally large; but what `metrics` holds under "examples", [B / accumulate, ...] arrays, comes
+    back as [B, ...].
     ValueError if B is not a multiple of `accumulate`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def one(rows: Any) -> tuple[Any, dict]:
-        (loss, metrics), grads = grad_fn(params, rows)
+    def one(examples: Any) -> tuple[Any, dict]:
+        (loss, metrics), grads = grad_fn(params, examples)
         return grads, {**metrics, "loss": loss}
 
     if accumulate == 1:
-        return one(rows)
-    for leaf in jax.tree.leaves(rows):
+        return one(examples)
+    for leaf in jax.tree.leaves(examples):
         if accumulate < 1 or leaf.shape[0] % accumulate:
             raise ValueError(
-                f"a batch of {leaf.shape[0]} rows cannot be cut into {accumulate} microbatches:"
+                f"a batch of {leaf.shape[0]} examples cannot be cut into {accumulate} microbatches:"
                 " change batch_size or accumulate"
             )
-    cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), rows)
+    cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), examples)
 
     def microbatch(a: jax.Array | int) -> Any:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, a, 1, keepdims=False), cut)
 
-    def parts(rows: Any) -> tuple[Any, Any]:
-        grads, metrics = one(rows)
-        return (grads, {n: m for n, m in metrics.items() if n != "rows"}), metrics.get("rows", {})
+    def parts(examples: Any) -> tuple[Any, Any]:
+        grads, metrics = one(examples)
+        return (grads, {n: m for n, m in metrics.items() if n != "examples"}), metrics.get(
+            "examples", {}
+        )
 
     def add(total: Any, a: jax.Array) -> tuple[Any, Any]:
-        found, by_row = parts(microbatch(a))
-        return jax.tree.map(jnp.add, total, found), by_row
+        found, by_example = parts(microbatch(a))
+        return jax.tree.map(jnp.add, total, found), by_example
 
     shapes, _ = jax.eval_shape(lambda: parts(microbatch(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, by_row = jax.lax.scan(add, zeros, jnp.arange(accumulate))
+    total, by_example = jax.lax.scan(add, zeros, jnp.arange(accumulate))
     grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
-    if jax.tree.leaves(by_row):  # [accumulate, B / accumulate, ...]
-        metrics["rows"] = jax.tree.map(
-            lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), by_row
+    if jax.tree.leaves(by_example):  # [accumulate, B / accumulate, ...]
+        metrics["examples"] = jax.tree.map(
+            lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), by_example
         )
     return grads, metrics
 

@@ -183,7 +183,10 @@ def test_step_keys_depend_on_key_step_and_their_own_name():
 
 def test_row_keys_depend_on_the_row_alone():
     key = jax.random.key(7)
-    small, large = data_of(train_state.row_keys(key, 3)), data_of(train_state.row_keys(key, 8))
+    small, large = (
+        data_of(train_state.example_keys(key, 3)),
+        data_of(train_state.example_keys(key, 8)),
+    )
     assert small == large[:3]
     assert len({tuple(k) for k in large}) == 8
 
@@ -206,7 +209,7 @@ def make_rows(batch):
     return {
         "image": rng.normal(size=(batch, 4)).astype(np.float32),
         "label": rng.integers(0, 2, batch),
-        "keys": train_state.row_keys(jax.random.key(1), batch),
+        "keys": train_state.example_keys(jax.random.key(1), batch),
     }
 
 
@@ -235,12 +238,12 @@ def test_microbatch_a_holds_rows_a_modulo_accumulate():
 def test_what_belongs_to_rows_comes_back_in_their_order(accumulate):
     def products(params, rows):
         by_row = {"double": 2 * rows, "row": rows.astype(jnp.int32)}
-        return params * jnp.prod(rows), {"largest": jnp.max(rows), "rows": by_row}
+        return params * jnp.prod(rows), {"largest": jnp.max(rows), "examples": by_row}
 
     x = np.arange(1, 7, dtype=np.float32)
     _, metrics = jax.jit(lambda x: train_state.gradients(products, 1.0, x, accumulate))(x)
-    np.testing.assert_array_equal(metrics["rows"]["double"], 2 * x)
-    np.testing.assert_array_equal(metrics["rows"]["row"], x.astype(int))
+    np.testing.assert_array_equal(metrics["examples"]["double"], 2 * x)
+    np.testing.assert_array_equal(metrics["examples"]["row"], x.astype(int))
     assert float(metrics["largest"]) == {1: 6, 3: (4 + 5 + 6) / 3}[accumulate]
 
 

@@ -129,7 +129,7 @@ def with_keys(
     keys = train_state.step_keys(key, step, draws)
     return {
         "batch": batch,
-        "keys": {name: train_state.row_keys(k, batch_size) for name, k in keys.items()},
+        "keys": {name: train_state.example_keys(k, batch_size) for name, k in keys.items()},
     }
 
 

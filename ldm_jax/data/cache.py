@@ -62,7 +62,7 @@ class CacheSource:
         return f"record {index} of {self.path}"
 
 
-def to_row(
+def to_example(
     record: dict[str, Any], flip: bool, rng: np.random.Generator | None
 ) -> dict[str, np.ndarray]:
     """mean and logvar float32 [h, w, z], maps as from `transforms.to_arrays`.
@@ -73,17 +73,17 @@ def to_row(
     view = int(rng.integers(views)) if rng is not None and views > 1 else 0
     # after a single view this is the first draw, as it is after a centre crop
     mirrored = bool(flip and flips > 1 and rng is not None and rng.random() < 0.5)
-    row = {
+    example = {
         name: record[name][view, int(mirrored)].astype(np.float32)
         for name in MOMENTS
         if name in record
     }
     turn = (lambda a: a[:, ::-1].copy()) if mirrored else (lambda a: a)
     if "segmentation" in record:
-        row["segmentation"] = turn(record["segmentation"][view]).astype(np.int32)
+        example["segmentation"] = turn(record["segmentation"][view]).astype(np.int32)
     if "mask" in record:
-        row["mask"] = turn(record["mask"][view]).astype(np.float32)[..., None]
-    return row
+        example["mask"] = turn(record["mask"][view]).astype(np.float32)[..., None]
+    return example
 
 
 # --- cache.json -----------------------------------------------------------------------------------

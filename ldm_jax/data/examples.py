@@ -1,6 +1,6 @@
-"""The endless stream of training rows: row i is a function of (seed, i) alone.
+"""The endless stream of training examples: example i is a function of (seed, i) alone.
 
-Epochs reshuffle, every row has its own random generator, and a record that cannot be decoded is
+Epochs reshuffle, every example has its own random generator, and a record that cannot be decoded is
 replaced by the next one that can: nothing depends on what was read before, where, or how far ahead.
 """
 
@@ -20,15 +20,15 @@ from ldm_jax.data.sources import Source, open_source
 from ldm_jax.runtime import processes, storage
 from ldm_jax.runtime.log import LOG
 
-Row = dict[str, np.ndarray]
+Example = dict[str, np.ndarray]
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Made(NamedTuple):
-    """A row, the records that could not be decoded on the way to it, as (index, reason), and its
-    own record."""
+    """An example, its own record, and those that could not be decoded on the way to it, as
+    (index, reason)."""
 
-    row: Row
+    example: Example
     bad: tuple[tuple[int, str], ...]
     record: int
 
@@ -36,9 +36,9 @@ class Made(NamedTuple):
 class Stream:
     """Rows by index, without end. Made by `stream`; stays in the main process.
 
-    batch_size   rows in a global batch
+    batch_size   examples in a global batch
     source       the records
-    spec         {name: (shape, dtype)} of the arrays of a row
+    spec         {name: (shape, dtype)} of the arrays of an example
     made         Grain dataset of `Made`, for reading ahead; hand what it gives to `accept`
     """
 
@@ -61,7 +61,7 @@ class Stream:
         records = grain.MapDataset.range(len(source))
         if train and config.shuffle:
             records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
-        make = MakeRow(source, config, train, tokenizer, null)
+        make = MakeExample(source, config, train, tokenizer, null)
         self.made = records.repeat().random_map(make, seed=row_seed)
         self._bad: set[int] = set()
         self._agreed: set[int] = set()
@@ -92,8 +92,8 @@ class Stream:
             name = self.source.describe(max(self._agreed))
             check_limit(len(self._agreed), name, self.config)
 
-    def __getitem__(self, index: int) -> Row:
-        """Row `index` >= 0, decoded now.
+    def __getitem__(self, index: int) -> Example:
+        """Example `index` >= 0, decoded now.
 
         RuntimeError after more than `max_bad_records` undecodable records; ValueError for an image
         that is too small, a map of another size, a label out of range. All name the record.
@@ -101,11 +101,11 @@ class Stream:
         return self.accept(self.made[index])
 
     def caption(self, index: int) -> str:
-        """The caption of the record that row `index` was made of."""
+        """The caption of the record that example `index` was made of."""
         return self.source[self.made[index].record]["caption"]
 
-    def accept(self, made: Made) -> Row:
-        """The row; undecodable records met on the way to it are reported and counted, once each.
+    def accept(self, made: Made) -> Example:
+        """The example; undecodable records met on the way are reported and counted, once each.
 
         Here rather than where they are met, so that threads and worker processes count alike.
         """
@@ -117,7 +117,7 @@ class Stream:
                 name = self.source.describe(index)
                 LOG.warning("%s cannot be decoded; the next one replaces it (%s)", name, reason)
                 check_limit(len(self._bad), name, self.config)
-        return made.row
+        return made.example
 
 
 def stream(
@@ -129,13 +129,13 @@ def stream(
     tokenizer: Any = None,
     cached: str = "",
 ) -> Stream:
-    """The rows of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
+    """The examples of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
 
-    With a `tokenizer` (`tokens.load_tokenizer`) captions become `tokens` int32 [L], and every row
-    has `null_tokens` int32 [L], those of the empty text. With `cached`, the path of a latent cache
-    of the same data, rows have `mean` and `logvar` [h, w, z] instead of `image`; order, mirroring
-    and all else stay. Errors as from `sources.open_source`; ValueError also for a value out of
-    range, for a tokenizer without captions, and for a cache of other data.
+    With a `tokenizer` (`tokens.load_tokenizer`) captions become `tokens` int32 [L], and every
+    example has `null_tokens` int32 [L], those of the empty text. With `cached`, the path of a
+    latent cache of the same data, examples have `mean` and `logvar` [h, w, z] instead of `image`;
+    order, mirroring and all else stay. Errors as from `sources.open_source`; ValueError also for a
+    value out of range, for a tokenizer without captions, and for a cache of other data.
     """
     check(config, batch_size, seed)
     if cached:
@@ -183,8 +183,8 @@ class Decoded(NamedTuple):
         return arrays + (0 if self.images is None else transforms.size_in_memory(self.images))
 
 
-class MakeRow:
-    """Record -> row; pickled into worker processes, which keep a part of `keep_mib` each."""
+class MakeExample:
+    """Record -> example; pickled into worker processes, which keep a part of `keep_mib` each."""
 
     def __init__(
         self,
@@ -208,15 +208,15 @@ class MakeRow:
                 self.kept.put(index, decoded, decoded.size())
         with self._naming(decoded.record):
             if decoded.images is None:
-                row = cache.to_row(decoded.rest, self.config.flip, rng)
+                example = cache.to_example(decoded.rest, self.config.flip, rng)
             else:
-                row = transforms.to_row(decoded.images, self.config, rng)
+                example = transforms.to_example(decoded.images, self.config, rng)
             if self.source.num_classes is not None:
-                row["label"] = _label(decoded.rest["label"], self.source.num_classes)
+                example["label"] = _label(decoded.rest["label"], self.source.num_classes)
             if self.tokenizer is not None:
-                row["tokens"] = self.tokenizer.encode([decoded.rest["caption"]])[0]
-                row["null_tokens"] = self.null_tokens
-        return Made(row, decoded.bad, decoded.record)
+                example["tokens"] = self.tokenizer.encode([decoded.rest["caption"]])[0]
+                example["null_tokens"] = self.null_tokens
+        return Made(example, decoded.bad, decoded.record)
 
     def _decode(self, index: int) -> Decoded:
         """Record `index`, or the next one in the source's order that can be decoded."""

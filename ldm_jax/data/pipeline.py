@@ -1,7 +1,7 @@
-"""From rows to global batches: row r of batch i is row i * B + r of the stream, on every mesh.
+"""Global batches: example r of batch i is example i * B + r of the stream, on every mesh.
 
 The step is the only cursor, so a run resumes by asking for its next step. Each process decodes the
-rows that its own devices hold, and no others.
+examples that its own devices hold, and no others.
 """
 
 import sys
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ldm_jax.data.examples import Made, Row, Stream
+from ldm_jax.data.examples import Example, Made, Stream
 
 Batch = dict[str, jax.Array]
 
@@ -23,9 +23,9 @@ def global_batch(stream: Stream, step: int, sharding: jax.sharding.Sharding) -> 
     Decodes here and now, in this thread; `prefetch` reads ahead. ValueError when the devices do
     not divide the batch, and as from `Stream`.
     """
-    local = local_rows(stream.batch_size, sharding)
-    rows = [stream[step * stream.batch_size + row] for row in local]
-    return _assemble(stream, rows, local, sharding)
+    local = local_examples(stream.batch_size, sharding)
+    examples = [stream[step * stream.batch_size + example] for example in local]
+    return _assemble(stream, examples, local, sharding)
 
 
 def prefetch(stream: Stream, first_step: int, sharding: jax.sharding.Sharding) -> "Batches":
@@ -39,17 +39,17 @@ def prefetch(stream: Stream, first_step: int, sharding: jax.sharding.Sharding) -
 class Batches:
     """Decodes `read_ahead` batches ahead in threads or worker processes. Close it, or use `with`.
 
-    An error met in reading ahead is raised where its row would have been returned, and closes it.
+    An error met in reading ahead is raised where its example would have come, and closes it.
     """
 
     def __init__(self, stream: Stream, first_step: int, sharding: jax.sharding.Sharding):
         self._stream, self._step, self._sharding = stream, first_step, sharding
-        self._local = local_rows(stream.batch_size, sharding)
+        self._local = local_examples(stream.batch_size, sharding)
         config, workers = stream.config, max(1, stream.config.workers)
         self._pieces = pieces(self._local, max(1, config.threads) * workers)
-        rows = _LocalRows(stream.made, stream.batch_size, first_step, self._pieces)
+        examples = _LocalExamples(stream.made, stream.batch_size, first_step, self._pieces)
         buffer = -(-config.read_ahead * len(self._pieces) // workers)  # of each, rounded up
-        ahead = rows.to_iter_dataset(
+        ahead = examples.to_iter_dataset(
             grain.ReadOptions(
                 num_threads=config.threads, prefetch_buffer_size=buffer if config.threads else 0
             )
@@ -70,12 +70,14 @@ class Batches:
         if self._ahead is None:
             raise ValueError("these batches were closed: call data.prefetch again")
         try:
-            rows = [self._stream.accept(made) for _ in self._pieces for made in next(self._ahead)]
+            examples = [
+                self._stream.accept(made) for _ in self._pieces for made in next(self._ahead)
+            ]
         except BaseException:  # half a batch is lost: going on would shift every later one
             self.close()
             raise
         step, self._step = self._step, self._step + 1
-        return step, _assemble(self._stream, rows, self._local, self._sharding)
+        return step, _assemble(self._stream, examples, self._local, self._sharding)
 
     def close(self) -> None:
         """Stops the threads or workers."""
@@ -90,10 +92,10 @@ class Batches:
         self.close()
 
 
-class _LocalRows(grain.MapDataset):
-    """The rows that this process decodes, piece after piece of batch after batch.
+class _LocalExamples(grain.MapDataset):
+    """The examples that this process decodes, piece after piece of batch after batch.
 
-    Not row by row: Grain's iterator takes 0.1 ms for each element that it gives.
+    Not example by example: Grain's iterator takes 0.1 ms for each element that it gives.
     """
 
     def __init__(
@@ -110,15 +112,15 @@ class _LocalRows(grain.MapDataset):
             return self.slice(index)
         steps, i = divmod(index, len(self._pieces))
         first = (self._first_step + steps) * self._batch_size
-        return [self.parents[0][first + row] for row in self._pieces[i]]
+        return [self.parents[0][first + example] for example in self._pieces[i]]
 
 
-def pieces(rows: list[int], number: int) -> list[list[int]]:
-    """`rows` in order as at most `number` lists of nearly equal lengths, none empty."""
-    return [part.tolist() for part in np.array_split(rows, min(number, len(rows)))]
+def pieces(examples: list[int], number: int) -> list[list[int]]:
+    """`examples` in order as at most `number` lists of nearly equal lengths, none empty."""
+    return [part.tolist() for part in np.array_split(examples, min(number, len(examples)))]
 
 
-def local_rows(batch_size: int, sharding: jax.sharding.Sharding) -> list[int]:
+def local_examples(batch_size: int, sharding: jax.sharding.Sharding) -> list[int]:
     """Rows of a global batch that the devices of this process hold, each once, ascending.
 
     Asked of the sharding, not of the process index: where replicas span processes, a slice by
@@ -131,7 +133,9 @@ def local_rows(batch_size: int, sharding: jax.sharding.Sharding) -> list[int]:
             f"{max(1, batch_size // shards) * shards}, or another mesh"
         )
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (index,) in indices for row in range(*index.indices(batch_size))})
+    return sorted(
+        {example for (index,) in indices for example in range(*index.indices(batch_size))}
+    )
 
 
 def _shards_of_axis_0(sharding: jax.sharding.Sharding) -> int:
@@ -143,17 +147,19 @@ def _shards_of_axis_0(sharding: jax.sharding.Sharding) -> int:
 
 
 def _assemble(
-    stream: Stream, rows: list[Row], local: list[int], sharding: jax.sharding.Sharding
+    stream: Stream, examples: list[Example], local: list[int], sharding: jax.sharding.Sharding
 ) -> Batch:
-    """This process's rows as global arrays."""
-    place = {row: i for i, row in enumerate(local)}
+    """This process's examples as global arrays."""
+    place = {example: i for i, example in enumerate(local)}
 
     def array(name: str) -> jax.Array:
-        values = np.stack([row[name] for row in rows])
+        values = np.stack([example[name] for example in examples])
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(stream.batch_size)
-            return values[place[start] : place[start] + stop - start]  # a shard's rows are adjacent
+            return values[
+                place[start] : place[start] + stop - start
+            ]  # a shard's examples are adjacent
 
         return jax.make_array_from_callback((stream.batch_size, *values.shape[1:]), sharding, shard)
 

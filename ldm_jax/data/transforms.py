@@ -1,4 +1,4 @@
-"""From a record to a training row: decode, crop, resize, flip, scale.
+"""From a record to a training example: decode, crop, resize, flip, scale.
 
 Pure functions on PIL images and NumPy arrays; whoever calls passes the random generator.
 """
@@ -86,7 +86,7 @@ def _open(data: bytes | np.ndarray) -> Image.Image:
 def crop_box(
     width: int, height: int, config: schema.DataConfig, rng: np.random.Generator | None
 ) -> Box:
-    """The square that becomes the row; random if `rng` is given (ImageNetSR of the reference).
+    """The square that becomes the example; random if `rng` is given (ImageNetSR of the reference).
 
     ValueError when a crop could have fewer pixels than `size`, or an uncropped image is not square.
     """
@@ -188,7 +188,7 @@ def settle(images: Images, config: schema.DataConfig, train: bool) -> Images:
     return crop_and_resize(images, crop_box(width, height, config, None), config)
 
 
-def to_row(
+def to_example(
     settled: Images, config: schema.DataConfig, rng: np.random.Generator | None
 ) -> dict[str, np.ndarray]:
     """What `settle` left: crop and resize if the crop is drawn, flip, scale.

@@ -155,7 +155,7 @@ def timestep_embedding(t_b: jax.Array, channels: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rows_of(x: jax.Array, other: jax.Array | None) -> jax.Array:
+def repeat_for(x: jax.Array, other: jax.Array | None) -> jax.Array:
     """`x` with as many rows as `other`, each repeated beside itself, where its device is."""
     if other is None or len(other) == len(x):
         return x
@@ -242,7 +242,7 @@ class ResBlock(nn.Module):
 
         width = self.channels * (2 if self.scale_shift_norm else 1)
         emb = dense(emb.shape[-1], width, name="time_emb_proj", **low)(nn.silu(emb))[:, None, None]
-        emb = rows_of(emb, h)
+        emb = repeat_for(emb, h)
         norm2 = group_norm(self.channels, 1e-5, name="norm2", dtype=self.dtype)
         if self.scale_shift_norm:
             scale, shift = jnp.split(emb, 2, axis=-1)

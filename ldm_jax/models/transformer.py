@@ -12,7 +12,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ldm_jax.models.attention import AttentionFunction, xla
-from ldm_jax.models.blocks import conv, dense, group_norm, initializers, one_pass, rows_of
+from ldm_jax.models.blocks import conv, dense, group_norm, initializers, one_pass, repeat_for
 
 
 class AttentionBlock(nn.Module):
@@ -166,9 +166,9 @@ class TransformerBlock(nn.Module):
             return nn.LayerNorm(1e-5, use_fast_variance=fast, dtype=self.dtype, name=name)
 
         if self.only_cross_attention:
-            x_bqc = rows_of(x_bqc, context_blc)
+            x_bqc = repeat_for(x_bqc, context_blc)
         x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc), first)
-        x_bqc = rows_of(x_bqc, context_blc)
+        x_bqc = repeat_for(x_bqc, context_blc)
         x_bqc += Attention(name="attn2", **heads, **low)(norm("norm2")(x_bqc), context_blc)
         x_bqc += FeedForward(name="ff", **low)(norm("norm3")(x_bqc))
         return x_bqc
@@ -212,4 +212,4 @@ class SpatialTransformer(nn.Module):
                 **low,
             )(h_bqc, context_blc)
         h = einops.rearrange(h_bqc, "b (h w) c -> b h w c", h=height, w=width)
-        return rows_of(x, h) + project("proj_out", zero=True)(h)
+        return repeat_for(x, h) + project("proj_out", zero=True)(h)

@@ -21,7 +21,7 @@ from ldm_jax.models.blocks import (
     conv,
     dense,
     group_norm,
-    rows_of,
+    repeat_for,
     timestep_embedding,
 )
 from ldm_jax.models.convolution import ConvolutionFunction
@@ -83,7 +83,7 @@ class UNet(nn.Module):
         resnet = self._resnet()
         conv_in = conv(self.in_channels, self.model_channels, name="conv_in", **low)
         given, x = x, conv_in(x)
-        repeated = rows_of(given, context_blc)  # cheaper than repeating what conv_in makes of it
+        repeated = repeat_for(given, context_blc)  # cheaper than repeating what conv_in makes of it
         skips = [x if repeated is given else conv_in(repeated)]
 
         last = len(self.channel_mult) - 1
@@ -293,7 +293,7 @@ class UpBlock(nn.Module):
     def __call__(self, x, skips, emb, context_blc, train):
         for i in range(self.num_layers):
             *skips, skip = skips
-            x = jnp.concatenate([x, rows_of(skip, x)], axis=-1)
+            x = jnp.concatenate([x, repeat_for(skip, x)], axis=-1)
             x = self.resnet(self.channels, name=f"resnets_{i}")(x, emb, train)
             if self.attend is not None:
                 x = self.attend(name=f"attentions_{i}")(x, context_blc)

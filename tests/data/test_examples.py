@@ -213,7 +213,7 @@ def test_only_what_is_cropped_stays_where_nothing_is_drawn(tmp_path):
 
 def test_workers_share_the_room_and_begin_empty():
     config = dataclasses.replace(PLAIN, keep_mib=2, workers=3)
-    make = examples.MakeRow(open_stream(config).source, config, True)
+    make = examples.MakeExample(open_stream(config).source, config, True)
     make(0, np.random.default_rng(0))
     assert len(make.kept) == 1
     sent = pickle.loads(pickle.dumps(make))

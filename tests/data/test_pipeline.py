@@ -88,14 +88,19 @@ class PartOfASharding:
 def test_a_process_reads_the_rows_of_its_devices_and_no_others():
     devices = jax.devices()
     split = batch_sharding(2, 2, 1)
-    assert pipeline.local_rows(8, PartOfASharding(split, devices[:2])) == [0, 1, 2, 3]
-    assert pipeline.local_rows(8, PartOfASharding(split, devices[2:])) == [4, 5, 6, 7]
+    assert pipeline.local_examples(8, PartOfASharding(split, devices[:2])) == [0, 1, 2, 3]
+    assert pipeline.local_examples(8, PartOfASharding(split, devices[2:])) == [4, 5, 6, 7]
     # `tensor` spans two processes of two devices when its neighbours are one apart:
     # both then hold replicas of the whole batch.
     replicas = batch_sharding(2, 1, 2)
     for process in ([devices[0], devices[2]], [devices[1], devices[3]]):
-        assert pipeline.local_rows(8, PartOfASharding(replicas, process)) == list(range(8))
-    assert pipeline.local_rows(8, PartOfASharding(split, [devices[3], devices[0]])) == [0, 1, 6, 7]
+        assert pipeline.local_examples(8, PartOfASharding(replicas, process)) == list(range(8))
+    assert pipeline.local_examples(8, PartOfASharding(split, [devices[3], devices[0]])) == [
+        0,
+        1,
+        6,
+        7,
+    ]
 
 
 def test_reading_ahead_takes_the_rows_of_this_process_only():

@@ -154,7 +154,7 @@ class TestCropBox:
 
 def row_of(images, config, rng):
     settled = transforms.settle(images, config, train=rng is not None)
-    return transforms.to_row(settled, config, rng)
+    return transforms.to_example(settled, config, rng)
 
 
 class TestToRow:

@@ -18,7 +18,7 @@ SCRIPT = """
 import sys, time, jax, numpy as np, orbax.checkpoint as ocp
 from checkpoint_states import assert_same, state_of
 from ldm_jax import schema, sharding
-from ldm_jax.runtime import checkpoint, cli, processes, storage
+from ldm_jax.runtime import checkpoint, cli, log, processes, storage
 cli.join_processes(sys.argv[1])
 run, what, second = sys.argv[2], sys.argv[3], jax.process_index() == 1
 
@@ -88,7 +88,8 @@ def bad_records():
     assert processes.union(set()) == set()
     assert processes.union({7} if second else {1, 2}) == {1, 2, 7}
 
-eval(what)
+with log.shown():
+    eval(what)
 """
 
 

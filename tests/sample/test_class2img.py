@@ -49,7 +49,7 @@ def test_files_names_and_arrays(made):
     assert grid.shape[1] >= 2 * 48
 
 
-def test_settings_in_the_png_make_the_image_again(made, ldm_run, tmp_path, capsys):
+def test_settings_in_the_png_make_the_image_again(made, ldm_run, tmp_path, capsys, shown):
     one = made / "00002_class1_seed5.png"
     kept = images.read_settings(one)
     assert (kept["index"], kept["label"], kept["task"]) == (2, 1, "class2img")

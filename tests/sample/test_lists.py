@@ -89,7 +89,7 @@ def test_a_bad_line_is_named_and_the_others_are_drawn(made, run):
 
 
 @pytest.mark.parametrize("name", [NAMES[5], pytest.param(NAMES[1], marks=pytest.mark.slow)])
-def test_an_image_of_a_list_is_drawn_again(made, tmp_path, capsys, name):
+def test_an_image_of_a_list_is_drawn_again(made, tmp_path, capsys, shown, name):
     out, _ = made
     assert main.sample(["again", f"{out / name}.png", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().err.endswith("pixel for pixel\n")

@@ -45,7 +45,7 @@ for name, sizes, devices in (
         found[f"{name}/{key}"] = gathered
         for shard in value.addressable_shards:
             np.testing.assert_array_equal(shard.data, gathered[shard.index])
-    found[f"{name}/rows"] = data.pipeline.local_rows(8, rows)
+    found[f"{name}/rows"] = data.pipeline.local_examples(8, rows)
 np.savez(sys.argv[2] + str(jax.process_index()), **found)
 """
 

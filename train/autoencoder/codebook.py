@@ -46,7 +46,7 @@ def update(
     params: dict,
     opt_state: Any,
     codes: dict,
-    rows: dict[str, jax.Array],
+    latents: dict[str, jax.Array],
     key: jax.Array,
 ) -> Updated:
     """After the optimizer's update, with the batch's latents "z" [B, h, w, c] and their "indices".
@@ -56,7 +56,7 @@ def update(
     """
     codes, replaced_n = dict(codes), None
     codebook_nc = params["autoencoder"]["quantize"]["embedding"]
-    batch = quantize.assigned(rows["z"], rows["indices"], len(codebook_nc))
+    batch = quantize.assigned(latents["z"], latents["indices"], len(codebook_nc))
     metrics = quantize.usage(batch.count_n)
     metrics["code_usage"] = metrics["used_codes"] / len(codebook_nc)
     if "averages" in codes:
@@ -66,7 +66,7 @@ def update(
     if "idle" in codes:
         idle_n = quantize.idle_steps(codes["idle"], batch.count_n)
         after = config.loss.revive_codes_after
-        revived = quantize.revive(key, codebook_nc, idle_n, rows["z"], after)
+        revived = quantize.revive(key, codebook_nc, idle_n, latents["z"], after)
         codebook_nc, codes["idle"], replaced_n = revived
         opt_state = _at_codebook(opt_state, lambda x: jnp.where(replaced_n[:, None], 0.0, x))
         if "averages" in codes:

@@ -95,7 +95,7 @@ def make_loss(
     `perceptual` are the parameters of LPIPS on the mesh, needed where it has a weight. `frozen` is
     {"perceptual"} and, for an adversarial loss, {"disc_params", "disc_stats", "disc_factor"}:
     arrays without a gradient. `examples` is {"batch": {"image"}, "keys": {draw: [B] keys}}.
-    Metrics hold "rows" of a quantized stage, and "batch_stats" of an adversarial one.
+    Metrics hold "examples" of a quantized stage, and "batch_stats" of an adversarial one.
     """
     reconstruct, nll = reconstruction.make(config, mesh), reconstruction.make_nll(config)
     judge = adversary.make_judge(config) if config.discriminator is not None else None
@@ -131,7 +131,7 @@ def make_loss(
         value += found.regularization
         metrics |= {"loss": value, **found.metrics}
         if found.indices is not None:
-            metrics["rows"] = {"z": found.z, "indices": found.indices}
+            metrics["examples"] = {"z": found.z, "indices": found.indices}
         return value, metrics
 
     # BatchNorm and the adaptive weight are of the whole batch, which the compiler splits
@@ -161,9 +161,9 @@ def make_train_step(
     def finish(
         old: GanState, new: GanState, metrics: dict, examples: step.Examples, key: jax.Array
     ) -> tuple[GanState, dict, list[jax.Array]]:
-        by_row, batch_stats = metrics.pop("rows", None), metrics.pop("batch_stats", None)
+        by_example, batch_stats = metrics.pop("examples", None), metrics.pop("batch_stats", None)
         revive = train_state.step_keys(key, old.step, (REVIVE,))[REVIVE]
-        new, of_codebook = _after_update(config, old, new, by_row, revive)
+        new, of_codebook = _after_update(config, old, new, by_example, revive)
         metrics |= of_codebook
         total, disc_norm = metrics["loss"], jnp.zeros(())
         if learn is not None:
@@ -242,10 +242,12 @@ def make_eval_step(
     loss = make_loss(config, mesh, perceptual)
 
     def evaluate(frozen: dict, params: dict, batch: dict) -> dict:
-        key = train_state.row_keys(jax.random.key(0), config.batch_size)  # drawn from by nothing
+        key = train_state.example_keys(
+            jax.random.key(0), config.batch_size
+        )  # drawn from by nothing
         examples = {"batch": {"image": batch["image"]}, "keys": dict.fromkeys(DRAWS, key)}
         _, metrics = loss(frozen, params, examples, False)
-        found = metrics.pop("rows", None)
+        found = metrics.pop("examples", None)
         if found is not None:
             taken = quantize.assigned(found["z"], found["indices"], config.model.num_codes)
             metrics["count_n"] = taken.count_n

@@ -218,21 +218,21 @@ class Reader:
         self.flips = 2 if train and config.data.flip else 1
         # once its views are made a record does not come again: none is kept
         images = dataclasses.replace(config.data, flip=False, keep_mib=0)
-        self._make = examples.MakeRow(source, images, train)
+        self._make = examples.MakeExample(source, images, train)
 
     def __call__(self, index: int) -> Read:
         made = [
             self._make(index, np.random.default_rng([self.seed, view, index]))
             for view in range(self.views)
         ]
-        image = np.stack([one.row["image"] for one in made])
+        image = np.stack([one.example["image"] for one in made])
         if self.flips > 1:
             image = np.stack([image, image[:, :, ::-1]], axis=1).reshape(-1, *image.shape[1:])
         record = examples.read(self.source, made[0].record)
         beside = {name: record[name] for name in ("label", "caption") if name in record}
         for name, dtype in (("segmentation", np.int32), ("mask", np.uint8)):
-            if name in made[0].row:
-                maps = np.stack([one.row[name] for one in made])
+            if name in made[0].example:
+                maps = np.stack([one.example[name] for one in made])
                 beside[name] = maps.reshape(maps.shape[:3]).astype(dtype)
         return Read(image, beside, tuple(i for i, _ in made[0].bad))
 

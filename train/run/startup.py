@@ -60,7 +60,7 @@ def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.
     if getattr(state, "disc_params", None):
         trees["discriminator"] = state.disc_params
     counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in trees.items())
-    rows = data.pipeline.local_rows(config.batch_size, sharding.batch_sharding(mesh))
+    rows = data.pipeline.local_examples(config.batch_size, sharding.batch_sharding(mesh))
     splits = mesh.shape["data"] * mesh.shape["fsdp"]
     micro = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
     held = bytes_per_device(state)

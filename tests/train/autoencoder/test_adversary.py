@@ -51,7 +51,7 @@ def by_hand(config, step, state, batch):
     net = discriminator.from_config(config.discriminator)
     key = jax.random.fold_in(jax.random.key(config.seed), step.TRAIN)
     keys = train_state.step_keys(key, step, autoencoder.DRAWS)
-    keys = {name: train_state.row_keys(k, config.batch_size) for name, k in keys.items()}
+    keys = {name: train_state.example_keys(k, config.batch_size) for name, k in keys.items()}
     image = batch["image"]
     factor = weights.disc_factor * (step >= weights.disc_start)
 

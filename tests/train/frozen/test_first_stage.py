@@ -63,7 +63,7 @@ def test_a_stage_without_a_posterior_is_kept_and_trained_on(
 
     def loss(params, batch, key):
         keys = train_state.step_keys(key, 0, ldm.DRAWS)
-        keys = {name: train_state.row_keys(k, 8) for name, k in keys.items()}
+        keys = {name: train_state.example_keys(k, 8) for name, k in keys.items()}
         rows = {"batch": batch, "keys": keys}
         return ldm.make_loss(config, again, mesh)(again.arguments, params, rows, True)[0]
 

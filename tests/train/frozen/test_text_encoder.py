@@ -34,7 +34,7 @@ def loss_of(config, mesh, key, *, grad):
 
     def run(cond_stage, params, frozen_params, batch, key):
         keys = train_state.step_keys(key, 0, ldm.DRAWS)
-        keys = {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()}
+        keys = {n: train_state.example_keys(k, config.batch_size) for n, k in keys.items()}
         params = {**params, **cond_stage}
         return loss(frozen_params, params, {"batch": batch, "keys": keys}, True)[0]
 
@@ -102,7 +102,7 @@ def test_captions_are_dropped_by_row_at_the_rate_of_the_config(name, monkeypatch
     @jax.jit
     def run(params, batch, frozen_params):
         keys = train_state.step_keys(jax.random.key(0), 0, ldm.DRAWS)
-        keys = {n: train_state.row_keys(k, 64) for n, k in keys.items()}
+        keys = {n: train_state.example_keys(k, 64) for n, k in keys.items()}
         loss(frozen_params, params, {"batch": batch, "keys": keys}, True)
         return jnp.broadcast_to(jnp.asarray(seen["dropped"]), (64,)), seen["cond"].context
 

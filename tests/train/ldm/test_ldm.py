@@ -161,7 +161,7 @@ def test_the_condition_is_dropped_by_row_at_the_rate_of_the_config(monkeypatch):
         @jax.jit
         def run(params, batch):
             keys = train_state.step_keys(jax.random.key(0), step, ldm.DRAWS)
-            keys = {n: train_state.row_keys(k, batch_size) for n, k in keys.items()}
+            keys = {n: train_state.example_keys(k, batch_size) for n, k in keys.items()}
             rows = {"batch": batch, "keys": keys}
             loss({"first_stage": fixed.params}, params, rows, train)
             dropped = jnp.broadcast_to(jnp.asarray(seen["dropped"]), (batch_size,))

@@ -100,7 +100,7 @@ def test_a_loss_from_the_cache_is_a_loss_from_the_images(cached, first_stage_run
         shapes, _ = ldm.abstract_state(config, mesh)
         params = recipes.filled(shapes.params)
         keys = train_state.step_keys(jax.random.key(1), 0, ldm.DRAWS)
-        keys = {n: train_state.row_keys(k, config.batch_size) for n, k in keys.items()}
+        keys = {n: train_state.example_keys(k, config.batch_size) for n, k in keys.items()}
         batch = data.global_batch(stream, 3, sharding.batch_sharding(mesh))
         loss = jax.jit(ldm.make_loss(config, fixed, mesh), static_argnums=3)
         found = loss(fixed.arguments, params, {"batch": batch, "keys": keys}, True)[0]
