@@ -115,7 +115,8 @@ def test_a_silent_interval_writes_nothing(tmp_path):
 
 def test_the_compiled_step_says_what_it_costs(capsys, shown):
     scale, x = jnp.float32(2), jnp.ones((512, 512))
-    step = functools.partial(jax.jit(lambda scale, x: scale * (x @ x)), scale)
+    jitted = jax.jit(lambda scale, x: scale * (x @ x))
+    step = types.SimpleNamespace(frozen=scale, trace=functools.partial(jitted.trace, scale))
     compiled, work = monitor.compile_step(step, x)
     assert work == 2 * 512**3
     np.testing.assert_array_equal(compiled(x), 1024 * np.ones((512, 512)))
