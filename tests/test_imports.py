@@ -14,7 +14,7 @@ LEVELS = (
     "schema cost diffusion sharding runtime",
     "models solvers guidance denoising data metrics",
     "latents conditioning losses train_state bundle large convert neighbours",
-    "sampling loading saving compat export",
+    "sampling prompting loading saving compat export",
     "configs",
     "train sample",
 )

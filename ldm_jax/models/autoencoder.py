@@ -24,6 +24,7 @@ from ldm_jax.models.blocks import (
     conv,
     dense,
     group_norm,
+    numerics,
 )
 from ldm_jax.models.quantize import VectorQuantizer
 
@@ -40,12 +41,12 @@ class AutoencoderAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         height, width, channels = x.shape[1:]
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         h = group_norm(channels, 1e-6, name="group_norm", dtype=self.dtype)(x)
         h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
-        qkv = (dense(channels, channels, name=n, **low)(h_bqc) for n in ("query", "key", "value"))
+        qkv = (dense(channels, channels, name=n, **num)(h_bqc) for n in ("query", "key", "value"))
         out_bqnd = self.attention(*(a[:, :, None] for a in qkv), precision=self.precision)
-        out_bqc = dense(channels, channels, name="proj_attn", **low)(out_bqnd[:, :, 0])
+        out_bqc = dense(channels, channels, name="proj_attn", **num)(out_bqnd[:, :, 0])
         return x + einops.rearrange(out_bqc, "b (h w) c -> b h w c", h=height, w=width)
 
 
@@ -65,16 +66,16 @@ class Level(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         resnet, attend = _blocks(self.remat)
         for i in range(self.num_layers):
-            x = resnet(self.channels, self.dropout, name=f"resnets_{i}", **low)(x, train)
+            x = resnet(self.channels, self.dropout, name=f"resnets_{i}", **num)(x, train)
             if self.with_attention:
-                x = attend(attention=self.attention, name=f"attentions_{i}", **low)(x)
+                x = attend(attention=self.attention, name=f"attentions_{i}", **num)(x)
         if self.resample == "down":
-            x = Downsample(padding=(0, 1), name="downsamplers_0", **low)(x)
+            x = Downsample(padding=(0, 1), name="downsamplers_0", **num)(x)
         elif self.resample == "up":
-            x = Upsample(name="upsamplers_0", **low)(x)
+            x = Upsample(name="upsamplers_0", **num)(x)
         return x
 
 
@@ -91,12 +92,12 @@ class MidBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         channels = x.shape[-1]
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         resnet, attend = _blocks(self.remat)
-        x = resnet(channels, self.dropout, name="resnets_0", **low)(x, train)
+        x = resnet(channels, self.dropout, name="resnets_0", **num)(x, train)
         if self.with_attention:
-            x = attend(attention=self.attention, name="attentions_0", **low)(x)
-        return resnet(channels, self.dropout, name="resnets_1", **low)(x, train)
+            x = attend(attention=self.attention, name="attentions_0", **num)(x)
+        return resnet(channels, self.dropout, name="resnets_1", **num)(x, train)
 
 
 def _blocks(remat: bool):
@@ -125,10 +126,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False, start=None, stop=None):
-        low = {"dtype": self.dtype, "precision": self.precision}
-        block = {**low, "dropout": self.dropout, "attention": self.attention, "remat": self.remat}
+        num = numerics(self)
+        block = {**num, "dropout": self.dropout, "attention": self.attention, "remat": self.remat}
         if start is None:
-            x = conv(x.shape[-1], self.channels, name="conv_in", **low)(x)
+            x = conv(x.shape[-1], self.channels, name="conv_in", **num)(x)
         last = len(self.channel_mult) - 1
         for level in range(last + 1)[start:stop]:
             x = Level(
@@ -143,7 +144,7 @@ class Encoder(nn.Module):
             return x
         x = MidBlock(self.mid_attention, name="mid_block", **block)(x, train)
         x = nn.silu(group_norm(x.shape[-1], 1e-6, name="conv_norm_out", dtype=self.dtype)(x))
-        return conv(x.shape[-1], self.out_channels, name="conv_out", **low)(x)
+        return conv(x.shape[-1], self.out_channels, name="conv_out", **num)(x)
 
 
 class Decoder(nn.Module):
@@ -166,10 +167,10 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False, start=None, stop=None):
-        low = {"dtype": self.dtype, "precision": self.precision}
-        block = {**low, "dropout": self.dropout, "attention": self.attention, "remat": self.remat}
+        num = numerics(self)
+        block = {**num, "dropout": self.dropout, "attention": self.attention, "remat": self.remat}
         if start is None:
-            x = conv(x.shape[-1], self.channels * self.channel_mult[-1], name="conv_in", **low)(x)
+            x = conv(x.shape[-1], self.channels * self.channel_mult[-1], name="conv_in", **num)(x)
             x = MidBlock(self.mid_attention, name="mid_block", **block)(x, train)
         elif start > 0:
             x = Level(x.shape[-1], 0, False, "up", name=f"up_blocks_{start - 1}", **block)(x)
@@ -188,7 +189,7 @@ class Decoder(nn.Module):
             return x
         x = nn.silu(group_norm(x.shape[-1], 1e-6, name="conv_norm_out", dtype=self.dtype)(x))
         self.sow("intermediates", LAST_FEATURES, x)
-        return conv(x.shape[-1], self.out_channels, name="conv_out", **low)(x)
+        return conv(x.shape[-1], self.out_channels, name="conv_out", **num)(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -215,10 +216,10 @@ class AutoencoderKL(nn.Module):
     precision: PrecisionLike = None
 
     def setup(self):
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         self.encoder = _half(self, Encoder, 2 * self.z_channels)
-        self.quant_conv = conv(2 * self.z_channels, 2 * self.embed_dim, 1, **low)
-        self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **low)
+        self.quant_conv = conv(2 * self.z_channels, 2 * self.embed_dim, 1, **num)
+        self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **num)
         self.decoder = _half(self, Decoder, self.out_channels)
 
     def encode(self, x, train=False):
@@ -269,12 +270,12 @@ class AutoencoderVQ(nn.Module):
     precision: PrecisionLike = None
 
     def setup(self):
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         self.encoder = _half(self, Encoder, self.z_channels)
-        self.quant_conv = conv(self.z_channels, self.embed_dim, 1, **low)
+        self.quant_conv = conv(self.z_channels, self.embed_dim, 1, **num)
         # named by hand: the method has the checkpoint's name
         self.quantizer = VectorQuantizer(self.num_codes, self.embed_dim, name="quantize")
-        self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **low)
+        self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **num)
         self.decoder = _half(self, Decoder, self.out_channels)
 
     def encode(self, x, train=False):

@@ -14,7 +14,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ldm_jax import schema
-from ldm_jax.models.blocks import dense
+from ldm_jax.models.blocks import dense, numerics
 from ldm_jax.models.self_attention import SelfAttention, check_length, layer_norm
 
 
@@ -39,9 +39,9 @@ class BERTText(nn.Module):
     @nn.compact
     def __call__(self, ids_bl: jax.Array) -> jax.Array:
         check_length(ids_bl, self.max_length)
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         layer = functools.partial(
-            nn.remat(Layer) if self.remat else Layer, self.num_heads, self.head_width, **low
+            nn.remat(Layer) if self.remat else Layer, self.num_heads, self.head_width, **num
         )
         x_blc = Encoder(
             self.vocab_size,
@@ -53,7 +53,7 @@ class BERTText(nn.Module):
             name="model",
         )(ids_bl)
         if self.is_initializing():
-            dense(self.width, self.vocab_size, name="to_logits", **low)(x_blc)
+            dense(self.width, self.vocab_size, name="to_logits", **num)(x_blc)
         return x_blc.astype(jnp.float32)
 
 
@@ -94,19 +94,19 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_blc):
         width, inner = x_blc.shape[-1], self.num_heads * self.head_width
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         attention = SelfAttention(
             self.num_heads,
             self.head_width,
-            project=functools.partial(dense, width, use_bias=False, **low),
-            project_out=functools.partial(dense, inner, **low),
+            project=functools.partial(dense, width, use_bias=False, **num),
+            project_out=functools.partial(dense, inner, **num),
             precision=self.precision,
             name="self_attn",
         )
         x_blc += attention(layer_norm("self_attn_layer_norm", self.dtype)(x_blc))
         h = layer_norm("final_layer_norm", self.dtype)(x_blc)
-        h = nn.gelu(dense(width, 4 * width, name="fc1", **low)(h), approximate=False)
-        return x_blc + dense(4 * width, width, name="fc2", **low)(h)
+        h = nn.gelu(dense(width, 4 * width, name="fc1", **num)(h), approximate=False)
+        return x_blc + dense(4 * width, width, name="fc2", **num)(h)
 
 
 def from_config(

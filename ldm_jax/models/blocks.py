@@ -7,6 +7,7 @@ in `dtype`.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ from jax.typing import DTypeLike
 from ldm_jax.models.convolution import ConvolutionFunction, pointwise, xla
 
 GROUPS = 32  # of every GroupNorm
+
+
+def numerics(module: nn.Module) -> dict[str, Any]:
+    """{"dtype", "precision"} of a module, as the layers inside of it take them."""
+    return {"dtype": module.dtype, "precision": module.precision}
 
 
 def conv(
@@ -232,8 +238,8 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, emb, train=False):
         in_channels = x.shape[-1]
-        low = {"dtype": self.dtype, "precision": self.precision}
-        square = {**low, "convolution": self.convolution}
+        num = numerics(self)
+        square = {**num, "convolution": self.convolution}
         h = nn.silu(group_norm(in_channels, 1e-5, name="norm1", dtype=self.dtype)(x))
         if self.resample is not None:
             resample = _halve if self.resample == "down" else nearest
@@ -241,7 +247,7 @@ class ResBlock(nn.Module):
         h = conv(in_channels, self.channels, name="conv1", **square)(h)
 
         width = self.channels * (2 if self.scale_shift_norm else 1)
-        emb = dense(emb.shape[-1], width, name="time_emb_proj", **low)(nn.silu(emb))[:, None, None]
+        emb = dense(emb.shape[-1], width, name="time_emb_proj", **num)(nn.silu(emb))[:, None, None]
         emb = repeat_for(emb, h)
         norm2 = group_norm(self.channels, 1e-5, name="norm2", dtype=self.dtype)
         if self.scale_shift_norm:
@@ -252,7 +258,7 @@ class ResBlock(nn.Module):
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
         h = conv(self.channels, self.channels, zero=True, name="conv2", **square)(h)
         if in_channels != self.channels:
-            x = conv(in_channels, self.channels, 1, name="conv_shortcut", **low)(x)
+            x = conv(in_channels, self.channels, 1, name="conv_shortcut", **num)(x)
         return x + h
 
 
@@ -271,12 +277,12 @@ class AutoencoderResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         in_channels = x.shape[-1]
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         h = nn.silu(group_norm(in_channels, 1e-6, name="norm1", dtype=self.dtype)(x))
-        h = conv(in_channels, self.channels, name="conv1", **low)(h)
+        h = conv(in_channels, self.channels, name="conv1", **num)(h)
         h = nn.silu(group_norm(self.channels, 1e-6, name="norm2", dtype=self.dtype)(h))
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        h = conv(self.channels, self.channels, name="conv2", **low)(h)
+        h = conv(self.channels, self.channels, name="conv2", **num)(h)
         if in_channels != self.channels:
-            x = conv(in_channels, self.channels, 1, name="conv_shortcut", **low)(x)
+            x = conv(in_channels, self.channels, 1, name="conv_shortcut", **num)(x)
         return x + h

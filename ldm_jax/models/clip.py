@@ -17,6 +17,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ldm_jax import schema
+from ldm_jax.models.blocks import numerics
 from ldm_jax.models.self_attention import Make, SelfAttention, check_length, layer_norm
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -124,10 +125,10 @@ class CLIPVision(nn.Module):
         expected = (self.image_size, self.image_size, 3)
         if images_bhwc.shape[1:] != expected:
             raise ValueError(f"images are {images_bhwc.shape[1:]}, CLIP's are {expected}: resize")
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         pooled_bc = VisionTransformer(
             make_embeddings=functools.partial(
-                VisionEmbeddings, self.image_size, self.patch_size, self.width, **low
+                VisionEmbeddings, self.image_size, self.patch_size, self.width, **num
             ),
             make_layer=_layer_of(self, causal=False),
             num_layers=self.num_layers,
@@ -139,7 +140,7 @@ class CLIPVision(nn.Module):
             use_bias=False,
             kernel_init=nn.initializers.normal(self.width**-0.5),
             name="visual_projection",
-            **low,
+            **num,
         )
         return project(pooled_bc).astype(jnp.float32)
 
@@ -234,18 +235,18 @@ class Layer(nn.Module):
         width = x_blc.shape[-1]
         std = width**-0.5
         out_std = std * (2 * self.num_layers) ** -0.5
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         attention = SelfAttention(
             self.num_heads,
             width // self.num_heads,
-            project=functools.partial(_dense, std, **low),
-            project_out=functools.partial(_dense, out_std, **low),
+            project=functools.partial(_dense, std, **num),
+            project_out=functools.partial(_dense, out_std, **num),
             causal=self.causal,
             precision=self.precision,
             name="self_attn",
         )
         x_blc += attention(layer_norm("layer_norm1", self.dtype)(x_blc))
-        feed_forward = MLP(self.mlp_width, self.activation, out_std, name="mlp", **low)
+        feed_forward = MLP(self.mlp_width, self.activation, out_std, name="mlp", **num)
         return x_blc + feed_forward(layer_norm("layer_norm2", self.dtype)(x_blc))
 
 
@@ -261,10 +262,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_blc):
         width = x_blc.shape[-1]
-        low = {"dtype": self.dtype, "precision": self.precision}
-        h = _dense((2 * width) ** -0.5, self.hidden, name="fc1", **low)(x_blc)
+        num = numerics(self)
+        h = _dense((2 * width) ** -0.5, self.hidden, name="fc1", **num)(x_blc)
         h = ACTIVATIONS[self.activation](h)
-        return _dense(self.out_std, width, name="fc2", **low)(h)
+        return _dense(self.out_std, width, name="fc2", **num)(h)
 
 
 def text_from_config(

@@ -13,6 +13,8 @@ from flax import linen as nn
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
+from ldm_jax.models.blocks import numerics
+
 WIDEST = 8
 """Channels of a layer over `width`, at most."""
 MOMENTUM = 0.1
@@ -103,16 +105,16 @@ class PatchGAN(nn.Module):
     @nn.compact
     def __call__(self, image, train=False):
         check(self, image.shape)
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         bias = self.norm != "batch"  # which has one of its own
-        x = nn.leaky_relu(_conv(image.shape[-1], self.width, 2, name="conv_in", **low)(image), 0.2)
+        x = nn.leaky_relu(_conv(image.shape[-1], self.width, 2, name="conv_in", **num)(image), 0.2)
         for i in range(1, self.layers + 1):
             channels = self.width * min(2**i, WIDEST)
             strides = 2 if i < self.layers else 1
-            x = _conv(x.shape[-1], channels, strides, bias, name=f"conv_{i}", **low)(x)
+            x = _conv(x.shape[-1], channels, strides, bias, name=f"conv_{i}", **num)(x)
             x = NORMS[self.norm](self.dtype, name=f"norm_{i}")(x, train)
             x = nn.leaky_relu(x, 0.2)
-        return _conv(x.shape[-1], 1, 1, name="conv_out", **low)(x).astype(jnp.float32)
+        return _conv(x.shape[-1], 1, 1, name="conv_out", **num)(x).astype(jnp.float32)
 
 
 def check(model: PatchGAN, shape: tuple[int, ...]) -> None:

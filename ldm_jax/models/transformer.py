@@ -12,7 +12,15 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ldm_jax.models.attention import AttentionFunction, xla
-from ldm_jax.models.blocks import conv, dense, group_norm, initializers, one_pass, repeat_for
+from ldm_jax.models.blocks import (
+    conv,
+    dense,
+    group_norm,
+    initializers,
+    numerics,
+    one_pass,
+    repeat_for,
+)
 
 
 class AttentionBlock(nn.Module):
@@ -27,14 +35,14 @@ class AttentionBlock(nn.Module):
     def __call__(self, x, context_blc=None):
         del context_blc  # taken so that both kinds of block are called alike
         height, width, channels = x.shape[1:]
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         h = group_norm(channels, 1e-5, name="group_norm", dtype=self.dtype)(x)
         h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
-        qkv = (dense(channels, channels, name=f"to_{part}", **low)(h_bqc) for part in "qkv")
+        qkv = (dense(channels, channels, name=f"to_{part}", **num)(h_bqc) for part in "qkv")
         split = (einops.rearrange(a, "b q (n d) -> b q n d", n=self.num_heads) for a in qkv)
         out_bqnd = self.attention(*split, precision=self.precision)
         out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)")
-        out_bqc = dense(channels, channels, zero=True, name="to_out_0", **low)(out_bqc)
+        out_bqc = dense(channels, channels, zero=True, name="to_out_0", **num)(out_bqc)
         return x + einops.rearrange(out_bqc, "b (h w) c -> b h w c", h=height, w=width)
 
 
@@ -56,10 +64,10 @@ class Attention(nn.Module):
     def __call__(self, x_bqc, context_blc=None):
         channels = x_bqc.shape[-1]
         source = x_bqc if context_blc is None else context_blc
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
 
         def project(a, part):
-            a = dense(a.shape[-1], channels, use_bias=False, name=f"to_{part}", **low)(a)
+            a = dense(a.shape[-1], channels, use_bias=False, name=f"to_{part}", **num)(a)
             return einops.rearrange(a, "b l (n d) -> b l n d", n=self.num_heads)
 
         q_bqnd = project(x_bqc, "q")
@@ -74,7 +82,7 @@ class Attention(nn.Module):
             q_bqnd, k_blnd, v_blnd = (a.astype(jnp.float32) for a in (q_bqnd, k_blnd, v_blnd))
         out_bqnd = self.attention(q_bqnd, k_blnd, v_blnd, precision=self.precision)
         out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)").astype(self.dtype)
-        return dense(channels, channels, name="to_out_0", **low)(out_bqc)
+        return dense(channels, channels, name="to_out_0", **num)(out_bqc)
 
 
 class TwoHalves(nn.Module):
@@ -115,8 +123,8 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        low = {"dtype": self.dtype, "precision": self.precision}
-        value, gate = TwoHalves(self.channels, name="proj", **low)(x)
+        num = numerics(self)
+        value, gate = TwoHalves(self.channels, name="proj", **num)(x)
         # the erf of PyTorch's GELU: jax.nn.gelu has erfc, which takes twice as long
         gate = gate.astype(jnp.float32)
         gate *= 0.5 * (1 + jax.lax.erf(gate * np.float32(np.sqrt(0.5))))
@@ -132,9 +140,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels = x.shape[-1]
-        low = {"dtype": self.dtype, "precision": self.precision}
-        x = GEGLU(4 * channels, name="net_0", **low)(x)
-        return dense(4 * channels, channels, name="net_2", **low)(x)
+        num = numerics(self)
+        x = GEGLU(4 * channels, name="net_0", **num)(x)
+        return dense(4 * channels, channels, name="net_2", **num)(x)
 
 
 class TransformerBlock(nn.Module):
@@ -153,7 +161,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_bqc, context_blc=None):
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         heads = {
             "num_heads": self.num_heads,
             "upcast": self.upcast,
@@ -167,10 +175,10 @@ class TransformerBlock(nn.Module):
 
         if self.only_cross_attention:
             x_bqc = repeat_for(x_bqc, context_blc)
-        x_bqc += Attention(name="attn1", **heads, **low)(norm("norm1")(x_bqc), first)
+        x_bqc += Attention(name="attn1", **heads, **num)(norm("norm1")(x_bqc), first)
         x_bqc = repeat_for(x_bqc, context_blc)
-        x_bqc += Attention(name="attn2", **heads, **low)(norm("norm2")(x_bqc), context_blc)
-        x_bqc += FeedForward(name="ff", **low)(norm("norm3")(x_bqc))
+        x_bqc += Attention(name="attn2", **heads, **num)(norm("norm2")(x_bqc), context_blc)
+        x_bqc += FeedForward(name="ff", **num)(norm("norm3")(x_bqc))
         return x_bqc
 
 
@@ -191,13 +199,13 @@ class SpatialTransformer(nn.Module):
     @nn.compact
     def __call__(self, x, context_blc=None):
         height, width, channels = x.shape[1:]
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
 
         def project(name, zero=False):
             if self.linear_projection:
-                return dense(channels, channels, zero=zero, name=name, **low)
-            return conv(channels, channels, 1, zero=zero, name=name, **low)
+                return dense(channels, channels, zero=zero, name=name, **num)
+            return conv(channels, channels, 1, zero=zero, name=name, **num)
 
         h = project("proj_in")(group_norm(channels, 1e-6, name="norm", dtype=self.dtype)(x))
         h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
@@ -209,7 +217,7 @@ class SpatialTransformer(nn.Module):
                 self.upcast,
                 attention=self.attention,
                 name=name,
-                **low,
+                **num,
             )(h_bqc, context_blc)
         h = einops.rearrange(h_bqc, "b (h w) c -> b h w c", h=height, w=width)
         return repeat_for(x, h) + project("proj_out", zero=True)(h)

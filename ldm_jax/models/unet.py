@@ -21,6 +21,7 @@ from ldm_jax.models.blocks import (
     conv,
     dense,
     group_norm,
+    numerics,
     repeat_for,
     timestep_embedding,
 )
@@ -78,10 +79,10 @@ class UNet(nn.Module):
         Raises ValueError when an input and the model do not fit.
         """
         self._check(x, context_blc, label)
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         emb = self._embed(t_b, label)
         resnet = self._resnet()
-        conv_in = conv(self.in_channels, self.model_channels, name="conv_in", **low)
+        conv_in = conv(self.in_channels, self.model_channels, name="conv_in", **num)
         given, x = x, conv_in(x)
         repeated = repeat_for(given, context_blc)  # cheaper than repeating what conv_in makes of it
         skips = [x if repeated is given else conv_in(repeated)]
@@ -115,14 +116,14 @@ class UNet(nn.Module):
             x, skips = up(x, skips, emb, context_blc, train)
 
         h = nn.silu(group_norm(x.shape[-1], 1e-5, name="conv_norm_out", dtype=self.dtype)(x))
-        out = conv(x.shape[-1], self.out_channels, zero=True, name="conv_out", **low)(h)
+        out = conv(x.shape[-1], self.out_channels, zero=True, name="conv_out", **num)(h)
         return out.astype(jnp.float32)
 
     def _embed(self, t_b, label):
         """Time, and label if there is one, as [B, 4 * model_channels]."""
-        low = {"dtype": self.dtype, "precision": self.precision}
+        num = numerics(self)
         width = 4 * self.model_channels
-        emb = TimestepEmbedding(width, name="time_embedding", **low)(
+        emb = TimestepEmbedding(width, name="time_embedding", **num)(
             timestep_embedding(t_b, self.model_channels)
         )
         if self.num_classes is not None:
@@ -136,7 +137,7 @@ class UNet(nn.Module):
             )
             emb += embed(label)
         elif self.vector_dim is not None:
-            emb += TimestepEmbedding(width, name="class_embedding", **low)(label)
+            emb += TimestepEmbedding(width, name="class_embedding", **num)(label)
         return emb
 
     def _resnet(self) -> Make:
@@ -154,10 +155,10 @@ class UNet(nn.Module):
         """What halves ("down") or doubles ("up") the resolution; called like a resnet."""
         if self.resblock_updown:
             return functools.partial(self._resnet(), channels=channels, resample=resample)
-        low = {"dtype": self.dtype, "precision": self.precision, "convolution": self.convolution}
+        num = {**numerics(self), "convolution": self.convolution}
         if resample == "down":
-            return functools.partial(Downsample, padding=(1, 1), **low)
-        return functools.partial(Upsample, **low)
+            return functools.partial(Downsample, padding=(1, 1), **num)
+        return functools.partial(Upsample, **num)
 
     def _attend(self, level: int | None) -> Make | None:
         """The attention block of a level; of the middle block for None."""
@@ -238,9 +239,9 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        low = {"dtype": self.dtype, "precision": self.precision}
-        x = nn.silu(dense(x.shape[-1], self.channels, name="linear_1", **low)(x))
-        return dense(self.channels, self.channels, name="linear_2", **low)(x)
+        num = numerics(self)
+        x = nn.silu(dense(x.shape[-1], self.channels, name="linear_1", **num)(x))
+        return dense(self.channels, self.channels, name="linear_2", **num)(x)
 
 
 class DownBlock(nn.Module):
