@@ -22,13 +22,12 @@ def keys(seed: int, n: int, first: int = 0) -> jax.Array:
         raise ValueError(f"seed {seed} is not in 0..2**64 - 1")
     if n < 0 or first < 0:
         raise ValueError(f"keys of {n} images from number {first} on: give numbers from 0 on")
-    return keys_of(seed, range(first, first + n))
+    return keys_of(seed, np.arange(first, first + n, dtype=np.int32))
 
 
 def keys_of(seed: int, indices: Any) -> jax.Array:
     """Keys [N] of images: number i of a seed has fold_in(key_of(seed), i), whatever its batch."""
-    numbers = jnp.asarray(np.asarray(indices, np.int32))
-    return jax.vmap(jax.random.fold_in, (None, 0))(key_of(seed), numbers)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key_of(seed), jnp.asarray(indices))
 
 
 def key_of(seed: int) -> jax.Array:
