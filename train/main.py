@@ -48,6 +48,13 @@ class Pack:
     """Images in a file at most."""
 
 
+RECIPES = {
+    schema.AutoencoderTrainConfig: "ldm_jax.train.autoencoder",
+    schema.LatentDiffusionTrainConfig: "ldm_jax.train.ldm",
+}
+"""{class of a config: the folder with its `train(config, workdir, watch)`}."""
+
+
 def load_config(name: str) -> schema.TrainConfig:
     """The config of NAME[:STAGE]: a file in `configs/`, or a path to one with get_config(stage)."""
     file, _, stage = name.partition(":")
@@ -149,10 +156,7 @@ def _train(name: str, argv: Sequence[str]) -> int:
     workdir, config = parse(load_config(name), argv, f"ldm-train {name}")
     if config.deterministic:
         be_deterministic()
-    if isinstance(config, schema.AutoencoderTrainConfig):
-        from ldm_jax.train import autoencoder as recipe
-    else:
-        from ldm_jax.train import ldm as recipe
+    recipe = importlib.import_module(RECIPES[type(config)])
     index, count, start = watchdog.this_start()
     with watchdog.watching(
         checkpoint.absolute(workdir), config.watch, index, count, start

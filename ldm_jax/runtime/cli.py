@@ -1,6 +1,7 @@
 """Parts of every command: one-line errors, exit codes, the first argument, cache and cluster."""
 
 import functools
+import importlib.metadata
 import logging
 import os
 import select
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 
-import ldm_jax
 from ldm_jax.runtime import cluster, flags, log
 
 CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
@@ -54,7 +54,7 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
 
 def _print_version(program: str, argv: Sequence[str]) -> None:
     del argv
-    sys.stdout.write(f"{program} {ldm_jax.__version__} (jax {jax.__version__})\n")
+    sys.stdout.write(f"{program} {importlib.metadata.version('ldm-jax')} (jax {jax.__version__})\n")
 
 
 def _nobody_reads_stdout() -> bool:
