@@ -50,12 +50,7 @@ def load(
     path, kind = recognise(path)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     param_dtype = jnp.dtype(jnp.float32 if param_dtype is None else param_dtype)
-    if step is not None and kind != "run":
-        raise ValueError(f"{path}: step={step} is of a run, and this is {KINDS[kind]}")
-    if config is not None and kind != "checkpoint":
-        raise ValueError(f"{path}: config={config} is of a checkpoint, and this is {KINDS[kind]}")
-    if variant is not None and kind == "run":
-        raise ValueError(f"{path}: variant={variant}, but a run has one set of weights")
+    _check_options(path, kind, step, config, variant)
     if kind == "run":
         model = _load_run(path, step, ema, mesh, dtype, param_dtype)
     elif kind == "diffusers":
@@ -84,6 +79,15 @@ def load(
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
         model = dataclasses.replace(model, params=shapes)
     return model if tokenizer is None else _with_tokenizer(model, path, tokenizer)
+
+
+def _check_options(path: epath.Path, kind: str, step: Any, config: Any, variant: Any) -> None:
+    if step is not None and kind != "run":
+        raise ValueError(f"{path}: step={step} is of a run, and this is {KINDS[kind]}")
+    if config is not None and kind != "checkpoint":
+        raise ValueError(f"{path}: config={config} is of a checkpoint, and this is {KINDS[kind]}")
+    if variant is not None and kind == "run":
+        raise ValueError(f"{path}: variant={variant}, but a run has one set of weights")
 
 
 # --- what lies there ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from ldm_jax import denoising, diffusion, guidance, schema, solvers
 from ldm_jax.bundle import LatentDiffusion, bind, with_kv_cache
 from ldm_jax.conditioning import Cond
+from ldm_jax.models.unet import UNet
 
 
 def keys(seed: int, n: int, first: int = 0) -> jax.Array:
@@ -149,26 +150,14 @@ def make_sampler(
     levels = levels_of(model, steps, spacing) if levels is None else levels
     _check_guidance(guidance_rescale, guidance_interval, levels)
     _check_x0(model, dynamic_threshold, threshold_limit, quantize_x0)
+    guide = (guidance_rescale, guidance_interval)
 
     def denoiser(params: dict, cond: Cond, null: Cond | None, guidance_scale: Any) -> Callable:
         """denoise(x, level) of one request."""
-        net = bind(unet, params["unet"])
-        net = net if wrap_model is None else wrap_model(net)
-        cond = with_kv_cache(unet, params["unet"], cond)
-        if null is not None:
-            null = with_kv_cache(unet, params["unet"], null)
-            predict = guidance.classifier_free(
-                net,
-                cond,
-                null,
-                guidance_scale,
-                guidance_rescale,
-                guidance_interval,
-                shared=wrap_model is None,
-            )
-        else:
-            predict = lambda x, t: net(x, t, cond)  # noqa: E731
-        denoise = diffusion.denoiser(predict, model.prediction)
+        denoise = diffusion.denoiser(
+            _guided(unet, params["unet"], cond, null, guidance_scale, wrap_model, guide),
+            model.prediction,
+        )
         if dynamic_threshold is not None:
             denoise = denoising.dynamic_threshold(denoise, dynamic_threshold / 100, threshold_limit)
         if quantize_x0:
@@ -214,6 +203,29 @@ NEW_CALL = (
     "make_sampler(model, steps, ...) and sample(params, cond, keys, null=None, guidance_scale=1.0,"
     " eta=0.0, x_T=None, start=0, init=None, mask=None); guidance runs if null is given"
 )
+
+
+def _guided(
+    unet: UNet,
+    params: dict,
+    cond: Cond,
+    null: Cond | None,
+    scale: Any,
+    wrap_model: Callable[[Callable], Callable] | None,
+    guide: tuple[float, tuple[float, float] | None],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """model(x, t) -> raw prediction, guided away from `null` if that is given.
+
+    guide: rescale and interval of `guidance.classifier_free`.
+    """
+    net = bind(unet, params)
+    net = net if wrap_model is None else wrap_model(net)
+    cond = with_kv_cache(unet, params, cond)
+    if null is None:
+        return lambda x, t: net(x, t, cond)
+    null = with_kv_cache(unet, params, null)
+    shared = wrap_model is None
+    return guidance.classifier_free(net, cond, null, scale, *guide, shared=shared)
 
 
 def _solver(solver: str | solvers.Solver) -> Callable[[Any], solvers.Solver]:
