@@ -100,6 +100,7 @@ def make_run(
     step: called on the host at every step.
     previews: [B, options.preview, H, W, c], the predicted x0 at as many levels, if not 0.
     """
+    _check_guidance(options, guided)
     trace = None
     if options.preview or step is not None:
         trace = functools.partial(_look, step, options.preview > 0)
@@ -147,6 +148,16 @@ def make_run(
         return image, z, jnp.moveaxis(previews.astype("float32"), 0, 1)
 
     return run
+
+
+def _check_guidance(options: Options, guided: bool) -> None:
+    for name in ("guidance_rescale", "guidance_interval"):
+        if not guided and getattr(options, name):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} {getattr(options, name)} changes guidance, and there is none: leave it"
+                " out, or sample with a guidance scale other than 1"
+            )
 
 
 def _look(step: Callable[[], None] | None, kept: bool, x: jax.Array, denoised: Any) -> Any:

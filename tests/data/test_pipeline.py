@@ -113,7 +113,7 @@ def test_reading_ahead_takes_the_rows_of_this_process_only():
             assert len(made) == len(rows)
             for got, row in zip(made, rows):
                 expected = stream[step * BATCH + row]
-                np.testing.assert_array_equal(got.row["image"], expected["image"])
+                np.testing.assert_array_equal(got.example["image"], expected["image"])
 
 
 @pytest.mark.parametrize(
