@@ -106,7 +106,7 @@ def test_a_process_reads_the_rows_of_its_devices_and_no_others():
 def test_reading_ahead_takes_the_rows_of_this_process_only():
     stream = open_stream()
     pieces = [[0, 1], [6], [7]]
-    ahead = pipeline._LocalRows(stream.made, BATCH, 2, pieces)
+    ahead = pipeline._LocalExamples(stream.made, BATCH, 2, pieces)
     for step in (2, 3):
         for i, rows in enumerate(pieces):
             made = ahead[(step - 2) * len(pieces) + i]

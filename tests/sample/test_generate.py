@@ -60,7 +60,7 @@ def test_what_an_image_starts_from_is_donated(what):
     assert image.shape == (4, 16, 16, 3)
 
 
-def test_steps_are_reported_and_change_nothing(what, monkeypatch, capsys):
+def test_steps_are_reported_and_change_nothing(what, monkeypatch, capsys, shown):
     (plain,) = generate.made(what)
     ticks, bars = [], progress.bars
 
