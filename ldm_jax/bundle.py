@@ -104,7 +104,7 @@ def summary(model: LatentDiffusion) -> list[str]:
     facts = [
         f"predicts {model.prediction}",
         f"latent scale {model.latent_scale:g}",
-        f"conditioned on {conditioning.name_of(model.config.cond)}",
+        f"condition: {conditioning.name_of(model.config.cond)}",
         f"tokenizer {'none' if tokenizer is None else type(tokenizer).__name__}",
         f"size {model.config.size}",
     ]

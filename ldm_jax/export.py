@@ -151,13 +151,17 @@ CUDNN = ("Softmax", "SoftmaxBackward", "ScaleBiasSoftmax", "ScaleBiasSoftmaxBack
 
 
 def _inputs(names: Sequence[str], arguments: Sequence[Any]) -> tuple[dict, ...]:
-    def described(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def described(name, leaf):
         shape, dtype = (leaf.shape, leaf.dtype) if _is_key(leaf) else _plain(leaf)
         return {"name": name, "shape": list(shape), "dtype": str(dtype)}
 
+    return tuple(described(*leaf) for leaf in _named(names, arguments))
+
+
+def _named(names: Sequence[str], arguments: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(path, leaf) of the arguments, sorted by name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(dict(zip(names, arguments, strict=True)))
-    return tuple(described(*leaf) for leaf in leaves)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -247,8 +251,9 @@ def _call(where: str, exported: jax_export.Exported, meta: dict, *arguments: Any
                 f"{where}: takes {_text(known, name)}, and was given {_text(found, name)}: give"
                 " that, or export it again for this"
             )
-    leaves = dict(zip(found, jax.tree.leaves(arguments), strict=True))
-    in_order = [leaves[name] for name in known]  # renamed keys of a dict come in another order
+    leaves = dict(_named(names, arguments))
+    # as lowered: argument by argument, each in the order of the names that it had then
+    in_order = [leaves[n] for n in sorted(known, key=lambda n: names.index(n.partition("/")[0]))]
     data = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in in_order]
     return exported.call(*(jnp.asarray(leaf, _plain(leaf)[1]) for leaf in data))
 

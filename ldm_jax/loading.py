@@ -166,7 +166,7 @@ def _load_run(
     config = rundir.read_config(run)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
         raise ValueError(
-            f"{run}: is a run of {type(config).__name__}, a first stage; --model takes the run of"
+            f"{run}: is a run of {type(config).__name__}; --model takes the run of"
             " a latent diffusion model"
         )
     trained, _ = weights(run, config, step, ema)

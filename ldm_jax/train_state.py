@@ -264,7 +264,7 @@ def init_ema(config: schema.EMAConfig, params: dict) -> dict:
     ValueError if the config names a part that no model has.
     """
     for part in config.parts:
-        if part not in PARTS:
+        if part not in params and part not in PARTS:
             raise ValueError(f"ema.parts: {part!r} is not one of {', '.join(PARTS)}")
     # copies: the step donates its state, and one buffer cannot be given away twice
     return {part: jax.tree.map(jnp.copy, params[part]) for part in config.parts if part in params}

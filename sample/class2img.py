@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from ldm_jax import schema
+from ldm_jax import conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, check_labels, latent_shape, open_model
@@ -35,7 +35,7 @@ def request(options: Options) -> Request:
     model, mesh, options = open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig):
-        kind = type(cond).__name__ if cond else "no condition"
+        kind = conditioning.name_of(cond)
         raise ValueError(f"{options.model}: is trained with {kind}, not with classes")
     labels = options.labels or tuple(range(min(10, cond.num_classes)))
     check_labels(cond, labels)

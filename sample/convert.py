@@ -5,7 +5,6 @@
 
 import contextlib
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -67,7 +66,7 @@ def convert(argv: Sequence[str]) -> int:
             tokenizer=options.tokenizer,
             shapes_only=options.check,
         )
-        for line in summary(model):
+        for line in bundle.summary(model):
             LOG.info(line)
         if options.check:
             count = saving.check(model, options.to)
@@ -76,27 +75,6 @@ def convert(argv: Sequence[str]) -> int:
         write(model, target, options)
     LOG.info(f"written: {target} ({options.to}, {options.dtype})")
     return 0
-
-
-def summary(model: bundle.LatentDiffusion) -> list[str]:
-    """What a model is made of: a line for each part with parameters, and one for the rest."""
-    lines = []
-    for part in ("unet", "first_stage", "cond_stage"):
-        leaves = jax.tree.leaves(model.params[part])
-        if leaves:
-            count = sum(math.prod(x.shape) for x in leaves)
-            dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
-            kind = type(getattr(model, part)).__name__
-            lines.append(f"{part}: {kind}, {count:,} parameters in {len(leaves)} arrays, {dtypes}")
-    cond = model.config.cond
-    facts = [
-        f"predicts {model.prediction}",
-        f"latent scale {model.latent_scale:g}",
-        f"conditioning {type(cond).__name__.removesuffix('CondConfig') if cond else 'none'}",
-        f"tokenizer {'none' if model.tokenizer is None else type(model.tokenizer).__name__}",
-        f"size {model.config.size}",
-    ]
-    return [*lines, "; ".join(facts)]
 
 
 def refuse_target(options: Options, source: epath.Path, target: epath.Path) -> None:

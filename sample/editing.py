@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, schema
+from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.options import Options, check_labels, check_tokenizer, null_batch
@@ -64,7 +64,7 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
         ("--labels", options.labels, is_class, "classes"),
     ):
         if given and not known:
-            kind = type(cond).__name__ if cond else "no condition"
+            kind = conditioning.name_of(cond)
             raise ValueError(f"{flag}: {options.model} is trained with {kind}, not with {of}")
     if options.labels:
         return _classes(cond, options)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ldm_jax import bundle, sampling, schema
+from ldm_jax import bundle, conditioning, sampling, schema
 from ldm_jax.sample import editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
@@ -59,6 +59,7 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
         raise ValueError(
-            f"{options.model}: is trained with {type(cond).__name__}; {NAME} takes models of text,"
+            f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes"
+            " models of text,"
             " of classes, or without condition"
         )

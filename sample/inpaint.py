@@ -14,7 +14,7 @@ import scipy.ndimage
 from PIL import Image
 from tyro.conf import arg
 
-from ldm_jax import bundle, schema
+from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import editing
 from ldm_jax.sample.draw import draw
@@ -93,7 +93,8 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> bool:
         return True
     if not isinstance(beside, schema.ClassCondConfig | schema.TextCondConfig | None):
         raise ValueError(
-            f"{options.model}: is trained with {type(beside).__name__}; {NAME} takes models of"
+            f"{options.model}: is trained with {conditioning.name_of(beside)}; {NAME} takes"
+            " models of"
             " image and mask, of text, of classes, or without condition"
         )
     return False

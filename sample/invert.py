@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, latents, schema, sharding, solvers
+from ldm_jax import bundle, conditioning, latents, schema, sharding, solvers
 from ldm_jax.metrics import pixels
 from ldm_jax.runtime import images
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample import editing, variations, write
+from ldm_jax.sample import editing, write
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.generate import generate
 from ldm_jax.sample.inputs import read_images
@@ -138,9 +138,9 @@ def check(options: Options) -> None:
         )
     if options.init_latents is not None:
         raise ValueError("--init-latents has no use here: the noise is what is looked for")
-    if options.eta or options.solver in variations.NOISY:
+    if options.eta or solvers.make(options.solver).noisy:
         what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
-        known = ", ".join(name for name in solvers.SOLVERS if name not in variations.NOISY)
+        known = ", ".join(name for name in solvers.SOLVERS if not solvers.make(name).noisy)
         raise ValueError(
             f"{what} draws new noise at every step, which no way leads back from; use one of"
             f" {known}, with --eta 0"
@@ -152,7 +152,8 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
         raise ValueError(
-            f"{options.model}: is trained with {type(cond).__name__}; {NAME} takes models of text,"
+            f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes"
+            " models of text,"
             " of classes, or without condition"
         )
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from etils import epath
 
-from ldm_jax import schema
+from ldm_jax import conditioning, schema
 from ldm_jax.data import boxes
 from ldm_jax.runtime import flags
 from ldm_jax.sample import superres
@@ -51,7 +51,7 @@ def request(options: Options) -> Request:
     model, mesh, options = open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.LayoutCondConfig):
-        kind = type(cond).__name__ if cond else "no condition"
+        kind = conditioning.name_of(cond)
         raise ValueError(f"{options.model}: is trained with {kind}, not with layouts")
     every = [path for path in options.boxes for _ in range(options.num_images)]
     return Request(

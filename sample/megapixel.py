@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from tyro.conf import arg
 
-from ldm_jax import bundle, schema, sharding
+from ldm_jax import bundle, conditioning, schema, sharding
 from ldm_jax.large import tiling, windows
 from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
@@ -251,7 +251,8 @@ def inputs_for(model: bundle.LatentDiffusion, options: Options) -> Inputs:
         refuse(options, "prompt", "negative_prompt", "labels")
         return from_prompts_or_labels(model, options)
     raise ValueError(
-        f"{options.model}: is trained with {type(cond).__name__}; {NAME} takes models of semantic"
+        f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes"
+        " models of semantic"
         " maps, small images, text, classes, or without condition"
     )
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tyro.conf import arg
 
-from ldm_jax import bundle, loading, sampling, schema, sharding, solvers
+from ldm_jax import bundle, conditioning, loading, sampling, schema, sharding, solvers
 from ldm_jax.runtime import checkpoint, flags
 
 
@@ -196,7 +196,7 @@ def null_batch(model: bundle.LatentDiffusion, path: str) -> dict[str, np.ndarray
             check_tokenizer(model, path)
             tokens = model.tokenizer.encode([""])
             return {"tokens": tokens, "null_tokens": tokens}
-    kind = type(model.config.cond).__name__
+    kind = conditioning.name_of(model.config.cond)
     raise ValueError(
         f"{path}: is trained with {kind} and draws nothing without; see the other tasks"
     )

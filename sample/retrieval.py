@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ldm_jax import bundle, neighbours, schema, sharding
+from ldm_jax import bundle, conditioning, neighbours, schema, sharding
 from ldm_jax.convert import clip_folder
 from ldm_jax.runtime import flags
 from ldm_jax.sample import editing, text2img
@@ -132,7 +132,7 @@ def check_model(model: bundle.LatentDiffusion, options: Options, towers: clip_fo
     """ValueError if the model does not draw from embeddings of this CLIP."""
     cond = model.config.cond
     if not isinstance(cond, schema.EmbeddingCondConfig):
-        kind = type(cond).__name__ if cond else "no condition"
+        kind = conditioning.name_of(cond)
         raise ValueError(f"{options.model}: is trained with {kind}, not with CLIP embeddings")
     if cond.width != towers.width:
         raise ValueError(

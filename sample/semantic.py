@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ldm_jax import bundle, schema
+from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import superres
 from ldm_jax.sample.draw import draw
@@ -68,7 +68,7 @@ def check(model: bundle.LatentDiffusion, options: Options, maps: list[np.ndarray
     """ValueError if the model draws from no maps, or not from these."""
     cond = model.config.cond
     if not isinstance(cond, schema.SemanticCondConfig):
-        kind = type(cond).__name__ if cond else "no condition"
+        kind = conditioning.name_of(cond)
         raise ValueError(f"{options.model}: is trained with {kind}, not with segmentation maps")
     for path, ids in zip(options.maps, maps, strict=True):
         if ids.shape != maps[0].shape:

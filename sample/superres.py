@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, diffusion, sampling, schema
+from ldm_jax import bundle, conditioning, diffusion, sampling, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
@@ -92,7 +92,7 @@ def with_defaults(model: bundle.LatentDiffusion, options: Options) -> Options:
     concat, cond = upscaler(model), model.config.cond
     if concat is None:
         if not isinstance(cond, schema.SuperResCondConfig):
-            kind = type(cond).__name__ if cond else "no condition"
+            kind = conditioning.name_of(cond)
             raise ValueError(f"{options.model}: is trained with {kind}, not for super-resolution")
         for name in ("noise_level", "prompt", "negative_prompt"):
             if getattr(options, name):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax import bundle, schema
+from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import prompts
@@ -117,11 +117,12 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     cond = model.config.cond
     if isinstance(cond, schema.HybridCondConfig):
         raise ValueError(
-            f"{options.model}: takes an image beside the text ({type(cond.concat).__name__}), which"
+            f"{options.model}: takes an image beside the text"
+            f" ({conditioning.name_of(cond.concat)}), which"
             " text2img does not give; use a model of text alone"
         )
     if not isinstance(cond, schema.TextCondConfig):
-        kind = type(cond).__name__ if cond else "no condition"
+        kind = conditioning.name_of(cond)
         raise ValueError(f"{options.model}: is trained with {kind}, not with text")
     check_tokenizer(model, options.model)
 

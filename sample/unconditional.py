@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from ldm_jax import schema
+from ldm_jax import conditioning, schema
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, latent_shape, null_batch, open_model
 from ldm_jax.sample.request import Request
@@ -40,7 +40,7 @@ def request(options: Options) -> Request:
         )
     model, mesh, options = open_model(options)
     if isinstance(model.config.cond, schema.HybridCondConfig):
-        kind = type(model.config.cond.concat).__name__
+        kind = conditioning.name_of(model.config.cond.concat)
         raise ValueError(f"{options.model}: takes an image ({kind}), which {NAME} does not give")
     row, count = null_batch(model, options.model), options.num_images
     return Request(

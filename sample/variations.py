@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tyro.conf import arg
 
-from ldm_jax import bundle, conditioning, diffusion, sampling, schema, sharding
+from ldm_jax import bundle, conditioning, diffusion, sampling, schema, sharding, solvers
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
@@ -20,7 +20,6 @@ from ldm_jax.sample.request import Request
 
 NAME = "variations"
 # solvers that draw noise at every step, of which a path would be as rough
-NOISY = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ def check(options: Options) -> None:
         raise ValueError("give --labels or --prompt, not both")
     if options.init_latents is not None:
         raise ValueError("--init-latents has no use here: the noise is that of --seeds")
-    if options.eta or options.solver in NOISY:
+    if options.eta or solvers.make(options.solver).noisy:
         what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
         raise ValueError(f"{what} draws new noise at every step; a path needs a solver without")
     seeds, stops = len(options.seeds or (0,)), len(options.labels or options.prompt or (0,))
@@ -170,7 +169,7 @@ def conditions(
             return batch["label"], names, None
     else:
         kinds = {schema.TextCondConfig: "give --prompt", schema.ClassCondConfig: "give --labels"}
-        kind = type(cond).__name__ if cond else "no condition"
+        kind = conditioning.name_of(cond)
         hint = kinds.get(type(cond), "leave out --labels and --prompt" if cond is None else "")
         raise ValueError(
             f"{options.model}: is trained with {kind}"

@@ -202,3 +202,17 @@ def test_arguments_that_do_not_fit_are_refused(model, file, change, message):
     run, _ = export.read(file)
     with pytest.raises(ValueError, match=message):
         run(*change(arguments(model)))
+
+
+def test_inputs_that_were_renamed_are_found_in_old_programs(tmp_path):
+    """They come in another order too: a dict's keys are sorted."""
+
+    def old(params, batch):
+        return params * batch["hole"] - batch["init"]
+
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    program = export.lower(old, (shape, {"hole": shape, "init": shape}), ("cpu",))
+    export.write(tmp_path / "old.bin", program, {})
+    run, _ = export.read(tmp_path / "old.bin")
+    batch = {"init": jnp.array([1.0, 2.0]), "init_mask": jnp.array([3.0, 5.0])}
+    np.testing.assert_array_equal(run(jnp.array([2.0, 2.0]), batch), [5.0, 8.0])

@@ -7,7 +7,8 @@
     prompt.png     of `run`;  program.png  of program.bin, which was exported from it
     converted      a diffusers folder made of tiny:unconditional, and converted.png of it
 
-On the version of jax that wrote them everything repeats bit for bit, on others nearly.
+On the version of jax that wrote them, on two cores, everything repeats bit for bit, elsewhere
+nearly: XLA cuts sums by the number of cores.
 """
 
 import json
@@ -47,10 +48,13 @@ def written_by(landing):
     return json.loads((landing / "resumed.json").read_text())
 
 
+def repeats_exactly(landing):
+    return jax.__version__ == written_by(landing)["jax"] and len(os.sched_getaffinity(0)) == 2
+
+
 def check_picture(landing, new, old):
     new, old = (np.asarray(Image.open(landing / f), np.int32) for f in (new, old))
-    exact = jax.__version__ == written_by(landing)["jax"]
-    assert np.abs(new - old).max() <= (0 if exact else 1)
+    assert np.abs(new - old).max() <= (0 if repeats_exactly(landing) else 1)
 
 
 def test_a_run_resumes(landing):
@@ -62,7 +66,7 @@ def test_a_run_resumes(landing):
     assert len(lines) == len(then["steps"]) == 4
     for line, step in zip(map(json.loads, lines), then["steps"]):
         values = [[x[n] for n in step if n not in TIMES] for x in (line, step)]
-        if jax.__version__ == then["jax"]:
+        if repeats_exactly(landing):
             assert values[0] == values[1]
         np.testing.assert_allclose(*values, rtol=1e-5)
 

@@ -70,7 +70,7 @@ def test_repr_is_a_line_for_each_part(model, text):
         *("unet", "first_stage", "cond_stage")
     ]
     assert len(lines) == 5
-    assert "conditioned on class label" in lines[4]
+    assert "condition: class label" in lines[4]
     assert "ByteTokenizer" in repr(text)
     assert len(repr(model)) < 500
 

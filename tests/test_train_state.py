@@ -262,7 +262,7 @@ def test_no_row_leaves_its_device():
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
-    with pytest.raises(ValueError, match="8 rows cannot be cut into 3 microbatches"):
+    with pytest.raises(ValueError, match="8 examples cannot be cut into 3 microbatches"):
         train_state.gradients(loss_fn, PARAMS, make_rows(8), 3)
     with pytest.raises(ValueError, match="0 microbatches"):
         train_state.gradients(loss_fn, PARAMS, make_rows(8), 0)

@@ -156,6 +156,8 @@ def _train(name: str, argv: Sequence[str]) -> int:
     workdir, config = parse(load_config(name), argv, f"ldm-train {name}")
     if config.deterministic:
         be_deterministic()
+    if type(config) not in RECIPES:
+        raise ValueError(f"{name}: no recipe takes a {type(config).__name__}")
     recipe = importlib.import_module(RECIPES[type(config)])
     index, count, start = watchdog.this_start()
     with watchdog.watching(
@@ -171,7 +173,7 @@ def _encode(name: str, argv: Sequence[str]) -> int:
     parts = (Encode, config, supervisor.Restart, flags.Process)
     asked, config, *_ = flags.parse(argv, program, Encode.__doc__, *parts)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
-        raise ValueError(f"{name} trains a first stage; encode takes a config of the model")
+        raise ValueError(f"{name} is a {type(config).__name__}; encode takes a config of the model")
     from ldm_jax.train.prepare import encode
 
     if config.deterministic:

@@ -71,6 +71,14 @@ def _check_values(config: Config, batch: Batch) -> None:
         )
 
 
+def _check_classes(config: Config, found: int) -> None:
+    if found > config.num_classes:
+        raise ValueError(
+            f"the data have {found} classes, but cond.num_classes is {config.num_classes}: set it"
+            f" to {found}"
+        )
+
+
 KIND = Kind(
     name=lambda config: "class label",
     example=_example,
@@ -83,5 +91,6 @@ KIND = Kind(
     check=_check,
     has_null=lambda config: config.null_class,
     check_values=_check_values,
+    check_classes=_check_classes,
     in_turn=lambda config, count: {"label": np.arange(count, dtype=np.int32) % config.num_classes},
 )

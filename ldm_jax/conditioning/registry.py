@@ -36,7 +36,7 @@ KINDS: dict[type, Kind] = {
 }
 KINDS[schema.HybridCondConfig] = hybrid.join(KINDS)
 KINDS[type(None)] = Kind(
-    name=lambda config: "nothing",
+    name=lambda config: "no condition",
     example=lambda config, sizes: {},
     from_batch=lambda *arguments: Cond(),
     has_null=lambda config: False,
@@ -104,9 +104,11 @@ def check_batch(config: schema.CondConfig, batch: Batch) -> None:
         instead = kind_of(config).instead.get(needed, needed)
         key = instead if instead in batch else needed
         if key not in batch:
-            close = difflib.get_close_matches(key, [n for n in batch if n not in needs(config)], 1)
+            named = repr(needed) if instead == needed else f"{needed!r} or {instead!r}"
+            others = [n for n in batch if n not in needs(config)]
+            close = [n for k in (instead, needed) for n in difflib.get_close_matches(k, others, 1)]
             raise ValueError(
-                f"the batch has no {key!r}, which a model conditioned on a {name} needs"
+                f"the batch has no {named}, which a model conditioned on a {name} needs"
                 + (f"; is {close[0]!r} meant as that?" if close else "")
                 + f" (it has {', '.join(batch) or 'nothing'})"
             )

@@ -70,8 +70,7 @@ __all__ = [
 def make(name: str, eta: jax.Array | float = 0.0) -> Solver:
     """The solver of this name; those that take no eta (all but "ddim") ignore a traced one.
 
-    The stochastic ones ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde") draw as much
-    noise as their papers do.
+    The stochastic ones (`Solver.noisy`) draw as much noise as their papers do.
     ValueError for an unknown name, and for a Python eta other than 0 that the solver cannot use.
     """
     if name not in SOLVERS:

@@ -36,4 +36,4 @@ def ddpm(
         noise = temperature * rowwise_normal(keys, x.shape[1:])
         return carry, of_x0 * denoised.x0 + of_x * x + std * noise, denoised
 
-    return Solver(init=lambda x: (), step=step)
+    return Solver(init=lambda x: (), step=step, noisy=True)

@@ -26,4 +26,4 @@ def euler_ancestral(eta: jax.Array | float = 1.0) -> Solver:
 
     `get_ancestral_step`'s sigma_up is DDIM's sigma for the same eta, in units of alpha.
     """
-    return ddim(eta)
+    return ddim(eta)._replace(noisy=True)

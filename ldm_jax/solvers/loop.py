@@ -20,6 +20,8 @@ class Solver(NamedTuple):
     """(denoise, carry, x, level, keys [B]) -> (carry, x at the next level, denoised at this)."""
     weights: Callable[[Levels], np.ndarray] | None = None
     """Levels -> numbers [S, ...] made on the host, which `step` finds in `level.weights`."""
+    noisy: bool = False
+    """Draws noise at every step, whatever eta is: no path leads through it, and none back."""
 
 
 def sample(

@@ -40,7 +40,7 @@ def multistep(
         carry, change = remember(carry, level.weights, getattr(denoised, of))
         return carry, x + change, denoised
 
-    return Solver(lambda x: empty(x, order), step, weights)
+    return Solver(lambda x: empty(x, order), step, weights, noisy=eta != 0)
 
 
 def empty(x: jax.Array, order: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:

@@ -188,7 +188,8 @@ def _check_rows(
     except KeyError as error:
         held = ", ".join(sorted(batch))
         raise ValueError(
-            f"{options.data or options.model}: {type(model.config.cond).__name__} needs {error} of"
+            f"{options.data or options.model}: {conditioning.name_of(model.config.cond)}"
+            f" needs {error} of"
             f" every record, and these have {held}: give --data with them, or draw the samples with"
             " ldm-sample --npz and give them as --samples"
         ) from error

@@ -2,14 +2,16 @@
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import text_model
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import sampling, schema
+from ldm_jax import sampling, saving, schema
 from ldm_jax.configs import tiny
 from ldm_jax.runtime import checkpoint, rundir
 
@@ -86,3 +88,19 @@ def test_guiding_script_moves_every_picture_to_its_goal(trained):
 )
 def test_scripts_are_short(name, most):
     assert len((DOCS / f"{name}.py").read_text().splitlines()) <= most
+
+
+def test_the_page_on_python_runs_as_it_is(tmp_path, monkeypatch):
+    saving.save(text_model.make(), tmp_path / "runs" / "text")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec("\n".join(blocks), found)
+    assert found["images"].shape[0] == 4  # devices of the tests
+    known = found["filled"] - found["changed"]
+    assert np.isfinite(known).all()
+    assert np.abs(known).max() > 0
+    assert found["image"].shape == (1, 16, 16, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("runs", "copy.safetensors", "copy.yaml")
+    }

@@ -41,7 +41,7 @@ def test_every_format_holds_the_model_bit_for_bit(model, source, tmp_path, capsy
     lines = capsys.readouterr().err.splitlines()
     count = sum(x.size for x in jax.tree.leaves(model.params["unet"]))
     assert any(line.startswith(f"unet: UNet, {count:,} parameters in") for line in lines)
-    assert "conditioning Text; tokenizer FileTokenizer" in lines[-2]
+    assert "condition: text; tokenizer FileTokenizer" in lines[-2]
     assert lines[-1] == f"written: {tmp_path / 'folder'} (diffusers, float32)"
     file, tokenizer = tmp_path / "model.safetensors", tmp_path / "folder" / "tokenizer"
     assert run(tmp_path / "folder", file, "--to", "compvis") == 0

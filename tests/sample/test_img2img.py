@@ -171,7 +171,7 @@ def test_images_and_labels_pair_up():
         ("--images {p}/2.png", "2.png: height 15 is not a multiple of 2, by which the first stage"),
         ("--images {p}/2.png", "take 14 or 16"),
         ("--images {p}/0.png --labels 4", "--labels 4 is not in 0..3"),
-        ("--images {p}/0.png --prompt x", "is trained with ClassCondConfig, not with text"),
+        ("--images {p}/0.png --prompt x", "is trained with class label, not with text"),
         ("--images {p}/0.png --guidance-scale 2", "--guidance-scale 2.0: nothing is asked for"),
         ("--images {p}/0.png {p}/1.png --labels 1 2 3", "2 --images and 3 of --prompt or --labels"),
         ("--images {p}/0.png --solver abc", "solver 'abc' is not one of ddim, ddpm"),

@@ -12,7 +12,7 @@ import task_models
 
 from ldm_jax import bundle, diffusion, loading, schema, solvers
 from ldm_jax.runtime import cli, images
-from ldm_jax.sample import invert, main, variations
+from ldm_jax.sample import invert, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -93,7 +93,7 @@ def test_more_steps_come_closer_with_guidance_too(ldm_run, photos, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in solvers.SOLVERS if n not in variations.NOISY])
+@pytest.mark.parametrize("name", [n for n in solvers.SOLVERS if not solvers.make(n).noisy])
 def test_every_solver_without_noise_leads_back(name):
     def errors(steps):
         """Of the noise against the exact flow, and of the image sampled from it."""
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line(ldm_run, photos, tmp_path, capsys, flags, message
 def test_other_models_and_overflow_are_refused():
     model = task_models.make(schema.SuperResCondConfig(factor=2), in_channels=7)
     assert isinstance(model, bundle.LatentDiffusion)
-    with pytest.raises(ValueError, match="m: is trained with SuperResCondConfig; invert takes"):
+    with pytest.raises(ValueError, match="m: is trained with low-resolution image; invert takes"):
         invert.check_model(model, options())
     with pytest.raises(ValueError, match="not finite: --solver plms does not lead back here"):
         invert.refuse_overflow(np.array([np.nan, 0]), options(solver="plms"))

@@ -188,7 +188,7 @@ def test_small_images_are_enlarged_window_by_window(tmp_path):
         ("--space 3", "space=3 does not divide the 4 devices"),
         ("--space 0", "--space 0: give a number of devices"),
         ("--maps a.png", "--maps: {run} is of another kind, which takes --prompt, "),
-        ("--prompt x", "is trained with ClassCondConfig, not with text"),
+        ("--prompt x", "is trained with class label, not with text"),
         ("--maps a.png --height 16", "--height and --width are those of --maps"),
     ],
 )

@@ -131,5 +131,5 @@ def test_other_models_are_refused(plain):
     config = dataclasses.replace(plain.config, cond=schema.ClassCondConfig())
     model = dataclasses.replace(plain, config=config)
     assert isinstance(model, bundle.LatentDiffusion)
-    with pytest.raises(ValueError, match="m: is trained with ClassCondConfig, not for super-res"):
+    with pytest.raises(ValueError, match="m: is trained with class label, not for super-res"):
         superres.with_defaults(model, superres.Options(model="m", out=""))

@@ -147,7 +147,7 @@ def test_sides_are_those_asked_for(run, tmp_path):
         (["--prompt-file", "{tmp}/none.txt"], "none.txt"),
         (["--prompt", "x", "--height", "15"], "--height 15 is not a multiple of 2, by which"),
         (["--prompt", "x", "--width", "0"], "--width 0 is not a multiple of 2, by which"),
-        (["--prompt", "x", "--model", "{classes}"], "is trained with ClassCondConfig, not with"),
+        (["--prompt", "x", "--model", "{classes}"], "is trained with class label, not with"),
         (["--prompt", "x", "--model", "{mute}"], "comes without a tokenizer; give --tokenizer"),
         (["--prompt", "x", "--tokenizer", "{tmp}"], "no tokenizer in"),
         (["--prompt", "x", "--variant", "fp16"], "variant=fp16, but a run has one set of weights"),

@@ -133,8 +133,8 @@ def test_rows_of_longer_paths():
     [
         (["--labels", "3"], "give two or more of --seeds, --labels or --prompt"),
         (["--labels", "3", "--seeds", "1"], "give two or more of --seeds"),
-        (["--seeds", "1", "2"], "is trained with ClassCondConfig: give --labels"),
-        (["--prompt", "a", "b"], "is trained with ClassCondConfig: give --labels"),
+        (["--seeds", "1", "2"], "is trained with class label: give --labels"),
+        (["--prompt", "a", "b"], "is trained with class label: give --labels"),
         (["--labels", "3", "5"], "--labels 5 is not in 0..4"),
         (["--labels", "1", "2", "3", "--seeds", "1", "2"], "2 of --seeds and 3 of --labels"),
         (["--labels", "1", "2", "--prompt", "a"], "give --labels or --prompt, not both"),

@@ -127,11 +127,7 @@ def check(
                 f"the condition is a {name}, but the data have no {needed}:"
                 f" they have {', '.join(stream.spec)}"
             )
-    if isinstance(config.cond, schema.ClassCondConfig):
-        found = stream.source.num_classes
-        if found is not None and found > config.cond.num_classes:
-            raise ValueError(
-                f"the data have {found} classes, but cond.num_classes is {config.cond.num_classes}:"
-                f" set it to {found}"
-            )
+    if stream.source.num_classes is not None:
+        kind = conditioning.kind_of(config.cond)
+        kind.check_classes(config.cond, stream.source.num_classes)
     stream.made[0]  # images that do not fit
