@@ -182,3 +182,17 @@ def test_a_bar_of_steps_is_for_a_cpu_with_a_terminal(monkeypatch):
     assert progress.resolved(dataclasses.replace(options, progress="none")) == "none"
     monkeypatch.setattr(progress.jax, "default_backend", lambda: "tpu")
     assert progress.resolved(options) == "images"
+
+
+def test_a_guided_request_is_guided(what):
+    """By the scale of the call; 1 gives the latents of a request without guidance."""
+
+    def latents(request, scale):
+        options = dataclasses.replace(request.options, guidance_scale=scale)
+        (made,) = generate.made(dataclasses.replace(request, options=options))
+        return made.latent
+
+    three, one = (latents(dataclasses.replace(what, guided=True), scale) for scale in (3.0, 1.0))
+    plain = latents(dataclasses.replace(what, guided=False), 1.0)
+    assert np.abs(three - one).max() > 1e-3
+    np.testing.assert_allclose(one, plain, atol=1e-4)
