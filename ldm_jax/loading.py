@@ -165,9 +165,10 @@ def _load_run(
 ) -> bundle.LatentDiffusion:
     config = rundir.read_config(run)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
+        stage = isinstance(config, schema.AutoencoderTrainConfig)
+        kind = "a first stage" if stage else type(config).__name__
         raise ValueError(
-            f"{run}: is a run of {type(config).__name__}; --model takes the run of"
-            " a latent diffusion model"
+            f"{run}: is a run of {kind}; --model takes the run of a latent diffusion model"
         )
     trained, _ = weights(run, config, step, ema)
     kept, known = rundir.read_frozen(run, "first_stage"), rundir.read_latents(run)
