@@ -39,7 +39,7 @@ class LatentDiffusion:
     latent_scale: float
     config: schema.LatentDiffusionConfig
     tokenizer: Tokenizer | None = None
-    """Of a model of text; None also where it came without."""
+    """Tokenizer of a model of text; None also where it came without."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -39,8 +39,7 @@ def save(
     if params is not None:
         check_params(model, params)
         model = dataclasses.replace(model, params=params)
-    if model.unet is None:
-        raise ValueError("the model is a first stage alone: formats are of whole models")
+    _unet_of(model)
     if to == "ldm_jax":
         save_run(model, path, dtype=dtype)
     elif to == "diffusers":
@@ -83,15 +82,13 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
 def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:
     """A run directory with a snapshot of step 0: config, first stage, text encoder, tokenizer."""
     section = model.config
-    if section.unet is None:
-        raise ValueError("the model is a first stage alone: formats are of whole models")
     text = schema.text_of(section.cond)
     config = schema.LatentDiffusionTrainConfig(
         data=schema.DataConfig(
             size=section.size, channels=1 if section.first_stage.in_channels == 1 else 3
         ),
         first_stage=schema.FirstStageConfig(scale=model.latent_scale),
-        unet=section.unet,
+        unet=_unet_of(model),
         cond=section.cond,
         diffusion=section.diffusion,
         sampling=section.sampling,
@@ -108,6 +105,13 @@ def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any =
     if model.tokenizer is not None:
         rundir.write_frozen_files(run, "tokenizer", model.tokenizer.save)
     checkpoint.save_snapshot(run, 0, trained, serialize.to_dict(section))
+
+
+def _unet_of(model: bundle.LatentDiffusion) -> schema.UNetConfig:
+    """Config of the UNet. ValueError for a first stage alone, which no format holds."""
+    if model.config.unet is None:
+        raise ValueError("the model is a first stage alone: formats are of whole models")
+    return model.config.unet
 
 
 def _host(tree: dict, dtype: Any) -> dict:

@@ -93,7 +93,7 @@ def needs(config: schema.CondConfig) -> tuple[str, ...]:
 
 
 def has_null(config: schema.CondConfig) -> bool:
-    """Whether there is a null condition, so that guidance is possible."""
+    """Tell whether there is a null condition, so that guidance is possible."""
     return kind_of(config).has_null(config)
 
 

@@ -1,1 +1,1 @@
-"""What a program costs: operations, and time and memory read from compiled HLO text."""
+"""Cost of a program: operations, and time and memory read from compiled HLO text."""

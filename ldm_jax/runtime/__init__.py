@@ -1,1 +1,1 @@
-"""What a run stands on: command line, processes, storage, checkpoints, the run directory."""
+"""Ground of a run: command line, processes, storage, checkpoints, the run directory."""

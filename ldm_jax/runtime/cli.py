@@ -58,7 +58,7 @@ def _print_version(program: str, argv: Sequence[str]) -> None:
 
 
 def _nobody_reads_stdout() -> bool:
-    """Whether stdout is the pipe that broke; if so, what is left for it goes nowhere."""
+    """Tell whether stdout is the pipe that broke; if so, the rest of it goes nowhere."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     broken = any(event & select.POLLERR for _, event in poll.poll(0))

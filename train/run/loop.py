@@ -105,8 +105,8 @@ class Loop:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.manager)  # on an error's way out, too, the save is finished
             self._stopping = stack.enter_context(stop.on_signal())
-            rows = sharding.batch_sharding(self.mesh)
-            batches = stack.enter_context(data.prefetch(self.stream, self.first, rows))
+            place = sharding.batch_sharding(self.mesh)
+            batches = stack.enter_context(data.prefetch(self.stream, self.first, place))
             stack.enter_context(contextlib.closing(self.profile))
             self._stack = stack.pop_all()
         self.clock.begin()

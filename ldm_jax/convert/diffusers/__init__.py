@@ -8,8 +8,8 @@ from ldm_jax.convert.diffusers.folder import (
     load_first_stage,
     load_text_encoder,
     load_unet,
-    save,
 )
+from ldm_jax.convert.diffusers.writer import save
 
 __all__ = [
     "first_stage_scale",

@@ -18,21 +18,10 @@ from ldm_jax.convert import table
 from ldm_jax.convert.diffusers import components, part_configs, scheduler_config
 from ldm_jax.convert.diffusers.components import TextConfig, read_json
 from ldm_jax.convert.diffusers.unet_config import unet_config
-from ldm_jax.convert.diffusers.writer import INDEX, INPAINT, UPSCALE_SCALE, save
+from ldm_jax.convert.diffusers.writer import INDEX, INPAINT, UPSCALE_SCALE
 from ldm_jax.data import tokens
 from ldm_jax.runtime import checkpoint
 from ldm_jax.runtime.log import LOG
-
-__all__ = [
-    "first_stage_scale",
-    "first_stage_size",
-    "is_first_stage",
-    "load",
-    "load_first_stage",
-    "load_text_encoder",
-    "load_unet",
-    "save",
-]
 
 READ = ("unet", "vae", "vqvae", "text_encoder", "bert", "tokenizer", "scheduler")
 READ += ("low_res_scheduler",)
@@ -122,7 +111,7 @@ def first_stage_size(folder: epath.PathLike) -> int:
 
 
 def is_first_stage(folder: epath.Path) -> bool:
-    """Whether a folder is that of a first stage alone."""
+    """Tell whether a folder is that of a first stage alone."""
     if not (folder / "config.json").exists():
         return False
     try:
