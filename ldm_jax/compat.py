@@ -246,10 +246,10 @@ class FlaxAutoencoderKL(nn.Module):
         names = [*TORCH, *FLAX] if from_pt else [*FLAX, *TORCH]
         if variant is not None:
             names = [re.sub(r"(\.\w+)$", rf".{variant}\1", name) for name in names]
-        found = next((folder / name for name in names if (folder / name).exists()), None)
-        if found is None:
+        weights_file = next((folder / name for name in names if (folder / name).exists()), None)
+        if weights_file is None:
             raise FileNotFoundError(f"{folder}: holds none of {', '.join(names)}")
-        return model, _read(model, found)
+        return model, _read(model, weights_file)
 
     def save_pretrained(self, save_directory: epath.PathLike, params: dict) -> None:
         """Writes config.json and safetensors that torch diffusers' AutoencoderKL loads."""
@@ -302,10 +302,10 @@ def _folder(name: epath.PathLike, revision: str | None, cache_dir: str | None) -
         import huggingface_hub
 
         try:
-            found = huggingface_hub.snapshot_download(
+            snapshot = huggingface_hub.snapshot_download(
                 str(name), revision=revision, cache_dir=cache_dir, local_files_only=True
             )
-            return epath.Path(found)
+            return epath.Path(snapshot)
         except OSError as error:  # LocalEntryNotFoundError is one
             raise FileNotFoundError(
                 f"{name}: is neither a folder nor in the cache of huggingface_hub, and nothing is"

@@ -244,12 +244,12 @@ def _call(where: str, exported: jax_export.Exported, meta: dict, *arguments: Any
         )
     given = _inputs(names, arguments)
     known = {RENAMED.get(i["name"], i["name"]): i | {"name": ""} for i in expected}
-    found = {i["name"]: i | {"name": ""} for i in given}
-    for name in [*known, *found]:
-        if known.get(name) != found.get(name):
+    given_specs = {i["name"]: i | {"name": ""} for i in given}
+    for name in [*known, *given_specs]:
+        if known.get(name) != given_specs.get(name):
             raise ValueError(
-                f"{where}: takes {_text(known, name)}, and was given {_text(found, name)}: give"
-                " that, or export it again for this"
+                f"{where}: takes {_text(known, name)}, and was given {_text(given_specs, name)}:"
+                " give that, or export it again for this"
             )
     leaves = dict(_named(names, arguments))
     # as lowered: argument by argument, each in the order of the names that it had then

@@ -118,15 +118,15 @@ def recognise(path: epath.PathLike) -> tuple[epath.Path, str]:
         return path, "diffusers"
     if diffusers.is_first_stage(path):
         return path, "first_stage"
-    found = sorted(f for f in path.iterdir() if f.suffix in CHECKPOINTS)
+    checkpoints = sorted(f for f in path.iterdir() if f.suffix in CHECKPOINTS)
     if (path / "config.json").exists():
         raise ValueError(
             f"{path}: is not a run directory (its config.json is not ours), but perhaps one"
             " component of a diffusers folder: give the folder with model_index.json"
         )
-    if len(found) == 1:
-        return found[0], "checkpoint"
-    held = ", ".join(f.name for f in found) or "none"
+    if len(checkpoints) == 1:
+        return checkpoints[0], "checkpoint"
+    held = ", ".join(f.name for f in checkpoints) or "none"
     raise ValueError(
         f"{path}: is not a run directory (no config.json), nor a diffusers folder (no"
         f" model_index.json), nor does it hold one checkpoint ({', '.join(CHECKPOINTS)}: {held})"
@@ -251,8 +251,8 @@ def weights(
     if chosen in snapshots:
         return checkpoint.load_snapshot(run, chosen)[0], chosen
     parts = ("params", "ema_params") if ema else ("params",)
-    found = checkpoint.restore_parts(run, chosen, parts)
-    return {**found["params"], **found.get("ema_params", {})}, chosen
+    restored = checkpoint.restore_parts(run, chosen, parts)
+    return {**restored["params"], **restored.get("ema_params", {})}, chosen
 
 
 # --- parts of a model, to train on ---------------------------------------------------------------

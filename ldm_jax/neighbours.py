@@ -70,7 +70,7 @@ def embed_images(
     Rows of the latter are 0. Images are read ahead of the batch that runs, on threads; with `mesh`
     a batch is split over its devices, and `towers.params` lie on them.
     """
-    found = np.zeros((len(paths), towers.width), np.float32)
+    embeddings = np.zeros((len(paths), towers.width), np.float32)
     rows = None if mesh is None else sharding.batch_sharding(mesh)
     split = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, max(1, len(paths))) // split) * split
@@ -88,11 +88,11 @@ def embed_images(
             batch = np.stack([*batch, *[blank] * (size - len(batch))])
             batch = batch if rows is None else sharding.place(batch, rows)
             made = embed(towers.params["vision"], batch)
-            found[first : first + len(images)] = np.asarray(made)[: len(images)]
+            embeddings[first : first + len(images)] = np.asarray(made)[: len(images)]
             broken += reasons
             bar.update(len(images))
-    found[[i for i, _ in broken]] = 0
-    return found, broken
+    embeddings[[i for i, _ in broken]] = 0
+    return embeddings, broken
 
 
 def prepared(
@@ -243,9 +243,9 @@ def nearest(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.nda
     where = np.zeros((len(queries), 0), np.int64)
     for first in range(0, len(embeddings), BLOCK):
         part = unit(embeddings[first : first + BLOCK])
-        cosines, found = _top(queries, part, min(k, len(part)))
+        cosines, indices = _top(queries, part, min(k, len(part)))
         best = np.concatenate([best, cosines], axis=1)
-        where = np.concatenate([where, np.asarray(found) + first], axis=1)
+        where = np.concatenate([where, np.asarray(indices) + first], axis=1)
         order = np.argsort(-best, axis=1, kind="stable")[:, :k]
         best, where = (np.take_along_axis(x, order, axis=1) for x in (best, where))
     return where, best

@@ -119,15 +119,15 @@ def slices(devices: Iterable[jax.Device], process_is_slice: bool = False) -> lis
 
     ValueError for slices of different sizes.
     """
-    found: dict[int, list[jax.Device]] = {}
+    by_slice: dict[int, list[jax.Device]] = {}
     for device in devices:
         index = device.process_index if process_is_slice else getattr(device, "slice_index", 0)
-        found.setdefault(index, []).append(device)
-    if len({len(group) for group in found.values()}) > 1:
+        by_slice.setdefault(index, []).append(device)
+    if len({len(group) for group in by_slice.values()}) > 1:
         kind = "processes" if process_is_slice else "slices"
-        counts = ", ".join(f"{i}: {len(found[i])}" for i in sorted(found))
+        counts = ", ".join(f"{i}: {len(by_slice[i])}" for i in sorted(by_slice))
         raise ValueError(f"{kind} hold different numbers of devices ({counts}): use equal ones")
-    return [found[i] for i in sorted(found)]
+    return [by_slice[i] for i in sorted(by_slice)]
 
 
 def _filled(sizes: list[int], total: int) -> list[int]:
@@ -137,7 +137,7 @@ def _filled(sizes: list[int], total: int) -> list[int]:
 
 
 def _wrong_slices(shown: str, asked: int, num_devices: int, num_slices: int) -> str:
-    found = f"the {num_devices} devices are in {num_slices} slice{'s' * (num_slices > 1)}"
+    present = f"the {num_devices} devices are in {num_slices} slice{'s' * (num_slices > 1)}"
     if num_slices == 1:
         remedy = "leave dcn_* at 1, or set process_is_slice to take every process for a slice"
     elif asked == 1:
@@ -147,7 +147,7 @@ def _wrong_slices(shown: str, asked: int, num_devices: int, num_slices: int) -> 
         )
     else:
         remedy = f"the product of dcn_* must be {num_slices}, or set one of them to -1"
-    return f"mesh {shown}: {found}: {remedy}"
+    return f"mesh {shown}: {present}: {remedy}"
 
 
 def _mesh(

@@ -149,8 +149,8 @@ def gradients(
         )
 
     def add(total: Any, a: jax.Array) -> tuple[Any, Any]:
-        found, by_example = parts(microbatch(a))
-        return jax.tree.map(jnp.add, total, found), by_example
+        sums, by_example = parts(microbatch(a))
+        return jax.tree.map(jnp.add, total, sums), by_example
 
     shapes, _ = jax.eval_shape(lambda: parts(microbatch(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

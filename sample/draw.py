@@ -91,9 +91,9 @@ def missing(
 
 def check_same(path: epath.Path, wanted: dict[str, Any]) -> None:
     """ValueError if an image was made with other settings than `wanted`, naming the first."""
-    found = images.read_settings(path)
-    for name in {**wanted, **found}:
-        here, there = wanted.get(name), found.get(name)
+    recorded = images.read_settings(path)
+    for name in {**wanted, **recorded}:
+        here, there = wanted.get(name), recorded.get(name)
         if name not in CHANGES and here != there:
             raise ValueError(
                 f"--resume: {path} was made with {TERMS.get(name, name)} {json.dumps(there)}, and"

@@ -42,8 +42,8 @@ def together() -> Iterator[None]:
     error = None
     try:
         yield
-    except Exception as found:
-        error = found
+    except Exception as refusal:
+        error = refusal
     refused = multihost_utils.process_allgather(np.array(error is not None)).reshape(-1)
     if error is not None:
         raise error

@@ -46,18 +46,18 @@ def main(options: Options) -> int:
     encoding and decoding alone reach), `latent_psnr` (the way there and back alone), all in dB, and
     mean and standard deviation of its noise, 0 and 1 where the model knows such images.
     """
-    found = invert(options)
+    inversion = invert(options)
     if options.export is not None:
-        return draw(found.request)
-    draw(found.request)
+        return draw(inversion.request)
+    draw(inversion.request)
     out = epath.Path(options.out)
     if jax.process_index() != 0:
         return 0
     with (out / "x_T.npy").open("wb") as file:
-        np.save(file, found.request.batch["x_T"])
+        np.save(file, inversion.request.batch["x_T"])
     errors = [
         {"image": image, "asked": detail["asked"], **error}
-        for detail, error in zip(found.request.details, errors_of(found, out), strict=True)
+        for detail, error in zip(inversion.request.details, errors_of(inversion, out), strict=True)
         for image in detail["images"]
     ]
     (out / "inversion.json").write_text(json.dumps(errors, indent=2) + "\n")
@@ -190,14 +190,14 @@ def encoded(
         return z, latents.decode(model.first_stage, params, z, 1.0)
 
     run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-    rows, found = mesh.shape["data"] * mesh.shape["fsdp"], []
+    rows, parts = mesh.shape["data"] * mesh.shape["fsdp"], []
     size = min(options.batch_size, -(-len(image) // rows) * rows)
     for first in range(0, len(image), size):
         indices = np.minimum(np.arange(first, first + size), len(image) - 1)
         given = sharding.place(image[indices], sharding.batch_sharding(mesh))
         made = run(model.params["first_stage"], given)
-        found.append([np.asarray(x)[: len(image) - first] for x in made])
-    z, alone = (np.concatenate(x) for x in zip(*found, strict=True))
+        parts.append([np.asarray(x)[: len(image) - first] for x in made])
+    z, alone = (np.concatenate(x) for x in zip(*parts, strict=True))
     return z, alone
 
 
@@ -210,17 +210,17 @@ def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
         )
 
 
-def errors_of(found: Inversion, out: epath.Path) -> list[dict[str, float]]:
+def errors_of(inversion: Inversion, out: epath.Path) -> list[dict[str, float]]:
     """Of every image, as in `main`, from the images and latents in the folder `out`."""
     latent, errors = np.load(out / "latents.npy"), []
-    for i, name in enumerate(found.request.names):
-        shown, again = images.to_uint8(found.image[i]), write.read_picture(out, name)
-        noise = found.request.batch["x_T"][i]
+    for i, name in enumerate(inversion.request.names):
+        shown, again = images.to_uint8(inversion.image[i]), write.read_picture(out, name)
+        noise = inversion.request.batch["x_T"][i]
         errors.append(
             {
                 "image_psnr": psnr(shown, again, 255),
-                "first_stage_psnr": psnr(shown, images.to_uint8(found.alone[i]), 255),
-                "latent_psnr": psnr(found.z[i], latent[i], float(np.ptp(found.z[i]))),
+                "first_stage_psnr": psnr(shown, images.to_uint8(inversion.alone[i]), 255),
+                "latent_psnr": psnr(inversion.z[i], latent[i], float(np.ptp(inversion.z[i]))),
                 "noise_mean": float(noise.mean()),
                 "noise_std": float(noise.std()),
             }

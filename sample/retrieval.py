@@ -65,7 +65,7 @@ class Options(Options):
     """Most images per call of the compiled sampler, over all devices."""
 
 
-class Found(NamedTuple):
+class Neighbours(NamedTuple):
     """What the model is conditioned on, for each text or image."""
 
     context: np.ndarray
@@ -88,7 +88,7 @@ def request(options: Options) -> Request:
     towers = load_clip(options, mesh)
     check_model(model, options, towers)
     shape = latent_shape(model, options.height, options.width)
-    found = find(towers, options, mesh)
+    nearest = find(towers, options, mesh)
     down = model.config.first_stage.downsample
     side = (shape[0] * down, shape[1] * down)
     return Request(
@@ -98,11 +98,11 @@ def request(options: Options) -> Request:
         mesh,
         shape=shape,
         guided=options.guidance_scale != 1,
-        batch={"embedding": np.repeat(found.context, options.num_images, axis=0)},
+        batch={"embedding": np.repeat(nearest.context, options.num_images, axis=0)},
         names=files_of(options),
-        details=details_of(options, found),
+        details=details_of(options, nearest),
         rows=[name[:24] for name in names_of(options)],
-        left=shown(options, found, editing.channels(model), side),
+        left=shown(options, nearest, editing.channels(model), side),
         files=("query_image",),
     )
 
@@ -141,7 +141,7 @@ def check_model(model: bundle.LatentDiffusion, options: Options, towers: clip_fo
         )
 
 
-def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) -> Found:
+def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) -> Neighbours:
     """Embeddings of the texts and images, and of the images of the folder nearest to them."""
     queries = []
     if options.prompt:
@@ -157,7 +157,7 @@ def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) ->
     count = options.neighbours
     if not count:
         none = np.zeros((len(queries), 0), np.float32)
-        return Found(queries[:, None], [[]] * len(queries), none)
+        return Neighbours(queries[:, None], [[]] * len(queries), none)
     path = options.index_file or os.path.join(options.database, INDEX)
     how = {"rebuild": options.rebuild, "batch_size": options.index_batch, "mesh": mesh}
     index = neighbours.open_index(options.database, path, towers, **how)
@@ -171,7 +171,7 @@ def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) ->
     if options.include_query:
         context = np.concatenate([queries[:, None], context], axis=1)
     files = [[os.path.join(options.database, index.files[i]) for i in row] for row in where]
-    return Found(context.astype(np.float32), files, cosines)
+    return Neighbours(context.astype(np.float32), files, cosines)
 
 
 def load_clip(options: Options, mesh: jax.sharding.Mesh) -> clip_folder.CLIP:
@@ -190,14 +190,16 @@ def load_clip(options: Options, mesh: jax.sharding.Mesh) -> clip_folder.CLIP:
     return towers
 
 
-def shown(options: Options, found: Found, channels: int, side: tuple[int, int]) -> np.ndarray:
+def shown(
+    options: Options, nearest: Neighbours, channels: int, side: tuple[int, int]
+) -> np.ndarray:
     """What stands in the grid before the images: float32 [Q, n, H, W, c] in [-1, 1].
 
     The image asked for, white for a text, where there is any image; then the neighbours.
     """
     blank = np.ones((*side, channels), np.float32)
     rows = []
-    for i, files in enumerate(found.files):
+    for i, files in enumerate(nearest.files):
         number = i - len(options.prompt)
         asked = [blank] if number < 0 else [picture(options.query_image[number], channels, side)]
         asked = asked if options.query_image else []
@@ -216,7 +218,7 @@ def names_of(options: Options) -> list[str]:
     return [*options.prompt, *(epath.Path(path).name for path in options.query_image)]
 
 
-def details_of(options: Options, found: Found) -> list[dict]:
+def details_of(options: Options, nearest: Neighbours) -> list[dict]:
     """Of every image, for its PNG."""
     alone = [{"prompt": [text], "query_image": []} for text in options.prompt]
     alone += [{"prompt": [], "query_image": [path]} for path in options.query_image]
@@ -224,7 +226,7 @@ def details_of(options: Options, found: Found) -> list[dict]:
     for row, name in enumerate(names_of(options)):
         near = [
             {"file": file, "cosine": round(float(cosine), 4)}
-            for file, cosine in zip(found.files[row], found.cosines[row], strict=True)
+            for file, cosine in zip(nearest.files[row], nearest.cosines[row], strict=True)
         ]
         details += [{"asked": name, "nearest": near, **alone[row]}] * options.num_images
     return details

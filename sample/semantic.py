@@ -108,12 +108,12 @@ def read_map(path: str, colours: dict[tuple[int, ...], int] | None = None) -> np
             f"{path}: is in colours ({mode}); give --palette FILE.json, or a grey or palette PNG"
             " whose values are class ids"
         )
-    found, where = np.unique(values.reshape(-1, 3), axis=0, return_inverse=True)
-    known = [colours.get(tuple(colour)) for colour in found.tolist()]
+    present, where = np.unique(values.reshape(-1, 3), axis=0, return_inverse=True)
+    known = [colours.get(tuple(colour)) for colour in present.tolist()]
     if None in known:
         y, x = np.argwhere(where.reshape(values.shape[:2]) == known.index(None))[0]
         raise ValueError(
-            f"{path}: the colour {found[known.index(None)].tolist()} (at row {y}, column {x}) is"
+            f"{path}: the colour {present[known.index(None)].tolist()} (at row {y}, column {x}) is"
             f" none of the {len(colours)} of --palette"
         )
     return np.asarray(known, np.int32)[where].reshape(values.shape[:2])

@@ -91,8 +91,8 @@ def read_prompts(options: Options) -> tuple[list[prompts.Row], list[str]]:
     )
     rows, problems = [default._replace(prompt=text) for text in options.prompt], []
     if options.prompt_file is not None:
-        found, problems = prompts.read(options.prompt_file, default)
-        rows += found
+        from_file, problems = prompts.read(options.prompt_file, default)
+        rows += from_file
         for problem in problems:
             LOG.warning(f"{problem}; goes on without")
     if not rows:
@@ -142,8 +142,8 @@ def encoded(tokenizer: Any, rows: list[prompts.Row]) -> dict[str, np.ndarray]:
     texts, negatives = ([getattr(row, name) for row in rows] for name in prompts.COLUMNS[:2])
     say_lost(tokenizer, texts, dict.fromkeys(negatives))
     counts = [row.num_images for row in rows]
-    found = {"tokens": texts, "null_tokens": negatives}
-    return {name: np.repeat(tokenizer.encode(x), counts, axis=0) for name, x in found.items()}
+    named = {"tokens": texts, "null_tokens": negatives}
+    return {name: np.repeat(tokenizer.encode(x), counts, axis=0) for name, x in named.items()}
 
 
 def say_lost(tokenizer: Any, texts: Iterable[str], negatives: Iterable[str]) -> None:

@@ -136,13 +136,13 @@ def legs(options: Options, names: list[str]) -> list[Leg]:
     count = max(len(options.seeds), len(names))
     seeds = options.seeds * (count if len(options.seeds) == 1 else 1)
     stops = range(count) if len(names) == count else (0,) * count
-    found = []
+    result = []
     for i in range(count - 1):
         pair, ends = (seeds[i], seeds[i + 1]), (stops[i], stops[i + 1])
         first = names[ends[0]] if len(names) > 1 else f"{pair[0]}"
         last = names[ends[1]] if len(names) > 1 else f"{pair[1]}"
-        found.append(Leg(pair, ends, f"{first} > {last}"))
-    return found
+        result.append(Leg(pair, ends, f"{first} > {last}"))
+    return result
 
 
 def conditions(
@@ -194,19 +194,19 @@ def batch_of(
     null: np.ndarray | None,
 ) -> dict[str, Any]:
     """x_T and condition of every image, row after row."""
-    shape, found = model.latent_shape, {"x_T": []}
+    shape, columns = model.latent_shape, {"x_T": []}
     for leg in rows:
         first = noise_of(leg.seeds[0], 0, shape)
         others = range(1) if options.strength is None else range(options.num_images)
         lasts = [noise_of(leg.seeds[1], i, shape) for i in others]
         for i, t in enumerate(times(options)):
-            found["x_T"].append(slerp(first, lasts[i % len(lasts)], t, axis=None))
+            columns["x_T"].append(slerp(first, lasts[i % len(lasts)], t, axis=None))
             if stops is not None and stops.ndim == 1:
-                found.setdefault("label", []).append(stops[leg.stops[0]])
+                columns.setdefault("label", []).append(stops[leg.stops[0]])
             elif stops is not None:
                 ends = (stops[stop] for stop in leg.stops)
-                found.setdefault("embedding", []).append(slerp(*ends, t))
-    batch = {name: np.stack(values) for name, values in found.items()}
+                columns.setdefault("embedding", []).append(slerp(*ends, t))
+    batch = {name: np.stack(values) for name, values in columns.items()}
     if null is not None:
         batch["null_embedding"] = np.repeat(null, len(batch["x_T"]), axis=0)
     return batch

@@ -91,7 +91,7 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
         for row, place in zip(call.rows, call.places[call.rows].tolist(), strict=True)
     }
     known: dict[str, str] = {}
-    found = []
+    result = []
     numbers = zip(seeds_of(request).tolist(), indices_of(request).tolist(), strict=True)
     for place, (seed, index) in enumerate(numbers):
         own = {
@@ -107,8 +107,8 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
         for path in paths:
             known.setdefault(path, storage.sha256(path))
         own["files"] = {path: known[path] for path in paths}
-        found.append(json.loads(json.dumps(own)))
-    return found
+        result.append(json.loads(json.dumps(own)))
+    return result
 
 
 def made_with() -> dict[str, str]:

@@ -71,11 +71,11 @@ def _check_values(config: Config, batch: Batch) -> None:
         )
 
 
-def _check_classes(config: Config, found: int) -> None:
-    if found > config.num_classes:
+def _check_classes(config: Config, num_classes: int) -> None:
+    if num_classes > config.num_classes:
         raise ValueError(
-            f"the data have {found} classes, but cond.num_classes is {config.num_classes}: set it"
-            f" to {found}"
+            f"the data have {num_classes} classes, but cond.num_classes is {config.num_classes}:"
+            f" set it to {num_classes}"
         )
 
 

@@ -73,8 +73,8 @@ class Kind:
     """{name of `example`: another name that a batch may hold in its place}."""
     check_values: Callable[[Any, Batch], None] = lambda config, batch: None
     """check_values(config, batch): ValueError for values out of range, where they are known."""
-    check_classes: Callable[[Any, int], None] = lambda config, found: None
-    """check_classes(config, found): ValueError if data of `found` classes do not fit the kind."""
+    check_classes: Callable[[Any, int], None] = lambda config, num_classes: None
+    """check_classes(config, num_classes): ValueError if data of so many classes do not fit it."""
     in_turn: Callable[[Any, int], dict[str, Any] | None] = lambda config, count: None
     """in_turn(config, count): a batch that needs no data, as every class in turn; None: data."""
 

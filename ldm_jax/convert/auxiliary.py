@@ -54,12 +54,12 @@ def load_lpips(vgg_path: str | os.PathLike, lin_path: str | os.PathLike) -> dict
     FileNotFoundError if one is missing, ValueError if one is of another network: either says which
     file is wanted.
     """
-    found = _tensors(vgg_path, VGG16, _vgg_name) | _tensors(lin_path, LPIPS, _lin_name)
+    tensors = _tensors(vgg_path, VGG16, _vgg_name) | _tensors(lin_path, LPIPS, _lin_name)
     rows, shapes = list(lpips_rows()), lpips.shapes()
     for path, wanted, part in ((vgg_path, VGG16, "features."), (lin_path, LPIPS, "lin")):
-        about = [p for p in table.misfits(rows, found, shapes) if f" {part}" in f" {p}"]
+        about = [p for p in table.misfits(rows, tensors, shapes) if f" {part}" in f" {p}"]
         table.refuse(about, f"{path} is not {wanted}")
-    return table.from_torch(rows, found, shapes)
+    return table.from_torch(rows, tensors, shapes)
 
 
 def lpips_rows() -> Rows:
@@ -75,14 +75,14 @@ def lpips_rows() -> Rows:
 
 def _vgg_name(name: str) -> str | None:
     """`features.N.weight`, as the reference too calls it: `net.sliceS.N.weight`."""
-    found = re.fullmatch(r"(?:.+\.)?(?:features|net\.slice\d)\.(\d+)\.(\w+)", name)
-    return f"features.{found[1]}.{found[2]}" if found else None
+    match = re.fullmatch(r"(?:.+\.)?(?:features|net\.slice\d)\.(\d+)\.(\w+)", name)
+    return f"features.{match[1]}.{match[2]}" if match else None
 
 
 def _lin_name(name: str) -> str | None:
     """`linN.model.1.weight`; 0 instead of 1 where it was saved without dropout."""
-    found = re.fullmatch(r"(?:.+\.)?(lin\d+)\.model\.[01]\.(\w+)", name)
-    return f"{found[1]}.model.1.{found[2]}" if found else None
+    match = re.fullmatch(r"(?:.+\.)?(lin\d+)\.model\.[01]\.(\w+)", name)
+    return f"{match[1]}.model.1.{match[2]}" if match else None
 
 
 def _tensors(path: str | os.PathLike, wanted: Published, rename: Any) -> dict[str, Any]:
@@ -90,12 +90,12 @@ def _tensors(path: str | os.PathLike, wanted: Published, rename: Any) -> dict[st
     if not os.fspath(path):
         raise FileNotFoundError(f"no file is given for {wanted}")
     try:
-        found, _ = files.open_state_dict(path)
+        state_dict, _ = files.open_state_dict(path)
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror or error}; wanted: {wanted}") from error
-    tensors = {new: x for name, x in found.items() if (new := rename(name))}
+    tensors = {new: x for name, x in state_dict.items() if (new := rename(name))}
     if not tensors:
-        some = ", ".join(list(found)[:3])
+        some = ", ".join(list(state_dict)[:3])
         raise ValueError(f"{path} (with tensors {some}, ...) is not {wanted}")
     return tensors
 
@@ -110,9 +110,9 @@ def load_discriminator(path: str | os.PathLike) -> tuple[PatchGAN, dict]:
     their names and shapes tell width, layers and norm. ValueError if there are none, or they fit
     no discriminator.
     """
-    found, _ = files.open_state_dict(path)
+    state_dict, _ = files.open_state_dict(path)
     pattern = r"(?:.*discriminator\.)?main\.(\d+\.\w+)"
-    tensors = {m[1]: x for name, x in found.items() if (m := re.fullmatch(pattern, name))}
+    tensors = {m[1]: x for name, x in state_dict.items() if (m := re.fullmatch(pattern, name))}
     if "0.weight" not in tensors:
         raise ValueError(f"{path} holds no discriminator (no tensor discriminator.main.0.weight)")
     try:
@@ -163,14 +163,14 @@ def discriminator_state_dict(model: PatchGAN, variables: dict) -> dict[str, np.n
             for name, part in variables["params"].items()
         }
         variables = {"params": params}
-    found = table.to_torch(list(discriminator_rows(model)), variables)
+    tensors = table.to_torch(list(discriminator_rows(model)), variables)
     for i in range(1, model.layers + 1):
         if model.norm == "act":
             initialized = np.asarray(stats[f"norm_{i}"]["initialized"])
-            found[f"{3 * i}.initialized"] = initialized.astype(np.uint8)
+            tensors[f"{3 * i}.initialized"] = initialized.astype(np.uint8)
         else:
-            found[f"{3 * i}.num_batches_tracked"] = np.zeros((), np.int64)
-    return found
+            tensors[f"{3 * i}.num_batches_tracked"] = np.zeros((), np.int64)
+    return tensors
 
 
 def discriminator_rows(model: PatchGAN) -> Rows:

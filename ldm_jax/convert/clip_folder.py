@@ -122,11 +122,11 @@ def _config(
 def _part(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
     """The config of an encoder; where both stand there, transformers takes the one of old."""
     old, new = options.get(f"{name}_config_dict"), options.get(f"{name}_config")
-    found = new if old is None else old
-    found = {} if found is None else found
-    if not isinstance(found, Mapping):
+    section = new if old is None else old
+    section = {} if section is None else section
+    if not isinstance(section, Mapping):
         raise ValueError(f"{where}: {name}_config is no object")
-    return found
+    return section
 
 
 def _shapes(text: clip.CLIPText, vision: clip.CLIPVision) -> dict:
@@ -144,27 +144,27 @@ def _params(
     folder: epath.Path, variant: str | None, rows: list, shapes: dict, place: table.Place
 ) -> dict:
     path = components.weights(folder, variant)
-    found, info = files.open_state_dict(path)
+    tensors, info = files.open_state_dict(path)
     if info.format == "msgpack":
         raise ValueError(f"{path}: weights of Flax; give the folder with model.safetensors")
     computes_nothing = ("logit_scale", ".position_ids")
-    found = {name: x for name, x in found.items() if not name.endswith(computes_nothing)}
-    return table.from_torch(rows, found, shapes, place=place, where=str(path))
+    tensors = {name: x for name, x in tensors.items() if not name.endswith(computes_nothing)}
+    return table.from_torch(rows, tensors, shapes, place=place, where=str(path))
 
 
 def _normalization(path: epath.Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation that an image processor's file says, or CLIP's own."""
     options = read_json(path) if path.exists() else {}
-    found = []
+    mean_and_std = []
     for name, default in NORMALIZATION.items():
         values = options.get(name, default)
         numbers = isinstance(values, list | tuple) and len(values) == 3
         if not numbers or any(type(x) not in (int, float) for x in values):
             raise ValueError(f"{path}: {name}={values!r:.100} is not three numbers")
-        found.append(tuple(map(float, values)))
-    if min(found[1]) <= 0:
-        raise ValueError(f"{path}: image_std={found[1]} divides by what is not positive")
-    return tuple(found)
+        mean_and_std.append(tuple(map(float, values)))
+    if min(mean_and_std[1]) <= 0:
+        raise ValueError(f"{path}: image_std={mean_and_std[1]} divides by what is not positive")
+    return tuple(mean_and_std)
 
 
 def _tokenizer(
@@ -175,10 +175,10 @@ def _tokenizer(
     ):
         return None
     where = folder if given is None else given
-    found = tokens.load_tokenizer(where, text.max_length)
-    if found.vocab_size > text.vocab_size:
+    tokenizer = tokens.load_tokenizer(where, text.max_length)
+    if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
-            f"{where}: has {found.vocab_size} tokens, but the text encoder of {folder} knows"
+            f"{where}: has {tokenizer.vocab_size} tokens, but the text encoder of {folder} knows"
             f" {text.vocab_size}: it is another model's tokenizer"
         )
-    return found
+    return tokenizer

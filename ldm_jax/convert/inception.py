@@ -23,28 +23,27 @@ MOMENTS = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("ru
 
 def rows(shapes: dict) -> list[Row]:
     """The table of a file whose parameters have `shapes`: a tree of `InceptionV3`."""
-    found: list[Row] = []
+    entries: list[Row] = []
 
     def walk(branch: dict, where: tuple[str, ...]) -> None:
         torch, ours = ".".join(where), "/".join(where)
         if "bn" in branch:
-            found.append(Row(f"{torch}.conv.weight", (f"{ours}/conv/kernel",), CONV))
+            entries.append(Row(f"{torch}.conv.weight", (f"{ours}/conv/kernel",), CONV))
             for theirs, name in MOMENTS:
-                found.append(Row(f"{torch}.bn.{theirs}", (f"{ours}/bn/{name}",), table.VECTOR))
+                entries.append(Row(f"{torch}.bn.{theirs}", (f"{ours}/bn/{name}",), table.VECTOR))
             return
         for name, inner in branch.items():
             if isinstance(inner, dict):
                 walk(inner, (*where, name))
 
     walk(shapes, ())
-    return [*found, *table.layer("fc", "fc", DENSE)]
+    return [*entries, *table.layer("fc", "fc", DENSE)]
 
 
 def shapes() -> dict:
     """Shapes of the parameters, nested."""
     image = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
-    found = jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), image)["params"]
-    return found
+    return jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), image)["params"]
 
 
 def load(path: str | os.PathLike) -> tuple[dict, str]:
@@ -56,17 +55,17 @@ def load(path: str | os.PathLike) -> tuple[dict, str]:
         raise FileNotFoundError(
             f"{path or 'no path'}: is no file with Inception weights; wanted is {PUBLISHED}"
         )
-    found, _ = files.open_state_dict(path)
+    tensors, _ = files.open_state_dict(path)
     # counters of the training, which say nothing about the network
-    found = {k: v for k, v in found.items() if not k.endswith("num_batches_tracked")}
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     wanted = shapes()
     try:
-        params = table.from_torch(rows(wanted), found, wanted, where=str(path))
+        params = table.from_torch(rows(wanted), tensors, wanted, where=str(path))
     except ValueError as error:
         raise ValueError(
             f"{error}. The network of FID is not torchvision's: wanted is {PUBLISHED}"
         ) from error
-    bad = [k for k, v in found.items() if not np.all(np.isfinite(np.asarray(v)))]
+    bad = [k for k, v in tensors.items() if not np.all(np.isfinite(np.asarray(v)))]
     if bad:
         raise ValueError(f"{path}: is damaged, {bad[0]} is not finite; wanted is {PUBLISHED}")
     return params, storage.sha256(path)

@@ -39,17 +39,17 @@ def kernels(jaxpr: Any) -> dict[str, dict[tuple, float]]:
     By the kernel's name, then by the shapes of what it takes and returns, in this order:
     {"name": {((2, 8), (8,), (2,)): 1e9}}.
     """
-    found: dict[str, dict[tuple, float]] = {}
+    by_kernel: dict[str, dict[tuple, float]] = {}
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "pallas_call":
             shapes = tuple(var.aval.shape for var in (*eqn.invars, *eqn.outvars))
             operations = _times(eqn) * sum(count(inner, padded=True) for inner in _inner(eqn))
-            found.setdefault(eqn.params["name"] or "pallas_call", {})[shapes] = operations
+            by_kernel.setdefault(eqn.params["name"] or "pallas_call", {})[shapes] = operations
         else:
             for inner in _inner(eqn):
                 for name, calls in kernels(inner).items():
-                    found.setdefault(name, {}).update(calls)
-    return found
+                    by_kernel.setdefault(name, {}).update(calls)
+    return by_kernel
 
 
 def largest_batched(jaxpr: Any) -> dict | None:
@@ -58,7 +58,7 @@ def largest_batched(jaxpr: Any) -> dict | None:
     In these models the logits of an attention that is not fused. `local`: the shape is that on one
     device, inside a `shard_map`; else it is of all. Inside of kernels nothing is looked at.
     """
-    found: dict | None = None
+    largest: dict | None = None
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name = eqn.primitive.name
         if name == "dot_general" and eqn.params["dimension_numbers"][1][0]:
@@ -71,9 +71,9 @@ def largest_batched(jaxpr: Any) -> dict | None:
             candidates = [c for c in map(largest_batched, _inner(eqn)) if c is not None]
             candidates = [c | {"local": c["local"] or name == "shard_map"} for c in candidates]
         for candidate in candidates:
-            if found is None or candidate["bytes"] > found["bytes"]:
-                found = candidate
-    return found
+            if largest is None or candidate["bytes"] > largest["bytes"]:
+                largest = candidate
+    return largest
 
 
 def _times(eqn: Any) -> int:

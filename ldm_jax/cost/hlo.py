@@ -58,14 +58,14 @@ class Op:
 
     def attribute(self, name: str) -> str | None:
         """The word after `name=`."""
-        found = re.search(rf"[,\s]{name}=%?([^\s,}}]+)", self.attributes)
-        return found.group(1) if found else None
+        match = re.search(rf"[,\s]{name}=%?([^\s,}}]+)", self.attributes)
+        return match.group(1) if match else None
 
     @property
     def scope(self) -> str:
         """Where the traced program made it: the path of `jit`, module and primitive names."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ class Buffer:
 
 def at_peak(module: hlo.Module) -> list[Buffer]:
     """What lives when temporary arrays take the most bytes; the largest first."""
-    found = _peak(module, module.entry)
-    return sorted(found, key=lambda buffer: -buffer.bytes)
+    buffers = _peak(module, module.entry)
+    return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
 def _peak(module: hlo.Module, name: str) -> list[Buffer]:

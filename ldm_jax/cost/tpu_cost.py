@@ -139,14 +139,14 @@ class Estimate:
         return self._traffic("slices")
 
     def _traffic(self, between: str) -> dict[str, Traffic]:
-        found: dict[str, Traffic] = {}
+        by_kind: dict[str, Traffic] = {}
         for transfer in self.transfers:
             if transfer.between == between:
-                traffic = found.setdefault(transfer.kind, Traffic())
+                traffic = by_kind.setdefault(transfer.kind, Traffic())
                 traffic.count += transfer.runs
                 traffic.bytes += transfer.runs * transfer.bytes
                 traffic.moved += transfer.runs * transfer.moved
-        return found
+        return by_kind
 
     @property
     def seconds(self) -> float:
@@ -171,57 +171,57 @@ def estimate(text: str, chip: Chip, kernels: dict[str, dict] | None = None) -> E
     traced program; a kernel that is not there counts with the cost its call states.
     Raises ValueError when `text` is no HLO.
     """
-    found = Estimate([], [], 0.0, [], [])
+    total = Estimate([], [], 0.0, [], [])
     module = hlo.parse(text)
-    hidden = _walk(module, module.entry, 1, chip, kernels or {}, found)
-    return dataclasses.replace(found, hidden_copies=hidden)
+    hidden = _walk(module, module.entry, 1, chip, kernels or {}, total)
+    return dataclasses.replace(total, hidden_copies=hidden)
 
 
-def _walk(module, name: str, runs: int, chip: Chip, kernels: dict, found: Estimate) -> float:
+def _walk(module, name: str, runs: int, chip: Chip, kernels: dict, total: Estimate) -> float:
     """Charges every op of a computation; returns the seconds of hidden copies."""
     computation, hidden = module.computations[name], 0.0
     for op in computation.values():
         if op.opcode == "while":
             trips = hlo.trips(module, computation, op)
             if trips is None:
-                found.unknown_loops.append(op.scope or op.name)
+                total.unknown_loops.append(op.scope or op.name)
             for inner in (op.attribute("body"), op.attribute("condition")):
-                hidden += _walk(module, inner, runs * (trips or 1), chip, kernels, found)
+                hidden += _walk(module, inner, runs * (trips or 1), chip, kernels, total)
         elif op.opcode in ("call", "conditional", "async-start"):
-            hidden += _walk_called(module, op, runs, chip, kernels, found)
+            hidden += _walk_called(module, op, runs, chip, kernels, total)
         elif op.opcode in ("copy-start", "slice-start"):
             hidden += runs * _hbm_bytes(op.shape[:2]) / chip.memory_bandwidth
         elif op.opcode not in FREE and not op.opcode.endswith(hlo.DONE):
-            _charge(module, computation, op, runs, chip, kernels, found)
+            _charge(module, computation, op, runs, chip, kernels, total)
     return hidden
 
 
-def _walk_called(module, op, runs, chip, kernels, found) -> float:
+def _walk_called(module, op, runs, chip, kernels, total) -> float:
     """A called computation, or the dearest branch of a conditional."""
     names = list(module.called(op))
     if op.opcode != "conditional":
-        return sum(_walk(module, name, runs, chip, kernels, found) for name in names)
+        return sum(_walk(module, name, runs, chip, kernels, total) for name in names)
     listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
     pair = (op.attribute("true_computation"), op.attribute("false_computation"))
     names = re.findall(r"%([\w.\-]+)", listed.group(1)) if listed else [n for n in pair if n]
     branches = []
     for name in names:
-        branch = Estimate([], [], 0.0, found.unknown_loops, found.unknown_kernels)
+        branch = Estimate([], [], 0.0, total.unknown_loops, total.unknown_kernels)
         branches.append((branch, _walk(module, name, runs, chip, kernels, branch)))
     dearest, hidden = max(branches, key=lambda pair: pair[0].seconds)
-    found.charges.extend(dearest.charges)
-    found.transfers.extend(dearest.transfers)
+    total.charges.extend(dearest.charges)
+    total.transfers.extend(dearest.transfers)
     return hidden
 
 
-def _charge(module, computation, op, runs, chip, kernels, found) -> None:
+def _charge(module, computation, op, runs, chip, kernels, total) -> None:
     transfers = _transfers(module, computation, op, runs)
     for transfer in transfers:
-        found.transfers.append(transfer)
+        total.transfers.append(transfer)
         across = transfer.between == "slices"
         bandwidth = chip.network_bandwidth if across else chip.link_bandwidth
         source = "network" if across else "collectives"
-        found.charges.append(Charge(runs * transfer.moved / bandwidth, source, runs, transfer.op))
+        total.charges.append(Charge(runs * transfer.moved / bandwidth, source, runs, transfer.op))
     if op.opcode.removesuffix("-start") in (*COLLECTIVES, "send", "recv"):
         return
     cycles = re.search(r'"estimated_cycles":"?(\d+)', op.attributes)
@@ -230,7 +230,7 @@ def _charge(module, computation, op, runs, chip, kernels, found) -> None:
     else:
         operations = _operations(module, computation, op, kernels)
         if operations is None:
-            found.unknown_kernels.append(op.scope or op.name)
+            total.unknown_kernels.append(op.scope or op.name)
         size = _hbm_bytes(op.shape) + sum(
             _hbm_bytes(computation[name].shape) for name in op.operands if name in computation
         )
@@ -239,7 +239,7 @@ def _charge(module, computation, op, runs, chip, kernels, found) -> None:
         kernel = op.opcode == "custom-call" and "tpu_custom_call" in op.attributes
         source = "kernels" if kernel else "sentinels" if cycles else "copies"
     if seconds:
-        found.charges.append(Charge(runs * seconds, source, runs, op))
+        total.charges.append(Charge(runs * seconds, source, runs, op))
 
 
 def _inside(module, op) -> list[hlo.Op]:
@@ -304,7 +304,7 @@ def _transfers(module, computation, op, runs: int) -> list[Transfer]:
     kind = op.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         return [_between_chips(kind, op, computation, runs)]
-    found = []
+    transfers = []
     for name in _fused(module, op):
         inner = module.computations[name]
         # a collective beside other ops stands in every fusion from its start to its end
@@ -314,8 +314,8 @@ def _transfers(module, computation, op, runs: int) -> list[Transfer]:
                 continue
             scatters = held.opcode == "all-reduce" and name.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scatters else held.opcode
-            found.append(_between_chips(kind, held, inner, runs))
-    return found
+            transfers.append(_between_chips(kind, held, inner, runs))
+    return transfers
 
 
 def _fused(module, op) -> list[str]:

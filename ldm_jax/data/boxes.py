@@ -92,18 +92,18 @@ def read_names(path: epath.PathLike) -> dict[str, int]:
     if path.suffix == ".csv":
         rows = [row for row in csv.reader(io.StringIO(_text(path))) if len(row) == 2]
         rows.sort(key=lambda row: (row[0] == SUITCASE, row[0]))
-        found = [(name, i) for i, (_, name) in enumerate(rows)]
+        labels = [(name, i) for i, (_, name) in enumerate(rows)]
     else:
         data = _json(path)
         if not isinstance(data, list | dict):
             raise ValueError(f"{path}: give a list of class names, or an object of name and id")
-        found = (
+        labels = (
             list(data.items()) if isinstance(data, dict) else [(n, i) for i, n in enumerate(data)]
         )
-    if not found:
+    if not labels:
         raise ValueError(f"{path}: holds no class names")
     names = {}
-    for name, label in found:
+    for name, label in labels:
         if not isinstance(name, str) or not _whole(label) or label < 0:
             raise ValueError(f"{path}: {name!r}: {label!r} is not a name and an id from 0 on")
         if names.setdefault(name.lower(), label) != label:

@@ -40,15 +40,15 @@ class CacheSource:
 
     def __init__(self, path: str, split: Literal["train", "eval"]):
         self.path, meta = path, read(path)
-        found = meta["splits"][split]
-        self.features = frozenset(found["features"])
-        self.num_classes = found["num_classes"]
-        self.latent_shape = tuple(found["shape"])
-        self._records = open_shards(path, split, found["shards"], "ldm-train encode")
-        if len(self._records) != found["records"]:
+        summary = meta["splits"][split]
+        self.features = frozenset(summary["features"])
+        self.num_classes = summary["num_classes"]
+        self.latent_shape = tuple(summary["shape"])
+        self._records = open_shards(path, split, summary["shards"], "ldm-train encode")
+        if len(self._records) != summary["records"]:
             raise ValueError(
                 f"{path}: the shards of {split} hold {len(self._records)} records, but cache.json"
-                f" says {found['records']}; remove them and run `ldm-train encode` again"
+                f" says {summary['records']}; remove them and run `ldm-train encode` again"
             )
 
     def __len__(self) -> int:

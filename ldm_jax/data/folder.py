@@ -101,10 +101,10 @@ def _find_in_bucket(root: str) -> set[str]:
     """As `find_files`; a bucket has no folders, and no links."""
     try:
         bucket, path = fsspec.core.url_to_fs(root)  # epath lists folder by folder
-        found = bucket.find(path)
+        names = bucket.find(path)
     except (ImportError, ValueError, OSError) as error:  # its library; its name; no access
         raise OSError(f"cannot read data folder {root}: {error}") from error
-    files = {name.removeprefix(path.rstrip("/") + "/") for name in found}
+    files = {name.removeprefix(path.rstrip("/") + "/") for name in names}
     return {f for f in files if not any(part.startswith(".") for part in f.split("/"))}
 
 

@@ -28,15 +28,15 @@ class PackedSource:
     def __init__(self, config: schema.FolderConfig, split: Literal["train", "eval"]):
         self._path, meta = config.path, read(config.path)
         refuse_other(config, meta)
-        found = meta["splits"][split]
-        self.features = frozenset(found["features"])
+        summary = meta["splits"][split]
+        self.features = frozenset(summary["features"])
         self.num_classes = None if meta["classes"] is None else len(meta["classes"])
         self._split = split
-        self._records = cache.open_shards(config.path, split, found["shards"], "ldm-train pack")
-        if len(self._records) != found["records"]:
+        self._records = cache.open_shards(config.path, split, summary["shards"], "ldm-train pack")
+        if len(self._records) != summary["records"]:
             raise ValueError(
                 f"{config.path}: the shards of {split} hold {len(self._records)} records, but"
-                f" pack.json says {found['records']}; pack the images again"
+                f" pack.json says {summary['records']}; pack the images again"
             )
 
     def __len__(self) -> int:

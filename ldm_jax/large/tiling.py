@@ -107,14 +107,14 @@ def encode(
 
 def _tiled_levels(first_stage, levels: int, most: int) -> int:
     attention = (i for i in range(most) if 2**i in first_stage.attention_downsample)
-    found = min(levels, most, next(attention, most))
-    if found < 1:
+    tiled = min(levels, most, next(attention, most))
+    if tiled < 1:
         raise ValueError(
             f"levels={levels} of a first stage with {len(first_stage.channel_mult)} levels and"
             f" attention_downsample={first_stage.attention_downsample}: there is no level to tile;"
             " levels must be positive, and the highest resolution without attention"
         )
-    return found
+    return tiled
 
 
 # --- where the tiles are -------------------------------------------------------------------------
@@ -183,10 +183,10 @@ def _run_tiled(run: Callable, x: jax.Array, tiles: Tiles, zoom_in: int, zoom_out
         """(What `run` gives, moments of this tile at every norm)."""
         start = (0, place.top * zoom_in, place.left * zoom_in, 0)
         sides = (n * zoom_in for n in tiles.shape)
-        found: dict[str, Moments] = {}
-        with nn.intercept_methods(_shared_norms(statistics, place, tiles.shape, found)):
+        measured: dict[str, Moments] = {}
+        with nn.intercept_methods(_shared_norms(statistics, place, tiles.shape, measured)):
             out = run(jax.lax.dynamic_slice(x, start, (len(x), *sides, x.shape[-1])))
-        return out, found
+        return out, measured
 
     def measure(name):
         # the compiler drops what comes after the norm: only its moments leave the loop
@@ -200,8 +200,8 @@ def _run_tiled(run: Callable, x: jax.Array, tiles: Tiles, zoom_in: int, zoom_out
         out = jnp.where(_owned(place, tiles.shape, out), out, old)
         return jax.lax.dynamic_update_slice(canvas, out, at), None
 
-    out, found = _outline(run_tile, tiles)
-    for name in found:
+    out, measured = _outline(run_tile, tiles)
+    for name in measured:
         statistics[name] = measure(name)
     shape = (len(x), *(n * zoom_out for n in tiles.size), out.shape[-1])
     return jax.lax.scan(write, jnp.zeros(shape, out.dtype), tiles.places)[0]
@@ -212,15 +212,15 @@ def _outline(run_tile: Callable, tiles: Tiles) -> tuple[jax.ShapeDtypeStruct, li
     names: list[str] = []
 
     def once(place):
-        out, found = run_tile(place)
-        names.extend(found)
+        out, measured = run_tile(place)
+        names.extend(measured)
         return out
 
     return jax.eval_shape(once, jax.tree.map(lambda a: a[0], tiles.places)), names
 
 
-def _shared_norms(statistics: dict, place: Tile, shape: Pair, found: dict) -> Callable:
-    """Makes GroupNorms use the `statistics` of their path, if any; `found` gets the tile's."""
+def _shared_norms(statistics: dict, place: Tile, shape: Pair, measured: dict) -> Callable:
+    """Makes GroupNorms use the `statistics` of their path, if any; `measured` gets the tile's."""
 
     def intercept(call, args, kwargs, context):
         norm = context.module
@@ -228,8 +228,8 @@ def _shared_norms(statistics: dict, place: Tile, shape: Pair, found: dict) -> Ca
             return call(*args, **kwargs)
         x = args[0].astype(jnp.float32)
         name = "/".join(norm.path)
-        found[name] = _measure(x, _owned(place, shape, x))
-        mean, variance = _of_groups(statistics.get(name, found[name]))
+        measured[name] = _measure(x, _owned(place, shape, x))
+        mean, variance = _of_groups(statistics.get(name, measured[name]))
         factor = jax.lax.rsqrt(variance + norm.epsilon) * norm.get_variable("params", "scale")[None]
         y = (x - mean[:, None, None]) * factor[:, None, None]
         return (y + norm.get_variable("params", "bias")[None, None, None]).astype(norm.dtype)

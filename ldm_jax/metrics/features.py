@@ -60,8 +60,8 @@ def extractor(network: Network, mesh: Mesh) -> Callable[[jax.Array], dict[str, j
 
     @jax.jit
     def run(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        found = network.apply(params, to_pixels(images))
-        return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
+        outputs = network.apply(params, to_pixels(images))
+        return jax.lax.with_sharding_constraint(outputs, sharding.replicated(mesh))
 
     return lambda images: run(params, images)
 
@@ -91,9 +91,9 @@ def place(images: np.ndarray, rows: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(images.shape, rows, lambda index: images[index])
 
 
-def fetch(found: dict[str, jax.Array], count: int) -> dict[str, np.ndarray]:
+def fetch(outputs: dict[str, jax.Array], count: int) -> dict[str, np.ndarray]:
     """The first `count` rows on the host."""
-    return {name: np.asarray(x)[:count] for name, x in found.items()}
+    return {name: np.asarray(x)[:count] for name, x in outputs.items()}
 
 
 def padded(images: np.ndarray, size: int) -> tuple[np.ndarray, int]:
@@ -121,11 +121,11 @@ def of_inception(
     module = inception.InceptionV3()
 
     def apply(params: dict, pixels: jax.Array) -> dict[str, jax.Array]:
-        found = module.apply({"params": params}, inception.prepare(pixels, how))
+        outputs = module.apply({"params": params}, inception.prepare(pixels, how))
         return {
-            "features": found[layer],
-            "spatial": found["spatial"],
-            "logits": found["logits_unbiased"],
+            "features": outputs[layer],
+            "spatial": outputs["spatial"],
+            "logits": outputs["logits_unbiased"],
         }
 
     return Network("Inception", apply, params, digest, {"layer": layer, "preprocess": how})
@@ -183,16 +183,16 @@ class RandomConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        found = []
+        features = []
         for i, width in enumerate(self.widths):
             init = nn.initializers.he_normal()
             x = nn.Conv(width, (3, 3), precision=Precision.HIGHEST, kernel_init=init, name=f"{i}")(
                 x
             )
             x = nn.relu(x)
-            found.append(jnp.mean(x, axis=(1, 2)))
+            features.append(jnp.mean(x, axis=(1, 2)))
             x = nn.avg_pool(x, (2, 2), (2, 2))
-        return jnp.concatenate(found, axis=-1)
+        return jnp.concatenate(features, axis=-1)
 
 
 def of_random(seed: int = 0) -> Network:

@@ -23,8 +23,8 @@ def radii(features: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(
             f"{len(features)} images have no {k} neighbours each: give at least {k + 1}"
         )
-    found = [np.partition(apart, k - 1, axis=1)[:, k - 1] for _, apart in _blocks(features)]
-    return np.concatenate(found)
+    blocks = [np.partition(apart, k - 1, axis=1)[:, k - 1] for _, apart in _blocks(features)]
+    return np.concatenate(blocks)
 
 
 def precision_recall(

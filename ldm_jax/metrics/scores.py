@@ -25,12 +25,12 @@ def kernel_distance(
     if least < subset_size:
         raise ValueError(f"{least} images are fewer than the {subset_size} of a subset of KID")
     draw = np.random.RandomState(seed)  # the generator of torch-fidelity
-    found = []
+    distances = []
     for _ in range(subsets):
         x = a[draw.choice(len(a), subset_size, replace=False)]
         y = b[draw.choice(len(b), subset_size, replace=False)]
-        found.append(_squared_mmd(np.asarray(x, np.float64), np.asarray(y, np.float64)))
-    return float(np.mean(found)), float(np.std(found))
+        distances.append(_squared_mmd(np.asarray(x, np.float64), np.asarray(y, np.float64)))
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -56,12 +56,12 @@ def inception_score(
         raise ValueError(f"{len(logits)} images cannot be split into {splits} parts")
     draw = np.random.RandomState(seed)  # the generator of torch-fidelity
     log_p = special.log_softmax(np.asarray(logits, np.float64)[draw.permutation(len(logits))], 1)
-    found = []
+    scores = []
     for i in range(splits):
         part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
         marginal = special.logsumexp(part, axis=0) - np.log(len(part))
-        found.append(np.exp(np.mean(np.sum(np.exp(part) * (part - marginal), axis=1))))
-    return float(np.mean(found)), float(np.std(found))
+        scores.append(np.exp(np.mean(np.sum(np.exp(part) * (part - marginal), axis=1))))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:

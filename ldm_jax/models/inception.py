@@ -34,31 +34,31 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-        found = {}
+        outputs = {}
         x = ConvNorm(32, (3, 3), 2, name="Conv2d_1a_3x3")(x)
         x = ConvNorm(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
         x = ConvNorm(64, (3, 3), name="Conv2d_2b_3x3")(x)
         x = nn.max_pool(x, (3, 3), (2, 2))
-        found["64"] = _mean(x)
+        outputs["64"] = _mean(x)
         x = ConvNorm(80, (1, 1), name="Conv2d_3b_1x1")(x)
         x = ConvNorm(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x)
         x = nn.max_pool(x, (3, 3), (2, 2))
-        found["192"] = _mean(x)
+        outputs["192"] = _mean(x)
         for name, width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = BlockA(width, name=name)(x)
         x = BlockB(name="Mixed_6a")(x)
         for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160)):
             x = BlockC(width, name=name)(x)
         x = BlockC(160, name="Mixed_6d")(x)
-        found["spatial"] = x[..., :7].reshape(len(x), -1)  # the 1x1 branch comes first
+        outputs["spatial"] = x[..., :7].reshape(len(x), -1)  # the 1x1 branch comes first
         x = BlockC(192, name="Mixed_6e")(x)
-        found["768"] = _mean(x)
+        outputs["768"] = _mean(x)
         x = BlockD(name="Mixed_7a")(x)
         x = BlockE("mean", name="Mixed_7b")(x)
         x = BlockE("max", name="Mixed_7c")(x)
-        found["2048"] = _mean(x)
-        found["logits_unbiased"], found["logits"] = Logits(name="fc")(found["2048"])
-        return found
+        outputs["2048"] = _mean(x)
+        outputs["logits_unbiased"], outputs["logits"] = Logits(name="fc")(outputs["2048"])
+        return outputs
 
 
 class ConvNorm(nn.Module):

@@ -55,15 +55,15 @@ def _facts(tree: Any) -> dict[str, tuple[int, int]]:
     """{path: (how many values are not finite, sum of the values' bits modulo 2**32)}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     # leaf by leaf: one program over all leaves of a large model compiles for half a minute
-    found = []
+    facts = []
     for _, x in flat:
-        found.append(_host_facts(x) if isinstance(x, np.ndarray) else _device_facts(x))
+        facts.append(_host_facts(x) if isinstance(x, np.ndarray) else _device_facts(x))
         # CPU devices share their threads: sums over devices that do not wait for each other
         # can take all of them and then wait for ever
         if isinstance(x, jax.Array) and next(iter(x.sharding.device_set)).platform == "cpu":
-            found[-1].block_until_ready()
-    found = jax.device_get(found)
-    return {sharding.path_name(p): (int(f[0]), int(f[1])) for (p, _), f in zip(flat, found)}
+            facts[-1].block_until_ready()
+    facts = jax.device_get(facts)
+    return {sharding.path_name(p): (int(f[0]), int(f[1])) for (p, _), f in zip(flat, facts)}
 
 
 @jax.jit

@@ -109,14 +109,14 @@ def join_processes(place: str | None = None) -> None:
     """
     if place == "off":
         return
-    found = cluster.find() if place in (None, "auto") else cluster.parse(place)
-    if found is None and place == "auto":
+    placed = cluster.find() if place in (None, "auto") else cluster.parse(place)
+    if placed is None and place == "auto":
         raise ValueError(
             "--distributed: no launcher of several processes is seen in the environment"
             " (Cloud TPU, SLURM, Open MPI, Kubernetes); give ADDRESS:PORT,PROCESSES,INDEX"
         )
-    if found is not None:
-        cluster.join(found)
+    if placed is not None:
+        cluster.join(placed)
 
 
 def split_task(

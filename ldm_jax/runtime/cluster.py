@@ -51,16 +51,16 @@ def find() -> Place | None:
 
 def parse(value: str) -> Place:
     """`ADDRESS:PORT,PROCESSES,INDEX`. ValueError for anything else."""
-    found = re.fullmatch(r"([^,]*:[^,]*),(\d+),(\d+)", value)
-    if not found:
+    match = re.fullmatch(r"([^,]*:[^,]*),(\d+),(\d+)", value)
+    if not match:
         raise ValueError(f"--distributed {value!r} is not ADDRESS:PORT,PROCESSES,INDEX, nor off")
-    processes, index = int(found[2]), int(found[3])
+    processes, index = int(match[2]), int(match[3])
     if index >= processes:
         raise ValueError(
             f"--distributed {value!r}: INDEX counts from 0, so the last of {processes} processes"
             f" is {processes - 1}"
         )
-    return Place("--distributed", found[1], processes, index)
+    return Place("--distributed", match[1], processes, index)
 
 
 def join(place: Place) -> None:
@@ -112,13 +112,13 @@ def _given() -> Place | None:
     processes, address = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get(ADDRESS)
     if processes is None:
         return None  # the address alone may be meant for a launcher below
-    found = _numbers("JAX_NUM_PROCESSES", "JAX_PROCESS_ID|JOB_COMPLETION_INDEX")
-    if not address or found is None:
+    numbers = _numbers("JAX_NUM_PROCESSES", "JAX_PROCESS_ID|JOB_COMPLETION_INDEX")
+    if not address or numbers is None:
         raise ValueError(
             f"JAX_NUM_PROCESSES is {processes}, but JAX_COORDINATOR_ADDRESS (HOST:PORT of process"
             " 0) or JAX_PROCESS_ID (or JOB_COMPLETION_INDEX) is not set: set all three or none"
         )
-    return Place("JAX_NUM_PROCESSES", address, *found)
+    return Place("JAX_NUM_PROCESSES", address, *numbers)
 
 
 def _cloud_tpu() -> Place | None:
@@ -149,10 +149,10 @@ def _tpu_vm_processes() -> int:
 def _open_mpi() -> Place | None:
     """`mpirun`: version 4 says where it runs, which JAX reads; version 5 does not."""
     names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
-    found = _numbers(*(f"OMPI_COMM_WORLD_{name}" for name in names))
-    if found is None:
+    numbers = _numbers(*(f"OMPI_COMM_WORLD_{name}" for name in names))
+    if numbers is None:
         return None
-    size, rank, here, local = found
+    size, rank, here, local = numbers
     address, uri = os.environ.get(ADDRESS), os.environ.get("OMPI_MCA_orte_hnp_uri")  # noqa: SIM112
     if address is None and here == size:
         job = uri or os.environ.get("PMIX_NAMESPACE", "")
@@ -172,11 +172,11 @@ def _slurm() -> Place | None:
     """A step of `srun`. An allocation's shell and a batch script have no list of the step's nodes,
     or a step of one task, where SLURM_NTASKS, which JAX reads, is the allocation's."""
     tasks = "SLURM_STEP_NUM_TASKS|SLURM_NTASKS"
-    found = _numbers("SLURM_JOB_ID", tasks, "SLURM_PROCID", "SLURM_LOCALID")
+    numbers = _numbers("SLURM_JOB_ID", tasks, "SLURM_PROCID", "SLURM_LOCALID")
     nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if found is None or nodes is None:
+    if numbers is None or nodes is None:
         return None
-    job, processes, rank, local = found
+    job, processes, rank, local = numbers
     counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
     here = max(map(int, re.findall(r"(?:^|,)(\d+)", counts)), default=1)  # 2 of 2(x3),1
     host = re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", nodes).split(",")[0]  # r2n01 of r[2,4]n[01-03]
@@ -215,13 +215,13 @@ def _jax_cluster(name: str) -> Any:
 
 def _numbers(*names: str) -> list[int] | None:
     """Values of variables, of the first that is set in `A|B`; None unless each has one."""
-    found = [next((n for n in name.split("|") if n in os.environ), None) for name in names]
-    if None in found:
+    variables = [next((n for n in name.split("|") if n in os.environ), None) for name in names]
+    if None in variables:
         return None
-    wrong = [f"{name}={os.environ[name]!r}" for name in found if not os.environ[name].isdigit()]
+    wrong = [f"{name}={os.environ[name]!r}" for name in variables if not os.environ[name].isdigit()]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} in the environment is not a number")
-    return [int(os.environ[name]) for name in found]
+    return [int(os.environ[name]) for name in variables]
 
 
 def _port(seed: int) -> int:

@@ -65,8 +65,8 @@ def parse(argv: Sequence[str], program: str, description: str, *parts: Any) -> l
         description=" ".join(description.split()),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    found = [getattr(parsed, f"part{i}") for i in range(len(parts))]
-    return [_as(part, x) if isinstance(part, type) else x for part, x in zip(parts, found)]
+    values = [getattr(parsed, f"part{i}") for i in range(len(parts))]
+    return [_as(part, x) if isinstance(part, type) else x for part, x in zip(parts, values)]
 
 
 def parse_known(argv: Sequence[str], program: str, kind: type[T]) -> tuple[T, list[str]]:

@@ -26,8 +26,8 @@ def union(numbers: set[int]) -> set[int]:
         return set()
     mine = np.full(most, -1, np.int32)
     mine[: len(numbers)] = sorted(numbers)
-    found = multihost_utils.process_allgather(mine)
-    return {int(x) for x in found.reshape(-1) if x >= 0}
+    gathered = multihost_utils.process_allgather(mine)
+    return {int(x) for x in gathered.reshape(-1) if x >= 0}
 
 
 def broadcast_from_first(numbers: list[int], most: int = 64) -> list[int]:
@@ -45,9 +45,9 @@ def on_all(what: str, call: Callable[[], T], expected: type[Exception]) -> T:
     `expected` where all that failed raised that, with a message made of `what` where nothing did;
     else the error itself, and RuntimeError on the others.
     """
-    found, failed = None, None
+    result, failed = None, None
     try:
-        found = call()
+        result = call()
     except Exception as error:
         failed = error
     if jax.process_count() > 1:
@@ -60,7 +60,7 @@ def on_all(what: str, call: Callable[[], T], expected: type[Exception]) -> T:
             raise RuntimeError(f"{what}: process {worst} cannot read it, see its log")
     if failed is not None:
         raise failed
-    return found
+    return result
 
 
 def barrier(name: str) -> None:

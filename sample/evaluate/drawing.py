@@ -85,7 +85,7 @@ class Given(NamedTuple):
     count: int
     shape: tuple[int, int, int]
     facts: dict[str, Any]
-    produce: Callable[[int, epath.Path], Iterator[tuple[extraction.Found, int]]]
+    produce: Callable[[int, epath.Path], Iterator[tuple[extraction.Outputs, int]]]
 
 
 def drawn(
@@ -155,7 +155,7 @@ def _conditions(
         return None
     if schema.text_of(cond) is not None:
         sample_options.check_tokenizer(model, options.model)
-    found = image_sets.opened(
+    image_set = image_sets.opened(
         options.data,
         options.data_split,
         base,
@@ -165,16 +165,16 @@ def _conditions(
         captions=options.captions,
         flag="--data",
     )
-    _check_rows(found, model, options)
-    return found
+    _check_rows(image_set, model, options)
+    return image_set
 
 
 def _check_rows(
-    found: image_sets.ImageSet, model: bundle.LatentDiffusion, options: Options
+    image_set: image_sets.ImageSet, model: bundle.LatentDiffusion, options: Options
 ) -> None:
     """ValueError if a record lacks what `conditioning.from_batch` reads."""
     rows = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    batch, _ = next(found.batches(1, 0, rows))
+    batch, _ = next(image_set.batches(1, 0, rows))
     latent = (1, *model.latent_shape)
     encode = lambda image: jnp.zeros(latent)  # noqa: E731
     try:
@@ -203,7 +203,7 @@ def _batches(
     model: bundle.LatentDiffusion,
     span: tuple[int, int],
     out: epath.Path,
-) -> Iterator[tuple[extraction.Found, int]]:
+) -> Iterator[tuple[extraction.Outputs, int]]:
     """Features of samples from batch `span[0]` on, up to `span[1]` samples."""
     first, count = span
     size, rows = options.batch_size, sharding.batch_sharding(opened.mesh)
@@ -215,16 +215,16 @@ def _batches(
         real = min(size, count - i * size)
         batch = next(given)[0] if given is not None else _labels(model, indices, rows)
         image = draw(batch, features.place(indices.astype(np.int32), rows))
-        found = features.fetch(extract(image), real)
+        outputs = features.fetch(extract(image), real)
         if i == 0 or options.npz:
             pixels = images.to_uint8(_whole(image))[:real]
             if options.npz:
-                found["image"] = pixels
+                outputs["image"] = pixels
             if i == 0 and jax.process_index() == 0:
                 _draw(out, pixels[:SHOWN])
         if texts is not None:
-            found["text"] = texts(indices)[:real]
-        yield found, real
+            outputs["text"] = texts(indices)[:real]
+        yield outputs, real
 
 
 def _labels(model: bundle.LatentDiffusion, indices: np.ndarray, rows: Any) -> dict[str, jax.Array]:

@@ -21,7 +21,7 @@ from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate.image_sets import ImageSet
 
 PART = 1024  # images of a part at least; what an interrupted run loses at most
-Found = dict[str, np.ndarray]
+Outputs = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,14 +117,14 @@ def out_folder(options: Options) -> epath.Path:
 
 def of_images(
     folder: epath.Path, opened: Opened, images: ImageSet, options: Options, what: str
-) -> Found:
+) -> Outputs:
     """Features of a set, those in `folder` read and the others computed and kept there."""
 
-    def produce(first: int) -> Iterator[tuple[Found, int]]:
+    def produce(first: int) -> Iterator[tuple[Outputs, int]]:
         rows = sharding.batch_sharding(opened.mesh)
         batches = ((r["image"], n) for r, n in images.batches(options.batch_size, first, rows))
-        for found in features.extract(opened.network, opened.mesh, batches):
-            yield found, len(found["features"])
+        for outputs in features.extract(opened.network, opened.mesh, batches):
+            yield outputs, len(outputs["features"])
 
     settings = {**about(opened.network), "images": images.about}
     return kept(folder, settings, images.count, produce, options, what)
@@ -134,10 +134,10 @@ def kept(
     folder: epath.Path,
     settings: dict[str, Any],
     count: int,
-    produce: Callable[[int], Iterator[tuple[Found, int]]],
+    produce: Callable[[int], Iterator[tuple[Outputs, int]]],
     options: Options,
     what: str,
-) -> Found:
+) -> Outputs:
     """What `produce` gives for `count` images, in parts that a later run goes on after.
 
     produce(first) yields (arrays of a batch, its number of images) from batch `first` on; arrays
@@ -151,13 +151,13 @@ def kept(
     with tqdm.tqdm(
         total=count, initial=rows, desc=what, unit="image", disable=not sys.stderr.isatty()
     ) as bar:
-        batches: list[Found] = []
+        batches: list[Outputs] = []
         done = part = rows
-        for found, number in produce(first) if rows < count else ():
-            for x in found.values():
+        for outputs, number in produce(first) if rows < count else ():
+            for x in outputs.values():
                 if x.ndim == 2:
                     gaussian.check_finite(x, done)
-            batches.append(found)
+            batches.append(outputs)
             done += number
             bar.update(number)
             if done - part >= PART or done >= count:
@@ -216,18 +216,18 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
     return sorted(p for p in folder.iterdir() if p.suffix == ".npz" and p.stem.isdigit())
 
 
-def _write_part(path: epath.Path, found: Found) -> None:
+def _write_part(path: epath.Path, outputs: Outputs) -> None:
     """Under another name first, so that a part is whole or not there."""
     if jax.process_index() != 0:
         return
     buffer = io.BytesIO()
-    np.savez(buffer, **found)
+    np.savez(buffer, **outputs)
     draft = path.parent / f".{path.name}"
     draft.write_bytes(buffer.getvalue())
     draft.replace(path)
 
 
-def _read_part(path: epath.Path) -> Found:
+def _read_part(path: epath.Path) -> Outputs:
     try:
         with path.open("rb") as file, np.load(file) as archive:
             return dict(archive)
@@ -235,11 +235,11 @@ def _read_part(path: epath.Path) -> Found:
         raise ValueError(f"{path}: is damaged ({error}); remove it and run again") from error
 
 
-def _rows_of(found: Found) -> int:
-    return next(len(x) for name, x in found.items() if not name.startswith("total_"))
+def _rows_of(outputs: Outputs) -> int:
+    return next(len(x) for name, x in outputs.items() if not name.startswith("total_"))
 
 
-def _joined(batches: list[Found]) -> Found:
+def _joined(batches: list[Outputs]) -> Outputs:
     return {
         name: sum(b[name] for b in batches)
         if name.startswith("total_")

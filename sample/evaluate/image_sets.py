@@ -136,14 +136,14 @@ def of_folder(path: str, limit: int | None = None) -> ImageSet:
     first = _pixels(files[0])
 
     def read(rows: range) -> np.ndarray:
-        found = [_pixels(files[i]) for i in rows]
-        for i, image in zip(rows, found):
+        pictures = [_pixels(files[i]) for i in rows]
+        for i, image in zip(rows, pictures):
             if image.shape != first.shape:
                 raise ValueError(
                     f"{files[i]}: is {_size_of(image.shape)}, but {files[0].name} is"
                     f" {_size_of(first.shape)}: a set has images of one size"
                 )
-        return np.stack(found)
+        return np.stack(pictures)
 
     about = {"folder": str(folder), "images": len(files)}
     return _of_reader(len(files), first.shape, read, about)
@@ -167,13 +167,13 @@ def of_npz(path: str, limit: int | None = None) -> ImageSet:
     count = shape[0] if limit is None else min(limit, shape[0])
 
     def read(rows: range) -> np.ndarray:
-        found = _npy_rows(file, shape, rows)
-        if found.max() <= 1:
+        pictures = _npy_rows(file, shape, rows)
+        if pictures.max() <= 1:
             raise ValueError(
                 f"{path}: images {rows[0]} to {rows[-1]} hold nothing above 1, on a scale of 0 to"
                 " 255: they were saved in 0..1; multiply them by 255"
             )
-        return found
+        return pictures
 
     about = {"npz": str(file), "images": count}
     return _of_reader(count, shape[1:], read, about)

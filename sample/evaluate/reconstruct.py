@@ -86,13 +86,15 @@ def main(options: Options) -> int:
     }
     run = make_run(stage, opened, perceptual, options)
 
-    def produce(first: int) -> Iterator[tuple[extraction.Found, int]]:
+    def produce(first: int) -> Iterator[tuple[extraction.Outputs, int]]:
         return _batches(run, opened, given, options, first, out)
 
-    found = extraction.kept(out / "features" / NAME, settings, given.count, produce, options, NAME)
+    outputs = extraction.kept(
+        out / "features" / NAME, settings, given.count, produce, options, NAME
+    )
     if jax.process_index() != 0:
         return 0
-    figures = figures_of(opened.network, found)
+    figures = figures_of(opened.network, outputs)
     facts = {**settings, "name": options.model, "count": given.count, "Reference": "the originals"}
     report.write(out, NAME, options, figures, facts)
     return 0
@@ -170,21 +172,21 @@ def make_run(
         z = latents.encode(module, stage, image, 1.0, keys)
         decoded = latents.decode(module, stage, z, 1.0)
         real, other = features.to_pixels(image), features.to_pixels(decoded)
-        found = {f"real_{n}": x for n, x in network.apply(params["network"], real).items()}
-        found |= {f"other_{n}": x for n, x in network.apply(params["network"], other).items()}
-        found |= {"psnr": pixels.psnr(real, other), "ssim": pixels.ssim(real, other)}
+        outputs = {f"real_{n}": x for n, x in network.apply(params["network"], real).items()}
+        outputs |= {f"other_{n}": x for n, x in network.apply(params["network"], other).items()}
+        outputs |= {"psnr": pixels.psnr(real, other), "ssim": pixels.ssim(real, other)}
         for name, measure in SHARPNESS.items():
-            found |= {f"{name}_real": measure(real), f"{name}_other": measure(other)}
+            outputs |= {f"{name}_real": measure(real), f"{name}_other": measure(other)}
         if perceptual is not None:
             net = lpips.LPIPS(precision=jax.lax.Precision.HIGHEST)
             a, b = real / 127.5 - 1, other / 127.5 - 1
-            found[perceptual[2]] = net.apply({"params": params["lpips"]}, a, b)
+            outputs[perceptual[2]] = net.apply({"params": params["lpips"]}, a, b)
         if num_codes:
             _, indices = module.apply({"params": stage}, z, method="quantize")
             weight = jnp.broadcast_to(meant[:, None, None], indices.shape)
             empty = jnp.zeros(num_codes, jnp.int32)
-            found["total_codes"] = empty.at[indices.reshape(-1)].add(weight.reshape(-1))
-        return found, decoded
+            outputs["total_codes"] = empty.at[indices.reshape(-1)].add(weight.reshape(-1))
+        return outputs, decoded
 
     compiled = jax.jit(run, out_shardings=everywhere)
     params = {"stage": stage.params, **others}
@@ -198,17 +200,17 @@ def _batches(
     options: Options,
     first: int,
     out: epath.Path,
-) -> Iterator[tuple[extraction.Found, int]]:
+) -> Iterator[tuple[extraction.Outputs, int]]:
     """What `run` gives for the batches from `first` on, on the host."""
     rows, size = sharding.batch_sharding(opened.mesh), options.batch_size
     for i, (batch, count) in enumerate(given.batches(size, first, rows), first):
         numbers = features.place(np.arange(i * size, (i + 1) * size, dtype=np.int32), rows)
         meant = features.place((np.arange(size) < count).astype(np.int32), rows)
-        found, decoded = run(batch["image"], numbers, meant)
-        found = jax.device_get(found)
+        outputs, decoded = run(batch["image"], numbers, meant)
+        outputs = jax.device_get(outputs)
         if i == 0 and jax.process_count() == 1:
             _draw(out, np.asarray(batch["image"])[:count], np.asarray(decoded)[:count])
-        yield {n: x if n.startswith("total_") else x[:count] for n, x in found.items()}, count
+        yield {n: x if n.startswith("total_") else x[:count] for n, x in outputs.items()}, count
 
 
 def _draw(out: epath.Path, real: np.ndarray, other: np.ndarray) -> None:
@@ -220,24 +222,24 @@ def _draw(out: epath.Path, real: np.ndarray, other: np.ndarray) -> None:
     images.save_png(out / "reconstructions.png", sheet)
 
 
-def figures_of(network: features.Network, found: extraction.Found) -> dict[str, float]:
+def figures_of(network: features.Network, outputs: extraction.Outputs) -> dict[str, float]:
     """Means over images, distances between originals and reconstructions, codes.
 
     Sharpness is that of all reconstructions over that of all originals: 1 is as sharp as these.
     """
 
-    def side(name: str) -> extraction.Found:
-        return {n.removeprefix(name): x for n, x in found.items() if n.startswith(name)}
+    def side(name: str) -> extraction.Outputs:
+        return {n.removeprefix(name): x for n, x in outputs.items() if n.startswith(name)}
 
     reference = report.reference_of(side("real_"))
     apart = report.distances(network, side("other_"), reference)
     figures = {f"r_{name}": x for name, x in apart.items()}
-    names = [n for n in ("psnr", "ssim", "lpips", "lpips_random_features") if n in found]
-    figures |= report.per_image(found, tuple(names))
+    names = [n for n in ("psnr", "ssim", "lpips", "lpips_random_features") if n in outputs]
+    figures |= report.per_image(outputs, tuple(names))
     for name in SHARPNESS:
-        if f"{name}_real" in found and np.sum(found[f"{name}_real"]) > 0:
-            sums = [np.asarray(found[f"{name}_{s}"], np.float64).sum() for s in ("other", "real")]
+        if f"{name}_real" in outputs and np.sum(outputs[f"{name}_real"]) > 0:
+            sums = [np.asarray(outputs[f"{name}_{s}"], np.float64).sum() for s in ("other", "real")]
             figures[name] = float(sums[0] / sums[1])
-    if "total_codes" in found:
-        figures |= scores.codebook(found["total_codes"])
+    if "total_codes" in outputs:
+        figures |= scores.codebook(outputs["total_codes"])
     return figures

@@ -57,13 +57,13 @@ class Reference(NamedTuple):
     """Features [N, d] for kernel distance, precision and recall, or None."""
 
 
-def reference_of(found: dict[str, np.ndarray]) -> Reference:
+def reference_of(outputs: dict[str, np.ndarray]) -> Reference:
     """Of the features of a set of images."""
-    spatial = found.get("spatial")
+    spatial = outputs.get("spatial")
     return Reference(
-        gaussian.of_features([found["features"]]),
+        gaussian.of_features([outputs["features"]]),
         None if spatial is None else gaussian.of_features([spatial]),
-        found["features"],
+        outputs["features"],
     )
 
 
@@ -89,14 +89,14 @@ def reference_of_file(saved: gaussian.Saved, network: features.Network, path: st
 
 
 def distances(
-    network: features.Network, found: dict[str, np.ndarray], reference: Reference
+    network: features.Network, outputs: dict[str, np.ndarray], reference: Reference
 ) -> dict[str, float]:
     """Every figure that features of samples and a reference give.
 
     Warns where there are fewer images than features: the covariance is then singular and the
     Frechet distance far too large. `..._bias` estimates by how much, from half of the samples.
     """
-    names, rows = NAMES[network.name], found["features"]
+    names, rows = NAMES[network.name], outputs["features"]
     width = rows.shape[1]
     if reference.features.mean.size != width:
         raise ValueError(
@@ -108,11 +108,11 @@ def distances(
     if len(rows) >= 4:
         figures[f"{key}_bias"] = gaussian.bias(rows, reference.features)
     _warn(len(rows), reference, width, names["fd"][1], figures.get(f"{key}_bias"))
-    if "spatial" in found and reference.spatial is not None:
-        of_spatial = gaussian.of_features([found["spatial"]])
+    if "spatial" in outputs and reference.spatial is not None:
+        of_spatial = gaussian.of_features([outputs["spatial"]])
         figures[names["sfd"][0]] = gaussian.frechet_distance(of_spatial, reference.spatial)
-    if "logits" in found and len(rows) >= SPLITS:
-        mean, std = scores.inception_score(found["logits"], splits=SPLITS)
+    if "logits" in outputs and len(rows) >= SPLITS:
+        mean, std = scores.inception_score(outputs["logits"], splits=SPLITS)
         figures |= {"inception_score": mean, "inception_score_std": std}
     if reference.rows is None:
         LOG.info("the reference has no images: no kernel distance, precision or recall")
@@ -145,11 +145,11 @@ def _warn(count: int, reference: Reference, width: int, title: str, bias: float 
         )
 
 
-def per_image(found: dict[str, np.ndarray], names: tuple[str, ...]) -> dict[str, float]:
+def per_image(outputs: dict[str, np.ndarray], names: tuple[str, ...]) -> dict[str, float]:
     """Means over images, and standard deviations as `NAME_std`."""
     figures: dict[str, float] = {}
     for name in names:
-        values = np.asarray(found[name], np.float64)
+        values = np.asarray(outputs[name], np.float64)
         figures |= {name: float(values.mean()), f"{name}_std": float(values.std())}
     return figures
 

@@ -57,17 +57,19 @@ def main(options: Options) -> int:
     folder = out / "features"
     reference = _reference_features(options, opened, source, saved, folder)
     settings = {**extraction.about(opened.network), **given.facts}
-    found = extraction.kept(
+    outputs = extraction.kept(
         folder / NAME, settings, given.count, lambda i: given.produce(i, out), options, NAME
     )
     if jax.process_index() != 0:
         return 0
-    figures = report.distances(opened.network, found, reference)
-    if "text" in found:
-        figures["clip_score"] = float(scores.clip_score(found["features"], found["text"]).mean())
-    if "image" in found:
+    figures = report.distances(opened.network, outputs, reference)
+    if "text" in outputs:
+        figures["clip_score"] = float(
+            scores.clip_score(outputs["features"], outputs["text"]).mean()
+        )
+    if "image" in outputs:
         with (out / "samples.npz").open("wb") as file:
-            np.savez(file, arr_0=found["image"])
+            np.savez(file, arr_0=outputs["image"])
     facts = {
         **settings,
         "name": options.model or options.samples,
@@ -118,15 +120,15 @@ def _reference_features(
 ) -> report.Reference | None:
     """Features of the reference; of saved statistics those of the images beside them, if any."""
     if saved is not None:
-        found = report.reference_of_file(saved, opened.network, options.reference)
+        described = report.reference_of_file(saved, opened.network, options.reference)
         if saved.images is None:
-            return found
+            return described
         source = image_sets.of_array(saved.images, {"npz": options.reference})
     rows = extraction.of_images(folder / "reference", opened, source, options, "reference")
     if jax.process_index() != 0:
         return None
     if saved is not None:
-        return found._replace(rows=rows["features"])
+        return described._replace(rows=rows["features"])
     return report.reference_of(rows)
 
 
@@ -136,19 +138,19 @@ def _reference_features(
 def _files(options: Options, opened: extraction.Opened) -> drawing.Given:
     path = options.samples
     if path.endswith(".npz"):
-        found = image_sets.of_npz(path, options.count)
+        image_set = image_sets.of_npz(path, options.count)
     elif checkpoint.absolute(path).is_dir():
-        found = image_sets.of_folder(path, options.count)
+        image_set = image_sets.of_folder(path, options.count)
     else:
         raise ValueError(f"--samples {path}: is no folder of images or .npz")
-    if options.count is not None and found.count < options.count:
-        raise ValueError(f"--samples {path}: holds {found.count} images, not {options.count}")
+    if options.count is not None and image_set.count < options.count:
+        raise ValueError(f"--samples {path}: holds {image_set.count} images, not {options.count}")
 
     def produce(first: int, out: epath.Path) -> Iterator:
         del out
         rows = sharding.batch_sharding(opened.mesh)
-        batches = ((r["image"], n) for r, n in found.batches(options.batch_size, first, rows))
+        batches = ((r["image"], n) for r, n in image_set.batches(options.batch_size, first, rows))
         for x in features.extract(opened.network, opened.mesh, batches):
             yield x, len(x["features"])
 
-    return drawing.Given(found.count, found.shape, {"samples": found.about}, produce)
+    return drawing.Given(image_set.count, image_set.shape, {"samples": image_set.about}, produce)

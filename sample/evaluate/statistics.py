@@ -44,10 +44,10 @@ def main(options: Options) -> int:
     )
     opened = extraction.opened(options)
     out = extraction.out_folder(options)
-    found = extraction.of_images(out / "features" / "data", opened, images, options, "features")
+    outputs = extraction.of_images(out / "features" / "data", opened, images, options, "features")
     if jax.process_index() != 0:
         return 0
-    reference = report.reference_of(found)
+    reference = report.reference_of(outputs)
     meta = {
         **extraction.about(opened.network),
         "size": list(images.shape),

@@ -25,12 +25,12 @@ def make_evaluate(
     batch_sharding = sharding.batch_sharding(mesh)
 
     def evaluate(params: dict, suffix: str) -> dict[str, float]:
-        found = [
+        by_batch = [
             jax.device_get(evaluate_batch(params, data.global_batch(held_out, i, batch_sharding)))
             for i in range(config.eval_batches)
         ]
-        counts = [f.pop("count_n") for f in found if "count_n" in f]
-        values = {name: np.mean([f[name] for f in found]) for name in found[0]}
+        counts = [f.pop("count_n") for f in by_batch if "count_n" in f]
+        values = {name: np.mean([f[name] for f in by_batch]) for name in by_batch[0]}
         if counts:
             used = quantize.usage(np.sum(counts, axis=0))
             values |= {**used, "code_usage": used["used_codes"] / config.model.num_codes}
@@ -47,8 +47,8 @@ def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: An
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def reconstruct(params: dict, image: jax.Array) -> jax.Array:
         variables = {"params": sharding.all_gather(params["autoencoder"], mesh)}
-        found = net.apply(variables, image, method="encode")
-        z = found[0] if isinstance(found, tuple) else found  # the mode of a posterior
+        encoded = net.apply(variables, image, method="encode")
+        z = encoded[0] if isinstance(encoded, tuple) else encoded  # the mode of a posterior
         return net.apply(variables, z, method="decode")
 
     def draw(params: dict, path: epath.Path) -> None:

@@ -43,12 +43,12 @@ def find(
             )
         return None
     params, model = loading.load_first_stage(config.init_from)
-    wanted, found = _shapes(shapes.params["autoencoder"]), _shapes(params)
-    odd = [n for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)]
+    wanted, given = _shapes(shapes.params["autoencoder"]), _shapes(params)
+    odd = [n for n in sorted(wanted.keys() | given.keys()) if wanted.get(n) != given.get(n)]
     if odd:
         raise ValueError(
             f"--init-from {config.init_from}: is another first stage ({model}) than this config's:"
-            f" {len(odd)} arrays differ, as {odd[0]}: {found.get(odd[0], 'not there')} instead of"
+            f" {len(odd)} arrays differ, as {odd[0]}: {given.get(odd[0], 'not there')} instead of"
             f" {wanted.get(odd[0], 'nothing')}; set --model to fit"
         )
     return Given(params, *_discriminator(config, shapes))
@@ -62,15 +62,15 @@ def _discriminator(
         return None, ""
     path, kind = loading.recognise(config.init_from)
     if kind in ("diffusers", "first_stage"):
-        found, about = None, f"{path} is a diffusers folder, which holds none"
+        given, about = None, f"{path} is a diffusers folder, which holds none"
     else:
-        found, about = _kept(path) if kind == "run" else _published(path)
-    if found is not None:
+        given, about = _kept(path) if kind == "run" else _published(path)
+    if given is not None:
         wanted = {"params": shapes.disc_params, "batch_stats": shapes.disc_stats["batch_stats"]}
-        known, own = _shapes(found), _shapes(wanted)
+        known, own = _shapes(given), _shapes(wanted)
         odd = [n for n in sorted(known.keys() | own.keys()) if known.get(n) != own.get(n)]
         if not odd:
-            disc = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, wanted)
+            disc = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), given, wanted)
             return disc, f"the discriminator starts from {about} too"
         about += (
             f" has {known.get(odd[0], 'none')} at {odd[0]}, the config's {own.get(odd[0], 'none')}"
@@ -91,8 +91,8 @@ def _kept(run: epath.Path) -> tuple[dict | None, str]:
     step = checkpoint.latest_step(run)
     if step is None or rundir.read_config(run).discriminator is None:
         return None, f"{run} has {'no checkpoint' if step is None else 'none'}"
-    found = checkpoint.restore_parts(run, step, ("disc_params", "disc_stats"))
-    disc = {"params": found["disc_params"], "batch_stats": found["disc_stats"]["batch_stats"]}
+    restored = checkpoint.restore_parts(run, step, ("disc_params", "disc_stats"))
+    disc = {"params": restored["disc_params"], "batch_stats": restored["disc_stats"]["batch_stats"]}
     return disc, f"that of {run} at step {step}"
 
 

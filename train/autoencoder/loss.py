@@ -103,11 +103,11 @@ def make_loss(
     def loss(frozen: dict, params: dict, examples: step.Examples, train: bool) -> tuple:
         image, keys = examples["batch"]["image"], examples["keys"]
         perceptual, params = sharding.all_gather((frozen["perceptual"], params), mesh)
-        found = reconstruct(params, image, keys["encode"], keys["dropout"][0], train)
+        outputs = reconstruct(params, image, keys["encode"], keys["dropout"][0], train)
         logvar = params.get("logvar", jnp.asarray(config.loss.logvar_init))
         likelihood = functools.partial(nll, perceptual, image)
         if judge is None or not train:
-            value, metrics = likelihood(found.image, logvar)
+            value, metrics = likelihood(outputs.image, logvar)
             metrics = {**metrics, "nll_loss": value}
         else:
 
@@ -120,18 +120,18 @@ def make_loss(
             value, terms, (metrics, batch_stats) = losses.adversarial(
                 likelihood,
                 generator,
-                found.image,
+                outputs.image,
                 logvar,
-                found.features,
+                outputs.features,
                 config.loss.disc_weight,
                 frozen["disc_factor"],
             )
             metrics = {**metrics, "nll_loss": terms["nll"], "g_loss": terms["generator"]}
             metrics |= {"d_weight": terms["d_weight"], "batch_stats": batch_stats}
-        value += found.regularization
-        metrics |= {"loss": value, **found.metrics}
-        if found.indices is not None:
-            metrics["examples"] = {"z": found.z, "indices": found.indices}
+        value += outputs.regularization
+        metrics |= {"loss": value, **outputs.metrics}
+        if outputs.indices is not None:
+            metrics["examples"] = {"z": outputs.z, "indices": outputs.indices}
         return value, metrics
 
     # BatchNorm and the adaptive weight are of the whole batch, which the compiler splits
@@ -183,15 +183,15 @@ def _after_update(
     if not codebook.trains(config):
         ema = train_state.update_ema(config.ema, old.ema_params, new.params, old.step)
         return new.replace(ema_params=ema), {}
-    found = codebook.update(config, new.params, new.opt_state, old.codes, codes, key)
-    ema = train_state.update_ema(config.ema, old.ema_params, found.params, old.step)
+    updated = codebook.update(config, new.params, new.opt_state, old.codes, codes, key)
+    ema = train_state.update_ema(config.ema, old.ema_params, updated.params, old.step)
     new = new.replace(
-        params=found.params,
-        ema_params=codebook.follow(ema, found),
-        opt_state=found.opt_state,
-        codes=found.codes,
+        params=updated.params,
+        ema_params=codebook.follow(ema, updated),
+        opt_state=updated.opt_state,
+        codes=updated.codes,
     )
-    return new, found.metrics
+    return new, updated.metrics
 
 
 def make_discriminator_update(
@@ -211,8 +211,8 @@ def make_discriminator_update(
             image, keys = examples["batch"]["image"], examples["keys"]
             dropout = keys["disc_dropout"][0]
             params, generator = sharding.all_gather((params, state.params), mesh)
-            found = reconstruct(generator, image, keys["disc_encode"], dropout, True)
-            return loss(params, before, image, jax.lax.stop_gradient(found.image), step)
+            outputs = reconstruct(generator, image, keys["disc_encode"], dropout, True)
+            return loss(params, before, image, jax.lax.stop_gradient(outputs.image), step)
 
         grads, metrics = train_state.gradients(
             disc_loss, state.disc_params, examples, config.accumulate
@@ -247,9 +247,9 @@ def make_eval_step(
         )  # drawn from by nothing
         examples = {"batch": {"image": batch["image"]}, "keys": dict.fromkeys(DRAWS, key)}
         _, metrics = loss(frozen, params, examples, False)
-        found = metrics.pop("examples", None)
-        if found is not None:
-            taken = quantize.assigned(found["z"], found["indices"], config.model.num_codes)
+        latents = metrics.pop("examples", None)
+        if latents is not None:
+            taken = quantize.assigned(latents["z"], latents["indices"], config.model.num_codes)
             metrics["count_n"] = taken.count_n
         return metrics
 

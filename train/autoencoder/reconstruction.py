@@ -81,11 +81,11 @@ def make(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
         rngs = {"dropout": dropout_key}
         apply = functools.partial(net.apply, {"params": params}, train=train, rngs=rngs)
         if isinstance(config.model, schema.AutoencoderVQConfig):
-            found = vq(apply, image, params["quantize"]["embedding"])
+            parts = vq(apply, image, params["quantize"]["embedding"])
             apply = functools.partial(apply, quantize=False)  # it is done
         else:
-            found = kl(apply, image, keys, train)
-        z, codes, regularization, metrics, indices = found
+            parts = kl(apply, image, keys, train)
+        z, codes, regularization, metrics, indices = parts
         decoded, state = apply(codes, method="decode", mutable=["intermediates"])
         features = autoencoder.last_features(state)
         return Reconstruction(decoded, features, regularization, metrics, z, indices)

@@ -25,10 +25,10 @@ def find(
     Only reads. ValueError if there is none, if a new path leads to another first stage than the
     one that the run was trained on, or if the latent cache was encoded with another.
     """
-    found = _find(config, workdir)
+    first_stage = _find(config, workdir)
     if config.cache.path:
-        cache.check(config.cache.path, config.data, rundir.params_hash(found[0]))
-    return found
+        cache.check(config.cache.path, config.data, rundir.params_hash(first_stage[0]))
+    return first_stage
 
 
 def _find(
@@ -62,13 +62,13 @@ def _load(
 
 def prepare(
     config: schema.LatentDiffusionTrainConfig,
-    found: tuple[dict, schema.FirstStageModelConfig],
+    first_stage: tuple[dict, schema.FirstStageModelConfig],
     run: epath.Path,
     mesh: Mesh,
     stream: Any,
 ) -> tuple[Any, dict, float]:
     """(module, placed parameters, latent scale) of what `find` gave; all kept in the run."""
-    params, model = found
+    params, model = first_stage
     rundir.write_frozen(run, "first_stage", params, model)
     module = autoencoder.from_config(
         model,

@@ -11,7 +11,7 @@ from ldm_jax.runtime import rundir
 from ldm_jax.train.frozen import first_stage, text_encoder
 
 
-class Found(NamedTuple):
+class Sources(NamedTuple):
     """Frozen parts on the host, before anything of a run is written."""
 
     params: dict
@@ -46,7 +46,7 @@ class Frozen:
         return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
 
 
-def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> Found:
+def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> Sources:
     """First stage, text encoder and tokenizer: from the run's `frozen/`, else from their paths.
 
     Only reads. ValueError names a part that is missing, does not fit, or is another one than the
@@ -54,7 +54,7 @@ def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> 
     """
     text = text_encoder.find(config, workdir)
     params, model = first_stage.find(config, workdir)
-    return Found(params, model, text)
+    return Sources(params, model, text)
 
 
 def prepare(
@@ -62,17 +62,17 @@ def prepare(
     workdir: epath.PathLike,
     mesh: Mesh,
     stream: Any,
-    found: Found | None = None,
+    given: Sources | None = None,
 ) -> Frozen:
     """The frozen parts, kept in the run at `workdir` and placed on the mesh.
 
-    The latent scale is measured on `stream` if neither config nor run has it. `found` is what
-    `find` gave, looked for here by default; a run that is not there yet is begun.
+    The latent scale is measured on `stream` if neither config nor run has it. `given` is the result
+    of `find`, called here by default; a run that is not there yet is begun.
     """
-    found = find(config, workdir) if found is None else found
+    given = find(config, workdir) if given is None else given
     run, _ = rundir.open_run(workdir, config)
     module, params, scale = first_stage.prepare(
-        config, (found.params, found.first_stage), run, mesh, stream
+        config, (given.params, given.first_stage), run, mesh, stream
     )
-    cond_stage = text_encoder.prepare(config, found.text, run, mesh)
-    return Frozen(module, params, scale, found.first_stage, cond_stage)
+    cond_stage = text_encoder.prepare(config, given.text, run, mesh)
+    return Frozen(module, params, scale, given.first_stage, cond_stage)

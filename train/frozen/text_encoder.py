@@ -57,16 +57,16 @@ def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> 
 
 
 def prepare(
-    config: schema.LatentDiffusionTrainConfig, found: Text | None, run: epath.Path, mesh: Mesh
+    config: schema.LatentDiffusionTrainConfig, text: Text | None, run: epath.Path, mesh: Mesh
 ) -> dict | None:
     """Keeps what `find` found in the run; parameters of a frozen encoder, placed, or None."""
-    if found is None:
+    if text is None:
         return None
-    rundir.write_frozen_files(run, "tokenizer", found.tokenizer.save)
-    if found.encoder is None:
+    rundir.write_frozen_files(run, "tokenizer", text.tokenizer.save)
+    if text.encoder is None:
         return None
-    rundir.write_frozen(run, "cond_stage", found.encoder, schema.text_of(config.cond).encoder)
-    tree = {"cond_stage": found.encoder}
+    rundir.write_frozen(run, "cond_stage", text.encoder, schema.text_of(config.cond).encoder)
+    tree = {"cond_stage": text.encoder}
     return sharding.place(tree, sharding.by_rules(tree, sharding.RULES, mesh))["cond_stage"]
 
 

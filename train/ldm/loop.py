@@ -28,19 +28,19 @@ def train(
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
     started, root = time.time(), jax.random.key(config.seed)
     mesh = sharding.make_mesh(config.mesh)
-    found = frozen.find(config, workdir)
+    given = frozen.find(config, workdir)
     open_stream = functools.partial(
         data.stream,
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
-        tokenizer=found.tokenizer,
+        tokenizer=given.tokenizer,
         cached=config.cache.path,
     )
     stream, held_out = open_stream(), open_stream(split="eval")
-    check(config, found.first_stage, stream, mesh)
+    check(config, given.first_stage, stream, mesh)
     run = startup.open_run(workdir, config)  # only now is anything written
-    fixed = frozen.prepare(config, run, mesh, stream, found)
+    fixed = frozen.prepare(config, run, mesh, stream, given)
 
     manager = checkpoint.manager(run, config.max_to_keep, config.max_failed_saves)
     state = startup.resume(run, manager, *abstract_state(config, mesh))

@@ -143,15 +143,15 @@ def _first_stage(
     file = re.sub(r"(?<=.):[^/:]*$", "", name)
     wanted = options.first_stage_config or f"{file}:first_stage"
     try:
-        found = load(wanted)
+        recipe = load(wanted)
     except ValueError as error:
         raise ValueError(
             f"no first stage for {name}: {error}; name one by --first-stage-config, as"
             " first_stages:kl-f8"
         ) from error
-    if not isinstance(found, schema.AutoencoderTrainConfig):
+    if not isinstance(recipe, schema.AutoencoderTrainConfig):
         raise ValueError(f"--first-stage-config {wanted}: is no config of a first stage")
-    return found.model
+    return recipe.model
 
 
 # --- cache ----------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _ending_with_us() -> Iterator[None]:
 def how_it_failed(code: int, work: Path) -> dict[str, str]:
     """{"kind", "how", "log"} of a process that ended with `code`. ValueError for an error that is
     the request's: kinds are "memory", "crashed", "killed" and "error"."""
-    found = {"log": str(work / "log")}
+    failure = {"log": str(work / "log")}
     if (work / "failed.json").exists():
         error = json.loads((work / "failed.json").read_text())
         message = " ".join(error["message"].split())
@@ -299,14 +299,14 @@ def how_it_failed(code: int, work: Path) -> dict[str, str]:
             raise ValueError(message)
         memory = "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message
         how = f"{error['error']}: {message[:600]}"
-        return found | {"kind": "memory" if memory else "error", "how": how}
+        return failure | {"kind": "memory" if memory else "error", "how": how}
     if code < 0:
         name = signal.Signals(-code).name
         kind = "killed" if name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") else "crashed"
-        return found | {"kind": kind, "how": f"the compiler ended by {name}"}
+        return failure | {"kind": kind, "how": f"the compiler ended by {name}"}
     lines = (work / "log").read_text(errors="replace").strip().splitlines()
     how = f"exit code {code}: {lines[-1][:300] if lines else 'it said nothing'}"
-    return found | {"kind": "error", "how": how}
+    return failure | {"kind": "error", "how": how}
 
 
 def search(
@@ -319,8 +319,8 @@ def search(
         config = dataclasses.replace(request.config, **fields)
         other = dataclasses.replace(request, config=config)
         sys.stdout.write(f"\n--search: {text}\n")
-        found = compiled(other, root, options, child)
-        sys.stdout.write(reports.render(other, found))
-        if reports.fits(other, found.about):
+        compiled_other = compiled(other, root, options, child)
+        sys.stdout.write(reports.render(other, compiled_other))
+        if reports.fits(other, compiled_other.about):
             return True
     return False

@@ -254,14 +254,14 @@ def root_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 def of_state(state: train_state.TrainState | train_state.GanState) -> dict[str, Any]:
     """Trees of a state, by what they are."""
-    found = {
+    arrays = {
         "parameters": state.params,
         "moments": state.opt_state,
         "average": state.ema_params,
     }
     if isinstance(state, train_state.GanState):
-        found["discriminator"] = (state.disc_params, state.disc_opt_state, state.disc_stats)
-    return found
+        arrays["discriminator"] = (state.disc_params, state.disc_opt_state, state.disc_stats)
+    return arrays
 
 
 def bytes_of(tree: Any) -> int:
@@ -313,9 +313,9 @@ def compile_request(folder: Path) -> None:
     mesh = make_mesh(request, topologies.devices(request.topology))
     program = build(request, mesh)
     traced = program.jitted.trace(*program.arguments)
-    found = facts(request, mesh, program, traced)
-    found["trace_seconds"] = time.perf_counter() - began
-    (folder / "traced.json").write_text(json.dumps(found))
+    traced_facts = facts(request, mesh, program, traced)
+    traced_facts["trace_seconds"] = time.perf_counter() - began
+    (folder / "traced.json").write_text(json.dumps(traced_facts))
     began = time.perf_counter()
     compiled = traced.lower().compile()
     memory = compiled.memory_analysis()

@@ -65,9 +65,9 @@ def render(request: Request, result: Result) -> str:
         )
     if "failed" in about:
         return "\n".join([*lines, *failure(request, about)]) + "\n"
-    found = estimate(request, result)
-    lines += [*memory_lines(request, about), *time_lines(request, about, found)]
-    lines += [*collective_lines(about, found), *buffer_lines(result.text)]
+    cost = estimate(request, result)
+    lines += [*memory_lines(request, about), *time_lines(request, about, cost)]
+    lines += [*collective_lines(about, cost), *buffer_lines(result.text)]
     lines += advice(request, about)
     return "\n".join(lines) + "\n"
 
@@ -118,28 +118,28 @@ def memory_lines(request: Request, about: dict) -> list[str]:
     return lines
 
 
-def time_lines(request: Request, about: dict, found: tpu_cost.Estimate) -> list[str]:
+def time_lines(request: Request, about: dict, cost: tpu_cost.Estimate) -> list[str]:
     """FLOPs, time and utilization."""
     lines = ["", f"operations of the model: {about['operations'] / 1e12:.4g} TFLOP per device"]
     chip = request.topology.chip
     if chip is None:
         return lines
-    shares = found.shares()
+    shares = cost.shares()
     sources = ", ".join(f"{name} {100 * shares[name]:.1f} %" for name in SOURCES if name in shares)
-    mfu = 100 * found.utilization(about["operations"], chip)
+    mfu = 100 * cost.utilization(about["operations"], chip)
     what = "call" if request.sample else "step"
     lines += [
-        f"time of a {what}: {1e3 * found.seconds:.0f} ms, MFU {mfu:.1f} % (estimated)",
-        f"  by source: {sources}; copies beside other work: {1e3 * found.hidden_copies:.0f} ms",
+        f"time of a {what}: {1e3 * cost.seconds:.0f} ms, MFU {mfu:.1f} % (estimated)",
+        f"  by source: {sources}; copies beside other work: {1e3 * cost.hidden_copies:.0f} ms",
     ]
     if request.sample:
-        lines.append(f"  {found.seconds / request.images:.3f} s an image on the whole slice")
+        lines.append(f"  {cost.seconds / request.images:.3f} s an image on the whole slice")
     else:
-        rate = request.config.batch_size / found.seconds
+        rate = request.config.batch_size / cost.seconds
         lines.append(f"  {rate:.0f} images/s, {rate / request.topology.num_devices:.2f} per chip")
     for what, names in (
-        ("loops of unknown length, counted once", found.unknown_loops),
-        ("kernels charged for their bytes alone", found.unknown_kernels),
+        ("loops of unknown length, counted once", cost.unknown_loops),
+        ("kernels charged for their bytes alone", cost.unknown_kernels),
     ):
         if names:
             lines.append(f"  {what}: {', '.join(sorted(set(names))[:5])}")
@@ -159,20 +159,20 @@ def kind_of(transfer: tpu_cost.Transfer, about: dict) -> str:
     return "parameters" if all(known) else "activations"
 
 
-def collective_lines(about: dict, found: tpu_cost.Estimate) -> list[str]:
+def collective_lines(about: dict, cost: tpu_cost.Estimate) -> list[str]:
     """By kind and network; and those that move activations."""
     lines = ["", "collectives of a device:"]
     for where, traffic in (
-        ("in a slice", found.collectives),
-        ("between slices", found.across_slices),
+        ("in a slice", cost.collectives),
+        ("between slices", cost.across_slices),
     ):
         for kind, t in sorted(traffic.items(), key=lambda item: -item[1].moved):
             lines.append(
                 f"  {kind} {where}: {t.count} times, arrays {gb(t.bytes)}, sent {gb(t.moved)}"
             )
-    if not found.transfers:
+    if not cost.transfers:
         lines.append("  none")
-    moving = [t for t in found.transfers if kind_of(t, about) == "activations"]
+    moving = [t for t in cost.transfers if kind_of(t, about) == "activations"]
     if moving:
         total = sum(t.runs * t.moved for t in moving)
         lines.append(f"  of these not of a parameter's size: {len(moving)}, sent {gb(total)}")
@@ -187,10 +187,10 @@ def collective_lines(about: dict, found: tpu_cost.Estimate) -> list[str]:
 
 def buffer_lines(text: str, count: int = 8) -> list[str]:
     """The largest temporary arrays that live at once."""
-    found = hlo_memory.at_peak(hlo.parse(text))
-    total = sum(buffer.bytes for buffer in found)
-    lines = ["", f"largest temporary arrays (of {len(found)} at once, {gb(total)}):"]
-    for (label, size), n in _grouped(found)[:count]:
+    buffers = hlo_memory.at_peak(hlo.parse(text))
+    total = sum(buffer.bytes for buffer in buffers)
+    lines = ["", f"largest temporary arrays (of {len(buffers)} at once, {gb(total)}):"]
+    for (label, size), n in _grouped(buffers)[:count]:
         lines.append(f"  {n} x {gb(size)} {label}")
     return lines
 
@@ -240,33 +240,33 @@ def advice(request: Request, about: dict) -> list[str]:
         return []
     if "failed" in about and not memory:
         return []
-    found = [f"  {text}" for _, text in changes(request, about) if text] or [
+    suggestions = [f"  {text}" for _, text in changes(request, about) if text] or [
         "  fewer images per device, or a larger slice"
     ]
-    return ["", "what would make it fit (by rule; --search compiles it):", *found]
+    return ["", "what would make it fit (by rule; --search compiles it):", *suggestions]
 
 
 def changes(request: Request, about: dict) -> list[tuple[dict, str]]:
     """[(fields of the config, flags and reason)], the cheapest first."""
     config, chip = request.config, request.topology.chip
-    resident, found = sum(about["resident"].values()), []
+    resident, advised = sum(about["resident"].values()), []
     mesh = about["mesh"]
     each = request.topology.num_devices // request.topology.slices
     if about["whole"] and resident > chip.memory / 3 and mesh.get("fsdp", 1) < each:
         wider = schema.MeshConfig(data=1, fsdp=-1, dcn_data=-1)
         reason = f"{gb(resident)} lie there; split over {each} chips {gb(about['whole'] / each)}"
-        found.append(({"mesh": wider}, f"--mesh.data 1 --mesh.fsdp -1: {reason}"))
+        advised.append(({"mesh": wider}, f"--mesh.data 1 --mesh.fsdp -1: {reason}"))
     if request.sample:
-        return found
+        return advised
     if not config.remat:
-        found.append(({"remat": True}, "--remat: keeps what enters a block, computes it again"))
+        advised.append(({"remat": True}, "--remat: keeps what enters a block, computes it again"))
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
     accumulate = config.accumulate * 2
     while rows % accumulate == 0 and accumulate <= rows:
         reason = f"{rows // accumulate} images per device at a time"
-        found.append(({"remat": True, "accumulate": accumulate}, _flags(accumulate, reason)))
+        advised.append(({"remat": True, "accumulate": accumulate}, _flags(accumulate, reason)))
         accumulate *= 2
-    return found
+    return advised
 
 
 def _flags(accumulate: int, reason: str) -> str:

@@ -103,9 +103,9 @@ def check_compiler(topology: Topology) -> None:
 def wanted_libtpu() -> str:
     """The requirement of the installed jax for libtpu, as pip takes it."""
     for requirement in importlib.metadata.requires("jax") or ():
-        found = re.match(r"(libtpu\S*)\s*;.*extra\s*==\s*['\"]tpu['\"]", requirement)
-        if found:
-            return found.group(1)
+        libtpu = re.match(r"(libtpu\S*)\s*;.*extra\s*==\s*['\"]tpu['\"]", requirement)
+        if libtpu:
+            return libtpu.group(1)
     return "libtpu"
 
 
@@ -132,5 +132,5 @@ def devices(topology: Topology) -> list[Any]:
     if topology.kind == "gpu":
         return jax.devices()
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several)
-    return list(found.devices)
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several)
+    return list(described.devices)

@@ -61,17 +61,17 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for split, shard in due:
             read = Reader(config, sources[split], split == "train")
-            found = records_of(config, read, shard, functools.partial(run, placed), bad[split])
-            for _ in cache.write_shard(path / shard.name, found):
+            broken = records_of(config, read, shard, functools.partial(run, placed), bad[split])
+            for _ in cache.write_shard(path / shard.name, broken):
                 bar.update()
     if total:
         rate = total / (time.perf_counter() - began)
         LOG.info(
             f"{total} records in {total / rate:.1f} s, {rate / devices:.1f} images/s per device"
         )
-    bad = {split: processes.union(found) for split, found in bad.items()}
+    bad = {split: processes.union(broken) for split, broken in bad.items()}
     if any(bad.values()):
-        count = sum(len(found) for found in bad.values())
+        count = sum(len(broken) for broken in bad.values())
         LOG.info(f"{count} records could not be decoded; the next readable ones replace them")
     processes.barrier("encoded")
     rundir.write_text(path / "cache.json", _json({**meta, "complete": True}))
@@ -187,9 +187,9 @@ def make_encoder(
     split = sharding.batch_sharding(mesh)
 
     def run(params: dict, image: jax.Array) -> dict[str, jax.Array]:
-        found = module.apply({"params": params}, image, method="encode")
-        found = found if isinstance(found, tuple) else (found,)
-        return dict(zip(cache.MOMENTS, found))
+        moments = module.apply({"params": params}, image, method="encode")
+        moments = moments if isinstance(moments, tuple) else (moments,)
+        return dict(zip(cache.MOMENTS, moments))
 
     jitted = jax.jit(run)
     # one of several processes may not hand host arrays to a jitted function that splits them
@@ -254,7 +254,7 @@ def records_of(
     ahead = grain.ReadOptions(
         num_threads=config.data.threads, prefetch_buffer_size=config.data.read_ahead * group
     )
-    found = iter(grain.MapDataset.range(shard.first, shard.last).map(read).to_iter_dataset(ahead))
+    reads = iter(grain.MapDataset.range(shard.first, shard.last).map(read).to_iter_dataset(ahead))
 
     def dispatch(part: list[Read]) -> dict[str, jax.Array]:
         for one in part:
@@ -264,7 +264,7 @@ def records_of(
         image = np.concatenate([one.image for one in part])
         return run(np.concatenate([image, np.repeat(image[-1:], size - len(image), axis=0)]))
 
-    parts = iter(lambda: list(itertools.islice(found, group)), [])
+    parts = iter(lambda: list(itertools.islice(reads, group)), [])
     for part, moments in overlap.prefetch(parts, dispatch):
         yield from _cut(part, moments, read, config.cache.dtype)
 

@@ -52,8 +52,8 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = 40
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for split, shard in due:
             left_out: list[list[str]] = []
-            found = records_of(Reader(config, sources[split], split), shard, left_out, bad)
-            for _ in cache.write_shard(path / shard.name, found):
+            records = records_of(Reader(config, sources[split], split), shard, left_out, bad)
+            for _ in cache.write_shard(path / shard.name, records):
                 bar.update()
             bad += len(left_out)
             write_summary(path, shard, left_out)
@@ -157,8 +157,8 @@ def records_of(
     before: images that were left out of other shards. RuntimeError if they are too many.
     """
     ahead = grain.ReadOptions(num_threads=max(1, read.config.threads), prefetch_buffer_size=64)
-    found = grain.MapDataset.range(shard.first, shard.last).map(read).to_iter_dataset(ahead)
-    for one in found:
+    encoded = grain.MapDataset.range(shard.first, shard.last).map(read).to_iter_dataset(ahead)
+    for one in encoded:
         if one.reason is None:
             yield one.record
             continue
@@ -183,9 +183,9 @@ def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.
     """Process 0 writes pack.json and left_out.txt from the summaries. ValueError for no image."""
     counts, names = dict.fromkeys(SPLITS, 0), []
     for split, shard in every:
-        found = json.loads(summary_path(path, shard).read_text())
-        counts[split] += found["records"]
-        names += [f"{split}\t{file}\t{reason}\n" for file, reason in found["left_out"]]
+        summary = json.loads(summary_path(path, shard).read_text())
+        counts[split] += summary["records"]
+        names += [f"{split}\t{file}\t{reason}\n" for file, reason in summary["left_out"]]
     empty = [split for split, count in counts.items() if not count]
     if empty:
         raise ValueError(f"{path}: not one image of {empty[0]} can be decoded: see left_out")

@@ -21,8 +21,8 @@ def window(value: str, steps: int) -> range | None:
     """The steps of `FIRST:END`, END left out; None for "". ValueError for anything else."""
     if not value:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", value)
-    steps_of = range(int(found[1]), int(found[2])) if found else range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    steps_of = range(int(match[1]), int(match[2])) if match else range(0)
     if not steps_of or steps_of.start >= steps:
         raise ValueError(
             f"--profile {value!r} is not FIRST:END with FIRST below END and below the {steps}"

@@ -112,10 +112,10 @@ def _ranges(rows: list[int]) -> str:
 
 def _versions() -> str:
     names = ("ldm_jax", "jax", "jaxlib", "libtpu")
-    found = []
+    versions = []
     for name in names:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    return ", ".join([*versions, f"Python {platform.python_version()}"])

@@ -232,20 +232,20 @@ def _others(told: dict[str, Any]) -> str | None:
         return None
 
     def fault() -> str | None:
-        found = watchdog.read(told["run"], "fault.json")
-        return found["why"] if found and found["attempt"] == told["attempt"] else None
+        seen = watchdog.read(told["run"], "fault.json")
+        return seen["why"] if seen and seen["attempt"] == told["attempt"] else None
 
     def beats() -> dict[int, dict]:
         indices = (i for i in range(told["count"]) if i != told["index"])
-        found = {i: watchdog.read(told["run"], f"{i}.json") for i in indices}
-        return {i: b for i, b in found.items() if b and b["attempt"] == told["attempt"]}
+        seen = {i: watchdog.read(told["run"], f"{i}.json") for i in indices}
+        return {i: b for i, b in seen.items() if b and b["attempt"] == told["attempt"]}
 
     with contextlib.suppress(Exception):
         before, until = beats(), time.monotonic() + watchdog.MISSED * told["every"]
-        while (found := fault()) is None and time.monotonic() < until:
+        while (seen := fault()) is None and time.monotonic() < until:
             time.sleep(min(1.0, told["every"]))
-        if found is not None:
-            return found
+        if seen is not None:
+            return seen
         after = beats()
         gone = [b for i, b in after.items() if before.get(i) == b and b["state"] == "running"]
         return ", ".join(map(watchdog.who, gone)) + " is gone" if gone else None
@@ -262,13 +262,13 @@ def _old_coordinator_left(told: dict[str, Any], caught: list[int]) -> bool:
     rounds, beat, same = int(2 * told["timeout"] / told["every"]) + 1, None, 0
     for _ in range(rounds):
         try:
-            found = watchdog.read(told["run"], "0.json")
+            status = watchdog.read(told["run"], "0.json")
         except Exception:
-            found = None
-        if not found or found["attempt"] != told["attempt"] or found["state"] in watchdog.ENDED:
+            status = None
+        if not status or status["attempt"] != told["attempt"] or status["state"] in watchdog.ENDED:
             return False
-        same = same + 1 if found["beat"] == beat else 0
-        beat = found["beat"]
+        same = same + 1 if status["beat"] == beat else 0
+        beat = status["beat"]
         if same == watchdog.MISSED:
             return False
         if _sleep(told["every"], caught):

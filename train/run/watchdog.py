@@ -161,9 +161,9 @@ class Watch:
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * self.config.every), now
             try:
-                found = self.look(elapsed)
-                if found is not None and not self.closing.is_set():
-                    self._leave(*found)
+                fault = self.look(elapsed)
+                if fault is not None and not self.closing.is_set():
+                    self._leave(*fault)
             except Exception:  # a watch that died unnoticed would be worse
                 sys.stderr.write(f"ldm-train: the watch failed:\n{traceback.format_exc()}")
             if self.closing.wait(self.config.every):
@@ -209,12 +209,12 @@ class Watch:
         if fault and fault["attempt"] == self.attempt:
             return f"{fault['by']} found: {fault['why']}", fault["retry"]
         others = range(self.count) if self.broken else [(self.index + 1) % self.count]
-        found = [self._judge(other, elapsed) for other in others if other != self.index]
-        found = [one for one in found if one is not None]
+        faults = [self._judge(other, elapsed) for other in others if other != self.index]
+        faults = [one for one in faults if one is not None]
         self.blind = False
-        if not found:
+        if not faults:
             return None
-        return "; ".join(why for why, _ in found), all(retry for _, retry in found)
+        return "; ".join(why for why, _ in faults), all(retry for _, retry in faults)
 
     def _judge(self, other: int, elapsed: float) -> tuple[str, bool] | None:
         """What is wrong with another process, if anything."""

@@ -166,8 +166,8 @@ def load(
     left unread (see `IGNORED`) is counted and printed.
     """
     path = epath.Path(path)
-    found, info = files.open_state_dict(path)
-    tensors = _with_text_model(found)
+    state_dict, info = files.open_state_dict(path)
+    tensors = _with_text_model(state_dict)
     config, scale = _config(path, yaml_path, variant, tensors)
     model = bundle.build(
         config,
@@ -270,15 +270,15 @@ def _config(
         said = [f"{yaml_path}: read as {guess}" for guess in guesses]
     else:
         try:
-            found = single_file.recognize(tensors, variant)
-            bundle.check(found.config, found.config.first_stage.in_channels)
+            recognized = single_file.recognize(tensors, variant)
+            bundle.check(recognized.config, recognized.config.first_stage.in_channels)
         except (ValueError, LookupError) as error:
             raise ValueError(
                 f"{path}: has no YAML and is not recognised ({error}); give its YAML (--config)"
             ) from error
-        config, scale = found.config, found.scale
-        said = [f"{path.name}: {found.family}, by its names and shapes"]
-        said += [f"{path.name}: a guess: {guess}" for guess in found.guesses]
+        config, scale = recognized.config, recognized.scale
+        said = [f"{path.name}: {recognized.family}, by its names and shapes"]
+        said += [f"{path.name}: a guess: {guess}" for guess in recognized.guesses]
     for line in said:
         LOG.info(line)
     return config, scale

@@ -17,7 +17,7 @@ VARIANTS = {"v2": ("eps", 64), "v2-v": ("v", 96)}
 """(prediction, side of a training image's latent) of models with the same names and shapes."""
 
 
-class Found(NamedTuple):
+class Recognized(NamedTuple):
     """What `recognize` makes of a checkpoint."""
 
     config: schema.LatentDiffusionConfig
@@ -28,7 +28,7 @@ class Found(NamedTuple):
     """One sentence per value that the file does not show."""
 
 
-def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Found:
+def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Recognized:
     """The model of a Stable Diffusion single file.
 
     tensors: name -> anything with `.shape`, EMA names replaced by the raw ones.
@@ -64,7 +64,7 @@ def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Found:
     guesses.append(f"it was trained on images of {size} pixels")
     cond = text if concat is None else schema.HybridCondConfig(text, concat)
     config = schema.LatentDiffusionConfig(first_stage, unet, cond, diffusion, size)
-    return Found(config, 0.08333 if upscales else 0.18215, name, tuple(guesses))
+    return Recognized(config, 0.08333 if upscales else 0.18215, name, tuple(guesses))
 
 
 def _one_of(variant: str) -> str:

@@ -39,12 +39,12 @@ class Part(NamedTuple):
 def of_model(config: schema.LatentDiffusionConfig) -> dict[str, Part]:
     """Our name -> part, of all parts that have parameters."""
     text = schema.text_of(config.cond)
-    found = {
+    parts = {
         "unet": unet_part(config.unet),
         "first_stage": first_stage_part(config.first_stage),
         "cond_stage": None if text is None else text_part(text.encoder),
     }
-    return {kind: Part({}, lambda names: []) if x is None else x for kind, x in found.items()}
+    return {kind: Part({}, lambda names: []) if x is None else x for kind, x in parts.items()}
 
 
 def unet_part(config: schema.UNetConfig) -> Part:
@@ -73,10 +73,10 @@ def text_part(config: TextConfig) -> Part:
 
     def rows(names: Iterable[str] | None) -> list[table.Row]:
         """transformers 5 writes the names without the `text_model.` that all before had."""
-        found = text_tables.clip_text(config)
+        entries = text_tables.clip_text(config)
         if names is None or any(name.startswith("text_model.") for name in names):
-            return found
-        return [row._replace(torch=row.torch.removeprefix("text_model.")) for row in found]
+            return entries
+        return [row._replace(torch=row.torch.removeprefix("text_model.")) for row in entries]
 
     return Part(shapes, rows)
 
@@ -99,19 +99,19 @@ def params(
     Raises ValueError that names the file and what does not fit.
     """
     path = weights(folder, variant)
-    found, info = files.open_state_dict(path)
+    tensors, info = files.open_state_dict(path)
     if info.format == "msgpack":
-        found = {name.removeprefix("params/"): x for name, x in found.items()}
+        tensors = {name.removeprefix("params/"): x for name, x in tensors.items()}
         rows = tables.flax_rows(part.shapes)
     else:
-        unused = [name for name in UNUSED if name in found]
+        unused = [name for name in UNUSED if name in tensors]
         if unused:
             LOG.info(f"{path}: left out, as it computes nothing: {', '.join(unused)}")
-        found = {name: x for name, x in found.items() if name not in unused}
-        rows = part.rows(found)
+        tensors = {name: x for name, x in tensors.items() if name not in unused}
+        rows = part.rows(tensors)
     if shapes_only:
-        found = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
-    return table.from_torch(rows, found, part.shapes, dtype=dtype, place=place, where=str(path))
+        tensors = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors.items()}
+    return table.from_torch(rows, tensors, part.shapes, dtype=dtype, place=place, where=str(path))
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def check_variant(folders: list[epath.Path], variant: str | None) -> None:
 def names(variant: str | None) -> list[str]:
     """File names of a variant, as the versions of diffusers and transformers write them."""
     dot = f".{variant}" if variant else ""
-    found = [
+    candidates = [
         name
         for suffix, stems in STEMS.items()
         for stem in stems
@@ -158,7 +158,7 @@ def names(variant: str | None) -> list[str]:
             f"{stem}{dot}.{suffix}.index.json",
         )
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(candidates))
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

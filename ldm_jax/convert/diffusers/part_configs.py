@@ -300,12 +300,12 @@ def _plausible(key: str, value: Any, default: Any) -> bool:
 
 def widths(values: dict[str, Any], where: str) -> tuple[int, tuple[int, ...]]:
     """(first width, each level's multiple of it)."""
-    found = values["block_out_channels"]
-    if 0 in found or any(width % found[0] for width in found):
+    channels = values["block_out_channels"]
+    if 0 in channels or any(width % channels[0] for width in channels):
         raise ValueError(
-            f"{where}: block_out_channels={list(found)}: multiples of the first are supported"
+            f"{where}: block_out_channels={list(channels)}: multiples of the first are supported"
         )
-    return found[0], tuple(width // found[0] for width in found)
+    return channels[0], tuple(width // channels[0] for width in channels)
 
 
 def levels(
@@ -317,7 +317,7 @@ def levels(
     """
     resampling = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
     resampling = resampling if attention == "Attn" else {}
-    found = []
+    attends_on = []
     for key, way in (("down_block_types", down), ("up_block_types", up)):
         kinds = {f"{way}Block2D": False, f"{attention}{way}Block2D": True}
         if way in resampling:
@@ -328,13 +328,13 @@ def levels(
                 f"{where}: {key}={list(values[key])}: supported is one of {', '.join(kinds)} for"
                 f" each of the {len(values['block_out_channels'])} block_out_channels"
             )
-        found.append([kinds[block] for block in values[key]])
-    if found[0] != found[1][::-1]:
+        attends_on.append([kinds[block] for block in values[key]])
+    if attends_on[0] != attends_on[1][::-1]:
         raise ValueError(
             f"{where}: down_block_types={list(values['down_block_types'])} and up_block_types="
             f"{list(values['up_block_types'])} do not attend at the same levels"
         )
-    return tuple(2**level for level, attends in enumerate(found[0]) if attends)[::-1]
+    return tuple(2**level for level, attends in enumerate(attends_on[0]) if attends)[::-1]
 
 
 def same(value: Any, where: str) -> Any:

@@ -172,19 +172,19 @@ def _shared(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _resampling_blocks(values: dict[str, Any], where: str) -> bool:
     """Whether residual blocks change the resolution: the same on every level, down and up."""
-    found = set()
+    kinds = set()
     for key, kind in (("down_block_types", "downsample_type"), ("up_block_types", "upsample_type")):
         for block in values[key][:-1]:  # nothing follows the last
             plain = block in ("DownBlock2D", "UpBlock2D")
-            found.add("conv" if plain else "resnet" if "Resnet" in block else values[kind])
-    if not found <= {"conv", "resnet"} or len(found) > 1:
+            kinds.add("conv" if plain else "resnet" if "Resnet" in block else values[kind])
+    if not kinds <= {"conv", "resnet"} or len(kinds) > 1:
         raise ValueError(
             f"{where}: down_block_types={values['down_block_types']} and up_block_types="
             f"{values['up_block_types']} with downsample_type={values['downsample_type']!r} and"
             f" upsample_type={values['upsample_type']!r} change the resolution in several ways: one"
             " way, 'conv' or 'resnet', is supported"
         )
-    return found == {"resnet"}
+    return kinds == {"resnet"}
 
 
 def unet_options(config: schema.UNetConfig, sample_size: int) -> dict[str, Any]:

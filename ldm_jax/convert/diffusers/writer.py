@@ -82,8 +82,8 @@ def check(model: bundle.LatentDiffusion) -> int:
     pipeline = _pipeline(config, model.latent_scale)
     _options(config, model.latent_scale)
     _check_tokenizer(schema.text_of(config.cond), model.tokenizer, pipeline.name)
-    found = _tensors(config, params, _written(pipeline), None)
-    return sum(len(tensors) for tensors in found.values())
+    tensors_by_part = _tensors(config, params, _written(pipeline), None)
+    return sum(len(tensors) for tensors in tensors_by_part.values())
 
 
 def _check_tokenizer(text: Any, tokenizer: tokens.Tokenizer | None, where: str) -> None:
@@ -166,13 +166,13 @@ def _written(pipeline: Pipeline) -> dict[str, str]:
 def _options(config: schema.LatentDiffusionConfig, scale: float) -> dict[str, dict[str, Any]]:
     """`config.json` of each part."""
     first, text = config.first_stage, schema.text_of(config.cond)
-    found = {"unet": VERSION | unet_options(config.unet, config.size // first.downsample)}
+    options_by_part = {"unet": VERSION | unet_options(config.unet, config.size // first.downsample)}
     if not isinstance(first, schema.IdentityFirstStageConfig):
         options = part_configs.first_stage_options(first, scale, config.size)
-        found["first_stage"] = VERSION | options
+        options_by_part["first_stage"] = VERSION | options
     if text is not None:
-        found["cond_stage"] = part_configs.text_options(text.encoder)
-    return found
+        options_by_part["cond_stage"] = part_configs.text_options(text.encoder)
+    return options_by_part
 
 
 def _library(kind: str, options: dict[str, Any]) -> list[str]:
@@ -184,11 +184,12 @@ def _library(kind: str, options: dict[str, Any]) -> list[str]:
 
 
 def _schedulers(config: schema.LatentDiffusionConfig) -> dict[str, dict[str, Any]]:
-    found = {"scheduler": scheduler_config.scheduler_options(config.diffusion, config.sampling)}
+    options = scheduler_config.scheduler_options(config.diffusion, config.sampling)
+    schedulers = {"scheduler": options}
     beside = getattr(config.cond, "concat", None)
     if isinstance(beside, schema.UpscaleCondConfig):
-        found["low_res_scheduler"] = scheduler_config.low_res_scheduler_options(beside)
-    return {name: VERSION | content for name, content in found.items()}
+        schedulers["low_res_scheduler"] = scheduler_config.low_res_scheduler_options(beside)
+    return {name: VERSION | content for name, content in schedulers.items()}
 
 
 def _with_last_layer(

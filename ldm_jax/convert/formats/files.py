@@ -47,32 +47,32 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
     with tensors.refusals(file.path):
         kind = _format(file)
     if kind == "safetensors":
-        found = safetensors_file.read(path)
-        return found, Info(kind, safetensors_file.metadata(path), ())
+        state_dict = safetensors_file.read(path)
+        return state_dict, Info(kind, safetensors_file.metadata(path), ())
     if kind == "msgpack":
         with tensors.refusals(file.path):
-            found, left = _flat(flax_msgpack.read(path))
-        return found, Info(kind, {}, left)
+            state_dict, left = _flat(flax_msgpack.read(path))
+        return state_dict, Info(kind, {}, left)
     content = torch_file.read(path)
     with tensors.refusals(file.path):
-        found, left = _innermost(content)
-    return found, Info(kind, {}, left)
+        state_dict, left = _innermost(content)
+    return state_dict, Info(kind, {}, left)
 
 
 def _open_sharded(path: str) -> tuple[dict[str, LazyTensor], Info]:
     infos: list[Info] = []
 
     def read_file(shard) -> dict[str, LazyTensor]:
-        found, info = open_state_dict(shard)
+        state_dict, info = open_state_dict(shard)
         infos.append(info)
-        return found
+        return state_dict
 
-    found = shards.read(path, read_file)
+    state_dict = shards.read(path, read_file)
     kinds = {info.format for info in infos}
     if len(kinds) != 1:
         raise ValueError(f"{path} names files of the formats {sorted(kinds)}, not of one")
     metadata = {key: value for info in infos for key, value in info.metadata.items()}
-    return found, Info(*kinds, metadata, tuple(name for info in infos for name in info.left))
+    return state_dict, Info(*kinds, metadata, tuple(name for info in infos for name in info.left))
 
 
 def _format(file: tensors.File) -> str:
@@ -107,10 +107,10 @@ def _innermost(content: Any, where: str = "") -> tuple[dict[str, LazyTensor], tu
         if type(inner) is not dict:
             inner = _only_dict(content)
         if inner is None:
-            found = {k: v for k, v in content.items() if _is_tensor(k, v)}
-            left += [f"{where}{_short(k)}" for k in content if k not in found]
-            if found:
-                return found, tuple(left)
+            tensors = {k: v for k, v in content.items() if _is_tensor(k, v)}
+            left += [f"{where}{_short(k)}" for k in content if k not in tensors]
+            if tensors:
+                return tensors, tuple(left)
             break
         name = next(key for key, value in content.items() if value is inner)
         left += [f"{where}{_short(k)}" for k in content if k is not name]
@@ -143,7 +143,7 @@ def _flat(tree: Any) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     """A tree of msgpack, whose depth its reader bounds."""
     if not isinstance(tree, Mapping):
         raise ValueError("a tree of Flax that is no dict")
-    found: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     left: list[str] = []
 
     def walk(branch: Mapping, where: str) -> None:
@@ -151,15 +151,15 @@ def _flat(tree: Any) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
             name = f"{where}{key}"
             if isinstance(value, Mapping):
                 walk(value, f"{name}/")
-            elif name in found:
+            elif name in tensors:
                 raise ValueError(f"{name[:200]!r} stands there twice")
             elif type(value) is LazyTensor:
-                found[name] = value
+                tensors[name] = value
             else:
                 left.append(name)
 
     walk(tree, "")
-    return found, tuple(left)
+    return tensors, tuple(left)
 
 
 def _short(key: Any) -> str:

@@ -94,15 +94,15 @@ class _Reader:
         return count
 
     def map(self, count: int, depth: int) -> Any:
-        found: dict[Any, Any] = {}
+        entries: dict[Any, Any] = {}
         for _ in range(self.checked(count)):
             key = self.value(depth - 1)
             if type(key) not in (str, int):
                 raise ValueError(f"a name of type {type(key).__name__}")
-            if key in found:
+            if key in entries:
                 raise ValueError(f"{str(key)[:200]!r} stands there twice")
-            found[key] = self.value(depth - 1)
-        return _joined(found) if CHUNKED in found else found
+            entries[key] = self.value(depth - 1)
+        return _joined(entries) if CHUNKED in entries else entries
 
     def extension(self, count: int, depth: int) -> Any:
         kind = self.number(">b")

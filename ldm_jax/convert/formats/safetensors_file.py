@@ -31,19 +31,19 @@ def read(path: str | os.PathLike) -> dict[str, LazyTensor]:
     with tensors.refusals(file.path):
         header, start = _header(file)
         header.pop("__metadata__", None)
-        found = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
-        _check_tiling(file, found, start)
-    return found
+        by_name = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
+        _check_tiling(file, by_name, start)
+    return by_name
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
     """What the file says about itself beside the tensors; empty if nothing."""
     file = tensors.file(path)
     with tensors.refusals(file.path):
-        found = _header(file)[0].get("__metadata__", {})
-        if type(found) is not dict or any(type(value) is not str for value in found.values()):
+        entries = _header(file)[0].get("__metadata__", {})
+        if type(entries) is not dict or any(type(value) is not str for value in entries.values()):
             raise ValueError("its __metadata__ is not text by name")
-    return found
+    return entries
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
@@ -78,9 +78,9 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
     return tensors.contiguous(file, dtype, tuple(entry["shape"]), start + begin)
 
 
-def _check_tiling(file: File, found: dict[str, LazyTensor], start: int) -> None:
+def _check_tiling(file: File, by_name: dict[str, LazyTensor], start: int) -> None:
     """ValueError unless the tensors lie one after another, up to the end of the file."""
-    spans = sorted((*x.spans[0], name) for name, x in found.items())
+    spans = sorted((*x.spans[0], name) for name, x in by_name.items())
     for begin, count, name in spans:
         if begin != start:
             how = "overlaps the one before" if begin < start else "follows a gap"

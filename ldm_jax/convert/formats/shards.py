@@ -28,13 +28,13 @@ def read(
         if type(places) is not dict or any(type(name) is not str for name in places.values()):
             raise ValueError("its weight_map is not a file for each tensor")
         files = {name: _inside(Path(index.path).parent, name) for name in set(places.values())}
-    found: dict[str, LazyTensor] = {}
+    by_name: dict[str, LazyTensor] = {}
     for name, path in sorted(files.items()):
         part = read_file(path)
         listed = {tensor for tensor, place in places.items() if place == name}
         _same(path, listed, set(part), index.path)
-        found |= part
-    return {name: found[name] for name in places}
+        by_name |= part
+    return {name: by_name[name] for name in places}
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -65,9 +65,9 @@ def _same(path: Path, listed: set[str], present: set[str], index: str) -> None:
 
 def unique(pairs: list) -> dict:
     """A JSON object; ValueError if it has a name twice."""
-    found: dict = {}
+    entries: dict = {}
     for name, value in pairs:
-        if name in found:
+        if name in entries:
             raise ValueError(f"{name[:200]!r} stands there twice")
-        found[name] = value
-    return found
+        entries[name] = value
+    return entries

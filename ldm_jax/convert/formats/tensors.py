@@ -61,16 +61,16 @@ class File(NamedTuple):
 
 def file(path: str | os.PathLike) -> File:
     """OSError if there is none, ValueError if it is no regular file."""
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint file")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is no regular file")
-    return File(os.fspath(path), *_stamp(found))
+    return File(os.fspath(path), *_stamp(status))
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_size, found.st_ino, found.st_mtime_ns
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -146,9 +146,9 @@ def _read_legacy(file: File, stream: unpickle.Pickles) -> Any:
     position = stream.tell()
     for key in keys:
         numel, itemsize = sizes[key]
-        (found,) = struct.unpack("<q", file.read(position, 8))
-        if found != numel:
-            raise ValueError(f"storage {key!r} has {found} elements instead of {numel}")
+        (length,) = struct.unpack("<q", file.read(position, 8))
+        if length != numel:
+            raise ValueError(f"storage {key!r} has {length} elements instead of {numel}")
         starts[key] = position + 8
         position += 8 + file.span(position + 8, numel * itemsize)
     stream.seek(begin)
@@ -263,8 +263,8 @@ def _tensor(file: File, swapped: bool, storage: Any, offset: Any, size: Any, str
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     step = 1
-    for n, found in zip(reversed(shape), reversed(stride)):
-        if n != 1 and found != step:
+    for n, actual in zip(reversed(shape), reversed(stride)):
+        if n != 1 and actual != step:
             return False
         step *= n
     return True

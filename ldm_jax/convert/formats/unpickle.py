@@ -191,9 +191,9 @@ def _quick(part: Any) -> bool:
 def _dict(*args: Any) -> dict:
     """Of dict, OrderedDict, defaultdict (whose factory is dropped) and the like."""
     source = next((arg for arg in args if type(arg) in (dict, list, tuple)), ())
-    found: dict = {}
-    _fill(found, source.items() if type(source) is dict else source)
-    return found
+    result: dict = {}
+    _fill(result, source.items() if type(source) is dict else source)
+    return result
 
 
 def _fill(target: dict, pairs: Iterable) -> None:

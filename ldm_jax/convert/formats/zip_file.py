@@ -32,17 +32,17 @@ def entries(file: File) -> dict[str, Entry]:
     count, size, start = _directory(file)
     if count > MAX_ENTRIES or size > MAX_DIRECTORY:
         raise ValueError(f"a zip archive of {count} entries; {MAX_ENTRIES} are the most")
-    found = {}
+    by_name = {}
     with file.open() as handle:
         directory, position = file.read(start, size), 0
         for _ in range(count):
             name, entry, position = _entry(file, handle, directory, position)
-            if name in found:
+            if name in by_name:
                 raise ValueError(f"entry {name!r} stands twice in the zip archive")
-            found[name] = entry
+            by_name[name] = entry
     if position != size:
         raise ValueError("the zip archive's directory has another size than it says")
-    return found
+    return by_name
 
 
 def _directory(file: File) -> tuple[int, int, int]:
