@@ -1,7 +1,7 @@
 """First stages on photos with and without the GAN term, and a diffusion model on one of them.
 
     pip install -e '.[demo]'
-    python benchmarks/photos.py --work runs/photos --out benchmarks/results --docs docs
+    python benchmarks/photos.py --work runs/photos --out benchmarks/results --docs docs/pictures
     python benchmarks/photos.py ... --cases vq_f8             # a part; what is there is kept
     python benchmarks/photos.py ... --cases                   # only the report, of what is there
 
