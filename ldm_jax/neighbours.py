@@ -26,7 +26,7 @@ from ldm_jax.convert.clip_folder import CLIP
 from ldm_jax.data import folder as image_folder
 from ldm_jax.data import transforms
 from ldm_jax.models import clip
-from ldm_jax.runtime import processes, rundir
+from ldm_jax.runtime import processes, reading, rundir
 from ldm_jax.runtime.log import LOG
 
 BLOCK = 2**16  # embeddings whose cosines are computed in one call
@@ -114,8 +114,8 @@ def prepared(
 def _prepared(towers: CLIP, path: epath.PathLike) -> np.ndarray | str:
     """A file `prepared`, or why it cannot be."""
     try:
-        image = transforms.decode_image(epath.Path(path).read_bytes(), 3)
-    except transforms.UndecodableError as error:
+        image = transforms.decode_image(reading.read_bytes(path), 3)
+    except ValueError as error:  # undecodable, or no regular file
         return str(error)
     return prepared(image, towers.vision.image_size, towers.mean, towers.std)
 

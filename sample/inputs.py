@@ -8,6 +8,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from ldm_jax.data import transforms
+from ldm_jax.runtime import reading
 from ldm_jax.sample.options import Options
 
 
@@ -42,7 +43,7 @@ def open_image(path: str, channels: int) -> Image.Image:
     if epath.Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; give image files")
     try:
-        return transforms.decode_image(epath.Path(path).read_bytes(), channels)
+        return transforms.decode_image(reading.read_bytes(path), channels)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: does not exist; give an image file") from error
     except transforms.UndecodableError as error:

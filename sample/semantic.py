@@ -5,10 +5,9 @@ import json
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from ldm_jax import bundle, conditioning, schema
-from ldm_jax.runtime import flags
+from ldm_jax.runtime import flags, images, reading
 from ldm_jax.sample import superres
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import Options, latent_shape, open_model
@@ -90,14 +89,16 @@ def read_map(path: str, colours: dict[tuple[int, ...], int] | None = None) -> np
     ValueError names the file, and what about it is no map.
     """
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+        data = reading.read_bytes(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: does not exist; give a PNG file") from error
+    try:
+        with images.open_picture(data) as image:
             image.load()
             kind, mode = image.format, image.mode
             grey = mode in ("1", "L", "P", "I") or mode.startswith("I;")
             values = np.asarray(image if grey and colours is None else image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: does not exist; give a PNG file") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # see `transforms`: Pillow raises whatever it stumbles on
         raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
     if kind in LOSSY:
         raise ValueError(f"{path}: is {kind}, whose compression changes class ids; give a PNG")

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from ldm_jax.runtime import images, storage
 from ldm_jax.sample import hosts
@@ -173,9 +172,7 @@ def remove_drafts(out: epath.Path) -> None:
 
 def read_picture(out: epath.Path, name: str) -> np.ndarray:
     """uint8 [H, W, c] of an image that was written."""
-    with (out / f"{name}.png").open("rb") as file, Image.open(file) as image:
-        picture = np.asarray(image)
-    return picture if picture.ndim == 3 else picture[..., None]
+    return images.read_png(out / f"{name}.png")
 
 
 def write_grid(out: epath.Path, request: Request) -> None:

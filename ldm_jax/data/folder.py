@@ -13,6 +13,7 @@ import fsspec
 from etils import epath
 
 from ldm_jax import schema
+from ldm_jax.runtime import reading
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
@@ -57,14 +58,14 @@ class FolderSource:
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record: dict[str, Any] = {"image": (self._root / self._images[index]).read_bytes()}
+        record: dict[str, Any] = {"image": reading.read_bytes(self._root / self._images[index])}
         if self._labels is not None:
             record["label"] = self._labels[index]
         if self._captions is not None:
             record["caption"] = self._captions[index]
         for name, paths in self._beside.items():
             path = self._root / paths[index]
-            record[name] = _text(path).strip() if name == "caption" else path.read_bytes()
+            record[name] = reading.read_text(path).strip() if name == "caption" else reading.read_bytes(path)
         return record
 
     def describe(self, index: int) -> str:
@@ -182,7 +183,7 @@ def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
     captions = {}
     for table in tables:
         path = os.path.join(root, table)
-        for number, line in enumerate(_text(_path(path)).splitlines(), 1):
+        for number, line in enumerate(reading.read_text(path).splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -201,10 +202,3 @@ def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
                 f"{os.path.join(root, image)} is in no metadata.jsonl: add a line for it"
             )
     return [captions[image] for image in images]
-
-
-def _text(path: Path | epath.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -5,14 +5,13 @@ A band along one edge of every photo is held out: training crops and held-out on
 
 import functools
 import importlib.util
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ldm_jax import schema
+from ldm_jax.runtime import images
 
 PHOTOS = (
     ("sklearn", "datasets/images/china.jpg"),
@@ -104,7 +103,7 @@ def _corners(box: tuple[int, int, int, int], side: int, stride: int) -> list[tup
 @functools.cache
 def pixels(package: str, name: str) -> np.ndarray:
     """uint8 [h, w, 3] of a photo, kept for the life of the process: read once, cropped often."""
-    with Image.open(io.BytesIO(_file(package, name).read_bytes())) as image:
+    with images.open_picture(_file(package, name).read_bytes()) as image:
         array = np.asarray(image.convert("RGB"))
     array.setflags(write=False)
     return array

@@ -3,18 +3,13 @@
 Pure functions on PIL images and NumPy arrays; whoever calls passes the random generator.
 """
 
-import io
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ldm_jax import schema
-
-# Every plugin now: `open` loads them when it first meets their format, and a thread that meets one
-# while another loads it is told that no such format exists. The common formats are tried first.
-Image.preinit()
-Image.init()
+from ldm_jax.runtime import images as pictures
 
 Images = dict[str, Image.Image]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -72,7 +67,7 @@ def _open(data: bytes | np.ndarray) -> Image.Image:
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if data.shape[2:] == (1,) else data)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = pictures.open_picture(data)
         ImageOps.exif_transpose(image, in_place=True)  # decodes every pixel
         return image
     except MemoryError:
@@ -80,7 +75,8 @@ def _open(data: bytes | np.ndarray) -> Image.Image:
     # PIL's decoders raise whatever they stumble on: OSError, SyntaxError, struct.error, zlib.error,
     # IndexError, ... The bytes are in memory, so none of it is a failure of disk or network.
     except Exception as error:
-        raise UndecodableError(f"{type(error).__name__}: {error}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise UndecodableError(f"{kind}{error}") from error
 
 
 def crop_box(

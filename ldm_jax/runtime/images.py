@@ -1,4 +1,4 @@
-"""Pixels for people: uint8, grids with labels, PNG files with their settings inside."""
+"""Pictures: opened from files, for people as uint8 and grids, PNG with their settings inside."""
 
 import io
 import json
@@ -7,9 +7,43 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageDraw,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
-from ldm_jax.runtime import storage
+from ldm_jax.runtime import reading, storage
+
+# Every reader now: Pillow loads those that it lacks when it first meets their format, and a thread
+# that meets one while another loads it is told that no such format exists.
+READERS = {
+    "PNG": PngImagePlugin,
+    "JPEG": JpegImagePlugin,  # also MPO, several in one file, as cameras write it
+    "WEBP": WebPImagePlugin,
+    "BMP": BmpImagePlugin,
+    "TIFF": TiffImagePlugin,
+    "GIF": GifImagePlugin,
+    "PPM": PpmImagePlugin,
+}
+FORMATS = tuple(READERS)
+"""What is read, whatever a file is called. Pillow knows 43 formats, PostScript among them, whose
+reader starts Ghostscript: a program in a file named `cat.png`."""
+
+
+def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """An encoded picture of one of `FORMATS`, not yet decoded. ValueError if it is none."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"none of the formats that are read: {', '.join(formats)}") from error
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -55,12 +89,27 @@ def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None
 
 
 def read_settings(path: Any) -> dict:
-    """The settings that `save_png` wrote. ValueError if the file carries none, or is no image."""
+    """The settings that `save_png` wrote. ValueError if the file carries none, or is no PNG."""
+    data = reading.read_bytes(path)
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+        with open_picture(data, ("PNG",)) as image:
             text = image.info.get("ldm_jax")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: is not an image, or a broken one") from error
-    if text is None:
+    except Exception as error:  # see `transforms`: Pillow raises whatever it stumbles on
+        raise ValueError(f"{path}: is not a PNG, or a broken one ({error})") from error
+    if not isinstance(text, str):
         raise ValueError(f"{path}: carries no ldm_jax settings; it was not written by ldm-sample")
-    return json.loads(text)
+    settings = reading.parse_json(text, f"{path}: its ldm_jax settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: its ldm_jax settings are no object of names and values")
+    return settings
+
+
+def read_png(path: Any) -> np.ndarray:
+    """uint8 [H, W, c] of a PNG that `save_png` wrote. ValueError names what is none."""
+    data = reading.read_bytes(path)
+    try:
+        with open_picture(data, ("PNG",)) as image:
+            pixels = np.asarray(image)
+    except Exception as error:
+        raise ValueError(f"{path}: is not a PNG, or a broken one ({error})") from error
+    return pixels if pixels.ndim == 3 else pixels[..., None]

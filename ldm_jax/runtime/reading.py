@@ -1,0 +1,126 @@
+"""Files of the user: only regular ones are read, and what is wrong with one is said in one line.
+
+A name may lead to a pipe or a device that never ends (`/dev/zero`), and a file may hold anything:
+it is read here, or inside `refusals`, so that whatever it makes a reader stumble over becomes
+`PATH: what is wrong, where; what to do`.
+"""
+
+import contextlib
+import json
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a JSON file: what reads them goes down level by level."""
+DAMAGE = (
+    *(LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError),
+    *(EOFError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile),
+)
+"""Raised by readers for content that is not what it should be, beside ValueError."""
+
+
+@contextlib.contextmanager
+def refusals(path: os.PathLike | str, remedy: str = "") -> Iterator[None]:
+    """Whatever a damaged file makes a reader raise becomes a ValueError that begins with its path.
+
+    remedy: what to do, said at the end.
+    """
+    path, end = os.fspath(path), f"; {remedy}" if remedy else ""
+    try:
+        yield
+    except OSError:
+        raise  # names the file itself
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(path) else f"{path}: {text}{end}") from error
+    except DAMAGE as error:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ValueError(f"{path}: damaged ({text}){end}") from error
+
+
+def opened(path: epath.PathLike) -> Any:
+    """A binary handle of a regular file. OSError if there is none, ValueError if it is another."""
+    path = os.fspath(path)
+    if "://" in path:
+        return epath.Path(path).open("rb")
+    # without waiting for whoever writes to a pipe
+    handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise ValueError(f"{path}: is no regular file")
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """The content of a regular file. OSError and ValueError as of `opened`."""
+    with opened(path) as file:
+        return file.read()
+
+
+def read_text(path: epath.PathLike) -> str:
+    """UTF-8 text without its byte-order mark. ValueError names the file and the first bad byte."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{os.fspath(path)}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def read_json(path: epath.PathLike, remedy: str = "") -> Any:
+    """What a JSON file says. ValueError names the file, the place in it and the remedy."""
+    return parse_json(read_text(path), os.fspath(path), remedy)
+
+
+def read_object(path: epath.PathLike, remedy: str = "") -> dict[str, Any]:
+    """As `read_json`, where the file must hold an object."""
+    with refusals(path, remedy):
+        values = read_json(path, remedy)
+        if not isinstance(values, dict):
+            raise ValueError(f"holds {_kind(values)}, not an object of names and values")
+        return values
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "") -> Any:
+    """JSON text as plain values; `where` begins the message of a ValueError."""
+    end = f"; {remedy}" if remedy else ""
+    try:
+        values = json.loads(text)
+        deep = _is_deeper(values, MAX_DEPTH)
+    except RecursionError:
+        deep = True
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: is not JSON ({error.msg} in line {error.lineno}, column {error.colno}){end}"
+        ) from error
+    except ValueError as error:  # not UTF-8, or a number of thousands of digits
+        raise ValueError(f"{where}: is not JSON ({error}){end}") from error
+    if deep:
+        raise ValueError(f"{where}: is nested deeper than {MAX_DEPTH} levels{end}")
+    return values
+
+
+def _is_deeper(values: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    here = [values]
+    for _ in range(levels + 1):
+        if not here:
+            return False
+        inner = (x.values() if isinstance(x, dict) else x for x in here if isinstance(x, dict | list))
+        here = [x for one in inner for x in one if isinstance(x, dict | list)]
+    return True
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
