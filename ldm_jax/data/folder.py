@@ -65,7 +65,9 @@ class FolderSource:
             record["caption"] = self._captions[index]
         for name, paths in self._beside.items():
             path = self._root / paths[index]
-            record[name] = reading.read_text(path).strip() if name == "caption" else reading.read_bytes(path)
+            record[name] = (
+                reading.read_text(path).strip() if name == "caption" else reading.read_bytes(path)
+            )
         return record
 
     def describe(self, index: int) -> str:

@@ -34,8 +34,8 @@ READERS = {
     "PPM": PpmImagePlugin,
 }
 FORMATS = tuple(READERS)
-"""What is read, whatever a file is called. Pillow knows 43 formats, PostScript among them, whose
-reader starts Ghostscript: a program in a file named `cat.png`."""
+"""Those that are read, whatever a file is called. Pillow knows 43 formats, PostScript among
+them, whose reader starts Ghostscript: a program in a file named `cat.png`."""
 
 
 def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:

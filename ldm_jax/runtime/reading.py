@@ -112,11 +112,11 @@ def parse_json(text: str | bytes, where: str, remedy: str = "") -> Any:
 
 def _is_deeper(values: Any, levels: int) -> bool:
     """Whether lists and objects are nested in more than so many levels."""
-    here = [values]
+    here = [values] if isinstance(values, dict | list) else []
     for _ in range(levels + 1):
         if not here:
             return False
-        inner = (x.values() if isinstance(x, dict) else x for x in here if isinstance(x, dict | list))
+        inner = (x.values() if isinstance(x, dict) else x for x in here)
         here = [x for one in inner for x in one if isinstance(x, dict | list)]
     return True
 

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import logging
-import pathlib
 import pickle
 import re
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from ldm_jax import data, schema
 from ldm_jax.data import examples
-from ldm_jax.runtime import storage
+from ldm_jax.runtime import reading, storage
 
 SYNTHETIC = schema.SyntheticConfig(num_images=13, size=16)
 CONFIG = schema.DataConfig(
@@ -320,7 +319,7 @@ def test_broken_map_counts_as_a_broken_record(damaged):
 
 def test_storage_that_fails_for_a_while_costs_no_record(damaged, monkeypatch, caplog):
     stream = open_stream(folder(damaged, shuffle=False))
-    read, left = pathlib.Path.read_bytes, [2]
+    read, left = reading.read_bytes, [2]
 
     def fails(path):
         left[0] -= 1
@@ -328,7 +327,7 @@ def test_storage_that_fails_for_a_while_costs_no_record(damaged, monkeypatch, ca
             raise OSError(errno.EIO, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", fails)
+    monkeypatch.setattr(reading, "read_bytes", fails)
     monkeypatch.setattr(storage, "WAIT", 0.0)
     assert greys(stream, 1) == [0]
     assert stream.bad_records == 0

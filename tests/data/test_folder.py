@@ -98,7 +98,7 @@ def test_sidecar_captions(folder):
 def test_caption_that_is_not_text(folder):
     for image in names(open_folder(folder), folder):
         (folder / image).with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"ant/c.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"ant/c.txt: is not UTF-8"):
         open_folder(folder, captions="sidecar")
 
 

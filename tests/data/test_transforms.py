@@ -87,7 +87,7 @@ class TestDecodeImage:
             transforms.decode_image(data, 3)
 
     def test_lack_of_memory_is_not_a_bad_image(self, monkeypatch):
-        def out_of_memory(file):
+        def out_of_memory(file, **options):
             raise MemoryError
 
         monkeypatch.setattr(Image, "open", out_of_memory)

@@ -1,5 +1,9 @@
 """Pixels: rounding, grids, and settings that travel inside a PNG."""
 
+import ast
+import io
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,3 +55,76 @@ def test_png_without_settings_is_refused_by_name(tmp_path):
     images.save_png(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(ValueError, match=r"a\.png: carries no ldm_jax settings"):
         images.read_settings(tmp_path / "a.png")
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def encoded(kind: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_that_are_named_open(kind):
+    with images.open_picture(encoded(kind)) as image:
+        assert image.convert("RGB").size == (4, 4)
+
+
+def test_a_camera_file_of_two_pictures_opens():
+    out = io.BytesIO()
+    first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    first.save(out, "MPO", save_all=True, append_images=[second])
+    assert images.open_picture(out.getvalue()).convert("RGB").getpixel((0, 0))[0] > 200
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "TGA", "DDS", "JPEG2000", "PDF"])
+def test_other_formats_of_pillow_are_refused(kind):
+    """PostScript above all: Pillow starts Ghostscript for it, which runs what the file says."""
+    with pytest.raises(ValueError, match="none of the formats that are read: PNG, JPEG, WEBP"):
+        images.open_picture(encoded(kind))
+
+
+def test_no_code_opens_pictures_otherwise():
+    root = pathlib.Path(images.__file__).parents[2]
+    modules = [
+        path for top in ("ldm_jax", "train", "sample") for path in (root / top).rglob("*.py")
+    ]
+    assert len(modules) > 100
+    calls = {
+        str(path.relative_to(root))
+        for path in modules
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in ("Image.open", "PIL.Image.open", "Image.init", "Image.preinit")
+    }
+    assert calls == {"ldm_jax/runtime/images.py"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("[1]", "its ldm_jax settings are no object"),
+        ("{", "its ldm_jax settings: is not JSON"),
+        ("[" * 5000 + "]" * 5000, "its ldm_jax settings: is nested deeper than 100 levels"),
+        ("1" * 5000, "its ldm_jax settings: is not JSON"),
+    ],
+)
+def test_settings_that_are_none_are_refused(tmp_path, settings, message):
+    text = images.PngImagePlugin.PngInfo()
+    text.add_text("ldm_jax", settings)
+    Image.new("L", (2, 2)).save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(ValueError, match=f"a.png: {message}"):
+        images.read_settings(tmp_path / "a.png")
+
+
+def test_only_png_carries_settings(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded("JPEG"))
+    with pytest.raises(ValueError, match=r"a.png: is not a PNG, or a broken one \(none of"):
+        images.read_settings(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(encoded("PNG")[:45])
+    with pytest.raises(ValueError, match=r"a.png: is not a PNG, or a broken one"):
+        images.read_png(tmp_path / "a.png")
