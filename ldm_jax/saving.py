@@ -75,6 +75,7 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
         return len(jax.tree.leaves(model.params))
     if to == "diffusers":
         return diffusers_writer.check(model)
+    model = compvis.as_written(model)
     model_yaml.dumps(model.config, model.latent_scale)
     return len(table.to_torch(compvis.model_rows(model), model.params, lazy=True))
 

@@ -18,7 +18,7 @@ from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import editing
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.inputs import open_image, read_images, resized, size_of
+from ldm_jax.sample.inputs import open_image, open_mask, read_images, resized, size_of
 from ldm_jax.sample.options import latent_shape, open_model
 from ldm_jax.sample.request import Request
 
@@ -30,7 +30,8 @@ class Options(editing.Options):
     """Images whose holes are filled, or that are continued beyond their edges."""
 
     masks: flags.Files = ()
-    """Mask files as large as the images, white where to draw: one per image, or one for all."""
+    """Mask files as large as the images, white where to draw, or in any colour on a transparent
+    layer: one per image, or one for all."""
     pad: Annotated[tuple[int, int, int, int], arg(metavar="ABOVE BELOW LEFT RIGHT")] = (0, 0, 0, 0)
     """Pixels to draw above, below, left and right of the images (outpainting)."""
 
@@ -114,7 +115,7 @@ def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
     holes = np.zeros((len(images), *side, 1), np.float32)
     for i, path in enumerate(images if masks else ()):
         name = masks[i % len(masks)]
-        mask, image = open_image(name, 1), open_image(path, 1)
+        mask, image = open_mask(name), open_image(path, 1)
         if mask.size != image.size:
             raise ValueError(
                 f"{name}: the mask is {size_of(mask)} (height x width), but its image {path}"
@@ -123,7 +124,10 @@ def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
         mask = resized(mask, editing.side(options), Image.Resampling.NEAREST)
         holes[i, ..., 0] = np.asarray(mask) >= 128
         if not holes[i].any():
-            raise ValueError(f"{name}: is a mask without hole; white is where to draw")
+            raise ValueError(
+                f"{name}: is a mask without hole; white is where to draw, or strokes on a"
+                " transparent layer"
+            )
         if holes[i].all():
             raise ValueError(f"{name}: is all hole; black is what to keep of {path}")
     return holes

@@ -1,6 +1,6 @@
 """Files of the user as arrays: images, and noise to start from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,14 +40,25 @@ def read_images(
 
 def open_image(path: str, channels: int) -> Image.Image:
     """An image file, grey or RGB by its channels. ValueError as in `read_images`."""
+    return _decoded(path, lambda data: transforms.decode_image(data, channels))
+
+
+def open_mask(path: str) -> Image.Image:
+    """A mask file in mode L, 255 = hole; see `transforms.decode_mask`. ValueError names it."""
+    return _decoded(path, transforms.decode_mask)
+
+
+def _decoded(path: str, decode: Callable[[bytes], Image.Image]) -> Image.Image:
     if epath.Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; give image files")
     try:
-        return transforms.decode_image(reading.read_bytes(path), channels)
+        return decode(reading.read_bytes(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: does not exist; give an image file") from error
     except transforms.UndecodableError as error:
         raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def resized(

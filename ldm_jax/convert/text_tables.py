@@ -1,5 +1,7 @@
 """Tables of the text and image encoders and of the other learned conditioning stages."""
 
+import dataclasses
+
 from ldm_jax import schema
 from ldm_jax.convert.table import (
     CONV,
@@ -39,6 +41,28 @@ def cond_stage(config: schema.CondConfig) -> list[Row]:
         case schema.TextCondConfig() | schema.LayoutCondConfig():
             return prefixed(bert(config.encoder), "transformer.", "")
     return []
+
+
+def without_unread_layer(
+    config: schema.LatentDiffusionConfig, params: dict
+) -> tuple[schema.LatentDiffusionConfig, dict]:
+    """The model (config, parameters) with the text encoder cut off after the layer that it takes.
+
+    params: arrays or shapes, as in `LatentDiffusion.params`.
+    """
+    text = schema.text_of(config.cond)
+    if getattr(getattr(text, "encoder", None), "layer", "last") == "last":
+        return config, params
+    encoder = text.encoder
+    short = dataclasses.replace(encoder, num_layers=encoder.num_layers - 1, layer="last")
+    short_text = dataclasses.replace(text, encoder=short)
+    hybrid = isinstance(config.cond, schema.HybridCondConfig)
+    cond = dataclasses.replace(config.cond, text=short_text) if hybrid else short_text
+    model = params["cond_stage"]["text_model"]
+    layers = dict(model["encoder"]["layers"])
+    del layers[str(encoder.num_layers - 1)]
+    model = {**model, "encoder": {"layers": layers}}
+    return dataclasses.replace(config, cond=cond), {**params, "cond_stage": {"text_model": model}}
 
 
 # --- CLIP as transformers names it ---------------------------------------------------------------

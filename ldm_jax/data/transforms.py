@@ -22,7 +22,7 @@ class UndecodableError(ValueError):
 def decode(record: dict[str, Any], channels: Literal[1, 3]) -> Images:
     """The images of a record: "image" (L or RGB), "segmentation" (I), "mask" (L; 255 = hole).
 
-    UndecodableError when one cannot be decoded.
+    UndecodableError when one cannot be decoded, ValueError when it can be read in two ways.
     """
     images = {"image": decode_image(record["image"], channels)}
     if "segmentation" in record:
@@ -36,11 +36,10 @@ def decode_image(data: bytes | np.ndarray, channels: Literal[1, 3]) -> Image.Ima
     """Any image as 8-bit grey or RGB, turned as its EXIF tag says.
 
     16-bit grey keeps its brightness (PIL would clip it) and transparent pixels are laid on white
-    (the reference shows whatever colour they hide).
+    (the reference shows whatever colour they hide). UndecodableError for bytes that are no image,
+    ValueError for one of 32 bits a pixel, of which nobody says what is black and what is white.
     """
-    image = _open(data)
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    image = _of_known_range(_open(data))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -48,19 +47,60 @@ def decode_image(data: bytes | np.ndarray, channels: Literal[1, 3]) -> Image.Ima
     return image if image.mode == mode else image.convert(mode)
 
 
+def _of_known_range(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit; ValueError for whole numbers or floats of 32 bits."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.round(np.asarray(image) / 257).clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "whole numbers"
+        raise ValueError(
+            f"the image holds {kind} of 32 bits, of which nobody says what is black and what is"
+            " white: save it with 8 or 16 bits"
+        )
+    return image
+
+
 def decode_ids(data: bytes | np.ndarray) -> Image.Image:
-    """A segmentation map in mode I: grey values or palette indices are the class ids."""
+    """A segmentation map in mode I: grey values or palette indices are the class ids.
+
+    UndecodableError for bytes that are no image, ValueError for colours and for floats.
+    """
     image = _open(data)
     if len(image.getbands()) != 1:
         raise ValueError(f"a segmentation map has one channel, this one is {image.mode}")
+    if image.mode == "F":
+        raise ValueError("a segmentation map holds whole numbers, this one floats")
     return Image.fromarray(np.asarray(image).astype(np.int32))
 
 
 def decode_mask(data: bytes | np.ndarray) -> Image.Image:
-    """A mask in mode L, 0 or 255 = hole, from an image (bright = hole) or a 0/1 array."""
+    """A mask in mode L, 0 or 255 = hole, from an image or a 0/1 array.
+
+    Bright is the hole in an opaque image. Where pixels are transparent, as in a layer of brush
+    strokes, what is drawn is the hole, in any colour. UndecodableError for bytes that are no image;
+    ValueError for an image that can be read in two ways.
+    """
     if isinstance(data, np.ndarray):
         return Image.fromarray((data > 0).astype(np.uint8) * 255)
-    return decode_image(data, 1).point(lambda value: 255 * (value >= 128))
+    image = _of_known_range(_open(data))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
+        bright = np.asarray(image.convert("RGB").convert("L")) >= 128
+        if alpha.min() < 128:
+            solid = bright[alpha == 255]
+            if solid.any() and not solid.all():
+                raise ValueError(
+                    "the mask has transparent pixels and both bright and dark ones, so that either"
+                    " could be the hole: save it without transparency, white = hole"
+                )
+            bright = alpha >= 128
+        return Image.fromarray(bright.astype(np.uint8) * 255)
+    image = image.convert("L")
+    if image.getextrema() == (0, 1):
+        raise ValueError("the mask holds 0 and 1, which are both black: save it with white as 255")
+    return image.point(lambda value: 255 * (value >= 128))
 
 
 def _open(data: bytes | np.ndarray) -> Image.Image:

@@ -115,6 +115,63 @@ class TestDecodeMaps:
         assert np.asarray(transforms.decode_mask(encoded(image))).tolist() == [[0, 0, 255, 255]]
         assert np.asarray(transforms.decode_mask(np.array([[0, 1]]))).tolist() == [[0, 255]]
 
+    @pytest.mark.parametrize("colour", [0, 255, 90])
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_strokes_on_a_transparent_layer_are_the_hole(self, mode, colour):
+        """Whatever colour the transparent pixels hide."""
+        for hidden in (0, 255):
+            pixels = np.full((1, 3, 4), hidden, np.uint8)
+            pixels[..., 3] = 0
+            pixels[0, 1] = colour, colour, colour, 255
+            data = encoded(Image.fromarray(pixels).convert(mode))
+            assert np.asarray(transforms.decode_mask(data)).tolist() == [[0, 255, 0]]
+
+    def test_a_stroke_fades_at_half_of_its_alpha(self):
+        pixels = np.zeros((1, 4, 4), np.uint8)
+        pixels[..., 3] = 0, 127, 128, 255
+        data = encoded(Image.fromarray(pixels))
+        assert np.asarray(transforms.decode_mask(data)).tolist() == [[0, 0, 255, 255]]
+
+    @pytest.mark.parametrize("alpha", [128, 255])
+    def test_bright_is_hole_where_nothing_is_transparent(self, alpha):
+        pixels = np.full((1, 2, 4), alpha, np.uint8)
+        pixels[0, :, :3] = [[0], [255]]
+        data = encoded(Image.fromarray(pixels))
+        assert np.asarray(transforms.decode_mask(data)).tolist() == [[0, 255]]
+
+    def test_a_mask_that_can_be_read_in_two_ways_is_refused(self):
+        pixels = np.full((1, 3, 4), 255, np.uint8)  # white, black, and erased, as of a photo
+        pixels[0, 1, :3], pixels[0, 2, 3] = 0, 0
+        with pytest.raises(ValueError, match="transparent pixels and both bright and dark ones"):
+            transforms.decode_mask(encoded(Image.fromarray(pixels)))
+        with pytest.raises(ValueError, match="holds 0 and 1, which are both black"):
+            transforms.decode_mask(encoded(Image.fromarray(np.array([[0, 1]], np.uint8))))
+
+    @pytest.mark.parametrize(
+        ("values", "kind"),
+        [
+            ([[0.0, 0.5, 1.0]], "floats"),
+            ([[0.0, np.nan, 255.0]], "floats"),
+            ([[0, 2**30, 2**31 - 1]], "whole numbers"),
+            ([[-5, 0, 255]], "whole numbers"),
+        ],
+    )
+    def test_pixels_of_32_bits_have_no_black_and_white(self, values, kind):
+        image = Image.fromarray(np.array(values, np.float32 if kind == "floats" else np.int32))
+        for decode in (lambda d: transforms.decode_image(d, 3), transforms.decode_mask):
+            with pytest.raises(ValueError, match=f"holds {kind} of 32 bits"):
+                decode(encoded(image, "tiff"))
+        if kind == "floats":
+            with pytest.raises(ValueError, match="whole numbers, this one floats"):
+                transforms.decode_ids(encoded(image, "tiff"))
+        else:
+            ids = transforms.decode_ids(encoded(image, "tiff"))
+            np.testing.assert_array_equal(ids, np.array(values))
+
+    def test_16_bits_of_a_netpbm_file_keep_their_brightness(self):
+        data = b"P5 2 1 65535\n" + np.array([257 * 200, 65535], ">u2").tobytes()
+        assert np.asarray(transforms.decode_image(data, 1)).tolist() == [[200, 255]]
+
 
 class TestCropBox:
     def test_centre_is_the_largest_square(self):

@@ -1,5 +1,7 @@
 """`ldm-sample inpaint`: what is known stays, in all three ways; nothing compiled twice."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -132,6 +134,20 @@ def test_holes_are_filled_with_the_nearest_known_pixel():
     found = inpaint.filled(image, hole)
     np.testing.assert_array_equal(found[:, 0, 0], [0, 1, 1, 1, 1])
     assert found.shape == image.shape
+
+
+def test_strokes_on_a_transparent_layer_are_the_hole(files, tmp_path):
+    """As drawing programs save them; in black or white."""
+    with Image.open(files / "low.png") as mask:
+        hole = np.asarray(mask)
+    options = inpaint.Options("model", "out", images=(str(files / "a.png"),))
+    for colour in (0, 255):
+        layer = np.full((16, 16, 4), colour, np.uint8)
+        layer[..., 3] = hole
+        write(tmp_path / "layer.png", layer)
+        given = dataclasses.replace(options, masks=(str(tmp_path / "layer.png"),))
+        found = inpaint.read_masks(given, (16, 16))
+        np.testing.assert_array_equal(found[0, ..., 0], hole > 0)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ def files(tmp_path):
     for name, shape in (("grey", (6, 4, 1)), ("rgb", (6, 4, 3)), ("square", (8, 8, 3))):
         images.save_png(tmp_path / f"{name}.png", rng.integers(0, 256, shape, np.uint8))
     (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(np.ones((6, 4), np.float32)).save(tmp_path / "float.tif")
     return tmp_path
 
 
@@ -46,6 +47,7 @@ def test_images_are_scaled_to_cover_and_cut_at_the_centre(files, side, shape):
         ([], (None, None), "give --images FILE"),
         (["gone.png"], (None, None), "gone.png: does not exist"),
         (["text.png"], (None, None), "text.png: is not an image"),
+        (["float.tif"], (None, None), "float.tif: the image holds floats of 32 bits"),
         (["."], (None, None), "is a folder; give image files"),
         (["rgb.png", "square.png"], (None, None), r"square.png: is 8x8 .*rgb.png is 6x4"),
         (["rgb.png"], (0, None), "--height 0: give at least 1 pixel"),

@@ -197,6 +197,7 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
     path = epath.Path(path)
     if path.suffix not in (".safetensors", ".ckpt"):
         raise ValueError(f"{path}: is written as .safetensors or .ckpt: name it so")
+    model = as_written(model)
     text = model_yaml.dumps(model.config, model.latent_scale)
     tensors = table.to_torch(model_rows(model), model.params, dtype=dtype, lazy=True)
     if path.suffix == ".ckpt":
@@ -204,6 +205,19 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
     else:
         safetensors_file.write(path, tensors, {"format": "pt"})
     path.with_suffix(".yaml").write_text(text)
+
+
+def as_written(model: bundle.LatentDiffusion) -> bundle.LatentDiffusion:
+    """The model whose text encoder a file shows: a penultimate layer of an odd number is the last.
+
+    (`single_file.open_clip_text_config` takes an odd number of OpenCLIP's blocks for all but one.)
+    """
+    text = schema.text_of(model.config.cond)
+    activation = None if text is None else getattr(text.encoder, "activation", None)
+    if activation != "gelu" or text.encoder.num_layers % 2 == 0:
+        return model
+    config, params = text_tables.without_unread_layer(model.config, model.params)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def load_first_stage_file(

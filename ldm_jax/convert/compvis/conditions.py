@@ -262,6 +262,31 @@ def _same_inpainting(cond: schema.InpaintCondConfig, known: schema.InpaintCondCo
         raise ValueError(f"{cond} has no option in a CompVis YAML, only {known}")
 
 
+def open_clip_layer(encoder: schema.CLIPTextConfig) -> str:
+    """`layer` of a FrozenOpenCLIPEmbedder, which has all blocks of OpenCLIP, whatever the file has.
+
+    An odd number of blocks lacks the last one (`single_file.open_clip_text_config`), so that the
+    last of the file is the penultimate there.
+    """
+    return "penultimate" if encoder.num_layers % 2 else encoder.layer
+
+
+def with_layer_of_file(
+    model: Mapping[str, Any], config: schema.LatentDiffusionConfig
+) -> Mapping[str, Any]:
+    """The `model` section with the layer as our first files say it: counted in the file's blocks.
+
+    model: as of `model_yaml.model_options`.
+    """
+    text = schema.text_of(config.cond)
+    encoder = None if text is None else text.encoder
+    if not isinstance(encoder, schema.CLIPTextConfig) or encoder.activation != "gelu":
+        return model
+    stage = model["params"]["cond_stage_config"]
+    stage = {**stage, "params": {**stage["params"], "layer": encoder.layer}}
+    return {**model, "params": {**model["params"], "cond_stage_config": stage}}
+
+
 def _stage_options(cond: schema.CondConfig) -> dict[str, Any]:
     """`cond_stage_config` of an encoder with parameters."""
     match cond:
@@ -277,7 +302,8 @@ def _stage_options(cond: schema.CondConfig) -> dict[str, Any]:
             )
         case schema.TextCondConfig(encoder=schema.CLIPTextConfig() as encoder):
             if encoder.activation == "gelu":
-                return _stage("FrozenOpenCLIPEmbedder", freeze=True, layer=encoder.layer)
+                layer = open_clip_layer(encoder)
+                return _stage("FrozenOpenCLIPEmbedder", freeze=True, layer=layer)
             if encoder.layer != "last":
                 raise ValueError(
                     f"layer={encoder.layer!r} of a CLIP with quick_gelu has no option in a CompVis"

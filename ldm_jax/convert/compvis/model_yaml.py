@@ -113,7 +113,8 @@ def config_of(
     ours = values.get("ldm_jax")
     if isinstance(ours, dict) and ours.get("format", 0) <= serialize.FORMAT:
         exact = serialize.from_dict(ours.get("config"), "ldm_jax.config")
-        if model_options(exact, 1.0 if scale is None else scale) == values["model"]:
+        written = model_options(exact, 1.0 if scale is None else scale)
+        if values["model"] in (written, conditions.with_layer_of_file(written, exact)):
             return exact, scale, ()
     return config, scale, guesses
 

@@ -52,6 +52,9 @@ def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Recogni
     concat, what, diffusion = _concat(extra, upscales, first_stage)
     name = "latent diffusion text2img" if bert else f"Stable Diffusion {2 if second else 1}{what}"
     guesses = ["its number of attention heads is that model's"]
+    if second:
+        blocks, layer = text.encoder.num_layers, text.encoder.layer
+        guesses.append(f"its text is what the {layer} of the text encoder's {blocks} blocks gives")
     side = 32 if bert else LATENT_SIDE.get(what, 64)
     if second and concat is None:
         prediction, side = VARIANTS[_one_of(variant or "v2-v")]
@@ -196,17 +199,23 @@ def clip_text_config(shapes: Mapping[str, tuple]) -> schema.CLIPTextConfig:
 def open_clip_text_config(
     shapes: Mapping[str, tuple], layer: str = "penultimate"
 ) -> schema.CLIPTextConfig:
-    """Of FrozenOpenCLIPEmbedder; names after `cond_stage_model.`."""
+    """Of FrozenOpenCLIPEmbedder; names after `cond_stage_model.`.
+
+    layer: the one that a YAML asks of the whole encoder. OpenCLIP's have 12, 24 or 32 blocks: a
+        file with an odd number was written without the last one, which `penultimate` never reads
+        (diffusers' converters write 23 of 24), and what its last block gives is taken.
+    """
     vocab, width = shapes["model.token_embedding.weight"]
+    blocks = _count(shapes, "model.transformer.resblocks.{}.")
     return schema.CLIPTextConfig(
         vocab_size=vocab,
         max_length=shapes["model.positional_embedding"][0],
         width=width,
-        num_layers=_count(shapes, "model.transformer.resblocks.{}."),
+        num_layers=blocks,
         num_heads=max(1, width // 64),
         mlp_width=shapes["model.transformer.resblocks.0.mlp.c_fc.weight"][0],
         activation="gelu",
-        layer=layer,
+        layer="last" if blocks % 2 else layer,
     )
 
 

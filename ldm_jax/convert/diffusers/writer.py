@@ -1,6 +1,5 @@
 """A model as a folder that diffusers loads: every component with its config, and the index."""
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ldm_jax import bundle, schema
-from ldm_jax.convert import table
+from ldm_jax.convert import table, text_tables
 from ldm_jax.convert.diffusers import components, part_configs, scheduler_config
 from ldm_jax.convert.diffusers.unet_config import unet_options
 from ldm_jax.convert.formats import safetensors_file as safetensors
@@ -55,7 +54,7 @@ def save(
     folder = checkpoint.absolute(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: is there already and not empty; choose another name")
-    config, params = _with_last_layer(model.config, model.params)
+    config, params = text_tables.without_unread_layer(model.config, model.params)
     pipeline, options = _pipeline(config, model.latent_scale), _options(config, model.latent_scale)
     text, tokenizer = schema.text_of(config.cond), tokenizer or model.tokenizer
     _check_tokenizer(text, tokenizer, str(folder))
@@ -78,7 +77,7 @@ def save(
 
 def check(model: bundle.LatentDiffusion) -> int:
     """How many tensors `save` would write; ValueError as there. The parameters may be shapes."""
-    config, params = _with_last_layer(model.config, model.params)
+    config, params = text_tables.without_unread_layer(model.config, model.params)
     pipeline = _pipeline(config, model.latent_scale)
     _options(config, model.latent_scale)
     _check_tokenizer(schema.text_of(config.cond), model.tokenizer, pipeline.name)
@@ -190,25 +189,6 @@ def _schedulers(config: schema.LatentDiffusionConfig) -> dict[str, dict[str, Any
     if isinstance(beside, schema.UpscaleCondConfig):
         schedulers["low_res_scheduler"] = scheduler_config.low_res_scheduler_options(beside)
     return {name: VERSION | content for name, content in schedulers.items()}
-
-
-def _with_last_layer(
-    config: schema.LatentDiffusionConfig, params: dict
-) -> tuple[schema.LatentDiffusionConfig, dict]:
-    """The model with the text encoder cut off after the layer that gives the context."""
-    text = schema.text_of(config.cond)
-    if getattr(getattr(text, "encoder", None), "layer", "last") == "last":
-        return config, params
-    encoder = text.encoder
-    short = dataclasses.replace(encoder, num_layers=encoder.num_layers - 1, layer="last")
-    short_text = dataclasses.replace(text, encoder=short)
-    hybrid = isinstance(config.cond, schema.HybridCondConfig)
-    cond = dataclasses.replace(config.cond, text=short_text) if hybrid else short_text
-    model = params["cond_stage"]["text_model"]
-    layers = dict(model["encoder"]["layers"])
-    del layers[str(encoder.num_layers - 1)]
-    model = {**model, "encoder": {"layers": layers}}
-    return dataclasses.replace(config, cond=cond), {**params, "cond_stage": {"text_model": model}}
 
 
 def _write_tokenizer(folder: epath.Path, tokenizer: tokens.FileTokenizer) -> str:

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from families import FAMILIES, V
-from reference import released
+from families import FAMILIES, OPEN_CLIP, OPEN_TEXT, V
+from reference import quick_jit, released
 
-from ldm_jax import bundle
+from ldm_jax import bundle, conditioning, schema
 from ldm_jax.convert import compvis, table
-from ldm_jax.convert.compvis import single_file, yaml_options
+from ldm_jax.convert.compvis import model_yaml, single_file, yaml_options
 
 
 def tensors_of(config):
@@ -39,6 +39,82 @@ def test_the_variant_overrides_the_guess():
     assert single_file.recognize(tensors, "v2-v").config.diffusion == V
     with pytest.raises(ValueError, match="variant='v3' is not one of v2, v2-v"):
         single_file.recognize(tensors, "v3")
+
+
+# --- OpenCLIP with its last block, which nothing reads, and without ------------------------------
+
+
+def with_encoder(num_layers, layer):
+    """(Stable Diffusion 2 with another text encoder, that encoder)."""
+    encoder = dataclasses.replace(OPEN_CLIP, num_layers=num_layers, layer=layer)
+    text = dataclasses.replace(OPEN_TEXT, encoder=encoder)
+    return dataclasses.replace(FAMILIES["Stable Diffusion 2"], cond=text), encoder
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(24, "penultimate"), (23, "last"), (1, "last")])
+def test_the_blocks_of_the_file_decide_the_layer(blocks, layer):
+    """24 as Stability's files, 23 as diffusers' converters and ours write them."""
+    config, _ = with_encoder(blocks, layer)
+    tensors = tensors_of(config)
+    found = single_file.recognize(tensors)
+    assert found.config == config
+    assert f"its text is what the {layer} of the text encoder's {blocks} blocks gives" in (
+        found.guesses
+    )
+    stage = {n: x for n, x in tensors.items() if n.startswith(single_file.COND_STAGE)}
+    options = {"freeze": True, "layer": "penultimate"}  # as every YAML of Stability says
+    model, _ = compvis.load_cond_stage("modules.FrozenOpenCLIPEmbedder", options, stage)
+    assert (model.num_layers, model.layer) == (blocks, layer)
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(3, "penultimate"), (3, "last")])
+def test_the_yaml_is_right_where_the_encoder_has_all_blocks(blocks, layer):
+    """In Stability's code too: it makes OpenCLIP's blocks, the file fills in those that it has."""
+    config, _ = with_encoder(blocks, layer)
+    model = conditioning.build(config.cond)
+    params = conditioning.init(config.cond, model, jax.random.key(0))
+    ids = np.arange(14).reshape(2, 7)
+    wanted = quick_jit(model.apply)({"params": params}, ids)
+
+    written = compvis.as_written(bundle.build(config, {"cond_stage": params}, 1.0))
+    text = model_yaml.model_options(written.config, 1.0)["params"]["cond_stage_config"]
+    tensors = compvis.cond_stage_state_dict(written.config.cond, written.params["cond_stage"])
+    count = written.config.cond.encoder.num_layers
+    whole, encoder = with_encoder(count + count % 2, text["params"]["layer"])
+    own = conditioning.init(whole.cond, conditioning.build(whole.cond), jax.random.key(1))
+    filled = {**compvis.cond_stage_state_dict(whole.cond, own), **tensors}
+    there, theirs = compvis.load_cond_stage(text["target"], text["params"], filled)
+    assert (there.num_layers, there.layer) == (encoder.num_layers, encoder.layer)
+    found = quick_jit(there.apply)({"params": theirs}, ids)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_yaml_of_ours_from_before_counts_in_the_blocks_of_its_file():
+    config, _ = with_encoder(23, "last")
+    config = dataclasses.replace(config, diffusion=schema.DiffusionConfig(min_snr_gamma=5.0))
+    values = {
+        "model": model_yaml.model_options(config, 1.0),
+        "ldm_jax": {"format": 1, "config": model_yaml.serialize.to_dict(config)},
+    }
+    encoder = values["model"]["params"]["cond_stage_config"]["params"]
+    assert encoder["layer"] == "penultimate"
+    assert model_yaml.config_of(values)[0] == config
+    encoder["layer"] = "last"
+    assert model_yaml.config_of(values)[0] == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_comes_back_from_the_bare_file(family, tmp_path):
+    config, path = FAMILIES[family], tmp_path / "model.safetensors"
+    model = bundle.build(config, {}, 0.08333 if "upscaler" in family else 0.18215)
+    numbers = iter(range(10**6))
+    fill = lambda x: np.full(x.shape, next(numbers), np.float32)  # noqa: E731
+    params = jax.tree.map(fill, compvis.model_shapes(model))
+    compvis.save(dataclasses.replace(model, params=params), path)
+    (tmp_path / "model.yaml").unlink()
+    again = compvis.load(path)
+    assert (again.config, again.latent_scale) == (config, model.latent_scale)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
 @pytest.mark.parametrize(
