@@ -57,7 +57,10 @@ def test_data_folder_that_is_not_there(refused, tmp_path):
     error = refused(
         f"ldm-train folder:first_stage --workdir {run} --data.source.path {tmp_path}/gone"
     )
-    assert error == f"data folder '{tmp_path}/gone' is not a folder here: set source.path"
+    assert error == (
+        f"data folder '{tmp_path}/gone' is not a folder here: give that of the images with"
+        " --data.source.path"
+    )
     assert not run.exists()
 
 
@@ -68,7 +71,7 @@ def test_empty_data_folder(refused, tmp_path):
         f"ldm-train folder:first_stage --workdir {run} --data.source.path {tmp_path}/empty"
     )
     assert error.startswith(f"no image in {tmp_path}/empty (looked for .bmp")
-    assert error.endswith(": add some, or set source.path")
+    assert error.endswith(": add some, or give another --data.source.path")
     assert not run.exists()
 
 

@@ -19,6 +19,7 @@ STAGES = {
     "first_stages": (*first_stages.KL, *first_stages.VQ),
     "folder": ("first_stage", "ldm", "class", "text", "clip"),
     "imagenet": ("cin256-v2", "first_stage"),
+    "own": ("first_stage", "ldm", "class", "captions"),
     "photos": ("first_stage", "kl_f8", "vq_f4", "vq_f8", "ldm"),
     "stable_diffusion": ("512", "1024", "first_stage"),
     "tiny": ("first_stage", "gan", "vq", *tiny.CONDITIONS),
@@ -36,7 +37,7 @@ ALL = [
 ]
 PAIRS = [  # with one first stage of their own
     (name, stage)
-    for name in ("digits", "folder", "photos", "tiny")
+    for name in ("digits", "folder", "own", "photos", "tiny")
     for stage in STAGES[name]
     if isinstance(
         importlib.import_module(f"ldm_jax.configs.{name}").get_config(stage),

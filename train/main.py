@@ -5,18 +5,21 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+from tyro.conf import arg
 
-from ldm_jax import configs, schema
+from ldm_jax import configs, data, schema
 from ldm_jax.runtime import checkpoint, cli, flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs, supervisor, watchdog
@@ -55,11 +58,26 @@ RECIPES = {
 """{class of a config: the folder with its `train(config, workdir, watch)`}."""
 
 
-def load_config(name: str) -> schema.TrainConfig:
-    """The config of NAME[:STAGE]: a file in `configs/`, or a path to one with get_config(stage)."""
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The folder that a config may look at before its options are parsed."""
+
+    path: Annotated[str, arg(name="data.source.path")] = ""
+
+
+def load_config(name: str, argv: Sequence[str] = ()) -> schema.TrainConfig:
+    """The config of NAME[:STAGE]: a file in `configs/`, or a path to one with get_config(stage).
+
+    A get_config(stage, facts) is given the facts of the images that --data.source.path in `argv`
+    names, so that channels and classes need no options.
+    """
     file, _, stage = name.partition(":")
     module = _from_path(Path(file)) if file.endswith(".py") else _by_name(file)
-    return module.get_config(stage) if stage else module.get_config()
+    given = {"stage": stage} if stage else {}
+    if "facts" in inspect.signature(module.get_config).parameters:
+        images, _ = flags.parse_known(argv, "ldm-train", Images)
+        given |= {"facts": data.facts_of(images.path)} if images.path else {}
+    return module.get_config(**given)
 
 
 def _by_name(name: str) -> ModuleType:
@@ -153,7 +171,7 @@ def _kind(does: str) -> type:
 
 
 def _train(name: str, argv: Sequence[str]) -> int:
-    workdir, config = parse(load_config(name), argv, f"ldm-train {name}")
+    workdir, config = parse(load_config(name, argv), argv, f"ldm-train {name}")
     if config.deterministic:
         be_deterministic()
     if type(config) not in RECIPES:
@@ -169,7 +187,7 @@ def _train(name: str, argv: Sequence[str]) -> int:
 
 
 def _encode(name: str, argv: Sequence[str]) -> int:
-    config, program = load_config(name), f"ldm-train encode {name}"
+    config, program = load_config(name, argv), f"ldm-train encode {name}"
     parts = (Encode, config, supervisor.Restart, flags.Process)
     asked, config, *_ = flags.parse(argv, program, Encode.__doc__, *parts)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
@@ -182,7 +200,7 @@ def _encode(name: str, argv: Sequence[str]) -> int:
 
 
 def _pack(name: str, argv: Sequence[str]) -> int:
-    config, program = load_config(name), f"ldm-train pack {name}"
+    config, program = load_config(name, argv), f"ldm-train pack {name}"
     parts = (Pack, config, supervisor.Restart, flags.Process)
     asked, config, *_ = flags.parse(argv, program, Pack.__doc__, *parts)
     if asked.records_per_shard < 1:
@@ -195,7 +213,7 @@ def _pack(name: str, argv: Sequence[str]) -> int:
 def _plan(name: str, argv: Sequence[str]) -> int:
     from ldm_jax.train.plan import command
 
-    return command.plan(argv, name, load_config)
+    return command.plan(argv, name, functools.partial(load_config, argv=argv))
 
 
 SUBCOMMANDS = {"encode": _encode, "pack": _pack, "plan": _plan}

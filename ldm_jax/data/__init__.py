@@ -1,6 +1,7 @@
 """Records, transforms and batches: data without TensorFlow."""
 
 from ldm_jax.data.examples import Stream, stream
+from ldm_jax.data.facts import facts_of
 from ldm_jax.data.pipeline import Batches, global_batch, prefetch
 from ldm_jax.data.sources import Source, arrays, open_source
 
@@ -9,6 +10,7 @@ __all__ = [
     "Source",
     "Stream",
     "arrays",
+    "facts_of",
     "global_batch",
     "open_source",
     "prefetch",

@@ -27,6 +27,7 @@ class FolderSource:
     def __init__(self, config: schema.FolderConfig, split: str):
         root, files = config.path, find_files(config.path)
         images = _images(root, files, config)
+        self.folders = sorted({posixpath.basename(posixpath.dirname(f)) for f in images} - {""})
         classes = None
         if config.class_from_folder:  # of all images of `path`: both splits use the same ids
             classes = sorted({_class_name(root, image) for image in images})
@@ -80,7 +81,10 @@ def find_files(root: str) -> set[str]:
     if "://" in root:
         return _find_in_bucket(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"data folder {root!r} is not a folder here: set source.path")
+        raise FileNotFoundError(
+            f"data folder {root!r} is not a folder here: give that of the images with"
+            " --data.source.path"
+        )
     files, seen = set(), set()
 
     def stop(error: OSError) -> None:
@@ -125,7 +129,7 @@ def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str
     if not images:
         raise FileNotFoundError(
             f"no image in {root} (looked for {' '.join(sorted(SUFFIXES))}):"
-            " add some, or set source.path"
+            " add some, or give another --data.source.path"
         )
     return images
 

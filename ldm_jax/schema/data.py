@@ -105,3 +105,13 @@ class DataConfig:
     """Batches decoded ahead."""
     keep_mib: int = execution(256)
     """MiB of decoded records of a split that each process keeps: what is small is decoded once."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts of a folder of images that a config may follow: `get_config(stage, facts)`."""
+
+    channels: Literal[1, 3] = 3
+    """1 if every image that was looked at is grey."""
+    num_classes: int = 2
+    """Names of the folders that images lie in."""

@@ -157,7 +157,7 @@ def test_pickles(folder):
 
 @pytest.mark.parametrize("path", ["", "nowhere"])
 def test_missing_folder(path):
-    with pytest.raises(FileNotFoundError, match=f"data folder '{path}' is not a folder here: set"):
+    with pytest.raises(FileNotFoundError, match=f"data folder '{path}' is not a folder here: give"):
         open_folder(path)
 
 

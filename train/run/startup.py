@@ -12,6 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import data, schema, sharding, train_state
+from ldm_jax.models import blocks
 from ldm_jax.runtime import checkpoint, log, rundir
 from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
@@ -35,6 +36,20 @@ def check(config: schema.BaseTrainConfig, mesh: Mesh) -> None:
     profiling.window(config.profile, config.steps)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     train_state.check_spikes(config.spikes)
+
+
+def warn_of_single_channels(config: schema.BaseTrainConfig) -> None:
+    """Warn where a GroupNorm's groups are single channels: it then takes their means away."""
+    for part, field in {"model": "channels", "unet": "model_channels"}.items():
+        model = getattr(config, part, None)
+        if model is not None and getattr(model, field) * min(model.channel_mult) <= blocks.GROUPS:
+            option = f"--{part}.{field.replace('_', '-')}"
+            LOG.warning(
+                "warning: %s %d with --%s.channel-mult %s: GroupNorm has %d groups, and a group of"
+                " one channel loses its mean over the image: flat areas come out grey; 64 keeps it",
+                *(option, getattr(model, field), part, " ".join(map(str, model.channel_mult))),
+                blocks.GROUPS,
+            )
 
 
 def open_run(workdir: epath.PathLike, config: schema.BaseTrainConfig) -> epath.Path:
@@ -77,6 +92,7 @@ def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.
         f"compiled programs: {cache or 'not kept'}" + (", written by process 0" if cache else ""),
     ):
         LOG.info(line)
+    warn_of_single_channels(config)
     LOG.info(
         "process %d of %d on %s: devices %s; reads rows %s of every batch",
         *(jax.process_index(), jax.process_count(), socket.gethostname()),
