@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from ldm_jax import checkpoint, data, schema, sharding, train_state
+from ldm_jax import checkpoint, data, schema, seeds, sharding, train_state
 from ldm_jax.configs import digits
 from ldm_jax.runtime import rundir
 from ldm_jax.train import frozen, ldm
@@ -25,7 +25,7 @@ def train(config: schema.LatentDiffusionTrainConfig, workdir: str) -> None:
     stream = data.stream(config.data, batch_size=config.batch_size, seed=config.seed)
     fixed = frozen.prepare(config, workdir, mesh, stream)  # first stage, kept in the run
 
-    key = jax.random.key(config.seed)
+    key = seeds.root_key(config.seed)
     fresh, _ = ldm.init_state(config, key, mesh)
     manager = checkpoint.manager(workdir, config.max_to_keep)
     saved = checkpoint.resume(manager, fresh)  # onto this mesh, whatever it was saved from

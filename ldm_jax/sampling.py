@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import denoising, diffusion, guidance, schema, solvers
+from ldm_jax import denoising, diffusion, guidance, schema, seeds, solvers
 from ldm_jax.bundle import LatentDiffusion, bind, with_kv_cache
 from ldm_jax.conditioning import Cond
 from ldm_jax.models.unet import UNet
@@ -17,28 +17,19 @@ def keys(seed: int, n: int, first: int = 0) -> jax.Array:
     """Typed keys [n] of the images number `first` to `first + n - 1` of a seed.
 
     The pixels of an image depend on its key alone: not on its batch, nor on the devices.
-    ValueError for a seed that is not in 0..2**64 - 1, or a negative number of images.
+    ValueError for a seed that is not in 0..2**64 - 1, or a number not in 0..2**32 - 1.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed {seed} is not in 0..2**64 - 1")
-    if n < 0 or first < 0:
-        raise ValueError(f"keys of {n} images from number {first} on: give numbers from 0 on")
-    return keys_of(seed, np.arange(first, first + n, dtype=np.int32))
+    seeds.check_numbers(first, n)
+    return keys_of(seed, first + np.arange(n))
 
 
 def keys_of(seed: int, indices: Any) -> jax.Array:
-    """Keys [N] of images: number i of a seed has fold_in(key_of(seed), i), whatever its batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key_of(seed), jnp.asarray(indices))
-
-
-def key_of(seed: int) -> jax.Array:
-    """The typed key of a seed of up to 64 bits, all of which count.
-
-    Below 2**32 it is `jax.random.key(seed)`, which without 64-bit types ignores the upper half.
-    """
-    low, high = seed & 0xFFFFFFFF, (seed >> 32 if seed >= 0 else 0)
-    key = jax.random.key(np.uint32(low))
-    return jax.random.fold_in(key, np.uint32(high)) if high else key
+    """Keys [N] of images: number i of a seed has fold_in(root_key(seed), i), whatever its batch."""
+    if isinstance(indices, jax.Array):  # perhaps traced
+        indices = indices.astype(jnp.uint32)
+    else:  # without 64-bit types a large NumPy integer would lose its upper bits
+        indices = np.asarray(indices, np.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(seeds.root_key(seed), indices)
 
 
 def levels_of(

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from tyro.conf import Positional, arg
 
-from ldm_jax.runtime import flags, images, storage
+from ldm_jax.runtime import flags, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, write
 from ldm_jax.sample.request import Call
@@ -36,7 +36,7 @@ class Options:
 
 def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     """Writes the image under the same name. tasks: the modules by name."""
-    kept = images.read_settings(options.image)
+    kept = write.read_settings(options.image)
     task = tasks.get(kept.get("task"))
     if "grid" in kept:
         raise ValueError(f"{options.image}: is a grid; give one of its {kept['grid']} images")

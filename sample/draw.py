@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from ldm_jax.runtime import images
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, program, write
 from ldm_jax.sample.request import Call, Request, calls_of
@@ -91,7 +90,7 @@ def missing(
 
 def check_same(path: epath.Path, wanted: dict[str, Any]) -> None:
     """ValueError if an image was made with other settings than `wanted`, naming the first."""
-    recorded = images.read_settings(path)
+    recorded = write.read_settings(path)
     for name in {**wanted, **recorded}:
         here, there = wanted.get(name), recorded.get(name)
         if name not in CHANGES and here != there:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tyro.conf import arg
 
-from ldm_jax import bundle, conditioning, loading, sampling, schema, sharding, solvers
+from ldm_jax import bundle, conditioning, loading, sampling, schema, seeds, sharding, solvers
 from ldm_jax.runtime import checkpoint, flags
 
 
@@ -46,7 +46,7 @@ class Options:
     quantize_x0: bool = False
     """The predicted x0 becomes codes of the first stage at every step; VQ models only."""
     seed: int = 0
-    """Image number i depends on (seed, i) alone."""
+    """0 to 2**64 - 1. Image number i depends on (seed, i) alone."""
     first_index: int = 0
     """Number of the first image: 8 goes on where 8 images of the same seed have ended."""
     batch_size: int = 16
@@ -101,8 +101,8 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
     """
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images}: give at least 1")
-    if options.first_index < 0:
-        raise ValueError(f"--first-index {options.first_index}: numbers count from 0")
+    seeds.checked(options.seed, "--seed")
+    seeds.check_numbers(options.first_index, 1, "--first-index")
     solvers.make(options.solver, options.eta)  # refuses an unknown one, and eta where it takes none
     if options.export is not None or options.from_export is not None:
         if jax.process_count() > 1:

@@ -8,14 +8,19 @@ What is left out or empty is as on the command line. A bad line is named, and th
 """
 
 import csv
+import decimal
 import json
-import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from ldm_jax import seeds
+
 COLUMNS = ("prompt", "negative_prompt", "seed", "guidance_scale", "num_images")
+LARGEST = {int: 10**30, float: decimal.Decimal(sys.float_info.max)}
+NAMES = {int: "a whole number", float: "a number"}
 
 
 class Row(NamedTuple):
@@ -82,14 +87,19 @@ def of_jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_int=_whole, parse_float=decimal.Decimal)
         except json.JSONDecodeError as error:
             yield number, ValueError(f"is not JSON ({error.msg} at column {error.colno})")
             continue
         if isinstance(values, dict):
             yield number, values
         else:
-            yield number, ValueError(f'is {json.dumps(values)[:40]}, not {{"prompt": ...}}')
+            yield number, ValueError(f'is {line.strip()[:40]}, not {{"prompt": ...}}')
+
+
+def _whole(digits: str) -> int | decimal.Decimal:
+    """A whole number of JSON; Python makes no int of more than 4300 digits."""
+    return int(digits) if len(digits) < 100 else decimal.Decimal(digits)
 
 
 def of_csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
@@ -144,18 +154,26 @@ def row_of(values: dict[str, Any], default: Row) -> Row:
     row = default._replace(**given)
     if row.num_images < 1:
         raise ValueError(f"num_images {row.num_images}: give at least 1")
-    if row.seed is not None and not -(2**63) <= row.seed < 2**63:
-        raise ValueError(f"seed {row.seed} has more than 64 bits")
+    if row.seed is not None:
+        seeds.checked(row.seed)
     return row
 
 
 def number_of(name: str, value: Any, kind: type) -> Any:
-    """`value` as an int or a float; ValueError if it is none."""
-    what = "a whole number" if kind is int else "a number"
+    """`value`, a number or the text of one, as an int or a float; ValueError if it is none.
+
+    An int is exact, however many digits it has: a float would lose those above 2**53.
+    """
     try:
-        number = kind(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError, OverflowError):
+        number = None if isinstance(value, bool) else decimal.Decimal(value)
+    except (decimal.InvalidOperation, TypeError, ValueError):
         number = None
-    if number is None or not math.isfinite(number) or (kind is int and number != float(value)):
-        raise ValueError(f"{name} {value!r} is not {what}")
-    return number
+    # bounded before int(), which would write out all digits of 1e999999
+    if number is None or not number.is_finite() or number.copy_abs() >= LARGEST[kind]:
+        fits = False
+    else:
+        fits = kind is float or number == int(number)
+    if not fits:
+        shown = repr(value) if isinstance(value, str) else str(value)
+        raise ValueError(f"{name} {shown:.60} is not {NAMES[kind]}")
+    return kind(number)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import bundle, solvers
+from ldm_jax import bundle, seeds, solvers
 from ldm_jax.sample.options import Options
 
 
@@ -44,7 +44,7 @@ class Request:
     files: tuple[str, ...] = ()
     """Options that name files which the images depend on."""
     seeds: np.ndarray | None = None
-    """int [N]; default: the options' for all."""
+    """uint64 [N]; default: the options' for all."""
     indices: np.ndarray | None = None
     """Number of each image under its seed, int [N]; default: from the options' first_index on."""
     scales: np.ndarray | None = None
@@ -95,22 +95,27 @@ def calls_of(request: Request, size: int | None = None) -> list[Call]:
 
 
 def seeds_of(request: Request) -> np.ndarray:
-    """Seed of each image, int [N]."""
-    return np.full(request.count, request.options.seed) if request.seeds is None else request.seeds
+    """Seed of each image, uint64 [N]."""
+    if request.seeds is not None:
+        return request.seeds
+    return np.full(request.count, request.options.seed, np.uint64)
 
 
 def indices_of(request: Request) -> np.ndarray:
-    """Number of each image under its seed, int [N]."""
-    if request.indices is not None:
-        return request.indices
-    return request.options.first_index + np.arange(request.count)
+    """Number of each image under its seed, int [N]. ValueError for one that is not below 2**32."""
+    indices = request.indices
+    if indices is None:
+        indices = request.options.first_index + np.arange(request.count)
+    first = int(indices.min())
+    seeds.check_numbers(first, int(indices.max()) + 1 - first, "--first-index")
+    return indices
 
 
 def keys_of(request: Request, places: np.ndarray) -> jax.Array:
     """Keys of some of the images; see `sampling.keys_of`."""
-    seeds, which = np.unique(seeds_of(request)[places], return_inverse=True)
-    bases = jnp.stack([jax.random.key(int(seed)) for seed in seeds])
-    return jax.vmap(jax.random.fold_in)(bases[which], indices_of(request)[places])
+    different, which = np.unique(seeds_of(request)[places], return_inverse=True)
+    roots = jnp.stack([seeds.root_key(seed) for seed in different])
+    return jax.vmap(jax.random.fold_in)(roots[which], indices_of(request)[places].astype(np.uint32))
 
 
 def scales_of(request: Request) -> np.ndarray:

@@ -77,7 +77,7 @@ def request(options: Options) -> Request:
         ],
         rows=[row.prompt[:24] for row in rows],
         columns=[row.num_images for row in rows],
-        seeds=np.asarray(seeds),
+        seeds=np.asarray(seeds, np.uint64),
         indices=np.asarray(indices),
         scales=np.asarray([row.guidance_scale for row in every]),
         problems=tuple(problems),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tyro.conf import arg
 
-from ldm_jax import bundle, conditioning, diffusion, sampling, schema, sharding, solvers
+from ldm_jax import bundle, conditioning, diffusion, sampling, schema, seeds, sharding, solvers
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
@@ -94,6 +94,8 @@ class Leg:
 
 def check(options: Options) -> None:
     """ValueError for options that say no path, before anything is read."""
+    for seed in options.seeds:
+        seeds.checked(seed, "--seeds")
     if options.labels and options.prompt:
         raise ValueError("give --labels or --prompt, not both")
     if options.init_latents is not None:
@@ -101,23 +103,23 @@ def check(options: Options) -> None:
     if options.eta or solvers.make(options.solver).noisy:
         what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
         raise ValueError(f"{what} draws new noise at every step; a path needs a solver without")
-    seeds, stops = len(options.seeds or (0,)), len(options.labels or options.prompt or (0,))
+    count, stops = len(options.seeds or (0,)), len(options.labels or options.prompt or (0,))
     if options.strength is not None:
         if not 0 <= options.strength <= 1:
             raise ValueError(f"--strength {options.strength} is not in 0..1")
-        if seeds > 1:
-            raise ValueError(f"--strength varies one image: give one of --seeds, not {seeds}")
+        if count > 1:
+            raise ValueError(f"--strength varies one image: give one of --seeds, not {count}")
         return
     if options.num_images < 2:
         raise ValueError(f"--num-images {options.num_images}: a path has at least 2")
-    if seeds == stops == 1:
+    if count == stops == 1:
         raise ValueError(
             "give two or more of --seeds, --labels or --prompt to pass from one to the next, or"
             " --strength for variations of one image"
         )
-    if seeds > 1 and stops > 1 and seeds != stops:
+    if count > 1 and stops > 1 and count != stops:
         raise ValueError(
-            f"{seeds} of --seeds and {stops} of --labels or --prompt: give as many of both, or one"
+            f"{count} of --seeds and {stops} of --labels or --prompt: give as many of both, or one"
         )
 
 
@@ -134,11 +136,11 @@ def legs(options: Options, names: list[str]) -> list[Leg]:
         seed = options.seeds[0]
         return [Leg((seed, seed), (i, i), name or f"{seed}") for i, name in enumerate(names)]
     count = max(len(options.seeds), len(names))
-    seeds = options.seeds * (count if len(options.seeds) == 1 else 1)
+    noises = options.seeds * (count if len(options.seeds) == 1 else 1)
     stops = range(count) if len(names) == count else (0,) * count
     result = []
     for i in range(count - 1):
-        pair, ends = (seeds[i], seeds[i + 1]), (stops[i], stops[i + 1])
+        pair, ends = (noises[i], noises[i + 1]), (stops[i], stops[i + 1])
         first = names[ends[0]] if len(names) > 1 else f"{pair[0]}"
         last = names[ends[1]] if len(names) > 1 else f"{pair[1]}"
         result.append(Leg(pair, ends, f"{first} > {last}"))

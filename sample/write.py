@@ -27,6 +27,8 @@ GRID = 400
 """Most images in a grid,"""
 COLUMNS = 40
 """and in one of its rows."""
+FORMAT = 2
+"""Of the settings in a PNG; those of November 2026 have no number."""
 # options that say what is written and shown, but not what an image looks like
 OUTPUT = (
     "out", "save_latents", "npz", "overwrite", "resume", "export", "export_platforms",
@@ -83,7 +85,13 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
     and "made_with".
     """
     shared = {name: x for name, x in vars(request.options).items() if name not in OUTPUT}
-    shared = {"task": request.task, **shared, "guided": request.guided, "made_with": made_with()}
+    shared = {
+        "format": FORMAT,
+        "task": request.task,
+        **shared,
+        "guided": request.guided,
+        "made_with": made_with(),
+    }
     where = {
         place: [len(call.places), int(row)]
         for call in calls
@@ -108,6 +116,24 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
         own["files"] = {path: known[path] for path in paths}
         result.append(json.loads(json.dumps(own)))
     return result
+
+
+def read_settings(path: epath.PathLike) -> dict[str, Any]:
+    """The settings in a PNG, those of older formats as this one says them.
+
+    ValueError if the file carries none, or those of a newer format.
+    """
+    settings = images.read_settings(path)
+    if settings.get("format", 1) > FORMAT:
+        raise ValueError(
+            f"{path}: its settings have format {settings['format']}, newer than {FORMAT}; install a"
+            " newer ldm_jax"
+        )
+    if settings.get("format", 1) == 1:  # when seeds counted modulo 2**32
+        settings |= {"format": FORMAT, "seed": settings.get("seed", 0) % 2**32}
+        if "seeds" in settings:
+            settings["seeds"] = [seed % 2**32 for seed in settings["seeds"]]
+    return settings
 
 
 def made_with() -> dict[str, str]:

@@ -89,9 +89,14 @@ def test_all_64_bits_of_a_seed_count():
     seeds = (5, 2**32 + 5, 2**33 + 5, 2**63 + 5, 2**64 - 1)
     found = {np.asarray(jax.random.key_data(ldm_jax.keys(seed, 1))).tobytes() for seed in seeds}
     assert len(found) == len(seeds)
+    last = ldm_jax.keys(5, 3, first=2**32 - 3)
+    assert len({np.asarray(key).tobytes() for key in jax.random.key_data(last)}) == 3
+    assert (last[2:] == ldm_jax.keys(5, 1, first=2**32 - 1)).all()
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=r"is not in 0\.\.2\*\*64 - 1"):
             ldm_jax.keys(seed, 1)
+    with pytest.raises(ValueError, match=r"numbers of a seed's images"):
+        ldm_jax.keys(5, 2, first=2**32 - 1)
 
 
 # --- conditions ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from ldm_jax import schema
+from ldm_jax import schema, seeds
 from ldm_jax.data import cache, transforms
 from ldm_jax.data.record_cache import RecordCache
 from ldm_jax.data.sources import Source, open_source
@@ -151,9 +151,9 @@ def stream(
 
 def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
     """ValueError for a number that is out of range."""
+    seeds.checked(seed)
     for name, value, least in (
         ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
         ("data.size", config.size, 1),
         ("data.threads", config.threads, 0),
         ("data.workers", config.workers, 0),

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import schema, sharding
+from ldm_jax import schema, seeds, sharding
 from ldm_jax.runtime import checkpoint, processes, storage
 from ldm_jax.schema import serialize
 
@@ -58,7 +58,9 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
         )
     processes.barrier("looked")  # nobody may look at what process 0 is about to write
     try:
-        write_text(run / "config.json", serialize.to_json(config))
+        write_text(
+            run / "config.json", serialize.to_json(config, seed_bits=_seed_bits(run, config))
+        )
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{run}: cannot be written ({reason}); choose another --workdir") from error
@@ -70,6 +72,27 @@ def read_config(run: epath.PathLike) -> schema.TrainConfig:
     """The config of a run. ValueError if the file is not one, or of a newer format."""
     path = epath.Path(run) / "config.json"
     return serialize.from_json(path.read_text(), str(path))
+
+
+def root_key(workdir: epath.PathLike, config: schema.TrainConfig) -> jax.Array:
+    """The typed key that every draw of a run follows from, but for the order of its data.
+
+    A run that was begun before December 2026 goes on with the key that it had, of the lower 32 bits
+    of its seed. ValueError for a seed that is not in 0..2**64 - 1.
+    """
+    run, seed = checkpoint.absolute(workdir), seeds.checked(config.seed)
+    return seeds.root_key(seed % 2 ** _seed_bits(run, config))
+
+
+def _seed_bits(run: epath.Path, config: schema.TrainConfig) -> int:
+    """Bits of the seed that count in a run: "seed_bits" of its config.json, 64 in a new one.
+
+    32 is written nowhere: seeds that have no more bits need no mark, and older runs have none.
+    """
+    if config.seed < 2**32:
+        return 32
+    path = run / "config.json"
+    return json.loads(path.read_text()).get("seed_bits", 32) if path.exists() else 64
 
 
 def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:

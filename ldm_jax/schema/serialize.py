@@ -85,9 +85,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     raise ValueError(f"{where}: {value!r} is not a {getattr(hint, '__name__', hint)}")
 
 
-def to_json(config: Any) -> str:
-    """Text of config.json: the format number and the config."""
-    return json.dumps({"format": FORMAT, "config": to_dict(config)}, indent=2) + "\n"
+def to_json(config: Any, seed_bits: int = 32) -> str:
+    """Text of config.json: the format number, "seed_bits" if not 32, and the config."""
+    bits = {} if seed_bits == 32 else {"seed_bits": seed_bits}
+    return json.dumps({"format": FORMAT, **bits, "config": to_dict(config)}, indent=2) + "\n"
 
 
 def difference_from_defaults(config: Any) -> Any:

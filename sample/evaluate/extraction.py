@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import schema, sharding
+from ldm_jax import schema, seeds, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
 from ldm_jax.runtime import checkpoint, flags, rundir
@@ -69,7 +69,8 @@ def opened(options: Options) -> Opened:
             f"--batch-size {options.batch_size} is not a multiple of {mesh.devices.size} devices"
         )
     if options.features == "random":
-        return Opened(features.of_random(options.random_seed), mesh, None)
+        seed = seeds.checked(options.random_seed, "--random-seed")
+        return Opened(features.of_random(seed), mesh, None)
     if options.features == "inception":
         if not options.inception:
             raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, latents, loading, sampling, schema, sharding
+from ldm_jax import bundle, latents, loading, sampling, schema, seeds, sharding
 from ldm_jax.convert import auxiliary
 from ldm_jax.metrics import features, pixels, scores
 from ldm_jax.models import autoencoder, lpips
@@ -67,6 +67,7 @@ class Stage(NamedTuple):
 
 def main(options: Options) -> int:
     """Writes result.json, row.md and reconstructions.png."""
+    seeds.checked(options.seed, "--seed")
     opened = extraction.opened(options)
     perceptual = open_lpips(options)
     stage = open_stage(options, opened.mesh)

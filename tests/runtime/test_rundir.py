@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax import schema, sharding
+from ldm_jax import schema, seeds, sharding
 from ldm_jax.runtime import rundir
+from ldm_jax.schema import serialize
 
 CONFIG = schema.LatentDiffusionTrainConfig()
 PARAMS = {
@@ -54,6 +55,30 @@ def test_identity_fields_may_not_change(tmp_path):
     assert rundir.read_config(tmp_path) == CONFIG  # untouched
     with pytest.raises(ValueError, match="LatentDiffusionTrainConfig"):
         rundir.open_run(tmp_path, schema.AutoencoderTrainConfig())
+
+
+@pytest.mark.parametrize("seed", [5, 2**32 - 1, 2**32 + 5, 2**63 + 5, 2**64 - 1])
+def test_all_bits_of_the_seed_of_a_new_run_count(tmp_path, seed):
+    config = dataclasses.replace(CONFIG, seed=seed)
+    for _ in range(3):  # before the run is there, at its start, at a resume
+        assert (rundir.root_key(tmp_path, config) == seeds.root_key(seed)).all()
+        rundir.open_run(tmp_path, config)
+    assert ("seed_bits" in (tmp_path / "config.json").read_text()) == (seed >= 2**32)
+    assert rundir.read_config(tmp_path) == config
+
+
+def test_an_old_run_keeps_the_key_of_32_bits(tmp_path):
+    config = dataclasses.replace(CONFIG, seed=2**32 + 5)
+    (tmp_path / "config.json").write_text(serialize.to_json(config))  # as it was written
+    for _ in range(3):
+        assert (rundir.root_key(tmp_path, config) == jax.random.key(5)).all()
+        rundir.open_run(tmp_path, config)
+
+
+def test_a_seed_out_of_range_is_refused(tmp_path):
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"seed {seed} is not in 0\.\.2\*\*64 - 1"):
+            rundir.root_key(tmp_path, dataclasses.replace(CONFIG, seed=seed))
 
 
 def test_a_directory_with_something_else_is_not_a_run(tmp_path):

@@ -31,7 +31,7 @@ def test_a_table(tmp_path):
 
 
 def test_lines_of_json(tmp_path):
-    every = prompts.Row("a", "b", -1, 1.0, 1)
+    every = prompts.Row("a", "b", 2**64 - 1, 1.0, 1)
     lines = [json.dumps(every._asdict()), "", '{"prompt": "größer", "seed": null}']
     rows, problems = read(tmp_path, "a.JSONL", "\n".join(lines))
     assert (rows, problems) == ([every, DEFAULT._replace(prompt="größer")], [])
@@ -42,7 +42,11 @@ def test_lines_of_json(tmp_path):
     [
         (",1,1", "has no prompt"),
         ("x,1.5,1", "seed '1.5' is not a whole number"),
-        (f"x,{2**64},1", "has more than 64 bits"),
+        (f"x,{2**64},1", "seed 18446744073709551616 is not in 0..2**64 - 1"),
+        ("x,-1,1", "seed -1 is not in 0..2**64 - 1"),
+        (f"x,{'7' * 5000},1", "seed '777"),
+        ("x,1e999999999,1", "seed '1e999999999' is not a whole number"),
+        ("x,nan,1", "seed 'nan' is not a whole number"),
         ("x,1,0", "num_images 0: give at least 1"),
         ("x,1,1,1", "has 4 cells, the header 3"),
         ('x,1,"1"2', "is not CSV ("),
@@ -64,6 +68,11 @@ def test_bad_lines_of_a_table(tmp_path, line, problem):
         ('{"prompt": " "}', "has no prompt"),
         ('{"prompt": "x", "steps": 3}', "'steps' is not one of prompt, negative_prompt, seed"),
         ('{"prompt": "x", "seed": true}', "seed True is not a whole number"),
+        ('{"prompt": "x", "seed": 0.5}', "seed 0.5 is not a whole number"),
+        ('{"prompt": "x", "seed": %s}' % ("7" * 5000), "seed 777"),
+        ('{"prompt": "x", "seed": 1e999999999}', "seed 1E+999999999 is not a whole number"),
+        ('{"prompt": "x", "seed": -1}', "seed -1 is not in 0..2**64 - 1"),
+        ('{"prompt": "x", "guidance_scale": 1e400}', "guidance_scale 1E+400 is not a number"),
         ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale nan is not a number"),
         ('{"prompt": "x", "num_images": [1]}', "num_images [1] is not a whole number"),
     ],
@@ -89,3 +98,12 @@ def test_bad_lines_of_json(tmp_path, line, problem):
 def test_files_without_prompts(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, name, content)
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**63 + 1, 2**64 - 1])
+def test_seeds_of_a_table_are_exact(tmp_path, seed):
+    """A float of 53 bits has lost the last digits of each."""
+    lines = f'{{"prompt": "a", "seed": {seed}}}\n{{"prompt": "a", "seed": {seed}.0}}'
+    for name, content in (("a.jsonl", lines), ("a.csv", f"prompt,seed\na,{seed}\na,{seed}.0")):
+        rows, problems = read(tmp_path, name, content)
+        assert ([row.seed for row in rows], problems) == ([seed, seed], [])

@@ -79,7 +79,8 @@ def prepare(
     placed = sharding.place({"first_stage": params}, shardings)["first_stage"]
     known = rundir.read_latents(run)
     if known is None:
-        known = scale_of(config, module, placed, mesh, stream)
+        root = rundir.root_key(run, config)
+        known = scale_of(config, module, placed, mesh, stream, root)
         rundir.write_latents(run, known)
         LOG.info(f"latent scale {known['scale']:.5f} ({known['how']})")
     return module, placed, known["scale"]
@@ -99,14 +100,19 @@ def latent(
 
 
 def scale_of(
-    config: schema.LatentDiffusionTrainConfig, module: Any, params: dict, mesh: Mesh, stream: Any
+    config: schema.LatentDiffusionTrainConfig,
+    module: Any,
+    params: dict,
+    mesh: Mesh,
+    stream: Any,
+    root: jax.Array,
 ) -> dict:
     """{"scale", "how"}: the given scale, or 1 / std over sampled latents of training images."""
     given = config.first_stage.scale
     if given is not None:
         return {"scale": given, "how": "first_stage.scale of the config"}
     batches = max(1, round(config.first_stage.scale_images / config.batch_size))
-    key = jax.random.fold_in(jax.random.key(config.seed), SCALE)
+    key = jax.random.fold_in(root, SCALE)
 
     @jax.jit
     def moments(params: dict, batch: dict, keys: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ def train(
     config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike, watch: Watch | None = None
 ) -> int:
     """Trains until `config.steps` in `workdir`, going on where it stopped; returns an exit code."""
-    started, root = time.time(), jax.random.key(config.seed)
+    started, root = time.time(), rundir.root_key(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     given = frozen.find(config, workdir)
     open_stream = functools.partial(

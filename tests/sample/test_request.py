@@ -1,0 +1,79 @@
+"""What is asked of a program: keys of every seed and number, options out of range refused."""
+
+import numpy as np
+import pytest
+import recipes
+import task_models
+
+from ldm_jax import sampling
+from ldm_jax.sample import request, text2img, variations, write
+from ldm_jax.sample.options import Options, open_model
+
+LARGEST = 2**64 - 1
+
+
+def asked(count, *, seeds=None, **options):
+    """A request of `count` images."""
+    return request.Request(
+        "", request.Options(model="", out="", **options), task_models.make(None),
+        recipes.mesh_of(), (2, 2, 1), False, {}, list("abcdefgh")[:count], [{}] * count,
+        seeds=seeds,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [5, 2**32 + 5, 2**63 + 5, LARGEST])
+def test_keys_are_those_of_the_library(seed):
+    what = asked(3, seed=seed, first_index=2**32 - 3)
+    expected = sampling.keys(seed, 3, first=2**32 - 3)
+    assert (request.keys_of(what, np.arange(3)) == expected).all()
+    assert request.seeds_of(what).tolist() == [seed] * 3
+
+
+def test_seeds_of_a_list_keep_all_bits():
+    seeds = [LARGEST, 1, 2**53 + 1]
+    rows = [text2img.prompts.Row("a", "", seed, 1.0, 1) for seed in seeds]
+    found, _ = text2img.numbered(rows, request.Options(model="", out=""))
+    what = asked(3, seeds=np.asarray(found, np.uint64))
+    keys = request.keys_of(what, np.arange(3))
+    for i, seed in enumerate(seeds):
+        assert (keys[i] == sampling.keys(seed, i + 1)[i]).all()
+    assert [x["seed"] for x in write.settings_of(what, request.calls_of(what))] == seeds
+
+
+def test_numbers_beyond_32_bits_are_refused():
+    with pytest.raises(ValueError, match=r"--first-index 4294967295: images number .*2\*\*32 - 1"):
+        request.indices_of(asked(2, first_index=2**32 - 1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seed": -1}, r"--seed -1 is not in 0\.\.2\*\*64 - 1"),
+        ({"seed": 2**64}, r"--seed 18446744073709551616 is not in 0\.\.2\*\*64 - 1"),
+        ({"first_index": -1}, r"--first-index -1: .*0\.\.2\*\*32 - 1"),
+        ({"first_index": 2**32}, r"--first-index 4294967296: .* 0\.\.2\*\*32 - 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        open_model(Options(model="", out="", **flags))
+
+
+def test_seeds_of_a_path_out_of_range_are_refused():
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"--seeds {seed} is not in 0\.\.2\*\*64 - 1"):
+            variations.check(variations.Options(model="", out="", seeds=(3, seed)))
+
+
+def test_a_picture_of_before_keeps_the_seed_that_it_was_drawn_with(tmp_path):
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for number, (seed, drawn) in enumerate([(7, 7), (2**32 + 5, 5), (-1, 2**32 - 1)]):
+        path = tmp_path / f"{number}.png"
+        write.images.save_png(path, picture, {"seed": seed, "seeds": [seed, 3]})
+        kept = write.read_settings(path)
+        assert (kept["seed"], kept["seeds"]) == (drawn, [drawn, 3])
+        write.images.save_png(path, picture, {"seed": seed, "format": write.FORMAT})
+        assert write.read_settings(path)["seed"] == seed
+    write.images.save_png(path, picture, {"format": write.FORMAT + 1})
+    with pytest.raises(ValueError, match=r"2\.png: its settings have format \d+, newer than"):
+        write.read_settings(path)
