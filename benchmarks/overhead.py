@@ -107,7 +107,7 @@ def summary(found: dict) -> dict:
     block], "stood": [s], "config_save": steps, "state_mib"}; bare[i] comes before loop[i].
     """
     block, saves = found["block"], found["saves"]
-    bare, extra = of_blocks(found, 0)
+    bare, extra = block_seconds(found, 0)
     without, with_save = split(extra, saves)
     plain, cpu = shares(found, 0), shares(found, 1)
     step = statistics.median(bare) / block
@@ -132,11 +132,11 @@ def summary(found: dict) -> dict:
 
 def shares(found: dict, clock: int) -> list[float]:
     """What each block of the loop without a save took more, over the bare blocks around it."""
-    without, _ = split([e / b for b, e in zip(*of_blocks(found, clock))], found["saves"])
+    without, _ = split([e / b for b, e in zip(*block_seconds(found, clock))], found["saves"])
     return without
 
 
-def of_blocks(found: dict, clock: int) -> tuple[list[float], list[float]]:
+def block_seconds(found: dict, clock: int) -> tuple[list[float], list[float]]:
     """(bare blocks around each of the loop's, what that took more), s of `passed`'s clock."""
     bare, loop = ([block[clock] for block in found[kind]] for kind in ("bare", "loop"))
     around = [(a + b) / 2 for a, b in itertools.pairwise(bare)]

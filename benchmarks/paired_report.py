@@ -97,7 +97,7 @@ def machines(report: dict) -> Iterator[str]:
         yield from (f"`{machine['command']}`", about(machine))
 
 
-def of_kind(report: dict, kind: type) -> list[tuple[str, Any, dict]]:
+def cases_of_kind(report: dict, kind: type) -> list[tuple[str, Any, dict]]:
     """(name, case, its figures by side) of one kind of case."""
     named = [(name, cases.CASES[name], case) for name, case in report["cases"].items()]
     return [row for row in named if isinstance(row[1], kind)]
@@ -153,8 +153,8 @@ def unet_page(report: dict) -> str:
 def sampling_page(report: dict) -> str:
     """Times and ratios, kinds of operation, attention alone, shares of the peak."""
     when = "; ".join(f"`{m['command']}`, {m['date']}, {m['commit']}" for m in report["machines"])
-    found = of_kind(report, cases.Sampling)
-    alone = [operations(found, *one) for _, *one in of_kind(report, cases.Operations)]
+    found = cases_of_kind(report, cases.Sampling)
+    alone = [operations(found, *one) for _, *one in cases_of_kind(report, cases.Operations)]
     return page(
         "# Sampling with Stable Diffusion v1: ldm_jax against diffusers on torch",
         f"{when}.",
@@ -261,7 +261,9 @@ def first_stage_page(report: dict) -> str:
     """Training steps, encoding, training from latents; pieces of a step; memory and loads."""
     blocks, pieces, loads = [], [], []
     for kind, row in FIRST_STAGE_ROWS.items():
-        if rows := [{"case": n, **row(sides, c.batch)} for n, c, sides in of_kind(report, kind)]:
+        if rows := [
+            {"case": n, **row(sides, c.batch)} for n, c, sides in cases_of_kind(report, kind)
+        ]:
             blocks += [FIRST_STAGE_NOTES[kind], table(rows[0], [list(r.values()) for r in rows])]
     for name, case in report["cases"].items():
         for side, entry in case.items():

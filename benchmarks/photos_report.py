@@ -51,7 +51,7 @@ def collect(work: Path) -> dict:
         return json.loads(path.read_text()) if path.exists() else empty
 
     stages = {
-        f"{stage}_{way}": of_stage(work, f"{stage}_{way}")
+        f"{stage}_{way}": stage_figures(work, f"{stage}_{way}")
         for stage in STAGES
         for way in WAYS
         if (work / "eval" / f"{stage}_{way}" / "result.json").exists()
@@ -61,11 +61,11 @@ def collect(work: Path) -> dict:
         "machines": kept("machines.json", []),
         "seconds": kept("seconds.json", {}),
         "stages": stages,
-        "ldm": {name: of_ldm(work, name) for name in runs},
+        "ldm": {name: ldm_figures(work, name) for name in runs},
     }
 
 
-def of_stage(work: Path, name: str) -> dict:
+def stage_figures(work: Path, name: str) -> dict:
     result = json.loads((work / "eval" / name / "result.json").read_text())
     config = rundir.read_config(work / name)
     records = rundir.read_metrics(work / name)
@@ -111,7 +111,7 @@ def boundary(records: list[dict], start: int) -> dict:
     return found
 
 
-def of_ldm(work: Path, name: str) -> dict:
+def ldm_figures(work: Path, name: str) -> dict:
     result = json.loads((work / "eval" / name / "result.json").read_text())
     config = rundir.read_config(work / name)
     records = rundir.read_metrics(work / name)
@@ -138,7 +138,7 @@ def markdown(found: dict) -> str:
     if found["stages"]:
         lines += ["", *table_8(found["stages"]), "", *over_the_boundary(found["stages"])]
     if found["ldm"]:
-        lines += ["", *of_cache(found["ldm"])]
+        lines += ["", *cache_lines(found["ldm"])]
     lines += ["", *seconds(found["seconds"])]
     return "\n".join(lines) + "\n"
 
@@ -195,7 +195,7 @@ def over_the_boundary(stages: dict) -> list[str]:
     return lines
 
 
-def of_cache(runs: dict) -> list[str]:
+def cache_lines(runs: dict) -> list[str]:
     one = next(iter(runs.values()))
     key = "fd_random_features"
     lines = [

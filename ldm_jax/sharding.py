@@ -313,12 +313,12 @@ def data_parallel_gradients(
     if devices == 1:
         return gradients
 
-    def of_all(frozen: Any, params: Any, examples: Any) -> tuple[Any, Any]:
+    def sharded(frozen: Any, params: Any, examples: Any) -> tuple[Any, Any]:
         given = (frozen, params)
         cuts = jax.tree.map(lambda s: _cut(s.spec), by_rules(given, RULES, mesh))
         specs = jax.tree.map(lambda cut: P(*[None] * cut, "fsdp") if cut >= 0 else P(), cuts)
         split = jax.shard_map(
-            functools.partial(of_own, cuts),
+            functools.partial(per_device, cuts),
             mesh=mesh,
             in_specs=(specs, P(BATCH)),
             out_specs=(specs[1], P()),
@@ -327,7 +327,7 @@ def data_parallel_gradients(
         )
         return split(given, examples)
 
-    def of_own(cuts: Any, given: Any, examples: Any) -> tuple[Any, Any]:
+    def per_device(cuts: Any, given: Any, examples: Any) -> tuple[Any, Any]:
         grads, metrics = gradients(*jax.tree.map(whole, given, cuts), examples)
         return jax.tree.map(mean, grads, cuts[1]), jax.lax.pmean(metrics, BATCH)
 
@@ -341,7 +341,7 @@ def data_parallel_gradients(
         shard = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=cut, tiled=True)
         return jax.lax.psum(shard, "data").astype(grad.dtype) / devices
 
-    return of_all
+    return sharded
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:

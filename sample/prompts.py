@@ -43,7 +43,7 @@ def read(path: str, default: Row) -> tuple[list[Row], list[str]]:
     if kind in (".json", ".tsv"):
         raise ValueError(f"--prompt-file {path}: give .csv, .jsonl, or text with a prompt per line")
     lines, problems = lines_of(path)
-    reader = {".csv": of_csv, ".jsonl": of_jsonl, ".ndjson": of_jsonl}.get(kind, of_text)
+    reader = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl}.get(kind, read_text)
     rows = []
     for number, values in reader(path, lines):
         try:
@@ -72,7 +72,7 @@ def lines_of(path: str) -> tuple[list[str], list[str]]:
     return lines, problems
 
 
-def of_text(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
+def read_text(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
     """(line, values) of lines of text."""
     del path
     for number, line in enumerate(lines, 1):
@@ -80,7 +80,7 @@ def of_text(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
             yield number, {"prompt": line.strip()}
 
 
-def of_jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
+def read_jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
     """(line, values or ValueError) of lines of JSON."""
     del path
     for number, line in enumerate(lines, 1):
@@ -102,7 +102,7 @@ def _whole(digits: str) -> int | decimal.Decimal:
     return int(digits) if len(digits) < 100 else decimal.Decimal(digits)
 
 
-def of_csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
+def read_csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
     """(line, values or ValueError) of a table; ValueError for a header without prompts."""
     reader = csv.reader((line + "\n" for line in lines), strict=True)
     header, number = None, 1

@@ -65,7 +65,7 @@ def request(options: Options) -> Request:
     rows = legs(options, names)
     batch = batch_of(model, options, rows, stops, null)
     if "embedding" in batch:
-        model = of_embeddings(model)
+        model = conditioned_on_embeddings(model)
     places = [(row, i) for row in range(len(rows)) for i in range(options.num_images)]
     t = times(options)
     return Request(
@@ -214,7 +214,7 @@ def batch_of(
     return batch
 
 
-def of_embeddings(model: bundle.LatentDiffusion) -> bundle.LatentDiffusion:
+def conditioned_on_embeddings(model: bundle.LatentDiffusion) -> bundle.LatentDiffusion:
     """The model with its context given, not encoded."""
     _, width = conditioning.context_width(model.config.cond)
     config = dataclasses.replace(model.config, cond=schema.EmbeddingCondConfig(width))

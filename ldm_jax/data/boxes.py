@@ -163,7 +163,7 @@ def _sides(box: object, size: Sequence[float]) -> tuple[float, ...]:
 def _label(one: dict, names: dict[str, int] | None) -> int:
     given = one.get("class")
     if isinstance(given, str):
-        label = _of_name(given, names)
+        label = _named_label(given, names)
     elif _whole(given):
         label = given
         if names is not None and label not in names.values():
@@ -177,7 +177,7 @@ def _label(one: dict, names: dict[str, int] | None) -> int:
     return label + modifier * len(names or ())
 
 
-def _of_name(name: str, names: dict[str, int] | None) -> int:
+def _named_label(name: str, names: dict[str, int] | None) -> int:
     if names is None:
         raise ValueError(f"class {name!r}: without class names give the id")
     if name.lower() not in names:

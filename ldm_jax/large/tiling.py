@@ -229,7 +229,7 @@ def _shared_norms(statistics: dict, place: Tile, shape: Pair, measured: dict) ->
         x = args[0].astype(jnp.float32)
         name = "/".join(norm.path)
         measured[name] = _measure(x, _owned(place, shape, x))
-        mean, variance = _of_groups(statistics.get(name, measured[name]))
+        mean, variance = _group_statistics(statistics.get(name, measured[name]))
         factor = jax.lax.rsqrt(variance + norm.epsilon) * norm.get_variable("params", "scale")[None]
         y = (x - mean[:, None, None]) * factor[:, None, None]
         return (y + norm.get_variable("params", "bias")[None, None, None]).astype(norm.dtype)
@@ -264,7 +264,7 @@ def _merge(parts: Moments) -> Moments:
     return Moments(jnp.sum(parts.count), mean, jnp.sum(parts.squares + between, axis=0))
 
 
-def _of_groups(moments: Moments) -> tuple[jax.Array, jax.Array]:
+def _group_statistics(moments: Moments) -> tuple[jax.Array, jax.Array]:
     """Mean and variance [B, C] of each channel's group."""
 
     def mean_of_groups(a):

@@ -107,7 +107,7 @@ def padded(images: np.ndarray, size: int) -> tuple[np.ndarray, int]:
 # --- networks ------------------------------------------------------------------------------------
 
 
-def of_inception(
+def inception_network(
     params: dict, digest: str, layer: str = "2048", how: inception.Preprocess = "torch_fidelity"
 ) -> Network:
     """Inception-v3, its features those of `layer`, the pixels prepared as `inception.prepare` says.
@@ -131,7 +131,7 @@ def of_inception(
     return Network("Inception", apply, params, digest, {"layer": layer, "preprocess": how})
 
 
-def of_clip(
+def clip_network(
     module: clip.CLIPVision,
     params: dict,
     digest: str,
@@ -195,7 +195,7 @@ class RandomConvNet(nn.Module):
         return jnp.concatenate(features, axis=-1)
 
 
-def of_random(seed: int = 0) -> Network:
+def random_network(seed: int = 0) -> Network:
     """A network with weights drawn from `seed` by NumPy, the same everywhere and at any version."""
     module = RandomConvNet()
     draw, channels, params = np.random.default_rng(seed), 3, {}

@@ -52,19 +52,19 @@ def add(moments: Moments, features: np.ndarray) -> Moments:
     return Moments(count, moments.mean + step * (len(x) / count), scatter)
 
 
-def of_moments(moments: Moments) -> Gaussian:
+def from_moments(moments: Moments) -> Gaussian:
     """ValueError for fewer than two rows, which have no covariance."""
     if moments.count < 2:
         raise ValueError(f"{moments.count} images have no covariance: give at least 2")
     return Gaussian(moments.mean, moments.scatter / (moments.count - 1), moments.count)
 
 
-def of_features(batches: Iterable[np.ndarray]) -> Gaussian:
+def from_features(batches: Iterable[np.ndarray]) -> Gaussian:
     """Of feature rows [n, d] that come in any number of batches."""
     moments = None
     for batch in batches:
         moments = add(empty(batch.shape[1]) if moments is None else moments, batch)
-    return of_moments(empty(0) if moments is None else moments)
+    return from_moments(empty(0) if moments is None else moments)
 
 
 def check_finite(features: np.ndarray, first: int = 0) -> None:
@@ -113,8 +113,8 @@ def bias(features: np.ndarray, reference: Gaussian, seed: int = 0) -> float:
         raise ValueError(f"{len(features)} images are too few to halve: give at least 4")
     rows = np.random.default_rng(seed).permutation(len(features))
     halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
-    of_halves = [frechet_distance(of_features([features[half]]), reference) for half in halves]
-    return float(np.mean(of_halves)) - frechet_distance(of_features([features]), reference)
+    of_halves = [frechet_distance(from_features([features[half]]), reference) for half in halves]
+    return float(np.mean(of_halves)) - frechet_distance(from_features([features]), reference)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def save(manager: Manager, state: Any, meta: Mapping[str, Any], *, final: bool =
     if processes.any_of(free is not None and free < PACKED * needed):
         manager.fail(step, needed, "the disk is full", final)
         return False
-    sums = checksums.of_parts(parts, f"{manager.directory}/{step}")
+    sums = checksums.part_checksums(parts, f"{manager.directory}/{step}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
     small = {n: jax.tree.map(lambda x: np.asarray(x).tolist(), getattr(state, n)) for n in SMALL}
     header = checksums.sealed({**_header(), **meta, **small, "checksums": sums})
@@ -212,7 +212,7 @@ def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> N
     """
     parts = {"params": params} if jax.tree.leaves(params) else {}  # Orbax refuses empty trees
     header = checksums.sealed(
-        {**_header(), **meta, "checksums": checksums.of_parts(parts, str(folder))}
+        {**_header(), **meta, "checksums": checksums.part_checksums(parts, str(folder))}
     )
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in parts.items()}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(header))
@@ -325,7 +325,7 @@ def _drop_drafts(run: epath.Path) -> None:
 
 
 def _check_sum(folder: epath.Path, part: str, tree: Any, meta: Mapping[str, Any]) -> None:
-    if checksums.of_tree(tree) != meta["checksums"][part]:
+    if checksums.tree_checksum(tree) != meta["checksums"][part]:
         raise _damaged(folder, ValueError(f"the checksum of {part} differs"))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax import sharding
 
 
-def of_parts(parts: Mapping[str, Any], what: str) -> dict[str, int]:
+def part_checksums(parts: Mapping[str, Any], what: str) -> dict[str, int]:
     """{part: checksum}. ValueError names the parts and paths that hold a NaN or an infinity."""
     sums: dict[str, int] = {}
     bad: list[str] = []
@@ -29,7 +29,7 @@ def of_parts(parts: Mapping[str, Any], what: str) -> dict[str, int]:
     return sums
 
 
-def of_tree(tree: Any) -> int:
+def tree_checksum(tree: Any) -> int:
     """The same number for a tree on any mesh or on the host; another one if any one bit differs.
 
     Orbax's files carry no checksum of array data: a flipped bit would go unnoticed.

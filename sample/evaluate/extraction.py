@@ -70,7 +70,7 @@ def opened(options: Options) -> Opened:
         )
     if options.features == "random":
         seed = seeds.checked(options.random_seed, "--random-seed")
-        return Opened(features.of_random(seed), mesh, None)
+        return Opened(features.random_network(seed), mesh, None)
     if options.features == "inception":
         if not options.inception:
             raise ValueError(
@@ -78,7 +78,7 @@ def opened(options: Options) -> Opened:
                 " --features clip, or random where no published figure is compared with"
             )
         params, digest = inception.load(options.inception)
-        network = features.of_inception(params, digest, options.layer, options.preprocess)
+        network = features.inception_network(params, digest, options.layer, options.preprocess)
         return Opened(network, mesh, None)
     if not options.clip:
         raise ValueError(
@@ -88,7 +88,7 @@ def opened(options: Options) -> Opened:
     model = clip_folder.load(options.clip, place=lambda path, x: x)
     params = model.params["vision"]
     digest = rundir.params_hash(params)
-    network = features.of_clip(model.vision, params, digest, model.mean, model.std)
+    network = features.clip_network(model.vision, params, digest, model.mean, model.std)
     return Opened(network, mesh, model)
 
 
@@ -116,7 +116,7 @@ def out_folder(options: Options) -> epath.Path:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def of_images(
+def image_features(
     folder: epath.Path, opened: Opened, images: ImageSet, options: Options, what: str
 ) -> Outputs:
     """Features of a set, those in `folder` read and the others computed and kept there."""

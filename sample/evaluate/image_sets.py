@@ -70,7 +70,7 @@ def opened(
     ValueError names `flag` and what is there instead.
     """
     if path and path.endswith(".npz"):
-        return of_npz(path, limit)
+        return images_from_npz(path, limit)
     config = config_of(path) if path else base
     if config is None and path:
         folder = checkpoint.absolute(path)
@@ -85,7 +85,7 @@ def opened(
             " what it was trained on"
         )
     given = {name: x for name, x in dataclasses.asdict(how).items() if x is not None}
-    return of_pipeline(dataclasses.replace(config, **given), split, limit, tokenizer)
+    return images_from_data(dataclasses.replace(config, **given), split, limit, tokenizer)
 
 
 def _size(how: Preparation, path: str, flag: str) -> int:
@@ -94,7 +94,7 @@ def _size(how: Preparation, path: str, flag: str) -> int:
     return how.size
 
 
-def of_pipeline(
+def images_from_data(
     config: schema.DataConfig,
     split: Literal["train", "eval"],
     limit: int | None = None,
@@ -125,7 +125,7 @@ def of_pipeline(
     return ImageSet(count, shape, batches, about, caption)
 
 
-def of_folder(path: str, limit: int | None = None) -> ImageSet:
+def images_from_folder(path: str, limit: int | None = None) -> ImageSet:
     """Image files of a folder as they are, all of one size, grids left out."""
     folder = checkpoint.absolute(path)
     names = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -146,14 +146,14 @@ def of_folder(path: str, limit: int | None = None) -> ImageSet:
         return np.stack(pictures)
 
     about = {"folder": str(folder), "images": len(files)}
-    return _of_reader(len(files), first.shape, read, about)
+    return _images_from_reader(len(files), first.shape, read, about)
 
 
 def _pixels(path: epath.Path) -> np.ndarray:
     return np.asarray(inputs.open_image(str(path), 3))
 
 
-def of_npz(path: str, limit: int | None = None) -> ImageSet:
+def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
     """`arr_0` of an .npz as ldm-sample and the ADM suite write it: uint8 [N, H, W, 3 or 1].
 
     Read from the file piece by piece. ValueError for other shapes and ranges of values.
@@ -176,16 +176,16 @@ def of_npz(path: str, limit: int | None = None) -> ImageSet:
         return pictures
 
     about = {"npz": str(file), "images": count}
-    return _of_reader(count, shape[1:], read, about)
+    return _images_from_reader(count, shape[1:], read, about)
 
 
-def of_array(images: np.ndarray, about: dict[str, Any]) -> ImageSet:
+def images_from_array(images: np.ndarray, about: dict[str, Any]) -> ImageSet:
     """uint8 [N, H, W, c] that lie in memory."""
     read = lambda rows: images[rows.start : rows.stop]  # noqa: E731
-    return _of_reader(len(images), images.shape[1:], read, about)
+    return _images_from_reader(len(images), images.shape[1:], read, about)
 
 
-def _of_reader(count: int, shape: tuple, read: Callable, about: dict) -> ImageSet:
+def _images_from_reader(count: int, shape: tuple, read: Callable, about: dict) -> ImageSet:
     def batches(size: int, first: int, sharding: Any) -> Iterator:
         for start in range(first * size, count, size):
             images, real = features.padded(read(range(start, min(start + size, count))), size)

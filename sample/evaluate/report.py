@@ -61,8 +61,8 @@ def reference_of(outputs: dict[str, np.ndarray]) -> Reference:
     """Of the features of a set of images."""
     spatial = outputs.get("spatial")
     return Reference(
-        gaussian.of_features([outputs["features"]]),
-        None if spatial is None else gaussian.of_features([spatial]),
+        gaussian.from_features([outputs["features"]]),
+        None if spatial is None else gaussian.from_features([spatial]),
         outputs["features"],
     )
 
@@ -104,12 +104,12 @@ def distances(
             f" {width}: its statistics are of another network or layer"
         )
     key = names["fd"][0]
-    figures = {key: gaussian.frechet_distance(gaussian.of_features([rows]), reference.features)}
+    figures = {key: gaussian.frechet_distance(gaussian.from_features([rows]), reference.features)}
     if len(rows) >= 4:
         figures[f"{key}_bias"] = gaussian.bias(rows, reference.features)
     _warn(len(rows), reference, width, names["fd"][1], figures.get(f"{key}_bias"))
     if "spatial" in outputs and reference.spatial is not None:
-        of_spatial = gaussian.of_features([outputs["spatial"]])
+        of_spatial = gaussian.from_features([outputs["spatial"]])
         figures[names["sfd"][0]] = gaussian.frechet_distance(of_spatial, reference.spatial)
     if "logits" in outputs and len(rows) >= SPLITS:
         mean, std = scores.inception_score(outputs["logits"], splits=SPLITS)

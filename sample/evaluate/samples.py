@@ -123,8 +123,8 @@ def _reference_features(
         described = report.reference_of_file(saved, opened.network, options.reference)
         if saved.images is None:
             return described
-        source = image_sets.of_array(saved.images, {"npz": options.reference})
-    rows = extraction.of_images(folder / "reference", opened, source, options, "reference")
+        source = image_sets.images_from_array(saved.images, {"npz": options.reference})
+    rows = extraction.image_features(folder / "reference", opened, source, options, "reference")
     if jax.process_index() != 0:
         return None
     if saved is not None:
@@ -138,9 +138,9 @@ def _reference_features(
 def _files(options: Options, opened: extraction.Opened) -> drawing.Given:
     path = options.samples
     if path.endswith(".npz"):
-        image_set = image_sets.of_npz(path, options.count)
+        image_set = image_sets.images_from_npz(path, options.count)
     elif checkpoint.absolute(path).is_dir():
-        image_set = image_sets.of_folder(path, options.count)
+        image_set = image_sets.images_from_folder(path, options.count)
     else:
         raise ValueError(f"--samples {path}: is no folder of images or .npz")
     if options.count is not None and image_set.count < options.count:

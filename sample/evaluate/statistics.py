@@ -44,7 +44,9 @@ def main(options: Options) -> int:
     )
     opened = extraction.opened(options)
     out = extraction.out_folder(options)
-    outputs = extraction.of_images(out / "features" / "data", opened, images, options, "features")
+    outputs = extraction.image_features(
+        out / "features" / "data", opened, images, options, "features"
+    )
     if jax.process_index() != 0:
         return 0
     reference = report.reference_of(outputs)

@@ -11,7 +11,7 @@ from ldm_jax.runtime import images
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)
-NETWORK = features.of_random()
+NETWORK = features.random_network()
 
 
 def batches(pixels, size):
@@ -25,22 +25,22 @@ def extracted(pixels, mesh, size=4):
 
 
 @pytest.fixture(scope="module")
-def of_one_device():
+def one_device():
     return extracted(PIXELS, mesh_of())
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 2, "fsdp": 2}])
-def test_features_do_not_depend_on_the_mesh(of_one_device, sizes):
-    assert of_one_device.shape == (11, 224)
+def test_features_do_not_depend_on_the_mesh(one_device, sizes):
+    assert one_device.shape == (11, 224)
     found = extracted(PIXELS, mesh_of(**sizes))
-    np.testing.assert_allclose(found, of_one_device, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, one_device, rtol=1e-5, atol=1e-6)
 
 
-def test_features_do_not_depend_on_the_batch(of_one_device):
+def test_features_do_not_depend_on_the_batch(one_device):
     np.testing.assert_allclose(
-        extracted(PIXELS, mesh_of(), size=8), of_one_device, rtol=1e-5, atol=1e-6
+        extracted(PIXELS, mesh_of(), size=8), one_device, rtol=1e-5, atol=1e-6
     )
-    assert len(np.unique(of_one_device.round(5), axis=0)) == 11
+    assert len(np.unique(one_device.round(5), axis=0)) == 11
 
 
 def test_floats_are_rounded_as_files_are():
@@ -76,7 +76,7 @@ class Mean:
 
 def test_clip_is_handed_normalized_images():
     mean, std = (0.5, 0.25, 0.5), (0.25, 0.5, 1)
-    network = features.of_clip(Mean(), np.float32(2), "abc", mean, std)
+    network = features.clip_network(Mean(), np.float32(2), "abc", mean, std)
     pixels = RNG.integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
     expected = 2 * (pixels.mean(axis=(1, 2)) / 255 - np.array(mean)) / np.array(std)
     found = network.apply(network.params, pixels)["features"]
@@ -88,7 +88,7 @@ def test_random_weights_are_the_same_everywhere():
     assert kernel.shape == (3, 3, 32, 64)
     expected = np.random.default_rng(0).standard_normal(3 * 3 * 3 * 32 + 32 + 1)[-1]
     assert kernel.flat[0] == pytest.approx(expected * np.sqrt(2 / (9 * 32)), rel=1e-6)
-    other = features.of_random(1)
+    other = features.random_network(1)
     assert other.digest != NETWORK.digest
     assert other.name == "random features"
 
@@ -102,5 +102,5 @@ def test_random_weights_are_the_same_everywhere():
 )
 def test_what_inception_does_not_have(options, message):
     with pytest.raises(ValueError, match=message):
-        features.of_inception({}, "", **options)
+        features.inception_network({}, "", **options)
     assert "2048" in inception.LAYERS

@@ -42,8 +42,8 @@ def test_against_the_root_of_the_product():
 
 def test_fewer_images_than_features():
     """Singular covariances, whose product has no root in numbers: symmetric, and never NaN."""
-    one = gaussian.of_features([RNG.normal(size=(10, 64))])
-    other = gaussian.of_features([RNG.normal(size=(12, 64))])
+    one = gaussian.from_features([RNG.normal(size=(10, 64))])
+    other = gaussian.from_features([RNG.normal(size=(12, 64))])
     there, back = gaussian.frechet_distance(one, other), gaussian.frechet_distance(other, one)
     assert there == pytest.approx(back, rel=1e-6)
     assert there > 0
@@ -51,7 +51,7 @@ def test_fewer_images_than_features():
 
 def test_moments_of_batches_are_those_of_all_rows():
     x = (1e4 + RNG.normal(size=(101, 7))).astype(np.float32)  # far from zero
-    found = gaussian.of_features([x[:40], x[40:40], x[40:41], x[41:]])
+    found = gaussian.from_features([x[:40], x[40:40], x[40:41], x[41:]])
     np.testing.assert_allclose(found.mean, x.mean(axis=0, dtype=np.float64), rtol=1e-12)
     expected = np.cov(x.astype(np.float64), rowvar=False)
     np.testing.assert_allclose(found.cov, expected, rtol=1e-9, atol=1e-12)
@@ -62,7 +62,7 @@ def test_bias_is_that_of_a_small_sample():
     draw = np.random.default_rng(1)
     reference = Gaussian(np.zeros(20), np.eye(20))
     samples = draw.normal(size=(400, 20))
-    distance = gaussian.frechet_distance(gaussian.of_features([samples]), reference)
+    distance = gaussian.frechet_distance(gaussian.from_features([samples]), reference)
     # all of the distance is bias here
     assert gaussian.bias(samples, reference) == pytest.approx(distance, rel=0.3)
 
@@ -79,15 +79,15 @@ def test_what_has_no_distance_is_refused():
             Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(4), np.eye(4))
         )
     with pytest.raises(ValueError, match="1 images have no covariance"):
-        gaussian.of_features([np.ones((1, 3))])
+        gaussian.from_features([np.ones((1, 3))])
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(tmp_path):
-    features = gaussian.of_features([RNG.normal(size=(20, 4))])
-    spatial = gaussian.of_features([RNG.normal(size=(20, 3))])
+    features = gaussian.from_features([RNG.normal(size=(20, 4))])
+    spatial = gaussian.from_features([RNG.normal(size=(20, 3))])
     gaussian.write(tmp_path / "x.npz", features, spatial, {"features": "CLIP"})
     saved = gaussian.read(tmp_path / "x.npz")
     np.testing.assert_array_equal(saved.features.cov, features.cov)

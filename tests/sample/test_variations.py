@@ -105,7 +105,7 @@ def test_a_path_between_prompts():
     }  # fmt: skip
     np.testing.assert_allclose(batch["embedding"][[0, -1]], context, atol=1e-6)
     np.testing.assert_array_equal(batch["x_T"], batch["x_T"][:1].repeat(8, axis=0))
-    config = variations.of_embeddings(model).config.cond
+    config = variations.conditioned_on_embeddings(model).config.cond
     cond = conditioning.from_batch(config, None, {}, batch)
     np.testing.assert_array_equal(cond.context, batch["embedding"])
     none = conditioning.null_like(config, None, {}, batch)

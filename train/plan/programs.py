@@ -107,7 +107,7 @@ def first_stage_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Progr
     step = first_stages.make_train_step(config, mesh, perceptual)
     image = (config.data.size, config.data.size, config.data.channels)
     batch = {"image": examples(config, mesh, image, jnp.float32)}
-    resident = {**of_state(state), "frozen": perceptual, "batch": batch}
+    resident = {**state_arrays(state), "frozen": perceptual, "batch": batch}
     return Program(step, (state, batch, root_key(mesh)), resident)
 
 
@@ -120,7 +120,7 @@ def ldm_step(request: Request, mesh: Mesh) -> Program:
     frozen = abstract_frozen(request, mesh)
     step = ldm.make_train_step(config, frozen, mesh)
     batch = abstract_batch(request, mesh)
-    resident = {**of_state(state), "frozen": frozen.arguments, "batch": batch}
+    resident = {**state_arrays(state), "frozen": frozen.arguments, "batch": batch}
     return Program(step, (state, batch, root_key(mesh)), resident)
 
 
@@ -252,7 +252,7 @@ def root_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(mesh))
 
 
-def of_state(state: train_state.TrainState | train_state.GanState) -> dict[str, Any]:
+def state_arrays(state: train_state.TrainState | train_state.GanState) -> dict[str, Any]:
     """Trees of a state, by what they are."""
     arrays = {
         "parameters": state.params,

@@ -91,7 +91,7 @@ def kept() -> Iterator[None]:
     root.addHandler(handler)
     LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    threading.excepthook = _of_thread
+    threading.excepthook = _log_thread_exception
     try:
         yield
     except BaseException as error:
@@ -122,6 +122,6 @@ def flush(seconds: float | None = None) -> None:
             thread.join(seconds)
 
 
-def _of_thread(arguments: threading.ExceptHookArgs) -> None:
+def _log_thread_exception(arguments: threading.ExceptHookArgs) -> None:
     name = arguments.thread.name if arguments.thread else "unknown"
     LOG.error("error in thread %s", name, exc_info=arguments.exc_value)

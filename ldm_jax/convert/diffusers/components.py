@@ -36,7 +36,7 @@ class Part(NamedTuple):
     """None stands for the names that we write."""
 
 
-def of_model(config: schema.LatentDiffusionConfig) -> dict[str, Part]:
+def model_parts(config: schema.LatentDiffusionConfig) -> dict[str, Part]:
     """Our name -> part, of all parts that have parameters."""
     text = schema.text_of(config.cond)
     parts = {

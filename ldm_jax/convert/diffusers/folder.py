@@ -53,7 +53,7 @@ def load(
     bundle.check(config, config.first_stage.in_channels)
     components.check_variant([folder / name for name in names.values()], variant)
     params = {}
-    for kind, part in components.of_model(config).items():
+    for kind, part in components.model_parts(config).items():
         if kind in names:
             place = None if shapes_only else table.placer(part.shapes, mesh)
             path = folder / names[kind]

@@ -97,7 +97,7 @@ def _tensors(
     config: schema.LatentDiffusionConfig, params: dict, kinds: Iterable[str], dtype: Any
 ) -> dict[str, dict[str, Any]]:
     """Names and tensors of each part that is written."""
-    parts = components.of_model(config)
+    parts = components.model_parts(config)
     return {
         kind: table.to_torch(parts[kind].rows(None), params[kind], dtype=dtype, lazy=True)
         for kind in kinds

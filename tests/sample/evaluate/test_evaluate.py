@@ -106,7 +106,7 @@ def test_a_vector_quantized_stage_has_its_codes_counted(tmp_path):
     params = reference.filled(shapes)
     mesh = sharding.make_mesh(schema.MeshConfig())
     stage = reconstruct.Stage(module, params, config, None)
-    opened = extraction.Opened(features.of_random(), mesh, None)
+    opened = extraction.Opened(features.random_network(), mesh, None)
     options = reconstruct.Options(model="", out=str(tmp_path))
     run = reconstruct.make_run(stage, opened, None, options)
     image = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
@@ -307,9 +307,9 @@ def test_statistics_of_another_network(drawn, statistics, tmp_path, capsys):
 
 
 def test_features_that_are_not_finite_stop_the_run(first_stage_run, tmp_path, capsys, monkeypatch):
-    network = features.of_random()
+    network = features.random_network()
     network.params["0"]["bias"][3] = np.nan
-    monkeypatch.setattr(features, "of_random", lambda seed: network)
+    monkeypatch.setattr(features, "random_network", lambda seed: network)
     assert run("statistics", "--data", first_stage_run, "--out", tmp_path, *RANDOM) == 1
     assert "features of image 0 are not finite" in capsys.readouterr().err
     assert not list((tmp_path / "features" / "data").glob("*.npz"))  # none of it is kept
