@@ -81,10 +81,10 @@ def main() -> int:
     done = 0
     for title in args.only or CASES:
         line = CASES[title]
-        request, options, result, _ = case(line, args.keep)
+        target, options, result, _ = case(line, args.keep)
         if not args.table and result is None:
-            topologies.check_compiler(request.topology)
-            result = command.compiled(request, args.keep, options)
+            topologies.check_compiler(target.topology)
+            result = command.compiled(target, args.keep, options)
             write(args.out, args.keep)
         done += result is not None
     write(args.out, args.keep)
@@ -101,17 +101,17 @@ def arguments() -> argparse.Namespace:
 
 
 def case(line: str, keep: Path):
-    """(request, options, its result or None, when it was compiled) of a row."""
+    """(target, options, its result or None, when it was compiled) of a row."""
     name, *argv = line.split()
     config, options = command.parse(load_config(name), [*argv, "--out", str(keep)], name)
-    request = command.request_of(config, options, name, load_config)
-    wanted = command.shaped_by(request)
+    target = command.target_of(config, options, name, load_config)
+    wanted = command.shaped_by(target)
     for path in sorted(keep.glob("*/result.json"), key=lambda p: -p.stat().st_mtime):
         kept, result = command.read(path.parent)
         if command.shaped_by(kept) == wanted:
             when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
-            return request, options, result, f"{when:%Y-%m-%d %H:%M}"
-    return request, options, None, None
+            return target, options, result, f"{when:%Y-%m-%d %H:%M}"
+    return target, options, None, None
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -125,12 +125,12 @@ def write(out: Path, keep: Path) -> None:
     rows, details, kept = [], [], {}
     for title, line in CASES.items():
         command_line = f"`ldm-train plan {line}`"
-        request, _, result, when = case(line, keep)
+        target, _, result, when = case(line, keep)
         stands = next((r for r in before.get("", []) if r.startswith(f"| {title} |")), None)
         if result is not None:
-            kept[title] = request, result
-            rows.append(row([*table_row(title, request, result), when]))
-            report = reports.render(request, result).rstrip()
+            kept[title] = target, result
+            rows.append(row([*table_row(title, target, result), when]))
+            report = reports.render(target, result).rstrip()
             section = [f"## {title}", "", command_line, "", "```", report, "```"]
         elif stands and command_line in before.get(title, []):
             rows.append(stands)
@@ -185,10 +185,10 @@ def compared(kept: dict) -> list[str]:
     return lines
 
 
-def sent_by_kind(request, result) -> dict[tuple, dict[int, float]]:
+def sent_by_kind(target, result) -> dict[tuple, dict[int, float]]:
     """{(kind, parameters or activations): {chips that take part together: bytes}}."""
     found: dict[tuple, dict[int, float]] = collections.defaultdict(dict)
-    for transfer in reports.estimate(request, result).transfers:
+    for transfer in reports.estimate(target, result).transfers:
         groups = found[transfer.kind, reports.kind_of(transfer, result.about)]
         sent = transfer.runs * transfer.moved
         groups[transfer.group] = groups.get(transfer.group, 0.0) + sent
@@ -222,18 +222,18 @@ def head() -> list[str]:
     ]
 
 
-def table_row(title: str, request, result) -> list[str]:
-    about, chip = result.about, request.topology.chip
-    rows = request.images if request.sample else request.config.batch_size
-    devices = request.topology.num_devices
+def table_row(title: str, target, result) -> list[str]:
+    about, chip = result.about, target.topology.chip
+    rows = target.images if target.sample else target.config.batch_size
+    devices = target.topology.num_devices
     each = f"{rows // devices} images" if rows >= devices else f"1/{devices // rows} image"
-    if not request.sample and request.config.accumulate > 1:
-        each += f", {rows // devices // request.config.accumulate} at a time"
-    start = [title, str(request.topology), each]
+    if not target.sample and target.config.accumulate > 1:
+        each += f", {rows // devices // target.config.accumulate} at a time"
+    start = [title, str(target.topology), each]
     if "failed" in about:
         how = about["failed"]["how"][:200].replace("|", "/")
         return [*start, how, *[""] * (len(COLUMNS) - 5)]
-    found = reports.estimate(request, result)
+    found = reports.estimate(target, result)
     shares = found.shares()
     sent = {
         "slice": sum(t.moved for t in found.collectives.values()),

@@ -75,7 +75,7 @@ def write_source(path: Path) -> list[str]:
     text = schema.TextCondConfig(schema.CLIPTextConfig(), trainable=False)
     config = schema.LatentDiffusionConfig(cond=text, size=SIZE)  # the defaults are this model's
     model = bundle.build(config, {}, 0.18215)
-    specs = table.to_torch(compvis.model_rows(model), compvis.model_shapes(model))
+    specs = table.to_torch(compvis.model_entries(model), compvis.model_shapes(model))
     names = list(specs)
     extra = {
         "betas": model.schedule.betas.astype(np.float32),

@@ -122,8 +122,8 @@ def write_tensors(job: sides.Job, case: cases.TrainStep | cases.Encode) -> None:
     variables = {"params": state.disc_params, "batch_stats": state.disc_stats["batch_stats"]}
     side = case.size // case.config.downsample
     trees = {
-        "autoencoder": table.to_torch(tables.rows(params), params),
-        "lpips": table.to_torch(list(auxiliary.lpips_rows()), features),
+        "autoencoder": table.to_torch(tables.entries(params), params),
+        "lpips": table.to_torch(list(auxiliary.lpips_entries()), features),
         "discriminator": auxiliary.discriminator_state_dict(net, variables),
         "noise": posterior_noise(case.batch, (side, side, case.config.embed_dim)),
     }

@@ -171,7 +171,7 @@ def model_config(
 def bind(unet: UNet, params: dict) -> Callable[[jax.Array, jax.Array, Cond], jax.Array]:
     """The UNet as model(x, t, cond) -> raw prediction; concat conditioning joins x's channels.
 
-    Under guidance cond has n times the rows of x: rows n i to n i + n - 1 go with row i.
+    Under guidance cond has n times the batch of x: cond[n i] to cond[n i + n - 1] go with x[i].
     """
 
     def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
@@ -197,10 +197,10 @@ def with_kv_cache(net: UNet, params: dict, cond: Cond) -> Cond:
     """
     if cond.context is None:
         return cond
-    rows = len(cond.context)
+    batch = len(cond.context)
     # what else this computes, of the smallest image, is not in the compiled program
     x, t, _, _ = unet.example_inputs(net)
-    x, t = (jnp.broadcast_to(a, (rows, *a.shape[1:])) for a in (x, t))
+    x, t = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (x, t))
     _, made = net.apply({"params": params}, x, t, cond.context, cond.label, mutable=["context"])
     return cond._replace(kv_cache=made["context"])
 

@@ -156,11 +156,11 @@ class FlaxAutoencoderKL(nn.Module):
             "dtype": self.dtype,
             "attention": attention.xla,
         }
-        z, low = self.latent_channels, {"dtype": self.dtype}
+        z, numerics = self.latent_channels, {"dtype": self.dtype}
         self.encoder = autoencoder.Encoder(out_channels=2 * z, **both)
         self.decoder = autoencoder.Decoder(out_channels=self.out_channels, **both)
-        self.quant_conv = blocks.conv(2 * z, 2 * z, 1, **low)
-        self.post_quant_conv = blocks.conv(z, z, 1, **low)
+        self.quant_conv = blocks.conv(2 * z, 2 * z, 1, **numerics)
+        self.post_quant_conv = blocks.conv(z, z, 1, **numerics)
 
     @property
     def config(self) -> Config:
@@ -257,7 +257,7 @@ class FlaxAutoencoderKL(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         options = {"_class_name": "AutoencoderKL", **self.config}
         (folder / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
-        tensors = table.to_torch(tables.rows(_shapes(self)), params, lazy=True)
+        tensors = table.to_torch(tables.entries(_shapes(self)), params, lazy=True)
         safetensors_file.write(folder / TORCH[0], tensors, {"format": "pt"})
 
     @staticmethod
@@ -285,12 +285,12 @@ def _read(model: FlaxAutoencoderKL, path: epath.Path) -> dict:
     shapes = _shapes(model)
     tensors, info = files.open_state_dict(path)
     if info.format == "msgpack":
-        rows = tables.flax_rows(shapes)
+        entries = tables.flax_entries(shapes)
     else:
-        rows = tables.rows(shapes, old=tables.has_old_names(tensors))
+        entries = tables.entries(shapes, old=tables.has_old_names(tensors))
     dtype = next((x.dtype for x in tensors.values()), np.dtype(np.float32))
     place = table.placer(shapes, None)
-    return table.from_torch(rows, tensors, shapes, dtype=dtype, place=place, where=str(path))
+    return table.from_torch(entries, tensors, shapes, dtype=dtype, place=place, where=str(path))
 
 
 def _folder(name: epath.PathLike, revision: str | None, cache_dir: str | None) -> epath.Path:

@@ -299,7 +299,7 @@ def training_loss(
     t: jax.Array,
     logvar: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of each row [B] float32, and scalar means of its parts (`p_losses`).
+    """Loss of each example [B] float32, and scalar means of its parts (`p_losses`).
 
     out: raw prediction for q_sample(schedule, x0, t, noise), [B, h, w, c] like x0 and noise; t [B].
     logvar [T]: learned log-variances, needed with `learn_logvar`; otherwise they stay at

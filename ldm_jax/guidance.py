@@ -21,12 +21,12 @@ def classifier_free(
     """`guided(x, t_b)` from `model(x, t_b, cond)`: away from `null` (Ho and Salimans 2022, eq. 6).
 
     cond and null: pytrees of the same structure whose leaves are [B, ...]; one call on both, each
-    row's null before its cond, so that a row and its devices stay together.
+    example's null before its cond, so that an example stays on its device.
     scale: scalar or [B]; 1 is the plain conditional model, 0 the unconditional one.
     rescale: phi of `rescaled`, scalar or [B]; the Python number 0 leaves it out of the program.
     interval: (lowest, highest) timestep with guidance, scalars (Kynkäänniemi et al. 2024);
-    outside of it the model is called once on `cond`. All rows of t_b must then be equal.
-    shared: `model` takes x and t_b [B, ...] with cond [2 B, ...] and repeats rows itself, where
+    outside of it the model is called once on `cond`. All timesteps of t_b must then be equal.
+    shared: `model` takes x and t_b [B, ...] with cond [2 B, ...] and repeats examples itself, where
     they begin to differ (`bundle.bind`).
     """
 
@@ -36,8 +36,8 @@ def classifier_free(
     both = jax.tree.map(in_turn, null, cond)
 
     def guided(x, t_b):
-        rows = (x, t_b) if shared else (jnp.repeat(a, 2, axis=0) for a in (x, t_b))
-        out = model(*rows, both).astype(x.dtype)
+        inputs = (x, t_b) if shared else (jnp.repeat(a, 2, axis=0) for a in (x, t_b))
+        out = model(*inputs, both).astype(x.dtype)
         out_null, out_cond = jnp.moveaxis(out.reshape(len(x), 2, *out.shape[1:]), 1, 0)
         out = out_null + append_dims(scale, x.ndim) * (out_cond - out_null)
         if isinstance(rescale, int | float) and rescale == 0:

@@ -175,7 +175,7 @@ def _load_run(
     if kept is None or known is None:
         raise FileNotFoundError(f"{run}: frozen/ or latents.json is missing: copy the whole run")
     first_stage, first_stage_config = kept
-    section = bundle.model_config(config, first_stage_config)
+    model_config = bundle.model_config(config, first_stage_config)
     text = schema.text_of(config.cond)
     params = {
         "unet": trained["unet"],
@@ -184,7 +184,7 @@ def _load_run(
     }
     params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype, copy=False), params)
     model = bundle.build(
-        section,
+        model_config,
         _placed(params, mesh),
         known["scale"],
         dtype=dtype,
@@ -279,7 +279,8 @@ def load_text_encoder(
 ) -> tuple[dict, schema.CLIPTextConfig | schema.BERTTextConfig, Any]:
     """(host parameters, config, tokenizer or None) of the text encoder of a model at `path`.
 
-    The tokenizer gives rows of `max_length` tokens. ValueError if the model has no text encoder.
+    The tokenizer gives `max_length` tokens for each text. ValueError if the model has no text
+    encoder.
     """
     path, kind = recognise(path)
     if kind == "diffusers":

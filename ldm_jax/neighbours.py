@@ -67,11 +67,11 @@ def embed_images(
 ) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """(float32 [N, d] of any length, (number, reason) of the images that cannot be decoded).
 
-    Rows of the latter are 0. Images are read ahead of the batch that runs, on threads; with `mesh`
-    a batch is split over its devices, and `towers.params` lie on them.
+    The embeddings of the latter are 0. Images are read ahead of the batch that runs, on threads;
+    with `mesh` a batch is split over its devices, and `towers.params` lie on them.
     """
     embeddings = np.zeros((len(paths), towers.width), np.float32)
-    rows = None if mesh is None else sharding.batch_sharding(mesh)
+    layout = None if mesh is None else sharding.batch_sharding(mesh)
     split = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, max(1, len(paths))) // split) * split
     embed = jax.jit(
@@ -86,7 +86,7 @@ def embed_images(
             blank = np.zeros((towers.vision.image_size,) * 2 + (3,), np.float32)
             batch = [blank if isinstance(x, str) else x for x in images]
             batch = np.stack([*batch, *[blank] * (size - len(batch))])
-            batch = batch if rows is None else sharding.place(batch, rows)
+            batch = batch if layout is None else sharding.place(batch, layout)
             made = embed(towers.params["vision"], batch)
             embeddings[first : first + len(images)] = np.asarray(made)[: len(images)]
             broken += reasons

@@ -77,26 +77,26 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
         return diffusers_writer.check(model)
     model = compvis.as_written(model)
     model_yaml.dumps(model.config, model.latent_scale)
-    return len(table.to_torch(compvis.model_rows(model), model.params, lazy=True))
+    return len(table.to_torch(compvis.model_entries(model), model.params, lazy=True))
 
 
 def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:
     """A run directory with a snapshot of step 0: config, first stage, text encoder, tokenizer."""
-    section = model.config
-    text = schema.text_of(section.cond)
+    model_config = model.config
+    text = schema.text_of(model_config.cond)
     config = schema.LatentDiffusionTrainConfig(
         data=schema.DataConfig(
-            size=section.size, channels=1 if section.first_stage.in_channels == 1 else 3
+            size=model_config.size, channels=1 if model_config.first_stage.in_channels == 1 else 3
         ),
         first_stage=schema.FirstStageConfig(scale=model.latent_scale),
         unet=_unet_of(model),
-        cond=section.cond,
-        diffusion=section.diffusion,
-        sampling=section.sampling,
+        cond=model_config.cond,
+        diffusion=model_config.diffusion,
+        sampling=model_config.sampling,
     )
     params = {part: _host(tree, dtype) for part, tree in model.params.items()}
     run, _ = rundir.open_run(run, config)
-    rundir.write_frozen(run, "first_stage", params["first_stage"], section.first_stage)
+    rundir.write_frozen(run, "first_stage", params["first_stage"], model_config.first_stage)
     rundir.write_latents(run, {"scale": model.latent_scale, "how": "as in the converted model"})
     trained = {"unet": params["unet"]}
     if text is not None and not text.trainable:
@@ -105,7 +105,7 @@ def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any =
         trained["cond_stage"] = params["cond_stage"]
     if model.tokenizer is not None:
         rundir.write_frozen_files(run, "tokenizer", model.tokenizer.save)
-    checkpoint.save_snapshot(run, 0, trained, serialize.to_dict(section))
+    checkpoint.save_snapshot(run, 0, trained, serialize.to_dict(model_config))
 
 
 def _unet_of(model: bundle.LatentDiffusion) -> schema.UNetConfig:

@@ -182,10 +182,10 @@ def spatial_mesh(space: int = -1, devices: Sequence[jax.Device] | None = None) -
 
     `space` devices share an image (default: all of them), other images go over `data`. Give
     `image_sharding` to x_T or to the images of a jitted sampler, and take attention and convolution
-    for this mesh (`load(path, mesh=...)` does). The compiler splits all between, exchanges the
-    rows at borders that convolutions need, sums norms over all devices, and gathers only keys and
-    values of self-attention. An image crosses slices only if one has too few devices. ValueError if
-    `space` does not divide the number of devices.
+    for this mesh (`load(path, mesh=...)` does). The compiler splits all between, exchanges the rows
+    of pixels at borders that convolutions need, sums norms over all devices, and gathers only keys
+    and values of self-attention. An image crosses slices only if one has too few devices.
+    ValueError if `space` does not divide the number of devices.
     """
     groups = slices(jax.devices() if devices is None else devices)
     count = sum(map(len, groups))
@@ -199,7 +199,7 @@ def spatial_mesh(space: int = -1, devices: Sequence[jax.Device] | None = None) -
 
 
 def image_sharding(mesh: Mesh) -> NamedSharding:
-    """[B, h, w, c] with rows of the batch over `data` and `fsdp`, the height over `space`.
+    """[B, h, w, c] with the batch over `data` and `fsdp`, the height over `space`.
 
     B must be a multiple of the former, h of the latter; a multiple of `space` times the model's
     coarsest downsampling also splits its inner levels evenly.
@@ -208,7 +208,7 @@ def image_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (axis 0) over `data` and `fsdp`; replicated over `tensor`."""
+    """The batch (axis 0) over `data` and `fsdp`; replicated over `tensor`."""
     return NamedSharding(mesh, P(BATCH))
 
 

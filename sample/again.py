@@ -50,14 +50,14 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
             raise ValueError(f"{options.image}: was made from {path}, which does not exist here")
         if storage.sha256(path) != digest:
             raise ValueError(f"{options.image}: was made from {path}, which has changed since")
-    size, row = kept["call"]
+    size, index = kept["call"]
     asked = restored(task.Options, kept, options)
-    if write.made_with()["device"] != kept["made_with"]["device"]:  # as many rows on each
+    if write.made_with()["device"] != kept["made_with"]["device"]:  # as many images on each
         size = -(-size // jax.device_count()) * jax.device_count()
         asked = dataclasses.replace(asked, batch_size=size)
     what = dataclasses.replace(task.request(asked), guided=kept["guided"])
     place = kept["index"] - what.options.first_index
-    call = Call(np.full(size, place), np.array([row]))
+    call = Call(np.full(size, place), np.array([index]))
     name = epath.Path(options.image).stem
     what = dataclasses.replace(what, names=[name] * what.count)
     settings = {place: kept}

@@ -50,5 +50,5 @@ def request(options: Options) -> Request:
         batch={"label": every},
         names=[f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)],
         details=[{"label": label, "labels": [label]} for label in every.tolist()],
-        rows=[str(label) for label in labels],
+        row_labels=[str(label) for label in labels],
     )

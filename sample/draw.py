@@ -12,7 +12,7 @@ from ldm_jax.sample.request import Call, Request, calls_of
 
 # facts of a PNG that may differ from those of a list that goes on with it
 CHANGES = ("made_with", "progress")
-TERMS = {"call": "batch size and row", "index": "number", "files": "sha256 of files"}
+TERMS = {"call": "batch size and place in it", "index": "number", "files": "sha256 of files"}
 
 
 def draw(what: Request) -> int:
@@ -38,14 +38,14 @@ def draw(what: Request) -> int:
             due = {id(call) for call in missing(out, what, calls, settings)}
         agreed = hosts.same([id(call) in due for call in calls])  # listings of storage may differ
         left = [call for call, again in zip(calls, agreed, strict=True) if again]
-    written = what.count - sum(len(call.rows) for call in left)
+    written = what.count - sum(len(call.wanted) for call in left)
     if options.resume:
         LOG.info(f"{written} of {what.count} images are in {out} already")
     try:
         with hosts.together():
             for part in generate.made(what, left, run) if left else ():
                 write.part(out, what, part, settings)
-                written += len(part.call.rows)
+                written += len(part.call.wanted)
         with hosts.together():
             if jax.process_index() == 0:
                 write.finish(out, what, calls)
@@ -79,7 +79,7 @@ def missing(
         check_same(out / f"{name}.png", settings[places[name]])
 
     def done(call: Call) -> bool:
-        names = [what.names[place] for place in call.places[call.rows]]
+        names = [what.names[place] for place in call.places[call.wanted]]
         latents = not what.options.save_latents or write.has_latents(out, call)
         previews = [out / "previews" / f"{name}.png" for name in names if what.options.preview]
         shown = all(path.exists() for path in previews)

@@ -39,8 +39,8 @@ class Options(Options):
 class Asked(NamedTuple):
     """What a model is asked to draw."""
 
-    rows: dict[str, np.ndarray]
-    """What `conditioning.from_batch` reads of it, one row for each."""
+    batch: dict[str, np.ndarray]
+    """Input of `conditioning.from_batch`, arrays [n, ...] for the n that are asked for."""
     names: list[str]
     """Of each, for files; empty for nothing in particular."""
     labels: list[str]
@@ -71,19 +71,19 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
     if text is not None and (options.prompt or options.negative_prompt):
         check_tokenizer(model, options.model)
         prompts = options.prompt or ("",)
-        rows = text2img.tokenize(model.tokenizer, prompts, options.negative_prompt, 1)
+        batch = text2img.tokenize(model.tokenizer, prompts, options.negative_prompt, 1)
         scale = 7.5 if options.guidance_scale is None else options.guidance_scale
         alone = [{"prompt": [p]} for p in prompts]
         names = [text2img.slug(p) for p in prompts]
-        return Asked(rows, names, [p[:24] for p in prompts], scale, alone)
+        return Asked(batch, names, [p[:24] for p in prompts], scale, alone)
     if options.guidance_scale not in (None, 1):
         raise ValueError(
             f"--guidance-scale {options.guidance_scale}: nothing is asked for, so there is nothing"
             " to guide; leave it at 1, or give --prompt or --labels to a model of text or classes"
         )
     beside = isinstance(cond, schema.InpaintCondConfig)
-    rows = {} if beside else null_batch(model, options.model)
-    return Asked(rows, [""], [""], 1.0)
+    batch = {} if beside else null_batch(model, options.model)
+    return Asked(batch, [""], [""], 1.0)
 
 
 def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
@@ -94,10 +94,10 @@ def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
         raise ValueError(
             f"--guidance-scale {scale}: {options.model} has no null class; sample with 1"
         )
-    rows = {"label": np.asarray(options.labels, np.int32)}
+    batch = {"label": np.asarray(options.labels, np.int32)}
     names = [f"class{label}" for label in options.labels]
     alone = [{"labels": [label]} for label in options.labels]
-    return Asked(rows, names, [str(label) for label in options.labels], scale, alone)
+    return Asked(batch, names, [str(label) for label in options.labels], scale, alone)
 
 
 class Pairs(NamedTuple):
@@ -111,7 +111,7 @@ class Pairs(NamedTuple):
     """File names without ending, [N]."""
     details: list[dict]
     """What belongs into each PNG beside the options, [N]."""
-    rows: list[str]
+    row_labels: list[str]
     """Labels of the grid's rows, one for each pair."""
 
 

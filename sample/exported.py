@@ -28,20 +28,20 @@ def facts_of(request: Request) -> dict[str, Any]:
 
 
 def write(request: Request) -> None:
-    """The program of a request for --batch-size rows on one device, in the file --export."""
-    options, rows = request.options, request.options.batch_size
+    """The program of a request for --batch-size images on one device, in the file --export."""
+    options, size = request.options, request.options.batch_size
     platforms = options.export_platforms or export.PLATFORMS
     run = program_of(request, export.portable(request.model, platforms))
-    call = Call(np.minimum(np.arange(rows), request.count - 1), np.arange(1))
-    LOG.info(f"lowering the sampler for batches of {rows} on {', '.join(platforms)} ...")
+    call = Call(np.minimum(np.arange(size), request.count - 1), np.arange(1))
+    LOG.info(f"lowering the sampler for batches of {size} on {', '.join(platforms)} ...")
     program = export.lower(run, arguments_of(request, batch_of(request), call), platforms)
-    meta = {"model": export.identity(request.model), "rows": rows, "program": facts_of(request)}
+    meta = {"model": export.identity(request.model), "rows": size, "program": facts_of(request)}
     export.write(options.export, program, meta)
     LOG.info(f"{options.export}: the program alone; --from-export takes it with the same --model")
 
 
 def read(request: Request) -> tuple[Callable, int]:
-    """(run, its rows) of the file --from-export. ValueError if it is not that of the request."""
+    """(run, batch size) of the file --from-export. ValueError if it is of another request."""
     path = request.options.from_export
     run, meta = export.read(path, model=request.model)
     there, here = meta.get("program", {}), facts_of(request)

@@ -17,7 +17,7 @@ DONATED = ("x_T", "init")  # as large as the latents and images that come out
 
 
 class Made(NamedTuple):
-    """What one call of the program drew, of the rows that are wanted.
+    """What one call of the program drew, of the images that are wanted.
 
     Of several processes each has its own images, see `hosts.own`, and all latents.
     """
@@ -28,7 +28,7 @@ class Made(NamedTuple):
     image: np.ndarray
     """float32 [n, H, W, c], about -1..1."""
     latent: np.ndarray
-    """float32 [m, h, w, c], what decoding takes: of all m wanted rows, also those of others."""
+    """float32 [m, h, w, c], what decoding takes: of all m wanted images, also those of others."""
     previews: np.ndarray | None
     """float32 [n, P, H, W, c]: predicted images on the way, with --preview."""
 
@@ -39,14 +39,14 @@ def made(
     """Images of the request, call by call (default: all of them); one program for all.
 
     run: what is compiled, as of `exported.read`; default: the program of the request.
-    The rows of `request.batch` are arguments of the program, as are seed, scale, eta and start:
+    The arrays of `request.batch` are arguments of the program, as are seed, scale, eta and start:
     others compile nothing anew. A call is dispatched before the one before it is fetched.
     """
     options, calls = request.options, calls_of(request) if calls is None else calls
     batch, mode = batch_of(request), progress.resolved(options)
     table = sampling.levels_of(request.model, options.steps, options.spacing)
     count = len((table if request.levels is None else request.levels).t)
-    left = sum(len(call.rows) for call in calls)
+    left = sum(len(call.wanted) for call in calls)
     with progress.bars(mode, request.count, request.count - left, count * len(calls)) as bars:
         run = program.program_of(request, request.model, bars.step) if run is None else run
         compiled = None
@@ -58,14 +58,14 @@ def made(
             return compiled(*arguments)
 
         for call, (image, z, *previews) in overlap.prefetch(calls, dispatch):
-            rows, image = hosts.own(ready(image))
-            wanted = np.isin(rows, call.rows)
-            places, image = call.places[rows[wanted]], image[wanted]
-            previews = hosts.own(ready(previews[0]))[1][wanted] if previews else None
-            bars.images(len(call.rows))
+            own, image = hosts.own(ready(image))
+            kept = np.isin(own, call.wanted)
+            places, image = call.places[own[kept]], image[kept]
+            previews = hosts.own(ready(previews[0]))[1][kept] if previews else None
+            bars.images(len(call.wanted))
             if request.finish is not None:
                 image = request.finish(places, image)
-            yield Made(call, places, image, np.asarray(ready(z))[call.rows], previews)
+            yield Made(call, places, image, np.asarray(ready(z))[call.wanted], previews)
 
 
 def generate(
@@ -89,11 +89,11 @@ def generate(
         details=[{}] * count, start=start, wrap_model=wrap_model, decode=decode, levels=levels,
     )  # fmt: skip
     for part in made(request):
-        yield part.call.places[part.call.rows], part.latent
+        yield part.call.places[part.call.wanted], part.latent
 
 
 def batch_of(request: Request) -> dict[str, np.ndarray]:
-    """The request's rows, and x_T of --init-latents."""
+    """The request's batch, and x_T of --init-latents."""
     x_T = inputs.start_latents(request.options, request.count, request.shape)
     return request.batch if x_T is None else {**request.batch, "x_T": x_T}
 
@@ -106,12 +106,12 @@ def ready(array: jax.Array) -> jax.Array:
 
 
 def arguments_of(request: Request, batch: dict[str, np.ndarray], call: Call) -> tuple:
-    """Of `program.program_of`, for a call: on the devices of all processes, rows split over them.
+    """Arguments of `program.program_of` for a call, the batch split over all processes' devices.
 
-    Every process makes all rows on its host, and places those of its own devices.
+    Every process makes the whole batch on its host, and places those of its own devices.
     """
-    rows = sharding.batch_sharding(request.mesh)
-    place = lambda x: sharding.place(np.asarray(x), rows)  # noqa: E731
+    split = sharding.batch_sharding(request.mesh)
+    place = lambda x: sharding.place(np.asarray(x), split)  # noqa: E731
     given = {name: place(x[call.places]) for name, x in batch.items()}
     donated = {name: given.pop(name) for name in DONATED if name in given}
     keys = keys_of(request, call.places)

@@ -1,6 +1,6 @@
 """Several processes draw one list: all agree on what is drawn, each writes its own images.
 
-Arrays of rows are split over the devices of all processes, as `sharding.place` lays them.
+Batches are split over the devices of all processes, as `sharding.place` lays them.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ SECONDS = 60
 
 
 def own(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(rows int [n], their values [n, ...]) of an array split along axis 0, those of this process.
+    """(indices int [n], values [n, ...]) along axis 0 of a split array that this process holds.
 
-    A row that several processes hold belongs to the one with the first copy, so that all of them
-    together have every row once.
+    An index that several processes hold belongs to the one with the first copy, so that all of them
+    together have every one once.
     """
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     shards.sort(key=lambda shard: shard.index[0].indices(len(array))[0])
     if not shards:
         return np.zeros(0, int), np.zeros((0, *array.shape[1:]), array.dtype)
-    rows = [np.arange(*shard.index[0].indices(len(array))) for shard in shards]
-    return np.concatenate(rows), np.concatenate([np.asarray(shard.data) for shard in shards])
+    indices = [np.arange(*shard.index[0].indices(len(array))) for shard in shards]
+    return np.concatenate(indices), np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 @contextlib.contextmanager

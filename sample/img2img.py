@@ -35,7 +35,7 @@ def request(options: Options) -> Request:
     options = dataclasses.replace(options, guidance_scale=what.scale)
     image = read_images(options.images, editing.side(options), channels=editing.channels(model))
     made = editing.pairs(options, what)
-    batch = {name: x[made.asked] for name, x in what.rows.items()}
+    batch = {name: x[made.asked] for name, x in what.batch.items()}
     levels = sampling.levels_of(model, options.steps, options.spacing)
     return Request(
         NAME,
@@ -47,7 +47,7 @@ def request(options: Options) -> Request:
         batch={**batch, "init": image[made.image]},
         names=made.names,
         details=made.details,
-        rows=made.rows,
+        row_labels=made.row_labels,
         left=image[made.image[:: options.num_images]],
         files=("images",),
         start=sampling.start_of(options.strength, len(levels.t)),

@@ -1,9 +1,9 @@
-"""Filling holes: `ldm-sample inpaint --model PATH --out DIR --images a.png --masks hole.png`.
+"""Inpainting: `ldm-sample inpaint --model PATH --out DIR --images a.png --masks mask.png`.
 
-Three ways, told by the model: models that see image and mask (CompVis `inpainting_big`, the 9
-channels of Stable Diffusion's) sample as they were trained; with all others what is known is put
-back at every step. Outside of the hole every pixel of the result is the image's own, as in the
-reference's `inpaint.py`.
+The model decides the way: models that see image and mask (CompVis `inpainting_big`, the 9 channels
+of Stable Diffusion's) sample as they were trained; with all others the known pixels are put back at
+every step. Outside of the mask every pixel of the result is the image's own, as in the reference's
+`inpaint.py`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ NAME = "inpaint"
 
 @dataclasses.dataclass(frozen=True)
 class Options(editing.Options):
-    """Images whose holes are filled, or that are continued beyond their edges."""
+    """Images of which the masked part is drawn anew, or that are continued beyond their edges."""
 
     masks: flags.Files = ()
     """Mask files as large as the images, white where to draw, or in any colour on a transparent
@@ -48,18 +48,18 @@ def request(options: Options) -> Request:
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)
     image = read_images(options.images, editing.side(options), channels=editing.channels(model))
-    image, hole = padded(image, read_masks(options, image.shape[1:3]), options)
+    image, mask = padded(image, read_masks(options, image.shape[1:3]), options)
     made = editing.pairs(options, what)
 
-    # The first stage sees around the hole, so that what is in it may not show through.
-    hidden = np.stack([filled(a, b) for a, b in zip(image, hole, strict=True)])
+    # The first stage sees beyond a pixel: masked pixels are filled, so that none shows through.
+    hidden = np.stack([filled(a, b) for a, b in zip(image, mask, strict=True)])
     names = ("image", "mask") if beside else ("init", "init_mask")
-    batch = {name: x[made.asked] for name, x in what.rows.items()}
-    batch |= dict(zip(names, (hidden[made.image], hole[made.image]), strict=True))
+    batch = {name: x[made.asked] for name, x in what.batch.items()}
+    batch |= dict(zip(names, (hidden[made.image], mask[made.image]), strict=True))
 
     def finish(places, drawn):
         known = made.image[places]
-        return np.where(hole[known] > 0.5, drawn, image[known])
+        return np.where(mask[known] > 0.5, drawn, image[known])
 
     return Request(
         NAME,
@@ -74,8 +74,8 @@ def request(options: Options) -> Request:
             {**detail, "masks": mask_of(options, which)}
             for detail, which in zip(made.details, made.image, strict=True)
         ],
-        rows=made.rows,
-        left=np.where(hole > 0.5, 0, image)[made.image[:: options.num_images]],
+        row_labels=made.row_labels,
+        left=np.where(mask > 0.5, 0, image)[made.image[:: options.num_images]],
         files=("images", "masks"),
         finish=finish,
     )
@@ -102,17 +102,17 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> bool:
 
 
 def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
-    """The holes of the images, float32 [N, H, W, 1], 1 = hole; zeros without --masks.
+    """The masks of the images, float32 [N, H, W, 1], 1 where to draw; zeros without --masks.
 
     side: that of the images as they were read.
-    ValueError for a mask of another size than its image, without hole, or of nothing else.
+    ValueError for a mask of another size than its image, or that is black or white all over.
     """
     images, masks = options.images, options.masks
     if not masks and not any(options.pad):
         raise ValueError("give --masks FILE [FILE ...] or --pad TOP BOTTOM LEFT RIGHT")
     if masks and len(masks) not in (1, len(images)):
         raise ValueError(f"{len(images)} --images and {len(masks)} --masks: give as many, or one")
-    holes = np.zeros((len(images), *side, 1), np.float32)
+    wanted = np.zeros((len(images), *side, 1), np.float32)
     for i, path in enumerate(images if masks else ()):
         name = masks[i % len(masks)]
         mask, image = open_mask(name), open_image(path, 1)
@@ -122,29 +122,28 @@ def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
                 f" is {size_of(image)}"
             )
         mask = resized(mask, editing.side(options), Image.Resampling.NEAREST)
-        holes[i, ..., 0] = np.asarray(mask) >= 128
-        if not holes[i].any():
+        wanted[i, ..., 0] = np.asarray(mask) >= 128
+        if not wanted[i].any():
             raise ValueError(
-                f"{name}: is a mask without hole; white is where to draw, or strokes on a"
-                " transparent layer"
+                f"{name}: masks nothing; white is where to draw, or strokes on a transparent layer"
             )
-        if holes[i].all():
-            raise ValueError(f"{name}: is all hole; black is what to keep of {path}")
-    return holes
+        if wanted[i].all():
+            raise ValueError(f"{name}: masks the whole image; black is what to keep of {path}")
+    return wanted
 
 
-def padded(image: np.ndarray, hole: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Image and hole with --pad pixels around them, all of them hole. ValueError if negative."""
+def padded(image: np.ndarray, mask: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Add --pad pixels around image and mask, all of them masked. ValueError if negative."""
     if min(options.pad) < 0:
         raise ValueError(f"--pad {' '.join(map(str, options.pad))}: give numbers from 0 on")
     top, bottom, left, right = options.pad
     around = ((0, 0), (top, bottom), (left, right), (0, 0))
-    return np.pad(image, around), np.pad(hole, around, constant_values=1)
+    return np.pad(image, around), np.pad(mask, around, constant_values=1)
 
 
-def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """[H, W, c] with the nearest known pixel in place of every one in the hole [H, W, 1]."""
+def filled(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Replace every masked pixel of [H, W, c] by the nearest known one; mask: [H, W, 1]."""
     nearest = scipy.ndimage.distance_transform_edt(
-        hole[..., 0] > 0.5, return_distances=False, return_indices=True
+        mask[..., 0] > 0.5, return_distances=False, return_indices=True
     )
     return image[tuple(nearest)]

@@ -82,7 +82,7 @@ def size_of(image: Image.Image) -> str:
 
 
 def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """--init-latents as float32 [count, h, w, c]; ValueError if the file holds no such rows."""
+    """--init-latents as float32 [count, h, w, c]; ValueError if the file holds no such latents."""
     if options.init_latents is None:
         return None
     x_T = np.load(options.init_latents)

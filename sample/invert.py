@@ -101,7 +101,7 @@ def invert(options: Options) -> Inversion:
     back = levels_back(model, options)
     open_out(options)
 
-    batch = {name: x[made.asked] for name, x in what.rows.items()}
+    batch = {name: x[made.asked] for name, x in what.batch.items()}
     image = image[made.image]
     z, alone = encoded(model, mesh, options, image)
     scale, guided = np.float32(model.latent_scale), what.scale != 1
@@ -122,7 +122,7 @@ def invert(options: Options) -> Inversion:
         batch={**batch, "x_T": x_T.astype(np.float32)},
         names=made.names,
         details=made.details,
-        rows=made.rows,
+        row_labels=made.row_labels,
         left=image,
         files=("images",),
     )
@@ -190,8 +190,8 @@ def encoded(
         return z, latents.decode(model.first_stage, params, z, 1.0)
 
     run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-    rows, parts = mesh.shape["data"] * mesh.shape["fsdp"], []
-    size = min(options.batch_size, -(-len(image) // rows) * rows)
+    devices, parts = mesh.shape["data"] * mesh.shape["fsdp"], []
+    size = min(options.batch_size, -(-len(image) // devices) * devices)
     for first in range(0, len(image), size):
         indices = np.minimum(np.arange(first, first + size), len(image) - 1)
         given = sharding.place(image[indices], sharding.batch_sharding(mesh))

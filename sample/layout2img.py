@@ -64,7 +64,7 @@ def request(options: Options) -> Request:
         batch=tokenize(cond.encoder, options.boxes, layouts, options.num_images),
         names=superres.named(every, options.seed),
         details=[{"layout": path, "boxes": [path]} for path in every],
-        rows=[epath.Path(path).stem[:24] for path in options.boxes],
+        row_labels=[epath.Path(path).stem[:24] for path in options.boxes],
         files=("boxes",) if options.class_names == "coco" else ("boxes", "class_names"),
     )
 
@@ -80,12 +80,12 @@ def tokenize(
     ValueError names the file that does not fit the model.
     """
     sizes = (encoder.vocab_size, encoder.max_length)
-    rows = []
+    one_each = []
     for path, layout in zip(paths, layouts, strict=True):
         try:
-            rows.append(boxes.tokenize(layout, *sizes))
+            one_each.append(boxes.tokenize(layout, *sizes))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    tokens = np.repeat(np.stack(rows), num_images, axis=0)
+    tokens = np.repeat(np.stack(one_each), num_images, axis=0)
     null_tokens = np.repeat(boxes.tokenize([], *sizes)[None], len(tokens), axis=0)
     return {"tokens": tokens, "null_tokens": null_tokens}

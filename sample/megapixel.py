@@ -100,7 +100,7 @@ def request(options: Options) -> Request:
         batch=asked.batch,
         names=asked.names,
         details=asked.details,
-        rows=asked.rows,
+        row_labels=asked.row_labels,
         files=asked.files,
         wrap_model=wrap_model,
         decode=decode,
@@ -230,7 +230,7 @@ class Inputs(NamedTuple):
     """Of every image, for files."""
     details: list[dict]
     """Of every image, for its PNG."""
-    rows: list[str]
+    row_labels: list[str]
     """Labels of the grid's rows."""
     scale: float
     """Guidance; 1 is without."""
@@ -275,11 +275,11 @@ def from_prompts_or_labels(model: bundle.LatentDiffusion, options: Options) -> I
     every = np.repeat(np.arange(len(what.names)), options.num_images).tolist()
     alone = what.alone or [{}]
     details = [{"asked": what.labels[j], **alone[j]} for j in every]
-    batch = {name: x[every] for name, x in what.rows.items()}
-    rows = what.labels if any(what.labels) else []
+    batch = {name: x[every] for name, x in what.batch.items()}
+    labels = what.labels if any(what.labels) else []
     stems = [f"_{what.names[j]}" if what.names[j] else "" for j in every]
     names = [f"{i:05d}{stem}_seed{options.seed}" for i, stem in enumerate(stems)]
-    return Inputs(batch, shape, names, details, rows, what.scale, ())
+    return Inputs(batch, shape, names, details, labels, what.scale, ())
 
 
 def from_maps(model: bundle.LatentDiffusion, options: Options) -> Inputs:
@@ -319,5 +319,5 @@ def from_files(
     paths = getattr(options, name)
     every = [path for path in paths for _ in range(options.num_images)]
     details = [{"asked": path, name: [path]} for path in every]
-    rows = [epath.Path(path).stem[:24] for path in paths]
-    return Inputs(batch, shape, superres.named(every, options.seed), details, rows, scale, files)
+    labels = [epath.Path(path).stem[:24] for path in paths]
+    return Inputs(batch, shape, superres.named(every, options.seed), details, labels, scale, files)

@@ -66,7 +66,7 @@ class Options:
     """Folder with the tokenizer's files, where the model comes without."""
     init_latents: flags.OptionalFile = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image
-    number i starts from row i."""
+    image i starts from latent i."""
     save_latents: bool = False
     """Write latents.npy: the final latents after division by the scale, what decoding takes."""
     npz: bool = False
@@ -180,7 +180,7 @@ def check_labels(cond: schema.ClassCondConfig, labels: Sequence[int]) -> None:
 
 
 def null_batch(model: bundle.LatentDiffusion, path: str) -> dict[str, np.ndarray]:
-    """One row of what `conditioning.from_batch` reads that asks for nothing in particular.
+    """Input of `conditioning.from_batch` for one image that asks for nothing in particular.
 
     The null class or the empty text, nothing for an unconditional model. ValueError, naming the
     path of the model, if it knows none of these.

@@ -19,7 +19,7 @@ from ldm_jax.sample.request import Request
 def program_of(
     request: Request, model: bundle.LatentDiffusion, step: Callable[[], None] | None = None
 ) -> Callable:
-    """run(params, donated rows, other rows, keys, scales, eta[, start]): `make_run` of a request.
+    """run(params, donated batch, batch, keys, scales, eta[, start]): `make_run` of a request.
 
     model: that of the request, or its portable copy; its weights are not used.
     ValueError for options that the sampler cannot use.
@@ -46,9 +46,9 @@ def compiled(request: Request, run: Callable, arguments: tuple) -> Callable:
     # Images stay where they are drawn. Latents are small: every process gets all of them, and what
     # they start from can then not be reused for them.
     alone = jax.process_count() == 1
-    rows = sharding.batch_sharding(request.mesh)
-    out = (rows, rows if alone else sharding.replicated(request.mesh))
-    out = (*out, rows) if request.options.preview else out
+    split = sharding.batch_sharding(request.mesh)
+    out = (split, split if alone else sharding.replicated(request.mesh))
+    out = (*out, split) if request.options.preview else out
     jitted = jax.jit(run, out_shardings=out, donate_argnums=(1,) if alone else ())
     where = jax.config.jax_compilation_cache_dir
     if progress.resolved(request.options) == "steps":
@@ -103,7 +103,7 @@ def make_run(
     _check_guidance(options, guided)
     trace = None
     if options.preview or step is not None:
-        trace = functools.partial(_look, step, options.preview > 0)
+        trace = functools.partial(_trace_step, step, options.preview > 0)
     sample = sampling.make_sampler(
         model,
         shape=shape,
@@ -160,7 +160,7 @@ def _check_guidance(options: Options, guided: bool) -> None:
             )
 
 
-def _look(step: Callable[[], None] | None, kept: bool, x: jax.Array, denoised: Any) -> Any:
+def _trace_step(step: Callable[[], None] | None, kept: bool, x: jax.Array, denoised: Any) -> Any:
     """A `trace` of `make_sampler`: tells the host, and keeps the predicted x0."""
     del x
     if step is not None:

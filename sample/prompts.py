@@ -23,7 +23,7 @@ LARGEST = {int: 10**30, float: decimal.Decimal(sys.float_info.max)}
 NAMES = {int: "a whole number", float: "a number"}
 
 
-class Row(NamedTuple):
+class Prompt(NamedTuple):
     """A prompt and what goes with it."""
 
     prompt: str
@@ -34,8 +34,8 @@ class Row(NamedTuple):
     num_images: int
 
 
-def read(path: str, default: Row) -> tuple[list[Row], list[str]]:
-    """(rows, what is wrong with the others, each with its file and line).
+def read(path: str, default: Prompt) -> tuple[list[Prompt], list[str]]:
+    """(prompts, what is wrong with the other lines, each with its file and line).
 
     ValueError if no line can be read, or the file is none of prompts.
     """
@@ -44,19 +44,19 @@ def read(path: str, default: Row) -> tuple[list[Row], list[str]]:
         raise ValueError(f"--prompt-file {path}: give .csv, .jsonl, or text with a prompt per line")
     lines, problems = lines_of(path)
     reader = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl}.get(kind, read_text)
-    rows = []
+    prompts = []
     for number, values in reader(path, lines):
         try:
             if isinstance(values, ValueError):
                 raise values
-            rows.append(row_of(values, default))
+            prompts.append(prompt_of(values, default))
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-    if not rows and problems:
+    if not prompts and problems:
         raise ValueError(f"--prompt-file: {'; '.join(problems)}")
-    if not rows:
+    if not prompts:
         raise ValueError(f"--prompt-file {path}: holds no prompt")
-    return rows, problems
+    return prompts, problems
 
 
 def lines_of(path: str) -> tuple[list[str], list[str]]:
@@ -137,8 +137,8 @@ def header_of(path: str, number: int, cells: list[str]) -> list[str]:
     return names
 
 
-def row_of(values: dict[str, Any], default: Row) -> Row:
-    """A row of what a line says. ValueError says what is wrong with it."""
+def prompt_of(values: dict[str, Any], default: Prompt) -> Prompt:
+    """The prompt of a line's values. ValueError says what is wrong with it."""
     unknown = [name for name in values if name not in COLUMNS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not one of {', '.join(COLUMNS)}")
@@ -151,12 +151,12 @@ def row_of(values: dict[str, Any], default: Row) -> Row:
     for name, kind in (("seed", int), ("guidance_scale", float), ("num_images", int)):
         if name in given:
             given[name] = number_of(name, given[name], kind)
-    row = default._replace(**given)
-    if row.num_images < 1:
-        raise ValueError(f"num_images {row.num_images}: give at least 1")
-    if row.seed is not None:
-        seeds.checked(row.seed)
-    return row
+    prompt = default._replace(**given)
+    if prompt.num_images < 1:
+        raise ValueError(f"num_images {prompt.num_images}: give at least 1")
+    if prompt.seed is not None:
+        seeds.checked(prompt.seed)
+    return prompt
 
 
 def number_of(name: str, value: Any, kind: type) -> Any:

@@ -27,16 +27,16 @@ class Request:
     guided: bool
     """Whether the program guides at all."""
     batch: dict[str, np.ndarray]
-    """What `conditioning.from_batch` and `make_run` read: host arrays, one row for each image."""
+    """What `conditioning.from_batch` and `make_run` read: host arrays, [N, ...] for N images."""
     names: list[str]
     """File names without ending."""
     details: list[dict[str, Any]]
     """Of each image: facts for people, and the options that with num_images=1 draw it alone."""
     alone: bool = True
     """Whether they do; if not, an image is one of all that the options draw."""
-    rows: Sequence[str] = ()
+    row_labels: Sequence[str] = ()
     """Labels of the grid's rows; none for a square of images."""
-    columns: Sequence[int] | None = None
+    row_lengths: Sequence[int] | None = None
     """Images in each row; default: as many in all."""
     left: np.ndarray | None = None
     """[rows, H, W, c] in [-1, 1], images that stand in the grid before the others of their row; or
@@ -74,9 +74,9 @@ class Call(NamedTuple):
     """One call of the compiled program."""
 
     places: np.ndarray
-    """Which image of the request each of its rows draws, int [B]."""
-    rows: np.ndarray
-    """Rows whose images are wanted; the others fill up."""
+    """Number in the request of each image of the batch, int [B]."""
+    wanted: np.ndarray
+    """Places in the batch whose images are kept, int [n]; the others fill it up."""
 
 
 def calls_of(request: Request, size: int | None = None) -> list[Call]:

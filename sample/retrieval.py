@@ -101,7 +101,7 @@ def request(options: Options) -> Request:
         batch={"embedding": np.repeat(nearest.context, options.num_images, axis=0)},
         names=files_of(options),
         details=details_of(options, nearest),
-        rows=[name[:24] for name in names_of(options)],
+        row_labels=[name[:24] for name in names_of(options)],
         left=shown(options, nearest, editing.channels(model), side),
         files=("query_image",),
     )

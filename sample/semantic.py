@@ -58,7 +58,7 @@ def request(options: Options) -> Request:
         batch={"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)},
         names=superres.named(every, options.seed),
         details=[{"map": path, "maps": [path]} for path in every],
-        rows=[epath.Path(path).stem[:24] for path in options.maps],
+        row_labels=[epath.Path(path).stem[:24] for path in options.maps],
         files=("maps", "palette"),
     )
 

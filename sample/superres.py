@@ -70,7 +70,7 @@ def request(options: Options) -> Request:
         batch=inputs(model, options, np.repeat(low, options.num_images, axis=0)),
         names=named(every, options.seed),
         details=[{"image": path, "images": [path]} for path in every],
-        rows=[epath.Path(path).stem[:24] for path in options.images],
+        row_labels=[epath.Path(path).stem[:24] for path in options.images],
         files=("images",),
     )
 

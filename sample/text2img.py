@@ -46,14 +46,14 @@ def main(options: Options) -> int:
 
 def request(options: Options) -> Request:
     """What is drawn. ValueError for what the options or the model do not allow."""
-    rows, problems = read_prompts(options)
+    entries, problems = read_prompts(options)
     model, mesh, options = open_model(options)
     check_model(model, options)
-    every = [row for row in rows for _ in range(row.num_images)]
-    guided = any(row.guidance_scale != 1 for row in rows)
+    every = [entry for entry in entries for _ in range(entry.num_images)]
+    guided = any(entry.guidance_scale != 1 for entry in entries)
     if options.negative_prompt and not guided:
         LOG.info("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
-    seeds, indices = numbered(rows, options)
+    seeds, indices = numbered(entries, options)
     return Request(
         NAME,
         options,
@@ -61,54 +61,54 @@ def request(options: Options) -> Request:
         mesh,
         shape=latent_shape(model, options.height, options.width),
         guided=guided,
-        batch=encoded(model.tokenizer, rows),
+        batch=encoded(model.tokenizer, entries),
         names=[
-            f"{i:05d}_{slug(row.prompt)}_seed{seed}"
-            for i, (row, seed) in enumerate(zip(every, seeds, strict=True))
+            f"{i:05d}_{slug(entry.prompt)}_seed{seed}"
+            for i, (entry, seed) in enumerate(zip(every, seeds, strict=True))
         ],
         details=[
             {
-                "prompt": row.prompt,
-                "negative_prompt": row.negative_prompt,
-                "guidance_scale": row.guidance_scale,
+                "prompt": entry.prompt,
+                "negative_prompt": entry.negative_prompt,
+                "guidance_scale": entry.guidance_scale,
                 "prompt_file": None,
             }
-            for row in every
+            for entry in every
         ],
-        rows=[row.prompt[:24] for row in rows],
-        columns=[row.num_images for row in rows],
+        row_labels=[entry.prompt[:24] for entry in entries],
+        row_lengths=[entry.num_images for entry in entries],
         seeds=np.asarray(seeds, np.uint64),
         indices=np.asarray(indices),
-        scales=np.asarray([row.guidance_scale for row in every]),
+        scales=np.asarray([entry.guidance_scale for entry in every]),
         problems=tuple(problems),
     )
 
 
-def read_prompts(options: Options) -> tuple[list[prompts.Row], list[str]]:
-    """(rows of --prompt and --prompt-file, what is wrong with lines of the latter)."""
-    default = prompts.Row(
+def read_prompts(options: Options) -> tuple[list[prompts.Prompt], list[str]]:
+    """(prompts of --prompt and --prompt-file, what is wrong with lines of the latter)."""
+    default = prompts.Prompt(
         "", options.negative_prompt, None, options.guidance_scale, options.num_images
     )
-    rows, problems = [default._replace(prompt=text) for text in options.prompt], []
+    entries, problems = [default._replace(prompt=text) for text in options.prompt], []
     if options.prompt_file is not None:
         from_file, problems = prompts.read(options.prompt_file, default)
-        rows += from_file
+        entries += from_file
         for problem in problems:
             LOG.warning(f"{problem}; goes on without")
-    if not rows:
+    if not entries:
         raise ValueError('give --prompt "..." or --prompt-file FILE')
-    if options.init_latents is not None and any(row.seed is not None for row in rows):
+    if options.init_latents is not None and any(entry.seed is not None for entry in entries):
         raise ValueError("--init-latents replaces the noise of all seeds, also of --prompt-file's")
-    return rows, problems
+    return entries, problems
 
 
-def numbered(rows: list[prompts.Row], options: Options) -> tuple[list[int], list[int]]:
+def numbered(entries: list[prompts.Prompt], options: Options) -> tuple[list[int], list[int]]:
     """Seed of each image, and its number under it."""
     seeds, indices = [], []
-    for row in rows:
-        first = options.first_index + len(seeds) if row.seed is None else 0
-        seeds += [options.seed if row.seed is None else row.seed] * row.num_images
-        indices += range(first, first + row.num_images)
+    for entry in entries:
+        first = options.first_index + len(seeds) if entry.seed is None else 0
+        seeds += [options.seed if entry.seed is None else entry.seed] * entry.num_images
+        indices += range(first, first + entry.num_images)
     return seeds, indices
 
 
@@ -137,11 +137,11 @@ def tokenize(
     return {"tokens": tokens, "null_tokens": null_tokens}
 
 
-def encoded(tokenizer: Any, rows: list[prompts.Row]) -> dict[str, np.ndarray]:
+def encoded(tokenizer: Any, entries: list[prompts.Prompt]) -> dict[str, np.ndarray]:
     """As `tokenize`, with a negative prompt and a number of images for each."""
-    texts, negatives = ([getattr(row, name) for row in rows] for name in prompts.COLUMNS[:2])
+    texts, negatives = ([getattr(entry, name) for entry in entries] for name in prompts.COLUMNS[:2])
     say_lost(tokenizer, texts, dict.fromkeys(negatives))
-    counts = [row.num_images for row in rows]
+    counts = [entry.num_images for entry in entries]
     named = {"tokens": texts, "null_tokens": negatives}
     return {name: np.repeat(tokenizer.encode(x), counts, axis=0) for name, x in named.items()}
 

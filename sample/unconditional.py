@@ -42,7 +42,7 @@ def request(options: Options) -> Request:
     if isinstance(model.config.cond, schema.HybridCondConfig):
         kind = conditioning.name_of(model.config.cond.concat)
         raise ValueError(f"{options.model}: takes an image ({kind}), which {NAME} does not give")
-    row, count = null_batch(model, options.model), options.num_images
+    null, count = null_batch(model, options.model), options.num_images
     return Request(
         NAME,
         options,
@@ -50,7 +50,7 @@ def request(options: Options) -> Request:
         mesh,
         shape=latent_shape(model, options.height, options.width),
         guided=False,
-        batch={name: np.repeat(x, count, axis=0) for name, x in row.items()},
+        batch={name: np.repeat(x, count, axis=0) for name, x in null.items()},
         names=[f"{i:05d}_seed{options.seed}" for i in range(count)],
         details=[{}] * count,
     )

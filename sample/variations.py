@@ -62,11 +62,11 @@ def request(options: Options) -> Request:
     )
     guided = scale != 1 and model.config.cond is not None
     stops, names, null = conditions(model, mesh, options, guided)
-    rows = legs(options, names)
-    batch = batch_of(model, options, rows, stops, null)
+    path = legs(options, names)
+    batch = batch_of(model, options, path, stops, null)
     if "embedding" in batch:
         model = conditioned_on_embeddings(model)
-    places = [(row, i) for row in range(len(rows)) for i in range(options.num_images)]
+    places = [(row, i) for row in range(len(path)) for i in range(options.num_images)]
     t = times(options)
     return Request(
         NAME,
@@ -77,9 +77,9 @@ def request(options: Options) -> Request:
         guided=guided,
         batch=batch,
         names=[f"{place:05d}_leg{row}_{i:03d}" for place, (row, i) in enumerate(places)],
-        details=[{"from_to": rows[row].name, "position": float(t[i])} for row, i in places],
+        details=[{"from_to": path[row].name, "position": float(t[i])} for row, i in places],
         alone=False,
-        rows=[leg.name[:24] for leg in rows],
+        row_labels=[leg.name[:24] for leg in path],
     )
 
 
@@ -131,7 +131,7 @@ def times(options: Options) -> np.ndarray:
 
 
 def legs(options: Options, names: list[str]) -> list[Leg]:
-    """The rows; `names` are those of the conditions."""
+    """The rows of the grid; `names` are those of the conditions."""
     if options.strength is not None:
         seed = options.seeds[0]
         return [Leg((seed, seed), (i, i), name or f"{seed}") for i, name in enumerate(names)]
@@ -191,13 +191,13 @@ def conditions(
 def batch_of(
     model: bundle.LatentDiffusion,
     options: Options,
-    rows: list[Leg],
+    path: list[Leg],
     stops: np.ndarray | None,
     null: np.ndarray | None,
 ) -> dict[str, Any]:
     """x_T and condition of every image, row after row."""
     shape, columns = model.latent_shape, {"x_T": []}
-    for leg in rows:
+    for leg in path:
         first = noise_of(leg.seeds[0], 0, shape)
         others = range(1) if options.strength is None else range(options.num_images)
         lasts = [noise_of(leg.seeds[1], i, shape) for i in others]

@@ -24,11 +24,11 @@ from ldm_jax.sample.options import Options
 from ldm_jax.sample.request import Call, Request, indices_of, seeds_of
 
 GRID = 400
-"""Most images in a grid,"""
+"""Most images in a grid."""
 COLUMNS = 40
-"""and in one of its rows."""
+"""Most images in a row of the grid."""
 FORMAT = 2
-"""Of the settings in a PNG; those of November 2026 have no number."""
+"""Format of the settings in a PNG; those of November 2026 have no number."""
 # options that say what is written and shown, but not what an image looks like
 OUTPUT = (
     "out", "save_latents", "npz", "overwrite", "resume", "export", "export_platforms",
@@ -80,8 +80,8 @@ def _open_out(options: Options) -> epath.Path:
 def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]:
     """What the PNG of each image carries: enough to draw it again, and alone.
 
-    The task, the options that matter to this image, its number under its seed, "call" (rows of the
-    program's batch, and which of them it was), "files" ({path: sha256} of what it was made from)
+    The task, the options that matter to this image, its number under its seed, "call" (size of the
+    program's batch, and its place in it), "files" ({path: sha256} of what it was made from)
     and "made_with".
     """
     shared = {name: x for name, x in vars(request.options).items() if name not in OUTPUT}
@@ -93,9 +93,9 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
         "made_with": made_with(),
     }
     where = {
-        place: [len(call.places), int(row)]
+        place: [len(call.places), int(i)]
         for call in calls
-        for row, place in zip(call.rows, call.places[call.rows].tolist(), strict=True)
+        for i, place in zip(call.wanted, call.places[call.wanted].tolist(), strict=True)
     }
     known: dict[str, str] = {}
     result = []
@@ -178,7 +178,7 @@ def part(out: epath.Path, request: Request, made: Made, settings: list[dict[str,
 
 def latents_path(out: epath.Path, call: Call) -> epath.Path:
     """Latents of one call, until those of all are in one file."""
-    return out / "latents" / f"{call.places[call.rows[0]]:05d}.npy"
+    return out / "latents" / f"{call.places[call.wanted[0]]:05d}.npy"
 
 
 def finish(out: epath.Path, request: Request, calls: list[Call]) -> None:
@@ -202,7 +202,7 @@ def read_picture(out: epath.Path, name: str) -> np.ndarray:
 
 
 def write_grid(out: epath.Path, request: Request) -> None:
-    """grid.png of the first images, a row for each of the request's, or a square."""
+    """grid.png of the first images, a row for each of its labels, or a square."""
     table = grid_of(request)
     first, columns = read_picture(out, request.names[0]), table.shape[1]
     blank = np.full_like(first, 255)
@@ -213,7 +213,7 @@ def write_grid(out: epath.Path, request: Request) -> None:
         rows = [[*a, *shown[i * columns : (i + 1) * columns]] for i, a in enumerate(left)]
         shown, columns = [picture for row in rows for picture in row], columns + left.shape[1]
     # PIL's font has no other letters
-    labels = [row.encode("ascii", "replace").decode() for row in request.rows[: len(table)]]
+    labels = [row.encode("ascii", "replace").decode() for row in request.row_labels[: len(table)]]
     scale = max(1, 48 // first.shape[0])
     sheet = images.grid(np.stack(shown), columns, scale=scale, names=labels)
     shared = {name: x for name, x in vars(request.options).items() if name not in OUTPUT}
@@ -225,11 +225,12 @@ def write_grid(out: epath.Path, request: Request) -> None:
 def grid_of(request: Request) -> np.ndarray:
     """Places of the images in the grid, int [rows, columns], cut to GRID; -1 where none is."""
     count = request.count
-    if not request.rows:
+    if not request.row_labels:
         columns = math.ceil(min(count, GRID) ** 0.5)
         lengths = [columns] * (count // columns) + ([count % columns] if count % columns else [])
     else:
-        lengths = request.columns or [count // len(request.rows)] * len(request.rows)
+        number = len(request.row_labels)
+        lengths = request.row_lengths or [count // number] * number
     table = np.full((len(lengths), max(lengths)), -1)
     first = 0
     for row, length in enumerate(lengths):
@@ -275,7 +276,7 @@ def read_latents(out: epath.Path, call: Call) -> np.ndarray:
     path = latents_path(out, call)
     if path.exists():
         return np.load(path)
-    return np.load(out / "latents.npy")[call.places[call.rows]]
+    return np.load(out / "latents.npy")[call.places[call.wanted]]
 
 
 def write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_jax.convert import table
 from ldm_jax.convert.formats import files
-from ldm_jax.convert.table import CONV, VECTOR, Layout, Row, Rows, layer, norm
+from ldm_jax.convert.table import CONV, VECTOR, Entries, Entry, Layout, layer, norm
 from ldm_jax.models import discriminator, lpips
 from ldm_jax.models.discriminator import PatchGAN
 
@@ -55,22 +55,22 @@ def load_lpips(vgg_path: str | os.PathLike, lin_path: str | os.PathLike) -> dict
     file is wanted.
     """
     tensors = _tensors(vgg_path, VGG16, _vgg_name) | _tensors(lin_path, LPIPS, _lin_name)
-    rows, shapes = list(lpips_rows()), lpips.shapes()
+    entries, shapes = list(lpips_entries()), lpips.shapes()
     for path, wanted, part in ((vgg_path, VGG16, "features."), (lin_path, LPIPS, "lin")):
-        about = [p for p in table.misfits(rows, tensors, shapes) if f" {part}" in f" {p}"]
+        about = [p for p in table.misfits(entries, tensors, shapes) if f" {part}" in f" {p}"]
         table.refuse(about, f"{path} is not {wanted}")
-    return table.from_torch(rows, tensors, shapes)
+    return table.from_torch(entries, tensors, shapes)
 
 
-def lpips_rows() -> Rows:
-    """Rows of LPIPS: `features.N` of torchvision's VGG16 and `linN.model.1` of LPIPS."""
+def lpips_entries() -> Entries:
+    """Entries of LPIPS: `features.N` of torchvision's VGG16 and `linN.model.1` of LPIPS."""
     index = 0
     for stage, (_, count) in enumerate(lpips.STAGES, 1):
         for i in range(1, count + 1):
             yield from layer(f"features.{index}", f"vgg/conv{stage}_{i}", CONV)
             index += 2  # a ReLU follows
         index += 1  # a pooling
-        yield Row(f"lin{stage - 1}.model.1.weight", (f"lin{stage - 1}/scale",), LIN)
+        yield Entry(f"lin{stage - 1}.model.1.weight", (f"lin{stage - 1}/scale",), LIN)
 
 
 def _vgg_name(name: str) -> str | None:
@@ -136,11 +136,10 @@ def discriminator_from(tensors: Mapping[str, Any]) -> tuple[PatchGAN, dict]:
     read = {n: x for n, x in tensors.items() if n.rpartition(".")[2] not in counters}
     if model.norm == "batch":
         return model, table.from_torch(
-            list(discriminator_rows(model)), read, shapes, where="discriminator"
+            list(discriminator_entries(model)), read, shapes, where="discriminator"
         )
-    params = table.from_torch(
-        list(discriminator_rows(model)), read, {"params": shapes["params"]}, where="discriminator"
-    )["params"]
+    entries, wanted = list(discriminator_entries(model)), {"params": shapes["params"]}
+    params = table.from_torch(entries, read, wanted, where="discriminator")["params"]
     stats = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["batch_stats"])
     for i in range(1, model.layers + 1):
         name = f"norm_{i}"
@@ -163,7 +162,7 @@ def discriminator_state_dict(model: PatchGAN, variables: dict) -> dict[str, np.n
             for name, part in variables["params"].items()
         }
         variables = {"params": params}
-    tensors = table.to_torch(list(discriminator_rows(model)), variables)
+    tensors = table.to_torch(list(discriminator_entries(model)), variables)
     for i in range(1, model.layers + 1):
         if model.norm == "act":
             initialized = np.asarray(stats[f"norm_{i}"]["initialized"])
@@ -173,8 +172,8 @@ def discriminator_state_dict(model: PatchGAN, variables: dict) -> dict[str, np.n
     return tensors
 
 
-def discriminator_rows(model: PatchGAN) -> Rows:
-    """Rows of a discriminator: torch's names within `main`, paths within our variables.
+def discriminator_entries(model: PatchGAN) -> Entries:
+    """Entries of a discriminator: torch's names within `main`, paths within our variables.
 
     torch counts the activations too: the layers are at 0, 2, 5, 8, ... and norms at 3, 6, 9, ....
     """
@@ -183,11 +182,11 @@ def discriminator_rows(model: PatchGAN) -> Rows:
         yield from layer(str(3 * i - 1), f"params/conv_{i}", CONV, bias=model.norm != "batch")
         if model.norm == "batch":
             yield from norm(str(3 * i), f"params/norm_{i}")
-            yield Row(f"{3 * i}.running_mean", (f"batch_stats/norm_{i}/mean",), VECTOR)
-            yield Row(f"{3 * i}.running_var", (f"batch_stats/norm_{i}/var",), VECTOR)
+            yield Entry(f"{3 * i}.running_mean", (f"batch_stats/norm_{i}/mean",), VECTOR)
+            yield Entry(f"{3 * i}.running_var", (f"batch_stats/norm_{i}/var",), VECTOR)
         else:
-            yield Row(f"{3 * i}.loc", (f"params/norm_{i}/loc",), LIN)
-            yield Row(f"{3 * i}.scale", (f"params/norm_{i}/scale",), LIN)
+            yield Entry(f"{3 * i}.loc", (f"params/norm_{i}/loc",), LIN)
+            yield Entry(f"{3 * i}.scale", (f"params/norm_{i}/scale",), LIN)
     yield from layer(str(3 * model.layers + 2), "params/conv_out", CONV)
 
 

@@ -122,11 +122,11 @@ def _config(
 def _part(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
     """The config of an encoder; where both stand there, transformers takes the one of old."""
     old, new = options.get(f"{name}_config_dict"), options.get(f"{name}_config")
-    section = new if old is None else old
-    section = {} if section is None else section
-    if not isinstance(section, Mapping):
+    chosen = new if old is None else old
+    chosen = {} if chosen is None else chosen
+    if not isinstance(chosen, Mapping):
         raise ValueError(f"{where}: {name}_config is no object")
-    return section
+    return chosen
 
 
 def _shapes(text: clip.CLIPText, vision: clip.CLIPVision) -> dict:
@@ -141,7 +141,7 @@ def _shapes(text: clip.CLIPText, vision: clip.CLIPVision) -> dict:
 
 
 def _params(
-    folder: epath.Path, variant: str | None, rows: list, shapes: dict, place: table.Place
+    folder: epath.Path, variant: str | None, entries: list, shapes: dict, place: table.Place
 ) -> dict:
     path = components.weights(folder, variant)
     tensors, info = files.open_state_dict(path)
@@ -149,7 +149,7 @@ def _params(
         raise ValueError(f"{path}: weights of Flax; give the folder with model.safetensors")
     computes_nothing = ("logit_scale", ".position_ids")
     tensors = {name: x for name, x in tensors.items() if not name.endswith(computes_nothing)}
-    return table.from_torch(rows, tensors, shapes, place=place, where=str(path))
+    return table.from_torch(entries, tensors, shapes, place=place, where=str(path))
 
 
 def _normalization(path: epath.Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ldm_jax.convert import table
 from ldm_jax.convert.formats import files
-from ldm_jax.convert.table import CONV, DENSE, Row
+from ldm_jax.convert.table import CONV, DENSE, Entry
 from ldm_jax.models import inception
 from ldm_jax.runtime import storage
 
@@ -21,23 +21,23 @@ PUBLISHED = (
 MOMENTS = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
 
 
-def rows(shapes: dict) -> list[Row]:
+def entries(shapes: dict) -> list[Entry]:
     """The table of a file whose parameters have `shapes`: a tree of `InceptionV3`."""
-    entries: list[Row] = []
+    pairs: list[Entry] = []
 
     def walk(branch: dict, where: tuple[str, ...]) -> None:
         torch, ours = ".".join(where), "/".join(where)
         if "bn" in branch:
-            entries.append(Row(f"{torch}.conv.weight", (f"{ours}/conv/kernel",), CONV))
+            pairs.append(Entry(f"{torch}.conv.weight", (f"{ours}/conv/kernel",), CONV))
             for theirs, name in MOMENTS:
-                entries.append(Row(f"{torch}.bn.{theirs}", (f"{ours}/bn/{name}",), table.VECTOR))
+                pairs.append(Entry(f"{torch}.bn.{theirs}", (f"{ours}/bn/{name}",), table.VECTOR))
             return
         for name, inner in branch.items():
             if isinstance(inner, dict):
                 walk(inner, (*where, name))
 
     walk(shapes, ())
-    return [*entries, *table.layer("fc", "fc", DENSE)]
+    return [*pairs, *table.layer("fc", "fc", DENSE)]
 
 
 def shapes() -> dict:
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike) -> tuple[dict, str]:
     tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     wanted = shapes()
     try:
-        params = table.from_torch(rows(wanted), tensors, wanted, where=str(path))
+        params = table.from_torch(entries(wanted), tensors, wanted, where=str(path))
     except ValueError as error:
         raise ValueError(
             f"{error}. The network of FID is not torchvision's: wanted is {PUBLISHED}"

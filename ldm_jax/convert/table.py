@@ -1,9 +1,10 @@
 """Tables that pair the names and layouts of PyTorch checkpoints with ours, used in both directions.
 
-A row says which tensor of the checkpoint (CompVis names) fills which parameters of ours. Our paths
-are those of diffusers' Flax models, and torch diffusers' (`.N` written `_N`) where Flax lacks a
-part: `class_embedding`, a UNet without cross-attention, `resblock_updown`. Attention at a level of
-the first stage is `down_blocks_I/attentions_J` as in torch, with the leaves of Flax's middle block.
+An entry says which tensor of the checkpoint (CompVis names) fills which parameters of ours. Our
+paths are those of diffusers' Flax models, and torch diffusers' (`.N` written `_N`) where Flax lacks
+a part: `class_embedding`, a UNet without cross-attention, `resblock_updown`. Attention at a level
+of the first stage is `down_blocks_I/attentions_J` as in torch, with the leaves of Flax's middle
+block.
 """
 
 import functools
@@ -52,7 +53,7 @@ DENSE_AS_CONV1D = Layout("o i 1", "i o")
 DENSE_AS_CONV2D = Layout("o i 1 1", "i o")
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
     """One tensor of a checkpoint; with several paths of ours, its first axis there is theirs."""
 
     torch: str
@@ -60,16 +61,16 @@ class Row(NamedTuple):
     layout: Layout
 
 
-Rows = Iterator[Row]
+Entries = Iterator[Entry]
 
 
-def prefixed(rows: list[Row], torch: str, ours: str) -> list[Row]:
-    """The rows of a part of a model as rows of the whole: `torch` and `ours` before its names."""
-    return [Row(torch + r.torch, tuple(ours + path for path in r.ours), r.layout) for r in rows]
+def prefixed(entries: list[Entry], torch: str, ours: str) -> list[Entry]:
+    """Put `torch` and `ours` before the names of a part of a model: the entries of the whole."""
+    return [Entry(torch + e.torch, tuple(ours + p for p in e.ours), e.layout) for e in entries]
 
 
 def from_torch(
-    rows: list[Row],
+    entries: list[Entry],
     state_dict: Mapping[str, Any],
     shapes: dict,
     *,
@@ -87,17 +88,17 @@ def from_torch(
     Raises ValueError, which begins with `where` (the file) and lists missing, unknown and wrongly
     shaped tensors, before anything is read.
     """
-    refuse(misfits(rows, state_dict, shapes), f"{where} does not fit the config")
+    refuse(misfits(entries, state_dict, shapes), f"{where} does not fit the config")
     flat: dict[str, Any] = {}
-    for row in rows:
-        for path, x in _row_to_ours(row, state_dict[row.torch], dtype).items():
+    for entry in entries:
+        for path, x in _entry_to_ours(entry, state_dict[entry.torch], dtype).items():
             flat[path] = x if place is None else place(path, x)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def misfits(rows: list[Row], state_dict: Mapping[str, Any], shapes: dict) -> list[str]:
+def misfits(entries: list[Entry], state_dict: Mapping[str, Any], shapes: dict) -> list[str]:
     """What keeps `from_torch` from working: missing, unknown and wrongly shaped tensors."""
-    wanted = {name: tuple(x.shape) for name, x in to_torch(rows, shapes).items()}
+    wanted = {name: tuple(x.shape) for name, x in to_torch(entries, shapes).items()}
     problems = [f"missing {name}" for name in wanted if name not in state_dict]
     problems += [f"unknown {name}" for name in state_dict if name not in wanted]
     problems += [
@@ -115,17 +116,17 @@ def refuse(problems: list[str], what: str) -> None:
         raise ValueError(f"{what}: {'; '.join(problems[:20])}{more}")
 
 
-def _row_to_ours(row: Row, tensor: Any, dtype: Any) -> dict[str, Any]:
-    x = row.layout.to_ours(_cast(tensor, dtype))
-    if len(row.ours) == 1:
-        return {row.ours[0]: x}
+def _entry_to_ours(entry: Entry, tensor: Any, dtype: Any) -> dict[str, Any]:
+    x = entry.layout.to_ours(_cast(tensor, dtype))
+    if len(entry.ours) == 1:
+        return {entry.ours[0]: x}
     if isinstance(x, jax.ShapeDtypeStruct):
-        return dict.fromkeys(row.ours, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-    return dict(zip(row.ours, x, strict=True))
+        return dict.fromkeys(entry.ours, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    return dict(zip(entry.ours, x, strict=True))
 
 
 def to_torch(
-    rows: list[Row], params: dict, *, dtype: Any = None, lazy: bool = False
+    entries: list[Entry], params: dict, *, dtype: Any = None, lazy: bool = False
 ) -> dict[str, Any]:
     """Inverse of `from_torch`: torch name -> NumPy array, or shape where `params` has those.
 
@@ -134,21 +135,21 @@ def to_torch(
     Raises ValueError that lists missing and unknown parameters, and names that stand twice.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    ours = [path for row in rows for path in row.ours]
+    ours = [path for entry in entries for path in entry.ours]
     problems = [f"missing {path}" for path in ours if path not in flat]
     problems += [f"unknown {path}" for path in sorted(set(flat) - set(ours))]
-    for names in (ours, [row.torch for row in rows]):
+    for names in (ours, [entry.torch for entry in entries]):
         problems += [f"{name} stands {n} times" for name, n in Counter(names).items() if n > 1]
     refuse(problems, "parameters do not fit the model")
-    pending = {row.torch: Pending(row, [flat[p] for p in row.ours], dtype) for row in rows}
+    pending = {e.torch: Pending(e, [flat[p] for p in e.ours], dtype) for e in entries}
     return pending if lazy else {name: x.made() for name, x in pending.items()}
 
 
 class Pending:
     """A tensor in PyTorch's layout, made from our parameters each time `np.asarray` asks for it."""
 
-    def __init__(self, row: Row, parts: list[Any], dtype: Any):
-        self._row, self._parts = row, parts
+    def __init__(self, entry: Entry, parts: list[Any], dtype: Any):
+        self._entry, self._parts = entry, parts
         self.dtype = np.dtype(dtype or parts[0].dtype)
 
     @functools.cached_property
@@ -161,7 +162,7 @@ class Pending:
         if shapes:
             parts = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts]
         parts = [_cast(x, self.dtype) for x in parts]
-        return self._row.layout.to_torch(parts[0] if len(parts) == 1 else parts)
+        return self._entry.layout.to_torch(parts[0] if len(parts) == 1 else parts)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.made().astype(dtype or self.dtype, copy=bool(copy))
@@ -195,12 +196,12 @@ def placer(shapes: dict, mesh: Mesh | None) -> Place:
 # --- layers: a weight, and a bias unless said otherwise ------------------------------------------
 
 
-def layer(torch: str, ours: str, layout: Layout, bias: bool = True) -> Rows:
-    yield Row(f"{torch}.weight", (f"{ours}/kernel",), layout)
+def layer(torch: str, ours: str, layout: Layout, bias: bool = True) -> Entries:
+    yield Entry(f"{torch}.weight", (f"{ours}/kernel",), layout)
     if bias:
-        yield Row(f"{torch}.bias", (f"{ours}/bias",), VECTOR)
+        yield Entry(f"{torch}.bias", (f"{ours}/bias",), VECTOR)
 
 
-def norm(torch: str, ours: str) -> Rows:
-    yield Row(f"{torch}.weight", (f"{ours}/scale",), VECTOR)
-    yield Row(f"{torch}.bias", (f"{ours}/bias",), VECTOR)
+def norm(torch: str, ours: str) -> Entries:
+    yield Entry(f"{torch}.weight", (f"{ours}/scale",), VECTOR)
+    yield Entry(f"{torch}.bias", (f"{ours}/bias",), VECTOR)

@@ -8,9 +8,9 @@ from ldm_jax.convert.table import (
     DENSE,
     EMBEDDING,
     VECTOR,
+    Entries,
+    Entry,
     Layout,
-    Row,
-    Rows,
     layer,
     norm,
     prefixed,
@@ -21,15 +21,15 @@ STACKED_DENSE = Layout("(s o) i", "s i o", STACK)
 STACKED_VECTOR = Layout("(s o)", "s o", STACK)
 
 
-def cond_stage(config: schema.CondConfig) -> list[Row]:
-    """Rows of a CompVis checkpoint's conditioning stage, names without `cond_stage_model.`.
+def cond_stage(config: schema.CondConfig) -> list[Entry]:
+    """Entries of a CompVis checkpoint's conditioning stage, names without `cond_stage_model.`.
 
     A CLIP text encoder has OpenCLIP's names if its activation is `gelu`, as in Stable Diffusion 2,
     else those of transformers, as in version 1. Empty if nothing of the stage is learned.
     """
     match config:
         case schema.ClassCondConfig(via="context"):
-            return [Row("embedding.weight", ("embedding/embedding",), EMBEDDING)]
+            return [Entry("embedding.weight", ("embedding/embedding",), EMBEDDING)]
         case schema.SemanticCondConfig() if config.out_channels is not None:
             return list(layer("channel_mapper", "channel_mapper", CONV, bias=False))
         case schema.HybridCondConfig():
@@ -68,13 +68,13 @@ def without_unread_layer(
 # --- CLIP as transformers names it ---------------------------------------------------------------
 
 
-def clip_text(config: schema.CLIPTextConfig) -> list[Row]:
+def clip_text(config: schema.CLIPTextConfig) -> list[Entry]:
     """CLIP text encoder, names as in a diffusers `text_encoder/` or after
     `cond_stage_model.transformer.` of Stable Diffusion 1: `text_model.embeddings...`."""
     return list(_clip_text(config))
 
 
-def _clip_text(config: schema.CLIPTextConfig) -> Rows:
+def _clip_text(config: schema.CLIPTextConfig) -> Entries:
     for part in ("token", "position"):
         yield _table(
             f"text_model.embeddings.{part}_embedding.weight",
@@ -84,14 +84,14 @@ def _clip_text(config: schema.CLIPTextConfig) -> Rows:
     yield from norm("text_model.final_layer_norm", "text_model/final_layer_norm")
 
 
-def clip_vision(config: schema.CLIPVisionConfig) -> list[Row]:
+def clip_vision(config: schema.CLIPVisionConfig) -> list[Entry]:
     """CLIP image encoder with projection, names as transformers' CLIPVisionModelWithProjection."""
     return list(_clip_vision(config))
 
 
-def _clip_vision(config: schema.CLIPVisionConfig) -> Rows:
+def _clip_vision(config: schema.CLIPVisionConfig) -> Entries:
     torch, ours = "vision_model.embeddings", "vision_model/embeddings"
-    yield Row(f"{torch}.class_embedding", (f"{ours}/class_embedding",), VECTOR)
+    yield Entry(f"{torch}.class_embedding", (f"{ours}/class_embedding",), VECTOR)
     yield from layer(f"{torch}.patch_embedding", f"{ours}/patch_embedding", CONV, bias=False)
     yield _table(f"{torch}.position_embedding.weight", f"{ours}/position_embedding")
     yield from norm("vision_model.pre_layrnorm", "vision_model/pre_layrnorm")
@@ -100,7 +100,7 @@ def _clip_vision(config: schema.CLIPVisionConfig) -> Rows:
     yield from layer("visual_projection", "visual_projection", DENSE, bias=False)
 
 
-def clip(text: schema.CLIPTextConfig, vision: schema.CLIPVisionConfig) -> list[Row]:
+def clip(text: schema.CLIPTextConfig, vision: schema.CLIPVisionConfig) -> list[Entry]:
     """Both encoders with their projections, names as in transformers' CLIPModel, which also has a
     `logit_scale`; ours begin with `text/` and `vision/`."""
     projection = layer("text_projection", "text_projection", DENSE, bias=False)
@@ -110,7 +110,7 @@ def clip(text: schema.CLIPTextConfig, vision: schema.CLIPVisionConfig) -> list[R
     ]
 
 
-def _clip_layers(model: str, count: int) -> Rows:
+def _clip_layers(model: str, count: int) -> Entries:
     for i in range(count):
         torch, ours = f"{model}.encoder.layers.{i}", f"{model}/encoder/layers/{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -124,13 +124,13 @@ def _clip_layers(model: str, count: int) -> Rows:
 # --- CLIP as OpenAI and OpenCLIP name it ---------------------------------------------------------
 
 
-def open_clip_text(config: schema.CLIPTextConfig) -> list[Row]:
+def open_clip_text(config: schema.CLIPTextConfig) -> list[Entry]:
     """CLIP text encoder, names as in OpenCLIP's own files or after `cond_stage_model.model.` of
     Stable Diffusion 2, which hold `text_projection` and `logit_scale` besides."""
     return list(_open_clip_text(config))
 
 
-def _open_clip_text(config: schema.CLIPTextConfig) -> Rows:
+def _open_clip_text(config: schema.CLIPTextConfig) -> Entries:
     ours = "text_model/embeddings"
     yield _table("token_embedding.weight", f"{ours}/token_embedding")
     yield _table("positional_embedding", f"{ours}/position_embedding")
@@ -138,7 +138,7 @@ def _open_clip_text(config: schema.CLIPTextConfig) -> Rows:
     yield from norm("ln_final", "text_model/final_layer_norm")
 
 
-def _open_clip_layers(count: int) -> Rows:
+def _open_clip_layers(count: int) -> Entries:
     for i in range(count):
         torch, ours = f"transformer.resblocks.{i}", f"text_model/encoder/layers/{i}"
         for name, leaf, layout in (
@@ -146,7 +146,7 @@ def _open_clip_layers(count: int) -> Rows:
             ("in_proj_bias", "bias", STACKED_VECTOR),
         ):
             paths = tuple(f"{ours}/self_attn/{part}_proj/{leaf}" for part in "qkv")
-            yield Row(f"{torch}.attn.{name}", paths, layout)
+            yield Entry(f"{torch}.attn.{name}", paths, layout)
         yield from layer(f"{torch}.attn.out_proj", f"{ours}/self_attn/out_proj", DENSE)
         yield from layer(f"{torch}.mlp.c_fc", f"{ours}/mlp/fc1", DENSE)
         yield from layer(f"{torch}.mlp.c_proj", f"{ours}/mlp/fc2", DENSE)
@@ -157,12 +157,12 @@ def _open_clip_layers(count: int) -> Rows:
 # --- BERT-style transformer ----------------------------------------------------------------------
 
 
-def bert(config: schema.BERTTextConfig) -> list[Row]:
+def bert(config: schema.BERTTextConfig) -> list[Entry]:
     """BERTEmbedder, names after `cond_stage_model.transformer.`: `attn_layers.layers.0...`."""
     return list(_bert(config))
 
 
-def _bert(config: schema.BERTTextConfig) -> Rows:
+def _bert(config: schema.BERTTextConfig) -> Entries:
     yield _table("token_emb.weight", "model/embed_tokens")
     yield _table("pos_emb.emb.weight", "model/embed_positions")
     for i in range(config.num_layers):
@@ -181,12 +181,12 @@ def _bert(config: schema.BERTTextConfig) -> Rows:
     yield from layer("to_logits", "to_logits", DENSE)
 
 
-def ldm_bert(config: schema.BERTTextConfig) -> list[Row]:
+def ldm_bert(config: schema.BERTTextConfig) -> list[Entry]:
     """The same encoder, names as in diffusers' LDMBertModel."""
     return list(_ldm_bert(config))
 
 
-def _ldm_bert(config: schema.BERTTextConfig) -> Rows:
+def _ldm_bert(config: schema.BERTTextConfig) -> Entries:
     for part in ("embed_tokens", "embed_positions"):
         yield _table(f"model.{part}.weight", f"model/{part}")
     for i in range(config.num_layers):
@@ -203,5 +203,5 @@ def _ldm_bert(config: schema.BERTTextConfig) -> Rows:
     yield from layer("to_logits", "to_logits", DENSE)
 
 
-def _table(torch: str, ours: str) -> Row:
-    return Row(torch, (f"{ours}/embedding",), EMBEDDING)
+def _table(torch: str, ours: str) -> Entry:
+    return Entry(torch, (f"{ours}/embedding",), EMBEDDING)

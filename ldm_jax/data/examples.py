@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
 
 class Stream:
-    """Rows by index, without end. Made by `stream`; stays in the main process.
+    """Training examples by index, without end. Made by `stream`; stays in the main process.
 
     batch_size   examples in a global batch
     source       the records
@@ -57,12 +57,12 @@ class Stream:
         self.spec = _spec(source, config, null)
         # Two seeds, hashed: Grain shuffles epoch e with seed + e, so runs with neighbouring seeds
         # would otherwise share their orders.
-        shuffle_seed, row_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+        shuffle_seed, example_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
         records = grain.MapDataset.range(len(source))
         if train and config.shuffle:
             records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
         make = MakeExample(source, config, train, tokenizer, null)
-        self.made = records.repeat().random_map(make, seed=row_seed)
+        self.made = records.repeat().random_map(make, seed=example_seed)
         self._bad: set[int] = set()
         self._agreed: set[int] = set()
         self._lock = threading.Lock()

@@ -121,7 +121,7 @@ def pieces(examples: list[int], number: int) -> list[list[int]]:
 
 
 def local_examples(batch_size: int, sharding: jax.sharding.Sharding) -> list[int]:
-    """Rows of a global batch that the devices of this process hold, each once, ascending.
+    """Examples of a global batch that the devices of this process hold, each once, ascending.
 
     Asked of the sharding, not of the process index: where replicas span processes, a slice by
     process would feed them different data.

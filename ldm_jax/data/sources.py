@@ -5,7 +5,7 @@ A record is a dict of
   label         int, the class id                                       (optional, as all below)
   caption       str
   segmentation  encoded bytes or integers [h, w]: the class of each pixel
-  mask          encoded bytes (see `transforms.decode_mask`) or 0/1 [h, w] (1 = hole)
+  mask          encoded bytes (see `transforms.decode_mask`) or 0/1 [h, w] (1 = masked)
 or of a latent cache, see `cache.CacheSource`.
 """
 

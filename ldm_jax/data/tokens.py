@@ -97,7 +97,7 @@ Tokenizer = FileTokenizer | ByteTokenizer
 def load_tokenizer(
     path: epath.PathLike, max_length: int, *, pad_id: int | None = None
 ) -> Tokenizer:
-    """Tokenizer with rows of `max_length` ids: that of the folder `path`, or of bytes.
+    """Tokenizer to `max_length` ids for each text: that of the folder `path`, or of bytes.
 
     path: a folder with files of CLIPTokenizer or BertTokenizer as transformers writes them (the
         `tokenizer/` of a diffusers model) or as `save` does; "bytes" for UTF-8 bytes.

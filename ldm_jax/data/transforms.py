@@ -20,7 +20,7 @@ class UndecodableError(ValueError):
 
 
 def decode(record: dict[str, Any], channels: Literal[1, 3]) -> Images:
-    """The images of a record: "image" (L or RGB), "segmentation" (I), "mask" (L; 255 = hole).
+    """The images of a record: "image" (L or RGB), "segmentation" (I), "mask" (L; 255 = masked).
 
     UndecodableError when one cannot be decoded, ValueError when it can be read in two ways.
     """
@@ -75,10 +75,10 @@ def decode_ids(data: bytes | np.ndarray) -> Image.Image:
 
 
 def decode_mask(data: bytes | np.ndarray) -> Image.Image:
-    """A mask in mode L, 0 or 255 = hole, from an image or a 0/1 array.
+    """A mask in mode L, 0 or 255 = masked, from an image or a 0/1 array.
 
-    Bright is the hole in an opaque image. Where pixels are transparent, as in a layer of brush
-    strokes, what is drawn is the hole, in any colour. UndecodableError for bytes that are no image;
+    In an opaque image bright pixels are masked. Where pixels are transparent, as in a layer of
+    brush strokes, the opaque ones are masked, in any colour. UndecodableError for bytes that are no image;
     ValueError for an image that can be read in two ways.
     """
     if isinstance(data, np.ndarray):

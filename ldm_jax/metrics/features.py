@@ -74,10 +74,10 @@ def extract(
     Images past `count` fill up a batch and are left out. All batches have one size, a multiple of
     the mesh's devices: one program. The device works on a batch while the last one is handed on.
     """
-    run, rows, pending = extractor(network, mesh), sharding.batch_sharding(mesh), None
+    run, layout, pending = extractor(network, mesh), sharding.batch_sharding(mesh), None
     for images, count in batches:
         if not isinstance(images, jax.Array):
-            images = place(images, rows)
+            images = place(images, layout)
         following = (run(images), count)
         if pending is not None:
             yield fetch(*pending)
@@ -86,18 +86,18 @@ def extract(
         yield fetch(*pending)
 
 
-def place(images: np.ndarray, rows: jax.sharding.Sharding) -> jax.Array:
+def place(images: np.ndarray, layout: jax.sharding.Sharding) -> jax.Array:
     """A host batch that every process holds whole, as a global array."""
-    return jax.make_array_from_callback(images.shape, rows, lambda index: images[index])
+    return jax.make_array_from_callback(images.shape, layout, lambda index: images[index])
 
 
 def fetch(outputs: dict[str, jax.Array], count: int) -> dict[str, np.ndarray]:
-    """The first `count` rows on the host."""
+    """Bring the first `count` values of each output to the host."""
     return {name: np.asarray(x)[:count] for name, x in outputs.items()}
 
 
 def padded(images: np.ndarray, size: int) -> tuple[np.ndarray, int]:
-    """(images filled up to `size` rows with the last one, how many are real)."""
+    """(images filled up to `size` with the last one, how many are real)."""
     short = size - len(images)
     return (np.concatenate([images, np.repeat(images[-1:], short, 0)]) if short else images), len(
         images

@@ -169,19 +169,19 @@ def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> Atten
 
 
 def _split(function, mesh, q_bqnd, k_bknd, v_bknd, precision=None):
-    """`function` on each device's rows, heads and queries; an axis that does not divide them is
+    """`function` on each device's examples, heads and queries; an axis that does not divide them is
     left out, and so is one that the caller has split by hand."""
     context = jax.sharding.get_abstract_mesh()
     free = [axis for axis in mesh.axis_names if axis not in context.manual_axes]
-    rows, _, heads, _ = q_bqnd.shape
-    row_axes: tuple[str, ...] = ()
+    batch, _, heads, _ = q_bqnd.shape
+    batch_axes: tuple[str, ...] = ()
     for axis in ("data", "fsdp"):
-        if axis in free and rows % mesh.shape[axis] == 0:
-            row_axes, rows = (*row_axes, axis), rows // mesh.shape[axis]
+        if axis in free and batch % mesh.shape[axis] == 0:
+            batch_axes, batch = (*batch_axes, axis), batch // mesh.shape[axis]
     head_axis = "tensor" if "tensor" in free and heads % mesh.shape["tensor"] == 0 else None
     space = "space" in free and q_bqnd.shape[1] % mesh.shape["space"] == 0
-    spec = PartitionSpec(row_axes or None, None, head_axis, None)
-    q_spec = PartitionSpec(row_axes or None, "space" if space else None, head_axis, None)
+    spec = PartitionSpec(batch_axes or None, None, head_axis, None)
+    q_spec = PartitionSpec(batch_axes or None, "space" if space else None, head_axis, None)
     split = jax.shard_map(
         functools.partial(function, precision=precision),
         mesh=context if context.manual_axes else mesh,

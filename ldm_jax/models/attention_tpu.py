@@ -32,8 +32,8 @@ LOG2_E = math.log2(math.e)
 FAR = -1e30  # a logit whose weight is zero
 
 
-class Plan(NamedTuple):
-    """How a call is cut up."""
+class Tiling(NamedTuple):
+    """Blocks of queries and keys that one call of the kernel works on."""
 
     heads: int
     keys: int
@@ -57,10 +57,10 @@ def flash(q_bqc, k_bkc, v_bkc, heads: int, precision=None, interpret: bool = Fal
     most = max(chunk, KEY_BYTES // (2 * _up(channels, LANES) * k_bkc.dtype.itemsize))
     block_k = _up(-(-keys // -(-keys // most)), chunk)
     block_q = min(BLOCK, _up(queries, LANES))
-    plan = Plan(heads, keys, block_q, block_k, chunk, precision, interpret)
+    tiling = Tiling(heads, keys, block_q, block_k, chunk, precision, interpret)
     q_bqc = _pad(q_bqc, block_q)
     k_bkc, v_bkc = _pad(k_bkc, block_k), _pad(v_bkc, block_k)
-    return _attend(plan, q_bqc, k_bkc, v_bkc)[:, :queries]
+    return _attend(tiling, q_bqc, k_bkc, v_bkc)[:, :queries]
 
 
 def _up(n: int, size: int) -> int:
@@ -77,38 +77,38 @@ def _turn(x_blc):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q_bqc, k_bkc, v_bkc):
-    return _attend_forward(plan, q_bqc, k_bkc, v_bkc)[0]
+def _attend(tiling: Tiling, q_bqc, k_bkc, v_bkc):
+    return _attend_forward(tiling, q_bqc, k_bkc, v_bkc)[0]
 
 
-def _attend_forward(plan, q_bqc, k_bkc, v_bkc):
-    out_bcq, lse_bnq = _forward(plan, _turn(q_bqc), k_bkc, _turn(v_bkc))
+def _attend_forward(tiling, q_bqc, k_bkc, v_bkc):
+    out_bcq, lse_bnq = _forward(tiling, _turn(q_bqc), k_bkc, _turn(v_bkc))
     return _turn(out_bcq), (q_bqc, k_bkc, v_bkc, out_bcq, lse_bnq)
 
 
-def _attend_backward(plan, kept, g_bqc):
+def _attend_backward(tiling, kept, g_bqc):
     q_bqc, k_bkc, v_bkc, out_bcq, lse_bnq = kept
     turned = _turn(q_bqc), _turn(k_bkc), _turn(g_bqc)
-    grads = _backward(plan, *turned, k_bkc, v_bkc, out_bcq, lse_bnq)
+    grads = _backward(tiling, *turned, k_bkc, v_bkc, out_bcq, lse_bnq)
     return tuple(map(_turn, grads))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _dot(plan: Plan, a, b, contracted: tuple[int, int] = (1, 0)):
+def _dot(tiling: Tiling, a, b, contracted: tuple[int, int] = (1, 0)):
     dims = (((contracted[0],), (contracted[1],)), ((), ()))
     return jax.lax.dot_general(
-        a, b, dims, precision=plan.precision, preferred_element_type=jnp.float32
+        a, b, dims, precision=tiling.precision, preferred_element_type=jnp.float32
     )
 
 
-def _call(plan: Plan, kernel: Callable, name: str, **call):
+def _call(tiling: Tiling, kernel: Callable, name: str, **call):
     """A kernel over (batch, blocks of one axis, blocks of the axis that is summed over)."""
     return pl.pallas_call(
-        functools.partial(kernel, plan),
+        functools.partial(kernel, tiling),
         name=name,
-        interpret=plan.interpret,
+        interpret=tiling.interpret,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -116,53 +116,53 @@ def _call(plan: Plan, kernel: Callable, name: str, **call):
     )
 
 
-def _heads(plan: Plan, channels: int):
+def _heads(tiling: Tiling, channels: int):
     """The channels of each head."""
-    width = channels // plan.heads
-    return [slice(n * width, (n + 1) * width) for n in range(plan.heads)]
+    width = channels // tiling.heads
+    return [slice(n * width, (n + 1) * width) for n in range(tiling.heads)]
 
 
-def _logits(plan: Plan, k_kd, q_dq, first):
+def _logits(tiling: Tiling, k_kd, q_dq, first):
     """k q^T in units of log 2: 2 to their power are the exponentials. Padded keys are far down.
 
     first: position of the first key.
     """
-    logits_kq = _dot(plan, k_kd, q_dq) * (q_dq.shape[0] ** -0.5 * LOG2_E)
-    if plan.keys % plan.block_k == 0:
+    logits_kq = _dot(tiling, k_kd, q_dq) * (q_dq.shape[0] ** -0.5 * LOG2_E)
+    if tiling.keys % tiling.block_k == 0:
         return logits_kq
     position = first + jax.lax.broadcasted_iota(jnp.int32, logits_kq.shape, 0)
-    return jnp.where(position < plan.keys, logits_kq, FAR)
+    return jnp.where(position < tiling.keys, logits_kq, FAR)
 
 
 # --- forward -------------------------------------------------------------------------------------
 
 
-def _forward(plan: Plan, q_bcq, k_bkc, v_bck):
+def _forward(tiling: Tiling, q_bcq, k_bkc, v_bck):
     """([B, C, q], base 2 logarithm of the sum of the exponentials: float32 [B, n, q])."""
     batch, channels, queries = q_bcq.shape
-    q_spec = pl.BlockSpec((None, channels, plan.block_q), lambda b, i, j: (b, 0, i))
-    k_spec = pl.BlockSpec((None, plan.block_k, channels), lambda b, i, j: (b, j, 0))
-    v_spec = pl.BlockSpec((None, channels, plan.block_k), lambda b, i, j: (b, 0, j))
-    row_spec = pl.BlockSpec((None, plan.heads, plan.block_q), lambda b, i, j: (b, 0, i))
-    rows = pltpu.VMEM((plan.heads, plan.block_q), jnp.float32)
+    q_spec = pl.BlockSpec((None, channels, tiling.block_q), lambda b, i, j: (b, 0, i))
+    k_spec = pl.BlockSpec((None, tiling.block_k, channels), lambda b, i, j: (b, j, 0))
+    v_spec = pl.BlockSpec((None, channels, tiling.block_k), lambda b, i, j: (b, 0, j))
+    row_spec = pl.BlockSpec((None, tiling.heads, tiling.block_q), lambda b, i, j: (b, 0, i))
+    rows = pltpu.VMEM((tiling.heads, tiling.block_q), jnp.float32)
     return _call(
-        plan,
+        tiling,
         _forward_kernel,
         "flash_forward",
         out_shape=(
             jax.ShapeDtypeStruct(q_bcq.shape, q_bcq.dtype),
-            jax.ShapeDtypeStruct((batch, plan.heads, queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, tiling.heads, queries), jnp.float32),
         ),
-        grid=(batch, queries // plan.block_q, k_bkc.shape[1] // plan.block_k),
+        grid=(batch, queries // tiling.block_q, k_bkc.shape[1] // tiling.block_k),
         in_specs=[q_spec, k_spec, v_spec],
         out_specs=(q_spec, row_spec),
-        scratch_shapes=[rows, rows, pltpu.VMEM((channels, plan.block_q), jnp.float32)],
+        scratch_shapes=[rows, rows, pltpu.VMEM((channels, tiling.block_q), jnp.float32)],
     )(q_bcq, k_bkc, v_bck)
 
 
-def _forward_kernel(plan, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total_ref, sum_ref):
+def _forward_kernel(tiling, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total_ref, sum_ref):
     """One block of queries and one of keys: the sums so far are rescaled as the peak grows."""
-    heads, block = _heads(plan, q_ref.shape[0]), pl.program_id(2)
+    heads, block = _heads(tiling, q_ref.shape[0]), pl.program_id(2)
 
     @pl.when(block == 0)
     def _():
@@ -171,11 +171,11 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def chunk(i, _):
-        keys = pl.ds(pl.multiple_of(i * plan.chunk, plan.chunk), plan.chunk)
-        first = block * plan.block_k + i * plan.chunk
+        keys = pl.ds(pl.multiple_of(i * tiling.chunk, tiling.chunk), tiling.chunk)
+        first = block * tiling.block_k + i * tiling.chunk
         for n, head in enumerate(heads):
             row = slice(n, n + 1)
-            logits_kq = _logits(plan, k_ref[keys, head], q_ref[head], first)
+            logits_kq = _logits(tiling, k_ref[keys, head], q_ref[head], first)
             before_1q = peak_ref[row]
             peak_1q = jnp.maximum(before_1q, jnp.max(logits_kq, axis=0, keepdims=True))
             kept_1q = jnp.exp2(before_1q - peak_1q)
@@ -183,10 +183,10 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total
             total_1q = jnp.sum(weights_kq, axis=0, keepdims=True)
             peak_ref[row] = peak_1q
             total_ref[row] = kept_1q * total_ref[row] + total_1q
-            new_dq = _dot(plan, v_ref[head, keys], weights_kq.astype(v_ref.dtype))
+            new_dq = _dot(tiling, v_ref[head, keys], weights_kq.astype(v_ref.dtype))
             sum_ref[head] = kept_1q * sum_ref[head] + new_dq
 
-    jax.lax.fori_loop(0, plan.block_k // plan.chunk, chunk, None)
+    jax.lax.fori_loop(0, tiling.block_k // tiling.chunk, chunk, None)
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _():
@@ -198,18 +198,18 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total
 # --- backward ------------------------------------------------------------------------------------
 
 
-def _backward(plan: Plan, q_bcq, k_bck, g_bcq, k_bkc, v_bkc, out_bcq, lse_bnq):
+def _backward(tiling: Tiling, q_bcq, k_bck, g_bcq, k_bkc, v_bkc, out_bcq, lse_bnq):
     """Gradients of queries, keys and values, [B, C, q] and [B, C, k]."""
     batch, channels, queries = q_bcq.shape
-    blocks_k = k_bkc.shape[1] // plan.block_k
-    q_spec = pl.BlockSpec((None, channels, plan.block_q), lambda b, j, i: (b, 0, i))
-    k_spec = pl.BlockSpec((None, plan.block_k, channels), lambda b, j, i: (b, j, 0))
-    kt_spec = pl.BlockSpec((None, channels, plan.block_k), lambda b, j, i: (b, 0, j))
-    row_spec = pl.BlockSpec((None, plan.heads, plan.block_q), lambda b, j, i: (b, 0, i))
-    part_spec = pl.BlockSpec((None, None, channels, plan.block_q), lambda b, j, i: (j, b, 0, i))
+    blocks_k = k_bkc.shape[1] // tiling.block_k
+    q_spec = pl.BlockSpec((None, channels, tiling.block_q), lambda b, j, i: (b, 0, i))
+    k_spec = pl.BlockSpec((None, tiling.block_k, channels), lambda b, j, i: (b, j, 0))
+    kt_spec = pl.BlockSpec((None, channels, tiling.block_k), lambda b, j, i: (b, 0, j))
+    row_spec = pl.BlockSpec((None, tiling.heads, tiling.block_q), lambda b, j, i: (b, 0, i))
+    part_spec = pl.BlockSpec((None, None, channels, tiling.block_q), lambda b, j, i: (j, b, 0, i))
     part = q_bcq.dtype if blocks_k == 1 else jnp.float32
     dq_jbcq, dk_bck, dv_bck = _call(
-        plan,
+        tiling,
         _backward_kernel,
         "flash_backward",
         out_shape=(
@@ -217,24 +217,24 @@ def _backward(plan: Plan, q_bcq, k_bck, g_bcq, k_bkc, v_bkc, out_bcq, lse_bnq):
             jax.ShapeDtypeStruct(k_bck.shape, k_bck.dtype),
             jax.ShapeDtypeStruct(k_bck.shape, v_bkc.dtype),
         ),
-        grid=(batch, blocks_k, queries // plan.block_q),
+        grid=(batch, blocks_k, queries // tiling.block_q),
         in_specs=[q_spec, kt_spec, q_spec, k_spec, k_spec, q_spec, row_spec],
         out_specs=(part_spec, kt_spec, kt_spec),
         scratch_shapes=[
-            pltpu.VMEM((plan.heads, plan.block_q), jnp.float32),
-            pltpu.VMEM((channels, plan.block_q), jnp.float32),
-            pltpu.VMEM((channels, plan.block_k), jnp.float32),
-            pltpu.VMEM((channels, plan.block_k), jnp.float32),
+            pltpu.VMEM((tiling.heads, tiling.block_q), jnp.float32),
+            pltpu.VMEM((channels, tiling.block_q), jnp.float32),
+            pltpu.VMEM((channels, tiling.block_k), jnp.float32),
+            pltpu.VMEM((channels, tiling.block_k), jnp.float32),
         ],
     )(q_bcq, k_bck, g_bcq, k_bkc, v_bkc, out_bcq, lse_bnq)
     return jnp.sum(dq_jbcq, axis=0, dtype=jnp.float32).astype(q_bcq.dtype), dk_bck, dv_bck
 
 
-def _backward_kernel(plan, q_ref, kt_ref, g_ref, k_ref, v_ref, out_ref, lse_ref, *results):
+def _backward_kernel(tiling, q_ref, kt_ref, g_ref, k_ref, v_ref, out_ref, lse_ref, *results):
     """One block of keys and one of queries; the weights are computed again."""
     dq_ref, dk_ref, dv_ref, inner_ref, dq_sum, dk_sum, dv_sum = results
-    heads, block = _heads(plan, q_ref.shape[0]), pl.program_id(1)
-    scale = (q_ref.shape[0] // plan.heads) ** -0.5
+    heads, block = _heads(tiling, q_ref.shape[0]), pl.program_id(1)
+    scale = (q_ref.shape[0] // tiling.heads) ** -0.5
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -247,20 +247,20 @@ def _backward_kernel(plan, q_ref, kt_ref, g_ref, k_ref, v_ref, out_ref, lse_ref,
         inner_ref[n : n + 1] = jnp.sum(product_dq, axis=0, keepdims=True)
 
     def chunk(i, _):
-        keys = pl.ds(pl.multiple_of(i * plan.chunk, plan.chunk), plan.chunk)
-        first = block * plan.block_k + i * plan.chunk
+        keys = pl.ds(pl.multiple_of(i * tiling.chunk, tiling.chunk), tiling.chunk)
+        first = block * tiling.block_k + i * tiling.chunk
         for n, head in enumerate(heads):
             row, q_dq, g_dq = slice(n, n + 1), q_ref[head], g_ref[head]
-            logits_kq = _logits(plan, k_ref[keys, head], q_dq, first)
+            logits_kq = _logits(tiling, k_ref[keys, head], q_dq, first)
             weights_kq = jnp.exp2(logits_kq - lse_ref[row])
-            dv_sum[head, keys] += _dot(plan, g_dq, weights_kq.astype(g_dq.dtype), (1, 1))
-            dweights_kq = _dot(plan, v_ref[keys, head], g_dq)
+            dv_sum[head, keys] += _dot(tiling, g_dq, weights_kq.astype(g_dq.dtype), (1, 1))
+            dweights_kq = _dot(tiling, v_ref[keys, head], g_dq)
             dlogits_kq = weights_kq * (dweights_kq - inner_ref[row]) * scale
             dlogits_kq = dlogits_kq.astype(q_dq.dtype)
-            dk_sum[head, keys] += _dot(plan, q_dq, dlogits_kq, (1, 1))
-            dq_sum[head] += _dot(plan, kt_ref[head, keys], dlogits_kq)
+            dk_sum[head, keys] += _dot(tiling, q_dq, dlogits_kq, (1, 1))
+            dq_sum[head] += _dot(tiling, kt_ref[head, keys], dlogits_kq)
 
-    jax.lax.fori_loop(0, plan.block_k // plan.chunk, chunk, None)
+    jax.lax.fori_loop(0, tiling.block_k // tiling.chunk, chunk, None)
     dq_ref[...] = dq_sum[...].astype(dq_ref.dtype)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

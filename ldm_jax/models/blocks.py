@@ -162,7 +162,7 @@ def timestep_embedding(t_b: jax.Array, channels: int) -> jax.Array:
 
 
 def repeat_for(x: jax.Array, other: jax.Array | None) -> jax.Array:
-    """`x` with as many rows as `other`, each repeated beside itself, where its device is."""
+    """Repeat each example of `x` beside itself, on its device, to the batch size of `other`."""
     if other is None or len(other) == len(x):
         return x
     return jnp.repeat(x, len(other) // len(x), axis=0)

@@ -1,7 +1,7 @@
 """Discriminator of patches, PatchGAN (Isola et al. 2017; taming's `discriminator/model.py`).
 
 Arrays are [batch, height, width, channels]. Statistics are those of the whole batch on any mesh:
-under `jit` a mean over rows that are split over devices is a mean over all of them.
+under `jit` a mean over a batch that is split over devices is a mean over all of them.
 """
 
 import math

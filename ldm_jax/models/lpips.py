@@ -76,7 +76,7 @@ class LPIPS(nn.Module):
         check(a.shape, b.shape)
         vgg = VGG16(self.dtype, self.precision, self.width, name="vgg")
         total_b = jnp.zeros(len(a))
-        # two passes, not one of both batches: that would move rows between devices
+        # two passes, not one of both batches: that would move images between devices
         for i, (x, y) in enumerate(zip(vgg(_standardized(a)), vgg(_standardized(b)))):
             difference = jnp.square(_unit(x) - _unit(y))
             weighted_bhw = ChannelWeights(name=f"lin{i}")(difference)

@@ -74,7 +74,7 @@ def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
 def codebook_loss(
     config: schema.AutoencoderVQConfig, codebook_nc: jax.Array, z: jax.Array, indices: jax.Array
 ) -> jax.Array:
-    """Loss of every row, [B], averaged over it: latents z [B, ..., c] to their codes, and back.
+    """Loss of every example, [B], averaged over it: latents z [B, ..., c] to their codes, and back.
 
     The commitment moves the encoder to the codes, the other term moves the codebook to the
     latents (van den Oord et al. 2017, eq. 3). `config.beta` weighs the commitment, and with

@@ -148,7 +148,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each after a LayerNorm.
 
-    (`attention.BasicTransformerBlock`) Rows are repeated for the context where it is first read.
+    (`attention.BasicTransformerBlock`) Examples are repeated for the context where it is first
+    read.
     """
 
     num_heads: int

@@ -71,9 +71,9 @@ class UNet(nn.Module):
 
         x: [B, H, W, in_channels], noised latents and concatenated conditioning.
         t_b: [B], int or float32 in [0, timesteps).
-        context_blc: [B, L, context_dim] tokens, exactly when transformers have a context_dim. With
-        n B rows, rows n i to n i + n - 1 go with row i of x, and so many come back; what is before
-        the first transformer's context is computed once for them.
+        context_blc: [B, L, context_dim] tokens, exactly when transformers have a context_dim. Of
+        [n B, L, context_dim], n i to n i + n - 1 go with x[i], and n B predictions come back; the
+        layers before the first transformer's context are computed once for all n.
         label: int [B] for a model with num_classes, float [B, vector_dim] for one with vector_dim.
         train: dropout is on, and draws from the rng "dropout".
         Raises ValueError when an input and the model do not fit.
@@ -220,7 +220,8 @@ class UNet(nn.Module):
             raise ValueError(f"context of width {given}: the UNet takes width {context_dim}")
         if context_blc is not None and len(context_blc) % len(x):
             raise ValueError(
-                f"context of {len(context_blc)} rows for x of {len(x)}: give as many, or a multiple"
+                f"context of batch {len(context_blc)} for x of batch {len(x)}: give as many, or a"
+                " multiple"
             )
         labelled = self.num_classes is not None or self.vector_dim is not None
         if labelled != (label is not None):

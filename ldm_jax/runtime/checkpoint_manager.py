@@ -41,12 +41,12 @@ class Manager(ocp.CheckpointManager):
         super().__init__(folder, options=options)
 
     @property
-    def again(self) -> bool:
-        """Whether a save is asked for before the next one is due: the last one may work now."""
+    def retry_due(self) -> bool:
+        """A failed save should be tried again now, before the next one is due."""
         return self._again_at is not None and time.monotonic() >= self._again_at
 
-    def look(self) -> None:
-        """To be called at every step: counts and says a write that has failed meanwhile."""
+    def check_writes(self) -> None:
+        """Count and report a write that has failed meanwhile; called at every step."""
         if self._error is not None:
             self.settle()
 

@@ -17,7 +17,7 @@ class ClassCondConfig:
     via: Literal["context", "label"] = "context"
     """`context`: cross-attention to the embedded class; `label`: the UNet's own class embedding."""
     dropout: float = 0.1
-    """Share of rows trained with the null class, for classifier-free guidance."""
+    """Share of examples trained with the null class, for classifier-free guidance."""
     null_class: bool = True
     """The table has a row for the null class; without (`cin256`) there is no guidance."""
 
@@ -29,9 +29,9 @@ class InpaintCondConfig:
     order: Literal["image_mask", "mask_image"] = "image_mask"
     """Channel order after x: LDM puts the masked image first, Stable Diffusion the mask."""
     mask_range: tuple[float, float] = (-1.0, 1.0)
-    """Values of (keep, hole) in the mask channel: (-1, 1) in LDM, (0, 1) in Stable Diffusion."""
+    """Values of known and masked pixels in the mask: (-1, 1) in LDM, (0, 1) in Stable Diffusion."""
     fill: float = -1.0
-    """Value of the hole in the masked image: black (-1) in LDM, grey (0) in Stable Diffusion."""
+    """Value of masked pixels in the image: black (-1) in LDM, grey (0) in Stable Diffusion."""
     dropout: float = 0.0
 
 
@@ -166,7 +166,7 @@ class EmbeddingCondConfig:
     width: int = 768
     """Width of a vector; `context_dim` of the UNet."""
     dropout: float = 0.0
-    """Share of rows trained with zeros."""
+    """Share of examples trained with zeros."""
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class FolderConfig:
     segmentation_suffix: str | None = None
     """`_seg`: the class map of cat.jpg is cat_seg.png; maps are not counted as images."""
     mask_suffix: str | None = None
-    """`_mask`: the inpainting mask of cat.jpg is cat_mask.png (white = hole; on a transparent layer
-    what is drawn)."""
+    """`_mask`: the inpainting mask of cat.jpg is cat_mask.png (white = masked; on a transparent
+    layer, the strokes)."""
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def sample(
 ) -> Any:
     """x_0 [B, h, w, c] from x_T, unit normal float32 of the same shape.
 
-    keys: typed keys [B]; the noise of a row depends on its own key and the level alone (with JAX's
-    default generator, threefry).
+    keys: typed keys [B]; the noise of an image depends on its own key and the level alone (with
+    JAX's default generator, threefry).
     start: first level that runs, with x_T at that level's noise. A Python int cuts the table; a
     traced one skips through `lax.cond`, so that another value does not recompile.
     trace: trace(x, denoised) of every level; the result is then (x_0, traces stacked to [S, ...]).
@@ -53,7 +53,7 @@ def sample(
     first = start if fixed else 0
     if solver.weights is not None:
         levels = levels._replace(weights=solver.weights(levels).astype(np.float32))
-    rows = (jnp.arange(first, count), jax.tree.map(lambda column: column[first:], levels))
+    steps = (jnp.arange(first, count), jax.tree.map(lambda column: column[first:], levels))
 
     def run(carry, x, i, level):
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
@@ -63,14 +63,14 @@ def sample(
         del i, level
         return carry, x, Denoised(x, jnp.zeros_like(x))
 
-    def body(state, row):
+    def body(state, step):
         if fixed:
-            carry, x, denoised = run(*state, *row)
+            carry, x, denoised = run(*state, *step)
         else:
-            carry, x, denoised = jax.lax.cond(row[0] >= start, run, skip, *state, *row)
+            carry, x, denoised = jax.lax.cond(step[0] >= start, run, skip, *state, *step)
         return (carry, x), None if trace is None else trace(state[1], denoised)
 
     if remat:  # a scan needs no barrier against common subexpressions
         body = jax.checkpoint(body, prevent_cse=False)
-    (_, x), traces = jax.lax.scan(body, (solver.init(x_T), x_T), rows)
+    (_, x), traces = jax.lax.scan(body, (solver.init(x_T), x_T), steps)
     return x if trace is None else (x, traces)

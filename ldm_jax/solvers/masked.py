@@ -37,7 +37,7 @@ def composite(drawn: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def fresh_noise(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[Any], jax.Array]:
-    """noise(level) [B, *shape] for `masked`: a row depends on its key and the level alone."""
+    """noise(level) [B, *shape] for `masked`: each from its key and the level alone."""
 
     def noise(level):
         # a solver may call the model between the levels of its table: sigma tells them apart

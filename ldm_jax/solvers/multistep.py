@@ -64,13 +64,13 @@ def table(
 ) -> np.ndarray:
     """[S, order, order - 1] float64; row n of level i is weigh(level, behind), then zeros."""
     out = np.zeros((len(levels.t), order, order - 1))
-    for i, n, level, behind in rows(levels, order, lower_below):
+    for i, n, level, behind in histories(levels, order, lower_below):
         if len(behind):
             out[i, n, : len(behind)] = weigh(level, behind)
     return out
 
 
-def rows(
+def histories(
     levels: Levels, order: int, lower_below: float
 ) -> Iterator[tuple[int, int, Levels, np.ndarray]]:
     """(i, n, level i, behind) for every level i and number n < order of earlier outputs.

@@ -7,7 +7,7 @@ import numpy as np
 
 from ldm_jax.solvers.levels import Levels
 from ldm_jax.solvers.loop import Solver
-from ldm_jax.solvers.multistep import empty, remember, rows
+from ldm_jax.solvers.multistep import empty, histories, remember
 
 
 def unipc(order: int = 2) -> Solver:
@@ -41,7 +41,7 @@ def _weights(levels: Levels, order: int) -> np.ndarray:
     A row weighs m_j - m_0 of the earlier outputs, and last of the next one.
     """
     out = np.zeros((len(levels.t), 2, order, order))
-    for i, n, level, behind in rows(levels, order, math.inf):
+    for i, n, level, behind in histories(levels, order, math.inf):
         h = np.float64(level.h)
         if h == 0:
             continue

@@ -165,16 +165,16 @@ def _conditions(
         captions=options.captions,
         flag="--data",
     )
-    _check_rows(image_set, model, options)
+    _check_batch(image_set, model, options)
     return image_set
 
 
-def _check_rows(
+def _check_batch(
     image_set: image_sets.ImageSet, model: bundle.LatentDiffusion, options: Options
 ) -> None:
     """ValueError if a record lacks what `conditioning.from_batch` reads."""
-    rows = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    batch, _ = next(image_set.batches(1, 0, rows))
+    split = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    batch, _ = next(image_set.batches(1, 0, split))
     latent = (1, *model.latent_shape)
     encode = lambda image: jnp.zeros(latent)  # noqa: E731
     try:
@@ -206,15 +206,15 @@ def _batches(
 ) -> Iterator[tuple[extraction.Outputs, int]]:
     """Features of samples from batch `span[0]` on, up to `span[1]` samples."""
     first, count = span
-    size, rows = options.batch_size, sharding.batch_sharding(opened.mesh)
+    size, split = options.batch_size, sharding.batch_sharding(opened.mesh)
     extract = features.extractor(opened.network, opened.mesh)
     texts = _texts(opened, conditions)
-    given = conditions.batches(size, first, rows) if conditions is not None else None
+    given = conditions.batches(size, first, split) if conditions is not None else None
     for i in range(first, -(-count // size)):
         indices = np.arange(i * size, (i + 1) * size)
         real = min(size, count - i * size)
-        batch = next(given)[0] if given is not None else _labels(model, indices, rows)
-        image = draw(batch, features.place(indices.astype(np.int32), rows))
+        batch = next(given)[0] if given is not None else _labels(model, indices, split)
+        image = draw(batch, features.place(indices.astype(np.int32), split))
         outputs = features.fetch(extract(image), real)
         if i == 0 or options.npz:
             pixels = images.to_uint8(_whole(image))[:real]
@@ -227,12 +227,12 @@ def _batches(
         yield outputs, real
 
 
-def _labels(model: bundle.LatentDiffusion, indices: np.ndarray, rows: Any) -> dict[str, jax.Array]:
+def _labels(model: bundle.LatentDiffusion, indices: np.ndarray, split: Any) -> dict[str, jax.Array]:
     """Classes in turn."""
     cond = model.config.cond
     if cond is None:
         return {}
-    return {"label": features.place((indices % cond.num_classes).astype(np.int32), rows)}
+    return {"label": features.place((indices % cond.num_classes).astype(np.int32), split)}
 
 
 def _whole(image: jax.Array) -> np.ndarray:

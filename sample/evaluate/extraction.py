@@ -122,8 +122,8 @@ def image_features(
     """Features of a set, those in `folder` read and the others computed and kept there."""
 
     def produce(first: int) -> Iterator[tuple[Outputs, int]]:
-        rows = sharding.batch_sharding(opened.mesh)
-        batches = ((r["image"], n) for r, n in images.batches(options.batch_size, first, rows))
+        split = sharding.batch_sharding(opened.mesh)
+        batches = ((r["image"], n) for r, n in images.batches(options.batch_size, first, split))
         for outputs in features.extract(opened.network, opened.mesh, batches):
             yield outputs, len(outputs["features"])
 
@@ -142,19 +142,19 @@ def kept(
     """What `produce` gives for `count` images, in parts that a later run goes on after.
 
     produce(first) yields (arrays of a batch, its number of images) from batch `first` on; arrays
-    whose name begins with "total_" are summed, the others have a row for each image. They must be
+    whose name begins with "total_" are summed, the others have a value for each image. They must be
     the same in every process, of which the first writes; in the others the result is {}.
     ValueError if the folder holds the parts of other `settings`, naming what differs.
     """
     settings = {**settings, "batch_size": options.batch_size, "count": count}
     first = _begin(folder, json.loads(json.dumps(settings)), options)
-    rows = first * options.batch_size
+    done = first * options.batch_size
     with tqdm.tqdm(
-        total=count, initial=rows, desc=what, unit="image", disable=not sys.stderr.isatty()
+        total=count, initial=done, desc=what, unit="image", disable=not sys.stderr.isatty()
     ) as bar:
         batches: list[Outputs] = []
-        done = part = rows
-        for outputs, number in produce(first) if rows < count else ():
+        part = done
+        for outputs, number in produce(first) if done < count else ():
             for x in outputs.values():
                 if x.ndim == 2:
                     gaussian.check_finite(x, done)
@@ -174,7 +174,7 @@ def _begin(folder: epath.Path, settings: dict[str, Any], options: Options) -> in
     first, refused = 0, None
     if jax.process_index() == 0:
         try:
-            first = _look(folder, settings, options)
+            first = _prepare_folder(folder, settings, options)
         except ValueError as error:
             first, refused = -1, error
     if jax.process_count() > 1:  # also when refused: the others would wait for ever
@@ -184,9 +184,9 @@ def _begin(folder: epath.Path, settings: dict[str, Any], options: Options) -> in
     return first
 
 
-def _look(folder: epath.Path, settings: dict[str, Any], options: Options) -> int:
+def _prepare_folder(folder: epath.Path, settings: dict[str, Any], options: Options) -> int:
     """Makes the folder ready; the first batch that is missing in it."""
-    meta, rows = folder / "settings.json", 0
+    meta, done = folder / "settings.json", 0
     if meta.exists():
         before = json.loads(meta.read_text())
         names = sorted(n for n in before | settings if before.get(n) != settings.get(n))
@@ -202,10 +202,10 @@ def _look(folder: epath.Path, settings: dict[str, Any], options: Options) -> int
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_text(meta, json.dumps(settings, indent=2) + "\n")
     for path in _parts(folder):
-        rows = int(path.stem) + _rows_of(_read_part(path))
-    if 0 < rows < settings["count"]:
-        LOG.info(f"{folder}: goes on after {rows} of {settings['count']} images")
-    return -(-rows // options.batch_size)
+        done = int(path.stem) + _count(_read_part(path))
+    if 0 < done < settings["count"]:
+        LOG.info(f"{folder}: goes on after {done} of {settings['count']} images")
+    return -(-done // options.batch_size)
 
 
 def _short(value: Any) -> str:
@@ -236,7 +236,7 @@ def _read_part(path: epath.Path) -> Outputs:
         raise ValueError(f"{path}: is damaged ({error}); remove it and run again") from error
 
 
-def _rows_of(outputs: Outputs) -> int:
+def _count(outputs: Outputs) -> int:
     return next(len(x) for name, x in outputs.items() if not name.startswith("total_"))
 
 

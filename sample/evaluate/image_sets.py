@@ -22,7 +22,7 @@ NOT_SAMPLES = ("grid.png",)  # what ldm-sample and ldm-eval write beside them
 class ImageSet(NamedTuple):
     """Images of one size, in one order.
 
-    batches(size, first, sharding): (rows, count) from batch number `first` on; rows is a dict of
+    batches(size, first, sharding): (batch, count) from batch number `first` on; batch is a dict of
     global arrays [size, ...], "image" among them: uint8, or float32 in [-1, 1]; the last batch is
     filled up, and `count` of it are meant.
     about: what decides which images these are, and how they were prepared; JSON values.
@@ -117,8 +117,8 @@ def images_from_data(
 
     def batches(size: int, first: int, sharding: Any) -> Iterator:
         with data.prefetch(stream(size), first, sharding) as ahead:
-            for step, rows in itertools.islice(ahead, -(-count // size) - first):
-                yield rows, min(size, count - step * size)
+            for step, batch in itertools.islice(ahead, -(-count // size) - first):
+                yield batch, min(size, count - step * size)
 
     about = {"data": serialize.to_dict(config), "split": split, "images": count}
     caption = stream(1).caption if "caption" in source.features else None
@@ -135,9 +135,9 @@ def images_from_folder(path: str, limit: int | None = None) -> ImageSet:
         raise ValueError(f"{path}: holds no images")
     first = _pixels(files[0])
 
-    def read(rows: range) -> np.ndarray:
-        pictures = [_pixels(files[i]) for i in rows]
-        for i, image in zip(rows, pictures):
+    def read(indices: range) -> np.ndarray:
+        pictures = [_pixels(files[i]) for i in indices]
+        for i, image in zip(indices, pictures):
             if image.shape != first.shape:
                 raise ValueError(
                     f"{files[i]}: is {_size_of(image.shape)}, but {files[0].name} is"
@@ -166,12 +166,12 @@ def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
         )
     count = shape[0] if limit is None else min(limit, shape[0])
 
-    def read(rows: range) -> np.ndarray:
-        pictures = _npy_rows(file, shape, rows)
+    def read(indices: range) -> np.ndarray:
+        pictures = _npy_slice(file, shape, indices)
         if pictures.max() <= 1:
             raise ValueError(
-                f"{path}: images {rows[0]} to {rows[-1]} hold nothing above 1, on a scale of 0 to"
-                " 255: they were saved in 0..1; multiply them by 255"
+                f"{path}: images {indices[0]} to {indices[-1]} hold nothing above 1, on a scale of"
+                " 0 to 255: they were saved in 0..1; multiply them by 255"
             )
         return pictures
 
@@ -181,7 +181,7 @@ def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
 
 def images_from_array(images: np.ndarray, about: dict[str, Any]) -> ImageSet:
     """uint8 [N, H, W, c] that lie in memory."""
-    read = lambda rows: images[rows.start : rows.stop]  # noqa: E731
+    read = lambda indices: images[indices.start : indices.stop]  # noqa: E731
     return _images_from_reader(len(images), images.shape[1:], read, about)
 
 
@@ -215,7 +215,7 @@ def _read_header(entry: Any) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _npy_rows(path: epath.Path, shape: tuple[int, ...], rows: range) -> np.ndarray:
+def _npy_slice(path: epath.Path, shape: tuple[int, ...], indices: range) -> np.ndarray:
     each = int(np.prod(shape[1:]))
     with (
         path.open("rb") as file,
@@ -223,9 +223,9 @@ def _npy_rows(path: epath.Path, shape: tuple[int, ...], rows: range) -> np.ndarr
         archive.open("arr_0.npy") as entry,
     ):
         _read_header(entry)
-        entry.seek(entry.tell() + rows.start * each)
-        raw = entry.read(len(rows) * each)
-    return np.frombuffer(raw, np.uint8).reshape(len(rows), *shape[1:])
+        entry.seek(entry.tell() + indices.start * each)
+        raw = entry.read(len(indices) * each)
+    return np.frombuffer(raw, np.uint8).reshape(len(indices), *shape[1:])
 
 
 def check_sizes(a: tuple[int, ...], b: tuple[int, ...], names: tuple[str, str]) -> None:

@@ -203,10 +203,10 @@ def _batches(
     out: epath.Path,
 ) -> Iterator[tuple[extraction.Outputs, int]]:
     """What `run` gives for the batches from `first` on, on the host."""
-    rows, size = sharding.batch_sharding(opened.mesh), options.batch_size
-    for i, (batch, count) in enumerate(given.batches(size, first, rows), first):
-        numbers = features.place(np.arange(i * size, (i + 1) * size, dtype=np.int32), rows)
-        meant = features.place((np.arange(size) < count).astype(np.int32), rows)
+    split, size = sharding.batch_sharding(opened.mesh), options.batch_size
+    for i, (batch, count) in enumerate(given.batches(size, first, split), first):
+        numbers = features.place(np.arange(i * size, (i + 1) * size, dtype=np.int32), split)
+        meant = features.place((np.arange(size) < count).astype(np.int32), split)
         outputs, decoded = run(batch["image"], numbers, meant)
         outputs = jax.device_get(outputs)
         if i == 0 and jax.process_count() == 1:

@@ -53,8 +53,8 @@ class Reference(NamedTuple):
 
     features: gaussian.Gaussian
     spatial: gaussian.Gaussian | None
-    rows: np.ndarray | None
-    """Features [N, d] for kernel distance, precision and recall, or None."""
+    image_features: np.ndarray | None
+    """[N, d], for kernel distance, precision and recall; None where only statistics are known."""
 
 
 def reference_of(outputs: dict[str, np.ndarray]) -> Reference:
@@ -96,41 +96,42 @@ def distances(
     Warns where there are fewer images than features: the covariance is then singular and the
     Frechet distance far too large. `..._bias` estimates by how much, from half of the samples.
     """
-    names, rows = NAMES[network.name], outputs["features"]
-    width = rows.shape[1]
+    names, samples = NAMES[network.name], outputs["features"]
+    width = samples.shape[1]
     if reference.features.mean.size != width:
         raise ValueError(
             f"the reference has {reference.features.mean.size} features and {network.name} gives"
             f" {width}: its statistics are of another network or layer"
         )
     key = names["fd"][0]
-    figures = {key: gaussian.frechet_distance(gaussian.from_features([rows]), reference.features)}
-    if len(rows) >= 4:
-        figures[f"{key}_bias"] = gaussian.bias(rows, reference.features)
-    _warn(len(rows), reference, width, names["fd"][1], figures.get(f"{key}_bias"))
+    drawn = gaussian.from_features([samples])
+    figures = {key: gaussian.frechet_distance(drawn, reference.features)}
+    if len(samples) >= 4:
+        figures[f"{key}_bias"] = gaussian.bias(samples, reference.features)
+    _warn(len(samples), reference, width, names["fd"][1], figures.get(f"{key}_bias"))
     if "spatial" in outputs and reference.spatial is not None:
         of_spatial = gaussian.from_features([outputs["spatial"]])
         figures[names["sfd"][0]] = gaussian.frechet_distance(of_spatial, reference.spatial)
-    if "logits" in outputs and len(rows) >= SPLITS:
+    if "logits" in outputs and len(samples) >= SPLITS:
         mean, std = scores.inception_score(outputs["logits"], splits=SPLITS)
         figures |= {"inception_score": mean, "inception_score_std": std}
-    if reference.rows is None:
+    if reference.image_features is None:
         LOG.info("the reference has no images: no kernel distance, precision or recall")
         return figures
-    return figures | _neighbours(rows, reference.rows, names["kd"][0])
+    return figures | _neighbours(samples, reference.image_features, names["kd"][0])
 
 
-def _neighbours(rows: np.ndarray, real: np.ndarray, key: str) -> dict[str, float]:
-    least = min(len(rows), len(real))
+def _neighbours(samples: np.ndarray, real: np.ndarray, key: str) -> dict[str, float]:
+    least = min(len(samples), len(real))
     figures: dict[str, float] = {}
     if least >= SUBSET_SIZE:
-        mean, std = scores.kernel_distance(rows, real, subsets=SUBSETS, subset_size=SUBSET_SIZE)
+        mean, std = scores.kernel_distance(samples, real, subsets=SUBSETS, subset_size=SUBSET_SIZE)
         figures |= {key: mean, f"{key}_std": std}
     elif least >= 2:  # all of them at once: still without bias
-        figures[key] = scores.kernel_distance(rows, real, subsets=1, subset_size=least)[0]
+        figures[key] = scores.kernel_distance(samples, real, subsets=1, subset_size=least)[0]
     figures[f"{key}_subset"] = min(least, SUBSET_SIZE)
     if least > NEIGHBOURS:
-        precision, recall = manifold.precision_recall(real, rows, NEIGHBOURS)
+        precision, recall = manifold.precision_recall(real, samples, NEIGHBOURS)
         figures |= {"precision": precision, "recall": recall}
     return figures
 

@@ -124,12 +124,12 @@ def _reference_features(
         if saved.images is None:
             return described
         source = image_sets.images_from_array(saved.images, {"npz": options.reference})
-    rows = extraction.image_features(folder / "reference", opened, source, options, "reference")
+    outputs = extraction.image_features(folder / "reference", opened, source, options, "reference")
     if jax.process_index() != 0:
         return None
     if saved is not None:
-        return described._replace(rows=rows["features"])
-    return report.reference_of(rows)
+        return described._replace(image_features=outputs["features"])
+    return report.reference_of(outputs)
 
 
 # --- samples in files ----------------------------------------------------------------------------
@@ -148,8 +148,8 @@ def _files(options: Options, opened: extraction.Opened) -> drawing.Given:
 
     def produce(first: int, out: epath.Path) -> Iterator:
         del out
-        rows = sharding.batch_sharding(opened.mesh)
-        batches = ((r["image"], n) for r, n in image_set.batches(options.batch_size, first, rows))
+        split = sharding.batch_sharding(opened.mesh)
+        batches = ((r["image"], n) for r, n in image_set.batches(options.batch_size, first, split))
         for x in features.extract(opened.network, opened.mesh, batches):
             yield x, len(x["features"])
 

@@ -25,7 +25,7 @@ def params():
 @pytest.fixture(scope="module")
 def tensors(params):
     """Names of torchvision and LPIPS, with a classifier's weight."""
-    found = table.to_torch(list(auxiliary.lpips_rows()), params)
+    found = table.to_torch(list(auxiliary.lpips_entries()), params)
     return {**found, "classifier.0.bias": np.zeros(5, np.float32)}
 
 
@@ -41,7 +41,7 @@ def published(tmp_path_factory, tensors):
 
 
 def test_published_names_and_shapes():
-    found = table.to_torch(list(auxiliary.lpips_rows()), lpips.shapes())
+    found = table.to_torch(list(auxiliary.lpips_entries()), lpips.shapes())
     assert found["features.0.weight"].shape == (64, 3, 3, 3)
     assert found["features.28.bias"].shape == (512,)
     assert found["lin2.model.1.weight"].shape == (1, 256, 1, 1)

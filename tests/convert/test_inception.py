@@ -15,7 +15,7 @@ DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 def arrays():
     """Names and shapes of the published file, every number a count."""
     shapes = inception.shapes()
-    names = table.to_torch(inception.rows(shapes), shapes)
+    names = table.to_torch(inception.entries(shapes), shapes)
     return {name: np.full(x.shape, i, np.float32) for i, (name, x) in enumerate(names.items())}
 
 

@@ -1,4 +1,4 @@
-"""Layouts and rows: both directions, by value and by shape, and every misfit in one error."""
+"""Layouts and entries: both directions, by value and by shape, and every misfit in one error."""
 
 import jax
 import ml_dtypes
@@ -10,10 +10,10 @@ from ldm_jax.convert import table
 
 SIZES = (("n", 2), ("s", 3))
 QKV = table.Layout("(n s d) i 1", "s i (n d)", SIZES)
-ROWS = [
-    table.Row("a.weight", ("a/kernel",), table.CONV),
-    table.Row("b.qkv.weight", ("b/to_q", "b/to_k", "b/to_v"), QKV),
-    table.Row("c.bias", ("c/bias",), table.VECTOR),
+ENTRIES = [
+    table.Entry("a.weight", ("a/kernel",), table.CONV),
+    table.Entry("b.qkv.weight", ("b/to_q", "b/to_k", "b/to_v"), QKV),
+    table.Entry("c.bias", ("c/bias",), table.VECTOR),
 ]
 
 
@@ -30,9 +30,9 @@ def shapes():
 
 
 def test_there_and_back():
-    params = table.from_torch(ROWS, tensors(), shapes())
+    params = table.from_torch(ENTRIES, tensors(), shapes())
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes())
-    back = table.to_torch(ROWS, params)
+    back = table.to_torch(ENTRIES, params)
     assert back.keys() == tensors().keys()
     for name, x in tensors().items():
         np.testing.assert_array_equal(back[name], x)
@@ -40,9 +40,9 @@ def test_there_and_back():
 
 def test_there_and_back_by_shape():
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tensors())
-    params = table.from_torch(ROWS, structs, shapes())
+    params = table.from_torch(ENTRIES, structs, shapes())
     assert params == shapes()
-    assert table.to_torch(ROWS, params) == structs
+    assert table.to_torch(ENTRIES, params) == structs
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_layouts_move_axes(layout, shape, index, same_as):
 
 def test_each_head_keeps_its_own_query_key_and_value():
     # two heads of width 2: output channels are q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 v1 v1
-    params = table.from_torch(ROWS, tensors(), shapes())
+    params = table.from_torch(ENTRIES, tensors(), shapes())
     theirs = tensors()["b.qkv.weight"][:, :, 0]
     for part, rows in (("to_q", [0, 1, 6, 7]), ("to_k", [2, 3, 8, 9]), ("to_v", [4, 5, 10, 11])):
         np.testing.assert_array_equal(params["b"][part], theirs[rows].T)
@@ -71,10 +71,10 @@ def test_each_head_keeps_its_own_query_key_and_value():
 
 def test_parameters_are_float32_whatever_the_file_holds():
     half = {name: x.astype(np.float16) for name, x in tensors().items()}
-    params = table.from_torch(ROWS, half, shapes())
+    params = table.from_torch(ENTRIES, half, shapes())
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), half)
-    assert table.from_torch(ROWS, structs, shapes()) == shapes()
+    assert table.from_torch(ENTRIES, structs, shapes()) == shapes()
 
 
 def test_one_error_lists_every_misfit():
@@ -83,7 +83,7 @@ def test_one_error_lists_every_misfit():
     bad["surprise"] = draw(1)
     bad["a.weight"] = draw(6, 5, 3, 3)
     with pytest.raises(ValueError, match="checkpoint does not fit") as error:
-        table.from_torch(ROWS, bad, shapes())
+        table.from_torch(ENTRIES, bad, shapes())
     message = str(error.value)
     assert "missing c.bias" in message
     assert "unknown surprise" in message
@@ -97,11 +97,11 @@ def test_a_long_list_of_misfits_is_cut():
 
 
 def test_parameters_that_do_not_fit_are_listed():
-    params = table.from_torch(ROWS, tensors(), shapes())
+    params = table.from_torch(ENTRIES, tensors(), shapes())
     params["d"] = {"kernel": draw(1)}
     del params["b"]["to_k"]
     with pytest.raises(ValueError, match="missing b/to_k; unknown d/kernel"):
-        table.to_torch(ROWS, params)
+        table.to_torch(ENTRIES, params)
 
 
 class Lazy:
@@ -125,7 +125,7 @@ def test_lazy_tensors_are_read_one_at_a_time_and_placed():
         events.append(f"place {path}")
         return x + 1
 
-    params = table.from_torch(ROWS, lazy, shapes(), place=place)
+    params = table.from_torch(ENTRIES, lazy, shapes(), place=place)
     assert events == [
         "read a.weight",
         "place a/kernel",
@@ -141,36 +141,36 @@ def test_nothing_is_read_where_something_does_not_fit():
     events = []
     lazy = {name: Lazy(x, name, events) for name, x in tensors().items()}
     with pytest.raises(ValueError, match=r"^model\.ckpt does not fit the config: unknown d$"):
-        table.from_torch(ROWS, lazy | {"d": draw(1)}, shapes(), where="model.ckpt")
+        table.from_torch(ENTRIES, lazy | {"d": draw(1)}, shapes(), where="model.ckpt")
     assert events == []
 
 
 def test_parameters_of_another_type():
-    params = table.from_torch(ROWS, tensors(), shapes(), dtype=ml_dtypes.bfloat16)
+    params = table.from_torch(ENTRIES, tensors(), shapes(), dtype=ml_dtypes.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
-    back = table.to_torch(ROWS, params, dtype=np.float32)
+    back = table.to_torch(ENTRIES, params, dtype=np.float32)
     rounded = tensors()["a.weight"].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(back["a.weight"], rounded)
     assert back["a.weight"].dtype == np.float32
-    assert table.to_torch(ROWS, params)["c.bias"].dtype == ml_dtypes.bfloat16
+    assert table.to_torch(ENTRIES, params)["c.bias"].dtype == ml_dtypes.bfloat16
 
 
 def test_tensors_that_are_made_when_asked_for():
-    params = table.from_torch(ROWS, tensors(), shapes())
-    lazy = table.to_torch(ROWS, params, dtype=np.float16, lazy=True)
-    for name, x in table.to_torch(ROWS, params, dtype=np.float16).items():
+    params = table.from_torch(ENTRIES, tensors(), shapes())
+    lazy = table.to_torch(ENTRIES, params, dtype=np.float16, lazy=True)
+    for name, x in table.to_torch(ENTRIES, params, dtype=np.float16).items():
         assert type(lazy[name]) is table.Pending
         assert (lazy[name].shape, lazy[name].dtype) == (x.shape, np.float16)
         np.testing.assert_array_equal(np.asarray(lazy[name]), x)
 
 
-def test_rows_that_overlap_are_refused():
-    twice = [*ROWS, table.Row("e.bias", ("c/bias",), table.VECTOR)]
+def test_entries_that_overlap_are_refused():
+    twice = [*ENTRIES, table.Entry("e.bias", ("c/bias",), table.VECTOR)]
     with pytest.raises(ValueError, match="c/bias stands 2 times"):
         table.from_torch(twice, tensors(), shapes())
 
 
 def test_parts_of_a_model_get_their_prefixes():
-    rows = table.prefixed(ROWS[1:], "part.", "ours/")
+    rows = table.prefixed(ENTRIES[1:], "part.", "ours/")
     assert [row.torch for row in rows] == ["part.b.qkv.weight", "part.c.bias"]
     assert rows[0].ours == ("ours/b/to_q", "ours/b/to_k", "ours/b/to_v")

@@ -69,5 +69,5 @@ def test_clip_has_the_names_of_its_release():
         schema.InpaintCondConfig(),
     ],
 )
-def test_nothing_learned_has_no_rows(cond):
+def test_nothing_learned_has_no_entries(cond):
     assert text_tables.cond_stage(cond) == []

@@ -17,7 +17,7 @@ LAYERS = ("64", "192", "768", "2048", "spatial", "logits_unbiased", "logits")
 def weights():
     """A state dict as in the published file; convolutions keep the size of what goes through."""
     shapes = convert.shapes()
-    torch = table.to_torch(convert.rows(shapes), shapes)
+    torch = table.to_torch(convert.entries(shapes), shapes)
     found = {name: weight(name, tuple(x.shape)) for name, x in torch.items()}
     for name in found:
         if name.endswith("running_var"):
@@ -30,7 +30,7 @@ def weights():
 @pytest.fixture(scope="module")
 def params(weights):
     shapes = convert.shapes()
-    return table.from_torch(convert.rows(shapes), weights, shapes)
+    return table.from_torch(convert.entries(shapes), weights, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -110,5 +110,5 @@ def test_resize_of_tensorflow_1_by_hand():
 def test_parameters_are_those_of_the_published_file():
     shapes = convert.shapes()
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
-    assert len(convert.rows(shapes)) == 94 * 5 + 2
+    assert len(convert.entries(shapes)) == 94 * 5 + 2
     assert count == 23_885_392  # 95 541 568 bytes, of 95 628 359 in the file; the rest are names

@@ -31,7 +31,7 @@ def test_distance_and_gradient_are_those_of_torch(width, record_property):
     from torch_first_stage import LPIPS, nchw, nhwc
 
     params, theirs = filled(lpips.shapes(width)), LPIPS(width)
-    tensors = table.to_torch(list(auxiliary.lpips_rows()), params)
+    tensors = table.to_torch(list(auxiliary.lpips_entries()), params)
     theirs.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()})
     b = nchw(B).requires_grad_()
     expected = theirs(nchw(A), b).flatten()

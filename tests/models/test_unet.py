@@ -352,7 +352,7 @@ def test_label_moves_its_own_row(field, label, other):
         ({}, {"context_blc": None}, "context of width None: the UNet takes width 24"),
         ({}, {"context_blc": draw(2, 5, 32)}, "context of width 32: the UNet takes width 24"),
         ({"spatial_transformer": False}, {}, "context of width 24: the UNet takes width None"),
-        ({}, {"context_blc": draw(3, 5, 24)}, "context of 3 rows for x of 2: give as many"),
+        ({}, {"context_blc": draw(3, 5, 24)}, "context of batch 3 for x of batch 2: give as many"),
         ({}, {"label": np.zeros(2, int)}, "takes no label"),
         ({"num_classes": 3}, {}, r"needs a label \(num_classes=3"),
     ],

@@ -200,7 +200,7 @@ def test_a_write_that_fails_behind_the_back_is_said_at_the_next_step(
     with checkpoint.manager(run, max_to_keep=1, max_failed=2) as manager:
         failing_writes["message"] = FULL
         assert checkpoint.save(manager, state_of(3), {})
-        wait_for(lambda: manager.look() or manager.failed)
+        wait_for(lambda: manager.check_writes() or manager.failed)
         (line,) = [line for line in said().splitlines() if "was not written" in line]
         assert "step 3 was not written (No space left on device)" in line
         assert "that of step 2 is kept; training goes on, failed saves in a row: 1" in line
@@ -209,7 +209,7 @@ def test_a_write_that_fails_behind_the_back_is_said_at_the_next_step(
         (draft / "late").write_text("takes room")
         monkeypatch.setattr(storage, "free_bytes", lambda path: 0 if draft.exists() else None)
         assert checkpoint.saved_steps(manager)[-1] == 2
-        assert not manager.again  # room does not come by itself
+        assert not manager.retry_due  # room does not come by itself
         failing_writes["message"] = ""
         assert checkpoint.save(manager, state_of(5), {})
         assert not draft.exists()
@@ -226,21 +226,21 @@ def test_a_write_is_made_again_where_storage_fails_for_a_while(
         failing_writes["message"] = "UNAVAILABLE: a hiccup"
         for step in (3, 4, 5):
             assert checkpoint.save(manager, state_of(step), {})
-            wait_for(lambda: manager.look() or manager.again)
+            wait_for(lambda: manager.check_writes() or manager.retry_due)
             line = [line for line in said().splitlines() if "was not written" in line][-1]
             assert f"step {step} was not written (UNAVAILABLE: a hiccup)" in line
             assert f"attempt {step - 1} of 4 follows in {0.01 * 2 ** (step - 3):g} s" in line
         failing_writes["message"] = ""
         assert checkpoint.save(manager, state_of(6), {})
-        assert not manager.again
+        assert not manager.retry_due
         assert checkpoint.saved_steps(manager) == [1, 2, 6]
         failing_writes["message"] = "UNAVAILABLE: a hiccup"
         for step in (7, 8, 9):
             assert checkpoint.save(manager, state_of(step), {})
-            wait_for(lambda: manager.look() or manager.again)
+            wait_for(lambda: manager.check_writes() or manager.retry_due)
         checkpoint.save(manager, state_of(10), {})
         with pytest.raises(OSError, match=r"step 10 was not written .UNAVAILABLE"):
-            wait_for(manager.look)
+            wait_for(manager.check_writes)
 
 
 def test_one_failed_write_too_many_ends_the_run(run, failing_writes):
@@ -250,7 +250,7 @@ def test_one_failed_write_too_many_ends_the_run(run, failing_writes):
         with pytest.raises(
             OSError, match=r"step 3 .*No space.*make room.*\(--max-failed-saves 0\)"
         ):
-            wait_for(manager.look)
+            wait_for(manager.check_writes)
     assert checkpoint.saved_steps(run) == [1, 2]
 
 

@@ -80,7 +80,7 @@ def one_cannot_write():
     with checkpoint.manager(run, max_failed=5) as manager:
         checkpoint.save(manager, state_of(3), {})
         while True:
-            manager.look()
+            manager.check_writes()
             time.sleep(0.02)
 
 def bad_records():

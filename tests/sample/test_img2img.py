@@ -151,7 +151,7 @@ def test_images_and_labels_pair_up():
     options = editing.Options(model="", out="", images=("a.png", "b.png"), num_images=2)
     made = editing.pairs(options, what)
     assert (made.image.tolist(), made.asked.tolist()) == ([0, 0, 1, 1], [0, 0, 1, 1])
-    assert made.rows == ["1", "2"]
+    assert made.row_labels == ["1", "2"]
     alone = editing.pairs(options, editing.Asked({}, [""], [""], 1.0))
     assert (alone.image.tolist(), alone.asked.tolist()) == ([0, 0, 1, 1], [0, 0, 0, 0])
     assert alone.names[2] == "00002_b_seed0"

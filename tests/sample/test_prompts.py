@@ -6,7 +6,7 @@ import pytest
 
 from ldm_jax.sample import prompts
 
-DEFAULT = prompts.Row("", "blurry", None, 7.5, 4)
+DEFAULT = prompts.Prompt("", "blurry", None, 7.5, 4)
 
 
 def read(folder, name, content):
@@ -26,12 +26,12 @@ def test_lines_of_text(tmp_path):
 def test_a_table(tmp_path):
     table = 'seed, prompt ,num_images\n3,"a disc,\nred",\n, a ring,2\n,,\n\n'
     rows, problems = read(tmp_path, "a.csv", table)
-    first = prompts.Row("a disc,\nred", "blurry", 3, 7.5, 4)
-    assert (rows, problems) == ([first, prompts.Row("a ring", "blurry", None, 7.5, 2)], [])
+    first = prompts.Prompt("a disc,\nred", "blurry", 3, 7.5, 4)
+    assert (rows, problems) == ([first, prompts.Prompt("a ring", "blurry", None, 7.5, 2)], [])
 
 
 def test_lines_of_json(tmp_path):
-    every = prompts.Row("a", "b", 2**64 - 1, 1.0, 1)
+    every = prompts.Prompt("a", "b", 2**64 - 1, 1.0, 1)
     lines = [json.dumps(every._asdict()), "", '{"prompt": "größer", "seed": null}']
     rows, problems = read(tmp_path, "a.JSONL", "\n".join(lines))
     assert (rows, problems) == ([every, DEFAULT._replace(prompt="größer")], [])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import diffusion, guidance, solvers
-from ldm_jax.solvers.multistep import rows
+from ldm_jax.solvers.multistep import histories
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -55,14 +55,14 @@ def test_trajectory_equals_the_reference(name, key, spacing, steps):
 )
 def test_how_many_outputs_a_step_uses(steps, final, lower_below, expected):
     table = solvers.levels(SD, steps, "trailing", final)
-    used = [len(behind) for _, n, _, behind in rows(table, 3, lower_below) if n == 2]
+    used = [len(behind) for _, n, _, behind in histories(table, 3, lower_below) if n == 2]
     assert used == expected
 
 
 def test_distances_to_earlier_outputs():
     table = solvers.levels(SD, 20, "trailing")
     lam = np.log(table.alpha / table.sigma)
-    *_, behind = next(row for row in rows(table, 4, 15) if row[:2] == (7, 3))
+    *_, behind = next(row for row in histories(table, 4, 15) if row[:2] == (7, 3))
     np.testing.assert_allclose(behind, lam[7] - lam[[6, 5, 4]], rtol=1e-5)
-    *_, behind = next(row for row in rows(table, 4, 15) if row[:2] == (7, 1))
+    *_, behind = next(row for row in histories(table, 4, 15) if row[:2] == (7, 1))
     assert len(behind) == 1

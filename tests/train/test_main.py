@@ -60,7 +60,7 @@ def test_a_first_stage_on_a_folder_with_a_broken_image(tmp_path, capsys, caplog)
     (log,) = (run / "logs" / "0000").iterdir()
     assert "INFO ldm_jax: parameters: autoencoder " in log.read_text()
     assert "process 0 of 1 on " in log.read_text()
-    assert "reads rows 0-3 of every batch" in log.read_text()
+    assert "reads examples 0-3 of every batch" in log.read_text()
     assert list((run / "profile").rglob("process_0000.xplane.pb"))
     assert all(0 < value < 1 for value in logged(run, "goodput").values())
     spent = checkpoint.read_meta(rundir.epath.Path(run) / "checkpoints" / "2")["clock"]

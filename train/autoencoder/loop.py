@@ -56,7 +56,7 @@ def train(
     evaluate_batch = make_eval_step(config, mesh, perceptual)
     evaluate = held_out.make_evaluate(config, mesh, evaluate_batch, eval_stream)
     draw = held_out.make_preview(config, mesh, eval_stream)
-    section = serialize.to_dict(config.model)
+    model_config = serialize.to_dict(config.model)
     loop = Loop(config, run, mesh, stream, manager, state, started=started, watch=watch)
     train_step = loop.compile(
         make_train_step(config, mesh, perceptual),
@@ -79,7 +79,7 @@ def train(
                 with loop.paused("drawing", state):
                     draw(averaged(state), rundir.sample_path(run, step))
             stop = loop.stops(step)
-            loop.save(step, state, section, final=stop)
+            loop.save(step, state, model_config, final=stop)
             if stop:
                 break
     return loop.exit_code

@@ -21,7 +21,7 @@ DECODER = ("post_quant_conv", "decoder")  # what `train_only: decoder` trains
 
 
 class Reconstruction(NamedTuple):
-    """Of one microbatch, its rows on axis 0."""
+    """Output of the first stage for one microbatch, its examples on axis 0."""
 
     image: jax.Array
     """Float32 [B, H, W, c], not clipped."""

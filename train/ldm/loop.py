@@ -52,7 +52,7 @@ def train(
 
     evaluate = make_evaluate(config, fixed, mesh, held_out, jax.random.fold_in(root, EVALUATE))
     draw = preview.make(config, fixed, mesh, held_out, jax.random.fold_in(root, SAMPLE))
-    section = serialize.to_dict(bundle.model_config(config, fixed.config))
+    model_config = serialize.to_dict(bundle.model_config(config, fixed.config))
     loop = Loop(config, run, mesh, stream, manager, state, started=started, watch=watch)
     train_step = loop.compile(
         make_train_step(config, fixed, mesh),
@@ -73,7 +73,7 @@ def train(
                 with loop.paused("drawing", state):
                     draw(averaged(state), rundir.sample_path(run, step))
             stop = loop.stops(step)
-            loop.save(step, state, section, final=stop)
+            loop.save(step, state, model_config, final=stop)
             if stop:
                 break
     return loop.exit_code

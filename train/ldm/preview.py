@@ -26,9 +26,9 @@ def make(
     Classes take turns; captions and concat conditioning come from held-out images. Captions go to
     a text file beside the grid, one line per image.
     """
-    section = bundle.model_config(config, frozen.config)
+    model_config = bundle.model_config(config, frozen.config)
     model = bundle.build(
-        section,
+        model_config,
         {},
         frozen.scale,
         dtype=jnp.dtype(config.dtype),

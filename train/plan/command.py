@@ -22,7 +22,7 @@ from ldm_jax import schema
 from ldm_jax.runtime import flags
 from ldm_jax.schema import serialize
 from ldm_jax.train.plan import reports, topologies
-from ldm_jax.train.plan.programs import Request
+from ldm_jax.train.plan.programs import Target
 from ldm_jax.train.plan.reports import Result
 
 BESIDE_THE_PROGRAM = (
@@ -79,17 +79,17 @@ def plan(
 ) -> int:
     """Runs the command for the config `name`; exit code 0 if the program fits, else 1.
 
-    child: the command that compiles; it is given the folder of a request.
+    child: the command that compiles; it is given the folder of a target.
     """
     config, options = parse(load(name), argv, name)
-    request = request_of(config, options, name, load)
-    topologies.check_compiler(request.topology)
+    target = target_of(config, options, name, load)
+    topologies.check_compiler(target.topology)
     root = folder(options)
-    result = compiled(request, root, options, child)
-    sys.stdout.write(reports.render(request, result))
-    fits = reports.fits(request, result.about)
-    if options.search and not fits and request.topology.chip is not None:
-        fits = search(request, result, root, options, child)
+    result = compiled(target, root, options, child)
+    sys.stdout.write(reports.render(target, result))
+    fits = reports.fits(target, result.about)
+    if options.search and not fits and target.topology.chip is not None:
+        fits = search(target, result, root, options, child)
     return 0 if fits else 1
 
 
@@ -102,25 +102,25 @@ def parse(
     return config, asked
 
 
-def request_of(
+def target_of(
     config: schema.TrainConfig,
     options: PlanOptions,
     name: str,
     load: Callable[[str], schema.TrainConfig],
-) -> Request:
+) -> Target:
     """What is to be compiled. ValueError for options that do not fit each other."""
     topology = topologies.parse(options.topology, options.slices)
     if isinstance(config, schema.AutoencoderTrainConfig):
         if options.sample or options.cached:
             raise ValueError(f"{name} trains a first stage: it has no --sample and no --cached")
-        return Request(config, topology)
+        return Target(config, topology)
     model = _first_stage(config, options, name, load)
     if topology.num_devices % options.space:
         raise ValueError(f"--space {options.space} does not divide {topology.num_devices} devices")
     if not options.sample:
-        return Request(config, topology, model, options.cached or bool(config.cache.path))
+        return Target(config, topology, model, options.cached or bool(config.cache.path))
     size = config.data.size
-    return Request(
+    return Target(
         config,
         topology,
         model,
@@ -165,21 +165,21 @@ def folder(options: PlanOptions) -> Path:
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache))).absolute() / "plans"
 
 
-def shaped_by(request: Request) -> dict[str, Any]:
+def shaped_by(target: Target) -> dict[str, Any]:
     """All that a program depends on beside versions: shapes and kinds in the config, devices.
 
     The source code is not in it: after a change to it, compile with --again.
     """
-    values = request.to_json()
+    values = target.to_json()
     for field in BESIDE_THE_PROGRAM:
         values["config"].pop(field, None)
     values["config"]["data"].pop("source", None)
     return json.loads(json.dumps(values | {"config": _chosen(values["config"])}))
 
 
-def key(request: Request) -> str:
-    """Name of a request's result: a hash of what shapes the program and of the versions."""
-    values = shaped_by(request) | {"versions": topologies.versions(request.topology)}
+def key(target: Target) -> str:
+    """Name of a target's result: a hash of what shapes the program and of the versions."""
+    values = shaped_by(target) | {"versions": topologies.versions(target.topology)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -192,39 +192,39 @@ def _chosen(values: Any) -> Any:
     return {**kept, "class": values["class"]}
 
 
-def read(path: Path) -> tuple[Request, Result]:
+def read(path: Path) -> tuple[Target, Result]:
     """A kept result. FileNotFoundError if there is none."""
     values = json.loads((path / "result.json").read_text())
-    request = Request.from_json(values["request"])
+    target = Target.from_json(values["request"])
     text = path / "program.txt.gz"
     done = "failed" not in values["about"]
-    return request, Result(
+    return target, Result(
         values["about"], gzip.decompress(text.read_bytes()).decode() if done else None
     )
 
 
 def compiled(
-    request: Request, root: Path, options: PlanOptions, child: Sequence[str] = CHILD
+    target: Target, root: Path, options: PlanOptions, child: Sequence[str] = CHILD
 ) -> Result:
-    """The result of a request, from `root` if it is there.
+    """The result of a target, from `root` if it is there.
 
     Kept is also that it does not fit, or that the compiler crashed; not that it was stopped.
     """
-    path = root / key(request)
+    path = root / key(target)
     if (path / "result.json").exists() and not options.again:
         return read(path)[1]
     root.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=root))
-    (work / "request.json").write_text(json.dumps(request.to_json()))
-    sys.stderr.write(f"compiling for {request.topology} in {work}; this takes minutes ...\n")
-    about = run_child(request, work, options.minutes, child)
+    (work / "request.json").write_text(json.dumps(target.to_json()))
+    sys.stderr.write(f"compiling for {target.topology} in {work}; this takes minutes ...\n")
+    about = run_child(target, work, options.minutes, child)
     if about.get("failed", {}).get("kind", "") not in ("", "memory", "crashed"):
         return Result(about, None)
     if "failed" in about:
         about["failed"]["log"] = str(path / "log")
     values = {
-        "request": request.to_json(),
-        "versions": topologies.versions(request.topology),
+        "request": target.to_json(),
+        "versions": topologies.versions(target.topology),
         "about": about,
     }
     (work / "result.json").write_text(json.dumps(values))
@@ -249,9 +249,9 @@ def keep(work: Path, path: Path) -> str | None:
 # --- the compiler's process -----------------------------------------------------------------------
 
 
-def run_child(request: Request, work: Path, minutes: float, child: Sequence[str] = CHILD) -> dict:
-    """traced.json and compiled.json of a request; "failed" says how it ended if it did not."""
-    environment = os.environ | topologies.environment(request.topology)
+def run_child(target: Target, work: Path, minutes: float, child: Sequence[str] = CHILD) -> dict:
+    """traced.json and compiled.json of a target; "failed" says how it ended if it did not."""
+    environment = os.environ | topologies.environment(target.topology)
     timed_out = False
     with (work / "log").open("w") as log, _ending_with_us():
         process = subprocess.Popen([*child, str(work)], env=environment, stdout=log, stderr=log)
@@ -290,7 +290,7 @@ def _ending_with_us() -> Iterator[None]:
 
 def how_it_failed(code: int, work: Path) -> dict[str, str]:
     """{"kind", "how", "log"} of a process that ended with `code`. ValueError for an error that is
-    the request's: kinds are "memory", "crashed", "killed" and "error"."""
+    the target's: kinds are "memory", "crashed", "killed" and "error"."""
     failure = {"log": str(work / "log")}
     if (work / "failed.json").exists():
         error = json.loads((work / "failed.json").read_text())
@@ -310,14 +310,14 @@ def how_it_failed(code: int, work: Path) -> dict[str, str]:
 
 
 def search(
-    request: Request, result: Result, root: Path, options: PlanOptions, child: Sequence[str]
+    target: Target, result: Result, root: Path, options: PlanOptions, child: Sequence[str]
 ) -> bool:
     """Compiles what may fit until something does; whether it did."""
     if "resident" not in result.about:
         return False
-    for fields, text in reports.changes(request, result.about):
-        config = dataclasses.replace(request.config, **fields)
-        other = dataclasses.replace(request, config=config)
+    for fields, text in reports.changes(target, result.about):
+        config = dataclasses.replace(target.config, **fields)
+        other = dataclasses.replace(target, config=config)
         sys.stdout.write(f"\n--search: {text}\n")
         compiled_other = compiled(other, root, options, child)
         sys.stdout.write(reports.render(other, compiled_other))

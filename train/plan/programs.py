@@ -32,8 +32,8 @@ from ldm_jax.train.plan import topologies
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What to compile for which devices."""
+class Target:
+    """Program to compile, a training step or a sampler, and the devices to compile it for."""
 
     config: schema.TrainConfig
     topology: topologies.Topology
@@ -59,13 +59,13 @@ class Request:
         return values | {"topology": dataclasses.asdict(self.topology)}
 
     @staticmethod
-    def from_json(values: dict) -> "Request":
+    def from_json(values: dict) -> "Target":
         """Inverse of `to_json`."""
         for name in ("config", "first_stage"):
             values[name] = values[name] and serialize.from_dict(values[name])
         topology = values["topology"]
         topology["sizes"] = tuple(topology["sizes"])
-        return Request(**values | {"topology": topologies.Topology(**topology)})
+        return Target(**values | {"topology": topologies.Topology(**topology)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +78,20 @@ class Program:
     """Trees that lie on the devices while it runs, by what they are."""
 
 
-def build(request: Request, mesh: Mesh) -> Program:
-    """The program of a request on a mesh. ValueError for parts that do not fit each other."""
-    if request.sample:
-        return sampler(request, mesh)
-    if isinstance(request.config, schema.AutoencoderTrainConfig):
-        return first_stage_step(request.config, mesh)
-    return ldm_step(request, mesh)
+def build(target: Target, mesh: Mesh) -> Program:
+    """The program of a target on a mesh. ValueError for parts that do not fit each other."""
+    if target.sample:
+        return sampler(target, mesh)
+    if isinstance(target.config, schema.AutoencoderTrainConfig):
+        return first_stage_step(target.config, mesh)
+    return ldm_step(target, mesh)
 
 
-def make_mesh(request: Request, devices: list[Any]) -> Mesh:
+def make_mesh(target: Target, devices: list[Any]) -> Mesh:
     """That of training, or one whose `space` devices share an image."""
-    if request.space > 1:
-        return sharding.spatial_mesh(request.space, devices)
-    return sharding.make_mesh(request.config.mesh, devices)
+    if target.space > 1:
+        return sharding.spatial_mesh(target.space, devices)
+    return sharding.make_mesh(target.config.mesh, devices)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -111,22 +111,22 @@ def first_stage_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Progr
     return Program(step, (state, batch, root_key(mesh)), resident)
 
 
-def ldm_step(request: Request, mesh: Mesh) -> Program:
+def ldm_step(target: Target, mesh: Mesh) -> Program:
     """`train.ldm`'s step, with the frozen first stage and text encoder as arguments."""
-    config = request.config
+    config = target.config
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    bundle.check(bundle.model_config(config, request.first_stage), config.data.channels)
+    bundle.check(bundle.model_config(config, target.first_stage), config.data.channels)
     state = sharding.with_shardings(*ldm.abstract_state(config, mesh))
-    frozen = abstract_frozen(request, mesh)
+    frozen = abstract_frozen(target, mesh)
     step = ldm.make_train_step(config, frozen, mesh)
-    batch = abstract_batch(request, mesh)
+    batch = abstract_batch(target, mesh)
     resident = {**state_arrays(state), "frozen": frozen.arguments, "batch": batch}
     return Program(step, (state, batch, root_key(mesh)), resident)
 
 
-def abstract_frozen(request: Request, mesh: Mesh) -> Frozen:
+def abstract_frozen(target: Target, mesh: Mesh) -> Frozen:
     """The frozen parts by shape."""
-    config, model = request.config, request.first_stage
+    config, model = target.config, target.first_stage
     module = autoencoder.from_config(
         model,
         dtype=jnp.dtype(config.dtype),
@@ -139,15 +139,15 @@ def abstract_frozen(request: Request, mesh: Mesh) -> Frozen:
     return Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
 
 
-def abstract_batch(request: Request, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(target: Target, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Arrays that the conditioning reads, and latents or images."""
-    config, model = request.config, request.first_stage
+    config, model = target.config, target.first_stage
     side = config.data.size // model.downsample
     image = (config.data.size, config.data.size, config.data.channels)
     sizes = conditioning.Sizes(image, (side, side, model.embed_dim))
     shapes = conditioning.example(config.cond, sizes)
     latent = conditioning.Example(sizes.latent, jnp.float32)
-    if not request.cached:
+    if not target.cached:
         shapes["image"] = conditioning.Example(image, jnp.float32)
     elif "image" not in shapes:
         shapes["mean"] = latent
@@ -159,19 +159,19 @@ def abstract_batch(request: Request, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def sampler(request: Request, mesh: Mesh) -> Program:
+def sampler(target: Target, mesh: Mesh) -> Program:
     """run(params, batch, keys, guidance scale) -> images: encodes the conditioning, then DDIM."""
-    config, model = request.config, request.first_stage
-    section = bundle.model_config(config, model)
-    bundle.check(section, config.data.channels)
+    config, model = target.config, target.first_stage
+    model_config = bundle.model_config(config, model)
+    bundle.check(model_config, config.data.channels)
     net = bundle.build(
-        section,
+        model_config,
         {},
         config.first_stage.scale or 1.0,
         dtype=jnp.dtype(config.dtype),
         **bundle.kernels(mesh, config.attention),
     )
-    shape = (request.height // model.downsample, request.width // model.downsample)
+    shape = (target.height // model.downsample, target.width // model.downsample)
     shape = (*shape, model.embed_dim)
     guided = config.cond is not None and config.sample_guidance != 1
     sample = sampling.make_sampler(net, config.sample_steps, shape=shape)
@@ -193,23 +193,23 @@ def sampler(request: Request, mesh: Mesh) -> Program:
         "cond_stage": cond_shapes(config.cond) if net.cond_stage is not None else {},
     }
     params = by_rules(shapes, mesh)
-    # rows of the sampler's batch: as those of training that the conditioning needs
+    # a batch of the sampler: the arrays of a training batch that the conditioning needs
     sized = dataclasses.replace(
         config,
-        batch_size=request.images,
-        data=dataclasses.replace(config.data, size=request.height),
+        batch_size=target.images,
+        data=dataclasses.replace(config.data, size=target.height),
     )
-    given = dataclasses.replace(request, config=sized, cached=True)
+    given = dataclasses.replace(target, config=sized, cached=True)
     batch = {
         name: x for name, x in abstract_batch(given, mesh).items() if name not in ("mean", "logvar")
     }
     image = sharding.batch_sharding(mesh)
-    if request.space > 1:
+    if target.space > 1:
         image = sharding.image_sharding(mesh)
-        noise = (request.images, *shape)
+        noise = (target.images, *shape)
         batch["x_T"] = jax.ShapeDtypeStruct(noise, jnp.float32, sharding=image)
     keys = jax.ShapeDtypeStruct(
-        (request.images,), root_key(mesh).dtype, sharding=sharding.batch_sharding(mesh)
+        (target.images,), root_key(mesh).dtype, sharding=sharding.batch_sharding(mesh)
     )
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     jitted = jax.jit(run, out_shardings=image)
@@ -276,17 +276,17 @@ def bytes_of(tree: Any) -> int:
 # --- the child ------------------------------------------------------------------------------------
 
 
-def plain(request: Request) -> Request:
+def plain(target: Target) -> Target:
     """The same without what a program computes twice: its operations are those of the model."""
     how = {"attention": "xla"}
-    if not request.sample:
+    if not target.sample:
         how |= {"remat": False, "accumulate": 1}
-    return dataclasses.replace(request, config=dataclasses.replace(request.config, **how))
+    return dataclasses.replace(target, config=dataclasses.replace(target.config, **how))
 
 
-def facts(request: Request, mesh: Mesh, program: Program, traced: Any) -> dict:
+def facts(target: Target, mesh: Mesh, program: Program, traced: Any) -> dict:
     """What the traced program says before anything is compiled."""
-    ideal = build(plain(request), mesh)
+    ideal = build(plain(target), mesh)
     operations = flops.count(ideal.jitted.trace(*ideal.arguments).jaxpr)
     kernels = [
         [name, shapes, n]
@@ -306,14 +306,14 @@ def facts(request: Request, mesh: Mesh, program: Program, traced: Any) -> dict:
     }
 
 
-def compile_request(folder: Path) -> None:
+def compile_target(folder: Path) -> None:
     """Compiles what DIR/request.json asks for."""
-    request = Request.from_json(json.loads((folder / "request.json").read_text()))
+    target = Target.from_json(json.loads((folder / "request.json").read_text()))
     began = time.perf_counter()
-    mesh = make_mesh(request, topologies.devices(request.topology))
-    program = build(request, mesh)
+    mesh = make_mesh(target, topologies.devices(target.topology))
+    program = build(target, mesh)
     traced = program.jitted.trace(*program.arguments)
-    traced_facts = facts(request, mesh, program, traced)
+    traced_facts = facts(target, mesh, program, traced)
     traced_facts["trace_seconds"] = time.perf_counter() - began
     (folder / "traced.json").write_text(json.dumps(traced_facts))
     began = time.perf_counter()
@@ -329,7 +329,7 @@ def compile_request(folder: Path) -> None:
     (folder / "compiled.json").write_text(json.dumps(about))
 
 
-def main(argv: list[str], work: Callable[[Path], None] = compile_request) -> int:
+def main(argv: list[str], work: Callable[[Path], None] = compile_target) -> int:
     """Entry point of the process; an error goes to DIR/failed.json."""
     folder = Path(argv[0])
     try:

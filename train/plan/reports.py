@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ldm_jax import schema
 from ldm_jax.cost import hlo, hlo_memory, tpu_cost
-from ldm_jax.train.plan.programs import Request
+from ldm_jax.train.plan.programs import Target
 
 SOURCES = ("cycles", "kernels", "sentinels", "copies", "collectives", "network")
 SMALL = 2**20
@@ -32,11 +32,11 @@ def unread(about: dict) -> float:
     return max(0, sum(about["resident"].values()) - about["argument"])
 
 
-def fits(request: Request, about: dict) -> bool:
+def fits(target: Target, about: dict) -> bool:
     """Whether it was compiled into the memory of a chip, with all that lies there."""
     if "failed" in about or "temp" not in about:
         return False
-    chip = request.topology.chip
+    chip = target.topology.chip
     return chip is None or needed(about) + unread(about) <= chip.memory
 
 
@@ -48,44 +48,44 @@ def kernels_of(about: dict) -> dict[str, dict]:
     return kernels
 
 
-def estimate(request: Request, result: Result) -> tpu_cost.Estimate:
+def estimate(target: Target, result: Result) -> tpu_cost.Estimate:
     """Time and collectives; of a GPU only the collectives mean something."""
-    chip = request.topology.chip or tpu_cost.CHIPS["v5e"]
+    chip = target.topology.chip or tpu_cost.CHIPS["v5e"]
     return tpu_cost.estimate(result.text, chip, kernels_of(result.about))
 
 
-def render(request: Request, result: Result) -> str:
+def render(target: Target, result: Result) -> str:
     """The whole report."""
-    about, topology = result.about, request.topology
-    lines = [f"{title(request)}; mesh {_mesh(about)}"]
+    about, topology = result.about, target.topology
+    lines = [f"{title(target)}; mesh {_mesh(about)}"]
     if topology.kind == "gpu":
         lines.append(
             "NOT A GPU COMPILE: fake CPU devices. Bytes and collectives are those of XLA's"
             " partitioning; its GPU compiler fuses and schedules otherwise. No time."
         )
     if "failed" in about:
-        return "\n".join([*lines, *failure(request, about)]) + "\n"
-    cost = estimate(request, result)
-    lines += [*memory_lines(request, about), *time_lines(request, about, cost)]
+        return "\n".join([*lines, *failure(target, about)]) + "\n"
+    cost = estimate(target, result)
+    lines += [*memory_lines(target, about), *time_lines(target, about, cost)]
     lines += [*collective_lines(about, cost), *buffer_lines(result.text)]
-    lines += advice(request, about)
+    lines += advice(target, about)
     return "\n".join(lines) + "\n"
 
 
-def title(request: Request) -> str:
+def title(target: Target) -> str:
     """What was planned, in one line."""
-    config, n = request.config, request.topology.num_devices
-    what = "sampling" if request.sample else "training step"
-    if request.sample:
-        rows = f"{request.images} images of {request.width}x{request.height}"
-        rows += f", {request.space} devices an image" if request.space > 1 else ""
-        rows += f", {config.sample_steps} steps"
+    config, n = target.config, target.topology.num_devices
+    what = "sampling" if target.sample else "training step"
+    if target.sample:
+        size = f"{target.images} images of {target.width}x{target.height}"
+        size += f", {target.space} devices an image" if target.space > 1 else ""
+        size += f", {config.sample_steps} steps"
     else:
-        rows = f"batch {config.batch_size}, {config.data.size}x{config.data.size}"
-        rows += " from cached latents" if request.cached else ""
-        rows += f", accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        rows += ", remat" if config.remat else ""
-    return f"{what} on {request.topology} ({n} devices): {rows}, {config.dtype}"
+        size = f"batch {config.batch_size}, {config.data.size}x{config.data.size}"
+        size += " from cached latents" if target.cached else ""
+        size += f", accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        size += ", remat" if config.remat else ""
+    return f"{what} on {target.topology} ({n} devices): {size}, {config.dtype}"
 
 
 def _mesh(about: dict) -> str:
@@ -97,14 +97,14 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def memory_lines(request: Request, about: dict) -> list[str]:
+def memory_lines(target: Target, about: dict) -> list[str]:
     """HBM of a device against its capacity."""
     parts = ", ".join(f"{name} {gb(size)}" for name, size in about["resident"].items() if size)
     lines = ["", f"memory of a device: {gb(needed(about))}"]
-    chip = request.topology.chip
+    chip = target.topology.chip
     if chip is not None:
         share = (needed(about) + unread(about)) / chip.memory
-        verdict = "fits" if fits(request, about) else "DOES NOT FIT"
+        verdict = "fits" if fits(target, about) else "DOES NOT FIT"
         lines[-1] += f" of {gb(chip.memory)} ({100 * share:.0f} %): {verdict}"
     lines += [
         f"  arguments {gb(about['argument'])} ({parts})",
@@ -118,25 +118,25 @@ def memory_lines(request: Request, about: dict) -> list[str]:
     return lines
 
 
-def time_lines(request: Request, about: dict, cost: tpu_cost.Estimate) -> list[str]:
+def time_lines(target: Target, about: dict, cost: tpu_cost.Estimate) -> list[str]:
     """FLOPs, time and utilization."""
     lines = ["", f"operations of the model: {about['operations'] / 1e12:.4g} TFLOP per device"]
-    chip = request.topology.chip
+    chip = target.topology.chip
     if chip is None:
         return lines
     shares = cost.shares()
     sources = ", ".join(f"{name} {100 * shares[name]:.1f} %" for name in SOURCES if name in shares)
     mfu = 100 * cost.utilization(about["operations"], chip)
-    what = "call" if request.sample else "step"
+    what = "call" if target.sample else "step"
     lines += [
         f"time of a {what}: {1e3 * cost.seconds:.0f} ms, MFU {mfu:.1f} % (estimated)",
         f"  by source: {sources}; copies beside other work: {1e3 * cost.hidden_copies:.0f} ms",
     ]
-    if request.sample:
-        lines.append(f"  {cost.seconds / request.images:.3f} s an image on the whole slice")
+    if target.sample:
+        lines.append(f"  {cost.seconds / target.images:.3f} s an image on the whole slice")
     else:
-        rate = request.config.batch_size / cost.seconds
-        lines.append(f"  {rate:.0f} images/s, {rate / request.topology.num_devices:.2f} per chip")
+        rate = target.config.batch_size / cost.seconds
+        lines.append(f"  {rate:.0f} images/s, {rate / target.topology.num_devices:.2f} per chip")
     for what, names in (
         ("loops of unknown length, counted once", cost.unknown_loops),
         ("kernels charged for their bytes alone", cost.unknown_kernels),
@@ -207,7 +207,7 @@ def _grouped(buffers: list[hlo_memory.Buffer]) -> list[tuple[tuple[str, int], in
 # --- what to change -------------------------------------------------------------------------------
 
 
-def failure(request: Request, about: dict) -> list[str]:
+def failure(target: Target, about: dict) -> list[str]:
     """How the compiler ended, why that may be, and what to change."""
     failed = about["failed"]
     lines = ["", f"not compiled: {failed['how']}"]
@@ -229,41 +229,41 @@ def failure(request: Request, about: dict) -> list[str]:
         )
     if "log" in failed:
         lines.append(f"  the compiler's own words are in {failed['log']}")
-    return lines + advice(request, about)
+    return lines + advice(target, about)
 
 
-def advice(request: Request, about: dict) -> list[str]:
+def advice(target: Target, about: dict) -> list[str]:
     """What would make it fit, by rule: nothing here was compiled."""
-    chip = request.topology.chip
+    chip = target.topology.chip
     memory = about.get("failed", {}).get("kind") == "memory"
-    if chip is None or "resident" not in about or fits(request, about):
+    if chip is None or "resident" not in about or fits(target, about):
         return []
     if "failed" in about and not memory:
         return []
-    suggestions = [f"  {text}" for _, text in changes(request, about) if text] or [
+    suggestions = [f"  {text}" for _, text in changes(target, about) if text] or [
         "  fewer images per device, or a larger slice"
     ]
     return ["", "what would make it fit (by rule; --search compiles it):", *suggestions]
 
 
-def changes(request: Request, about: dict) -> list[tuple[dict, str]]:
+def changes(target: Target, about: dict) -> list[tuple[dict, str]]:
     """[(fields of the config, flags and reason)], the cheapest first."""
-    config, chip = request.config, request.topology.chip
+    config, chip = target.config, target.topology.chip
     resident, advised = sum(about["resident"].values()), []
     mesh = about["mesh"]
-    each = request.topology.num_devices // request.topology.slices
+    each = target.topology.num_devices // target.topology.slices
     if about["whole"] and resident > chip.memory / 3 and mesh.get("fsdp", 1) < each:
         wider = schema.MeshConfig(data=1, fsdp=-1, dcn_data=-1)
         reason = f"{gb(resident)} lie there; split over {each} chips {gb(about['whole'] / each)}"
         advised.append(({"mesh": wider}, f"--mesh.data 1 --mesh.fsdp -1: {reason}"))
-    if request.sample:
+    if target.sample:
         return advised
     if not config.remat:
         advised.append(({"remat": True}, "--remat: keeps what enters a block, computes it again"))
-    rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
+    examples = config.batch_size // (mesh["data"] * mesh["fsdp"])
     accumulate = config.accumulate * 2
-    while rows % accumulate == 0 and accumulate <= rows:
-        reason = f"{rows // accumulate} images per device at a time"
+    while examples % accumulate == 0 and accumulate <= examples:
+        reason = f"{examples // accumulate} images per device at a time"
         advised.append(({"remat": True, "accumulate": accumulate}, _flags(accumulate, reason)))
         accumulate *= 2
     return advised

@@ -109,8 +109,8 @@ def describe(
             f" {model.downsample} pixels a side; the data have {config.data.channels} and"
             f" {config.data.size}"
         )
-    section = bundle.model_config(config, model)
-    side = section.size // model.downsample
+    model_config = bundle.model_config(config, model)
+    side = model_config.size // model.downsample
     moments = cache.MOMENTS if isinstance(model, schema.AutoencoderKLConfig) else ("mean",)
     return {
         "format": cache.FORMAT,

@@ -62,8 +62,8 @@ class Clock:
         self.begun = time.time()
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens inside is no training; the device has nothing to do when it begins."""
+    def paused(self) -> Iterator[None]:
+        """Count the time inside as lost for training; call it when the device has nothing to do."""
         start = time.time()
         yield
         self.lost += time.time() - start

@@ -8,7 +8,7 @@ with loop:
             state, metrics = train_step(state, batch, root)
         loop.made(i + 1, state, metrics)
         stop = loop.stops(i + 1)
-        loop.save(i + 1, state, section, final=stop)
+        loop.save(i + 1, state, model_config, final=stop)
         if stop:
             break
 return loop.exit_code
@@ -122,7 +122,7 @@ class Loop:
 
     def traced(self, i: int) -> contextlib.AbstractContextManager:
         """Around the step after `i` others: a trace, if it is in the window of --profile."""
-        return self.profile.around(i)
+        return self.profile.traced(i)
 
     def made(self, step: int, state: Any, metrics: dict) -> None:
         """After step number `step`; `metrics` are still on the device.
@@ -131,7 +131,7 @@ class Loop:
         """
         self.clock.made = metrics["loss"]
         self.watch.step(step)
-        self.manager.look()
+        self.manager.check_writes()
         log = is_due(self.config.intervals.log, step) or step == self.config.steps
         self.monitor.step(step, metrics, self.stream.bad_records, log=log)
         stop.refuse_bad(self.monitor, self.config, self.manager)
@@ -149,7 +149,7 @@ class Loop:
         """Begin when the devices have made `state`; the time inside does not count as steps."""
         jax.block_until_ready(state.step)
         self.monitor.catch_up()
-        with self.watch.doing(what), self.clock.aside():
+        with self.watch.doing(what), self.clock.paused():
             yield
         self.monitor.pause()
 
@@ -166,11 +166,11 @@ class Loop:
             LOG.info(f"stopped at step {step}; run the same command again to go on")
         return self.exit_code == 0 or interrupted
 
-    def save(self, step: int, state: Any, section: Mapping[str, Any], *, final: bool) -> None:
+    def save(self, step: int, state: Any, model_config: Mapping[str, Any], *, final: bool) -> None:
         """Save a checkpoint and a snapshot where they are due; `final`: a checkpoint that may not
-        fail. `section` is the config of the model, as JSON values, which a snapshot holds."""
+        fail. `model_config` is the config of the model, as JSON values, which a snapshot holds."""
         every = self.config.intervals
-        if is_due(every.save, step) or self.manager.again or final:
+        if is_due(every.save, step) or self.manager.retry_due or final:
             with self.paused("saving", state):
                 meta = rundir.meta(self.config, self.mesh)
                 meta["clock"] = self.clock.spent(orderly=final)
@@ -180,7 +180,7 @@ class Loop:
                 self.monitor.flush()
         if is_due(every.snapshot, step) or step == self.config.steps:
             with self.paused("saving", state):
-                checkpoint.save_snapshot(self.run, step, averaged(state), section)
+                checkpoint.save_snapshot(self.run, step, averaged(state), model_config)
 
 
 def _spent(manager: Manager, first: int) -> dict[str, Any] | None:

@@ -45,8 +45,8 @@ class Profile:
             self.steps = None
 
     @contextlib.contextmanager
-    def around(self, i: int) -> Iterator[None]:
-        """Around the training step after `i` others; starts the trace where the window begins."""
+    def traced(self, i: int) -> Iterator[None]:
+        """Trace the training step after `i` others if it lies in the window."""
         if self.steps is None or i not in self.steps:
             yield
             return

@@ -75,7 +75,7 @@ def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.
     if getattr(state, "disc_params", None):
         trees["discriminator"] = state.disc_params
     counts = ", ".join(f"{n} {count_parameters(p) / 1e6:.2f} M" for n, p in trees.items())
-    rows = data.pipeline.local_examples(config.batch_size, sharding.batch_sharding(mesh))
+    examples = data.pipeline.local_examples(config.batch_size, sharding.batch_sharding(mesh))
     splits = mesh.shape["data"] * mesh.shape["fsdp"]
     micro = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
     held = bytes_per_device(state)
@@ -88,16 +88,16 @@ def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.
         f"parameters: {counts}; {stream.num_records} images; mesh {dict(mesh.shape)}",
         f"state: {_size(sum(held.values()))} per device ({', '.join(parts)})",
         f"batch {config.batch_size}: {config.batch_size // splits} per device{micro},"
-        f" {len(rows)} read by each process",
+        f" {len(examples)} read by each process",
         f"compiled programs: {cache or 'not kept'}" + (", written by process 0" if cache else ""),
     ):
         LOG.info(line)
     warn_of_single_channels(config)
     LOG.info(
-        "process %d of %d on %s: devices %s; reads rows %s of every batch",
+        "process %d of %d on %s: devices %s; reads examples %s of every batch",
         *(jax.process_index(), jax.process_count(), socket.gethostname()),
         [device.id for device in jax.local_devices()],
-        _ranges(rows),
+        _ranges(examples),
         extra=log.ONLY_FILE,
     )
 
@@ -119,10 +119,10 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
-def _ranges(rows: list[int]) -> str:
+def _ranges(numbers: list[int]) -> str:
     """`0-3, 8-11`."""
-    starts = [r for r in rows if r - 1 not in rows]
-    ends = [r for r in rows if r + 1 not in rows]
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
     return ", ".join(f"{a}-{b}" for a, b in zip(starts, ends))
 
 

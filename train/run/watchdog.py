@@ -161,7 +161,7 @@ class Watch:
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * self.config.every), now
             try:
-                fault = self.look(elapsed)
+                fault = self.check(elapsed)
                 if fault is not None and not self.closing.is_set():
                     self._leave(*fault)
             except Exception:  # a watch that died unnoticed would be worse
@@ -169,7 +169,7 @@ class Watch:
             if self.closing.wait(self.config.every):
                 return
 
-    def look(self, elapsed: float) -> tuple[str, bool] | None:
+    def check(self, elapsed: float) -> tuple[str, bool] | None:
         """One round: a sign of life, the others' and this main thread's.
 
         Returns why this process has to leave and whether a restart helps, or None. `elapsed`:

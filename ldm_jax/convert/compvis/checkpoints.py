@@ -176,13 +176,13 @@ def load(
         dtype=jnp.dtype(dtype),
         **bundle.kernels(mesh),
     )
-    all_rows, shapes = model_rows(model), model_shapes(model)
-    taken = _taken(path, tensors, info, all_rows, ema)
+    entries, shapes = model_entries(model), model_shapes(model)
+    taken = _taken(path, tensors, info, entries, ema)
     place = table.placer(shapes, mesh)
     if shapes_only:
         taken, place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), taken), None
     params = table.from_torch(
-        all_rows, taken, shapes, dtype=param_dtype, place=place, where=str(path)
+        entries, taken, shapes, dtype=param_dtype, place=place, where=str(path)
     )
     return dataclasses.replace(model, params={part: params.get(part, {}) for part in shapes})
 
@@ -199,7 +199,7 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
         raise ValueError(f"{path}: is written as .safetensors or .ckpt: name it so")
     model = as_written(model)
     text = model_yaml.dumps(model.config, model.latent_scale)
-    tensors = table.to_torch(model_rows(model), model.params, dtype=dtype, lazy=True)
+    tensors = table.to_torch(model_entries(model), model.params, dtype=dtype, lazy=True)
     if path.suffix == ".ckpt":
         torch_writer.write(path, tensors)
     else:
@@ -242,12 +242,12 @@ def load_first_stage_file(
     else:
         config = model_yaml.first_stage_of(model_yaml.read(yaml_path))
     model = autoencoder.from_config(config)
-    all_rows, shapes = tables.autoencoder(model), _first_stage_shapes(model)
-    taken = _taken(path, tensors, info, all_rows, ema)
-    return table.from_torch(all_rows, taken, shapes, where=str(path)), config
+    entries, shapes = tables.autoencoder(model), _first_stage_shapes(model)
+    taken = _taken(path, tensors, info, entries, ema)
+    return table.from_torch(entries, taken, shapes, where=str(path)), config
 
 
-def model_rows(model: bundle.LatentDiffusion) -> list[table.Row]:
+def model_entries(model: bundle.LatentDiffusion) -> list[table.Entry]:
     """The table of a whole model: names as in the file, paths as in `LatentDiffusion.params`."""
     return [
         *table.prefixed(tables.unet(model.unet), UNET_PREFIX, "unet/"),
@@ -320,11 +320,11 @@ def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) 
 
 
 def _taken(
-    path: epath.Path, tensors: StateDict, info: files.Info, all_rows: list[table.Row], ema: bool
+    path: epath.Path, tensors: StateDict, info: files.Info, entries: list[table.Entry], ema: bool
 ) -> dict[str, Any]:
     """`take` of a file, with what it says printed."""
     try:
-        taken = take(tensors, all_rows, ema=ema)
+        taken = take(tensors, entries, ema=ema)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for line in taken.said:
@@ -347,20 +347,20 @@ def ema_name(name: str) -> str:
     return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
-def take(tensors: StateDict, all_rows: list[table.Row], *, ema: bool = True) -> Taken:
-    """Names that rows can consume, averaged weights under their raw names, without `IGNORED`.
+def take(tensors: StateDict, entries: list[table.Entry], *, ema: bool = True) -> Taken:
+    """Names that entries can consume, averaged weights under their raw names, without `IGNORED`.
 
     Names that nothing explains stay in: the table refuses them. ValueError if only some parameters
     of the UNet have an average.
     """
-    names = {row.torch for row in all_rows}
+    names = {entry.torch for entry in entries}
     copies = {ema_name(name): name for name in names if ema_name(name) in tensors}
     use = ema and bool(copies)
     if use:
         unet_names = sorted(n for n in names if n.startswith(UNET_PREFIX)) or sorted(names)
         lacking = [f"missing {ema_name(n)}" for n in unet_names if ema_name(n) not in copies]
         table.refuse(lacking, "its averaged weights are not whole (ema=False takes the raw ones)")
-    twins = {ema_name(name) for name in tensors}  # of losses too, which have no row
+    twins = {ema_name(name) for name in tensors}  # of losses too, which have no entry
     chosen: dict[str, Any] = {}
     counts: Counter[str] = Counter()
     for name, x in tensors.items():

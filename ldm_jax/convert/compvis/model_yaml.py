@@ -83,10 +83,10 @@ def read(path: epath.PathLike) -> dict[str, Any]:
 
 def dumps(config: schema.LatentDiffusionConfig, scale: float) -> str:
     """The YAML of a model: the section that the reference reads, and ours, exact, beside it."""
-    section = serialize.to_dict(config)
+    ours = serialize.to_dict(config)
     values = {
         "model": model_options(config, scale),
-        "ldm_jax": {"format": serialize.FORMAT, "config": section},
+        "ldm_jax": {"format": serialize.FORMAT, "config": ours},
     }
     return yaml.safe_dump(values, sort_keys=False)
 

@@ -6,9 +6,9 @@ from ldm_jax.convert.table import (
     DENSE_AS_CONV1D,
     DENSE_AS_CONV2D,
     EMBEDDING,
+    Entries,
+    Entry,
     Layout,
-    Row,
-    Rows,
     layer,
     norm,
 )
@@ -18,16 +18,16 @@ from ldm_jax.models.unet import UNet
 # --- UNet ----------------------------------------------------------------------------------------
 
 
-def unet(model: UNet) -> list[Row]:
-    """Rows of a UNet, names without the prefix `model.diffusion_model.`."""
+def unet(model: UNet) -> list[Entry]:
+    """Entries of a UNet, names without the prefix `model.diffusion_model.`."""
     return list(_unet(model))
 
 
-def _unet(model: UNet) -> Rows:
+def _unet(model: UNet) -> Entries:
     yield from layer("time_embed.0", "time_embedding/linear_1", DENSE)
     yield from layer("time_embed.2", "time_embedding/linear_2", DENSE)
     if model.num_classes is not None:
-        yield Row("label_emb.weight", ("class_embedding/embedding",), EMBEDDING)
+        yield Entry("label_emb.weight", ("class_embedding/embedding",), EMBEDDING)
     elif model.vector_dim is not None:
         yield from layer("label_emb.0.0", "class_embedding/linear_1", DENSE)
         yield from layer("label_emb.0.2", "class_embedding/linear_2", DENSE)
@@ -41,7 +41,7 @@ def _unet(model: UNet) -> Rows:
     yield from layer("out.2", "conv_out", CONV)
 
 
-def _down(model: UNet) -> Rows:
+def _down(model: UNet) -> Entries:
     block = 0  # index in input_blocks, which counts layers and downsamplers alike
     width = model.model_channels
     for level, mult in enumerate(model.channel_mult):
@@ -61,7 +61,7 @@ def _down(model: UNet) -> Rows:
                 yield from layer(f"input_blocks.{block}.0.op", f"{ours}/downsamplers_0/conv", CONV)
 
 
-def _up(model: UNet) -> Rows:
+def _up(model: UNet) -> Entries:
     block = 0
     for order, level in enumerate(reversed(range(len(model.channel_mult)))):
         ours = f"up_blocks_{order}"
@@ -81,7 +81,7 @@ def _up(model: UNet) -> Rows:
                 yield from layer(f"{name}.conv", f"{ours}/upsamplers_0/conv", CONV)
 
 
-def _resnet(torch: str, ours: str, shortcut: bool = False) -> Rows:
+def _resnet(torch: str, ours: str, shortcut: bool = False) -> Entries:
     yield from norm(f"{torch}.in_layers.0", f"{ours}/norm1")
     yield from layer(f"{torch}.in_layers.2", f"{ours}/conv1", CONV)
     yield from layer(f"{torch}.emb_layers.1", f"{ours}/time_emb_proj", DENSE)
@@ -91,7 +91,7 @@ def _resnet(torch: str, ours: str, shortcut: bool = False) -> Rows:
         yield from layer(f"{torch}.skip_connection", f"{ours}/conv_shortcut", CONV)
 
 
-def _attention(model: UNet, level: int | None, torch: str, ours: str) -> Rows:
+def _attention(model: UNet, level: int | None, torch: str, ours: str) -> Entries:
     if not model.spatial_transformer:
         yield from norm(f"{torch}.norm", f"{ours}/group_norm")
         sizes = (("n", model.heads(level)), ("s", 3))  # each head's q, k and v lie together
@@ -100,7 +100,7 @@ def _attention(model: UNet, level: int | None, torch: str, ours: str) -> Rows:
             ("bias", Layout("(n s d)", "s (n d)", sizes)),
         ):
             paths = tuple(f"{ours}/to_{part}/{leaf}" for part in "qkv")
-            yield Row(f"{torch}.qkv.{'weight' if leaf == 'kernel' else 'bias'}", paths, layout)
+            yield Entry(f"{torch}.qkv.{'weight' if leaf == 'kernel' else 'bias'}", paths, layout)
         yield from layer(f"{torch}.proj_out", f"{ours}/to_out_0", DENSE_AS_CONV1D)
         return
     projection = DENSE if model.linear_projection else CONV
@@ -111,7 +111,7 @@ def _attention(model: UNet, level: int | None, torch: str, ours: str) -> Rows:
     yield from layer(f"{torch}.proj_out", f"{ours}/proj_out", projection)
 
 
-def _transformer(torch: str, ours: str) -> Rows:
+def _transformer(torch: str, ours: str) -> Entries:
     for attn in ("attn1", "attn2"):
         for part in ("to_q", "to_k", "to_v"):
             yield from layer(f"{torch}.{attn}.{part}", f"{ours}/{attn}/{part}", DENSE, bias=False)
@@ -128,14 +128,14 @@ def _transformer(torch: str, ours: str) -> Rows:
 Autoencoder = AutoencoderKL | AutoencoderVQ
 
 
-def autoencoder(model: FirstStage) -> list[Row]:
-    """Rows of a first stage, names without the prefix `first_stage_model.`."""
+def autoencoder(model: FirstStage) -> list[Entry]:
+    """Entries of a first stage, names without the prefix `first_stage_model.`."""
     return [] if isinstance(model, IdentityFirstStage) else list(_autoencoder(model))
 
 
-def _autoencoder(model: Autoencoder) -> Rows:
+def _autoencoder(model: Autoencoder) -> Entries:
     if isinstance(model, AutoencoderVQ):
-        yield Row("quantize.embedding.weight", ("quantize/embedding",), EMBEDDING)
+        yield Entry("quantize.embedding.weight", ("quantize/embedding",), EMBEDDING)
     yield from layer("quant_conv", "quant_conv", CONV)
     yield from layer("post_quant_conv", "post_quant_conv", CONV)
     for half in ("encoder", "decoder"):
@@ -165,7 +165,7 @@ def _autoencoder(model: Autoencoder) -> Rows:
 
 def _first_stage_level(
     model: Autoencoder, level: int, torch: str, ours: str, widens: bool, extra: int = 0
-) -> Rows:
+) -> Entries:
     for i in range(model.num_res_blocks + extra):
         shortcut = widens and i == 0
         yield from _first_stage_resnet(f"{torch}.block.{i}", f"{ours}/resnets_{i}", shortcut)
@@ -173,7 +173,7 @@ def _first_stage_level(
             yield from _first_stage_attention(f"{torch}.attn.{i}", f"{ours}/attentions_{i}")
 
 
-def _first_stage_resnet(torch: str, ours: str, shortcut: bool = False) -> Rows:
+def _first_stage_resnet(torch: str, ours: str, shortcut: bool = False) -> Entries:
     for i in (1, 2):
         yield from norm(f"{torch}.norm{i}", f"{ours}/norm{i}")
         yield from layer(f"{torch}.conv{i}", f"{ours}/conv{i}", CONV)
@@ -181,7 +181,7 @@ def _first_stage_resnet(torch: str, ours: str, shortcut: bool = False) -> Rows:
         yield from layer(f"{torch}.nin_shortcut", f"{ours}/conv_shortcut", CONV)
 
 
-def _first_stage_attention(torch: str, ours: str) -> Rows:
+def _first_stage_attention(torch: str, ours: str) -> Entries:
     yield from norm(f"{torch}.norm", f"{ours}/group_norm")
     for theirs, name in (("q", "query"), ("k", "key"), ("v", "value"), ("proj_out", "proj_attn")):
         yield from layer(f"{torch}.{theirs}", f"{ours}/{name}", DENSE_AS_CONV2D)

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     """Shapes of a part's parameters, and the table of a file with these names."""
 
     shapes: dict
-    rows: Callable[[Iterable[str] | None], list[table.Row]]
+    entries: Callable[[Iterable[str] | None], list[table.Entry]]
     """None stands for the names that we write."""
 
 
@@ -60,7 +60,7 @@ def first_stage_part(config: schema.FirstStageModelConfig) -> Part:
 
 
 def _plain_part(shapes: dict) -> Part:
-    return Part(shapes, lambda names: tables.rows(shapes, tables.has_old_names(names or ())))
+    return Part(shapes, lambda names: tables.entries(shapes, tables.has_old_names(names or ())))
 
 
 def text_part(config: TextConfig) -> Part:
@@ -71,14 +71,14 @@ def text_part(config: TextConfig) -> Part:
         return Part(shapes, lambda names: text_tables.ldm_bert(config))
     shapes = _shapes(clip.text_from_config(config), ids)
 
-    def rows(names: Iterable[str] | None) -> list[table.Row]:
+    def entries(names: Iterable[str] | None) -> list[table.Entry]:
         """transformers 5 writes the names without the `text_model.` that all before had."""
         entries = text_tables.clip_text(config)
         if names is None or any(name.startswith("text_model.") for name in names):
             return entries
-        return [row._replace(torch=row.torch.removeprefix("text_model.")) for row in entries]
+        return [entry._replace(torch=entry.torch.removeprefix("text_model.")) for entry in entries]
 
-    return Part(shapes, rows)
+    return Part(shapes, entries)
 
 
 def _shapes(module: Any, *inputs: Any) -> dict:
@@ -102,16 +102,17 @@ def params(
     tensors, info = files.open_state_dict(path)
     if info.format == "msgpack":
         tensors = {name.removeprefix("params/"): x for name, x in tensors.items()}
-        rows = tables.flax_rows(part.shapes)
+        entries = tables.flax_entries(part.shapes)
     else:
         unused = [name for name in UNUSED if name in tensors]
         if unused:
             LOG.info(f"{path}: left out, as it computes nothing: {', '.join(unused)}")
         tensors = {name: x for name, x in tensors.items() if name not in unused}
-        rows = part.rows(tensors)
+        entries = part.entries(tensors)
     if shapes_only:
         tensors = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors.items()}
-    return table.from_torch(rows, tensors, part.shapes, dtype=dtype, place=place, where=str(path))
+    where = str(path)
+    return table.from_torch(entries, tensors, part.shapes, dtype=dtype, place=place, where=where)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def _text(folder: epath.Path) -> TextConfig:
 
 
 def _tokenizer(folder: epath.Path, encoder: TextConfig) -> tokens.Tokenizer:
-    """Rows are as long as the tokenizer says, and at most what the encoder takes."""
+    """The token ids are as many as the tokenizer says, and at most what the encoder takes."""
     path = folder / "tokenizer_config.json"
     most = read_json(path).get("model_max_length") if path.exists() else None
     length = min(encoder.max_length, most) if isinstance(most, int) else encoder.max_length

@@ -11,7 +11,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from ldm_jax.convert.table import CONV, DENSE, EMBEDDING, VECTOR, Layout, Row
+from ldm_jax.convert.table import CONV, DENSE, EMBEDDING, VECTOR, Entry, Layout
 
 NUMBERED = re.compile(
     r"(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|net"
@@ -22,15 +22,15 @@ NEW = {old: new for new, old in OLD.items()}
 SAME = Layout("...", "...")  # the Flax classes' own files
 
 
-def rows(shapes: dict, old: bool = False) -> list[Row]:
-    """Rows of a UNet or a first stage, whose parameters have these shapes; `old` as above."""
+def entries(shapes: dict, old: bool = False) -> list[Entry]:
+    """Entries of a UNet or a first stage, whose parameters have these shapes; `old` as above."""
     flat = traverse_util.flatten_dict(shapes, sep="/")
-    return [Row(torch_name(path, old), (path,), _layout(path, x)) for path, x in flat.items()]
+    return [Entry(torch_name(path, old), (path,), _layout(path, x)) for path, x in flat.items()]
 
 
-def flax_rows(shapes: dict) -> list[Row]:
-    """Rows of a Flax file, whose paths and layouts are ours."""
-    return [Row(path, (path,), SAME) for path in traverse_util.flatten_dict(shapes, sep="/")]
+def flax_entries(shapes: dict) -> list[Entry]:
+    """Entries of a Flax file, whose paths and layouts are ours."""
+    return [Entry(path, (path,), SAME) for path in traverse_util.flatten_dict(shapes, sep="/")]
 
 
 def has_old_names(names: Iterable[str]) -> bool:

@@ -99,7 +99,7 @@ def _tensors(
     """Names and tensors of each part that is written."""
     parts = components.model_parts(config)
     return {
-        kind: table.to_torch(parts[kind].rows(None), params[kind], dtype=dtype, lazy=True)
+        kind: table.to_torch(parts[kind].entries(None), params[kind], dtype=dtype, lazy=True)
         for kind in kinds
     }
 

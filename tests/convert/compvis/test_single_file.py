@@ -16,7 +16,7 @@ from ldm_jax.convert.compvis import model_yaml, single_file, yaml_options
 def tensors_of(config):
     """{CompVis name: shape} of a model."""
     built = bundle.build(config, {}, 1.0)
-    return table.to_torch(compvis.model_rows(built), compvis.model_shapes(built))
+    return table.to_torch(compvis.model_entries(built), compvis.model_shapes(built))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -272,6 +272,6 @@ def test_names_and_shapes_of_real_models(name):
     else:
         config, _ = part_configs.first_stage_config(options, name)
         part = components.first_stage_part(config)
-    ours = table.to_torch(part.rows(None), part.shapes)
+    ours = table.to_torch(part.entries(None), part.shapes)
     shapes = {k: tuple(x.shape) for k, x in module.state_dict().items()}
     assert {k: tuple(x.shape) for k, x in ours.items()} == shapes

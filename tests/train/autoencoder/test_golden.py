@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_re_statement(stored):
 
 
 def test_lpips(stored):
-    rows, shapes = list(auxiliary.lpips_rows()), lpips.shapes(4)
+    rows, shapes = list(auxiliary.lpips_entries()), lpips.shapes(4)
     tensors = {n: weight(n, x.shape) for n, x in table.to_torch(rows, shapes).items()}
     params = table.from_torch(rows, tensors, shapes)
     image, reconstruction, _ = inputs()

@@ -126,10 +126,10 @@ class Theirs:
             self.net = diffusers.VQModel(**sizes, num_vq_embeddings=12, vq_embed_dim=4)
         else:
             self.net = diffusers.AutoencoderKL(**sizes)
-        self.rows = tables.rows(params)
+        self.rows = tables.entries(params)
         self._load(self.net, table.to_torch(self.rows, params))
         self.lpips = again.LPIPS(WIDTH).requires_grad_(False)
-        self._load(self.lpips, table.to_torch(list(auxiliary.lpips_rows()), vgg))
+        self._load(self.lpips, table.to_torch(list(auxiliary.lpips_entries()), vgg))
         self.disc = again.patch_gan(3, 8, 2, "batch").train()
         self._load(self.disc, auxiliary.discriminator_state_dict(DISCRIMINATOR, disc))
         self.logvar = torch.tensor(LOGVAR, requires_grad=True)

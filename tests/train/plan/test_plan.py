@@ -18,15 +18,15 @@ from ldm_jax.train import main
 from ldm_jax.train.plan import command, programs, reports, topologies
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-REQUEST = programs.Request(
+TARGET = programs.Target(
     tiny.get_config("class"), topologies.parse("v5e:2x2"), tiny.first_stage().model
 )
-CONFIG = REQUEST.config
+CONFIG = TARGET.config
 CHECK_COMPILER = topologies.check_compiler  # tests of what follows do without one
 
 
 def with_config(**fields):
-    return dataclasses.replace(REQUEST, config=dataclasses.replace(CONFIG, **fields))
+    return dataclasses.replace(TARGET, config=dataclasses.replace(CONFIG, **fields))
 
 
 @pytest.mark.parametrize(
@@ -65,29 +65,29 @@ def test_wrong_topologies_are_told(text, slices, complaint):
 def test_a_missing_compiler_is_told_with_its_version(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps 'libtpu==0\.\d+\.\d+\.\*'"):
-        CHECK_COMPILER(REQUEST.topology)
+        CHECK_COMPILER(TARGET.topology)
     CHECK_COMPILER(topologies.parse("gpu:2"))
 
 
 def test_a_result_is_found_by_what_shapes_the_program(monkeypatch):
-    name = command.key(REQUEST)
+    name = command.key(TARGET)
     same = with_config(steps=99, seed=1, intervals=schema.IntervalConfig(log=7))
     assert command.key(same) == name
     others = [
         with_config(batch_size=16),
         with_config(remat=True),
         with_config(mesh=schema.MeshConfig(fsdp=2)),
-        dataclasses.replace(REQUEST, topology=topologies.parse("v5e:2x4")),
-        dataclasses.replace(REQUEST, cached=True),
+        dataclasses.replace(TARGET, topology=topologies.parse("v5e:2x4")),
+        dataclasses.replace(TARGET, cached=True),
     ]
     assert len({name, *map(command.key, others)}) == 6
     monkeypatch.setattr(topologies, "version", lambda name: "0")
-    assert command.key(REQUEST) != name
+    assert command.key(TARGET) != name
 
 
-def test_a_request_comes_back_from_json():
-    values = json.loads(json.dumps(REQUEST.to_json()))
-    assert programs.Request.from_json(values) == REQUEST
+def test_a_target_comes_back_from_json():
+    values = json.loads(json.dumps(TARGET.to_json()))
+    assert programs.Target.from_json(values) == TARGET
 
 
 @pytest.mark.parametrize(
@@ -100,29 +100,29 @@ def test_a_request_comes_back_from_json():
 def test_options_that_do_not_fit(argv, complaint):
     config, options = command.parse(CONFIG, [*argv, "--sample"], "tiny:class")
     with pytest.raises(ValueError, match=complaint):
-        command.request_of(config, options, "tiny:class", main.load_config)
+        command.target_of(config, options, "tiny:class", main.load_config)
 
 
-def test_options_make_a_request():
+def test_options_make_a_target():
     argv = ["--topology", "v5e:4x4", "--slices", "2", "--mesh.dcn-data", "2", "--remat"]
     config, options = command.parse(CONFIG, [*argv, "--cached"], "tiny:class")
-    request = command.request_of(config, options, "tiny:class", main.load_config)
-    assert (request.topology.num_devices, request.cached, request.sample) == (32, True, False)
-    assert (request.config.mesh.dcn_data, request.config.remat) == (2, True)
-    assert request.first_stage == tiny.first_stage().model
+    target = command.target_of(config, options, "tiny:class", main.load_config)
+    assert (target.topology.num_devices, target.cached, target.sample) == (32, True, False)
+    assert (target.config.mesh.dcn_data, target.config.remat) == (2, True)
+    assert target.first_stage == tiny.first_stage().model
     argv = ["--topology", "v5e:4x4", "--sample", "--space", "8", "--height", "64"]
     config, options = command.parse(CONFIG, argv, "tiny:class")
-    request = command.request_of(config, options, "tiny:class", main.load_config)
-    assert (request.images, request.height, request.width, request.space) == (2, 64, 16, 8)
+    target = command.target_of(config, options, "tiny:class", main.load_config)
+    assert (target.images, target.height, target.width, target.space) == (2, 64, 16, 8)
 
 
 def test_rows_of_a_batch_are_those_of_training():
     mesh = sharding.make_mesh(schema.MeshConfig())
-    shapes = programs.abstract_batch(dataclasses.replace(REQUEST, cached=True), mesh)
+    shapes = programs.abstract_batch(dataclasses.replace(TARGET, cached=True), mesh)
     assert {n: x.shape for n, x in shapes.items()} == {
         "label": (8,), "mean": (8, 8, 8, 4), "logvar": (8, 8, 8, 4)
     }  # fmt: skip
-    text = dataclasses.replace(REQUEST, config=tiny.get_config("hybrid"))
+    text = dataclasses.replace(TARGET, config=tiny.get_config("hybrid"))
     shapes = programs.abstract_batch(text, mesh)
     assert set(shapes) == {"tokens", "null_tokens", "mask", "image"}
     assert shapes["image"].sharding.spec == sharding.batch_sharding(mesh).spec
@@ -197,7 +197,7 @@ def test_the_compiler_ends_with_its_command(tmp_path):
     thread = threading.Thread(target=end)
     thread.start()
     with pytest.raises(SystemExit, match="143"):
-        command.run_child(REQUEST, tmp_path, 1, child)
+        command.run_child(TARGET, tmp_path, 1, child)
     thread.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "log").read_text()), 0)
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_kept_with_what_would(tmp_path, capsys):
     assert planned(tmp_path, capsys, "sys.exit('not run again')") == (1, out)
 
 
-def test_an_error_of_the_request_is_an_error(tmp_path, capsys):
+def test_an_error_of_the_target_is_an_error(tmp_path, capsys):
     with pytest.raises(ValueError, match="batch_size 7 is not"):
         planned(tmp_path, capsys, FAILED.format("ValueError", "batch_size 7 is not a multiple"))
 
@@ -260,7 +260,7 @@ def test_a_report(tmp_path, capsys):
 
 def test_what_moves_activations_is_named():
     text = (GOLDEN / "tpu_slices.txt").read_text()
-    found = reports.estimate(REQUEST, reports.Result(TRACED, text))
+    found = reports.estimate(TARGET, reports.Result(TRACED, text))
     about = TRACED | {"parameters": [[[7], [7]]]}
     lines = reports.collective_lines(about, found)
     assert any("of these not of a parameter's size: 3" in line for line in lines)
@@ -288,13 +288,13 @@ if asked["remat"]:
 @pytest.mark.slow
 def test_a_plan_traces_the_step_of_training():
     """Nothing is compiled; operations are those of the whole batch over the devices."""
-    request = dataclasses.replace(
+    target = dataclasses.replace(
         with_config(mesh=schema.MeshConfig(fsdp=2)), topology=topologies.parse("gpu:4")
     )
-    mesh = programs.make_mesh(request, jax.devices())
-    program = programs.build(request, mesh)
+    mesh = programs.make_mesh(target, jax.devices())
+    program = programs.build(target, mesh)
     traced = program.jitted.trace(*program.arguments)
-    found = programs.facts(request, mesh, program, traced)
+    found = programs.facts(target, mesh, program, traced)
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
     assert found["resident"]["moments"] == pytest.approx(2 * found["resident"]["parameters"], 0.01)
     assert 1e7 < found["operations"] < 1e9

@@ -37,7 +37,7 @@ def test_only_training_counts(clock):
     assert watch.share() == 0
     watch.begin()
     clock.now += 60
-    with watch.aside():
+    with watch.paused():
         clock.now += 20
     clock.now += 10
     assert watch.share() == pytest.approx(70 / 100)
@@ -57,7 +57,7 @@ def test_times_go_on_from_the_checkpoint(clock, orderly, wall):
     """80 of 100 s trained; 40 s later the run goes on, and trains 5 of 10 s."""
     watch = goodput.Clock(clock.now)
     watch.begin()
-    with watch.aside():
+    with watch.paused():
         clock.now += 20
     clock.now += 80
     kept = watch.spent(orderly)

@@ -149,7 +149,7 @@ def test_a_window_is_traced_once_and_holds_its_steps(tmp_path, capsys, shown):
     profile = profiling.Profile(run, profiling.window("3:5", 20), first=2)
     x, ended = jnp.ones((8, 8)), []
     for i in range(2, 7):
-        with profile.around(i):
+        with profile.traced(i):
             x = step(x)
         if profile.ends(i + 1):
             jax.block_until_ready(x)
@@ -168,7 +168,7 @@ def test_a_window_is_traced_once_and_holds_its_steps(tmp_path, capsys, shown):
 
 def test_a_run_that_is_past_its_window_says_so(tmp_path, capsys, shown):
     profile = profiling.Profile(tmp_path, profiling.window("3:5", 20), first=5)
-    with profile.around(5):
+    with profile.traced(5):
         pass
     profile.close()
     assert "--profile 3:5: the run is at step 5 already" in capsys.readouterr().err

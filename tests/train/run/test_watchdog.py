@@ -25,7 +25,7 @@ def watches(run, count=2, config=CONFIG, attempt=ATTEMPT):
     ]
     for watch in made:
         watch.step(3)
-        watch.look(0.0)
+        watch.check(0.0)
     return made
 
 
@@ -33,7 +33,7 @@ def rounds(watch, seconds):
     """What a watch finds within so many rounds of one second."""
     for _ in range(seconds):
         watch.moves += 1  # its own main thread is fine
-        found = watch.look(1.0)
+        found = watch.check(1.0)
         if found is not None:
             return found
     return None
@@ -42,7 +42,7 @@ def rounds(watch, seconds):
 def test_a_silent_process_is_named_after_the_timeout(run):
     first, second = watches(run)
     with second.doing("saving"):
-        second.look(1.0)
+        second.check(1.0)
         assert rounds(first, 11) is None
         why, retry = rounds(first, 1)
     assert f"process 1 (host {second.about['host']}, pid {os.getpid()}, step 3, saving)" in why
@@ -54,21 +54,21 @@ def test_a_slow_process_is_left_alone(run):
     first, second = watches(run)
     for _ in range(5):
         assert rounds(first, 9) is None
-        assert second.look(1.0) is None
+        assert second.check(1.0) is None
 
 
 @pytest.mark.parametrize("state", ["done", "stopped"])
 def test_a_process_that_ended_well_is_not_lost(run, state):
     first, second = watches(run)
     second.state = state
-    second.look(1.0)
+    second.check(1.0)
     assert rounds(first, 100) is None
 
 
 def test_a_failure_elsewhere_is_told_at_once_but_lets_the_own_error_come_first(run):
     first, second = watches(run)
     second.state, second.why, second.retry = "failed", "ValueError: odd", False
-    second.look(1.0)
+    second.check(1.0)
     assert rounds(first, 1) is None
     why, retry = rounds(first, 1)
     assert "process 1" in why
@@ -80,7 +80,7 @@ def test_a_ring_of_three_learns_what_one_of_them_finds(run):
     first, _, third = watches(run, 3)
     for _ in range(11):
         third.moves += 1
-        assert third.look(1.0) is None  # watches the first
+        assert third.check(1.0) is None  # watches the first
         assert rounds(first, 1) is None  # watches the second, which is silent
     why, retry = rounds(first, 1)
     watchdog.write_fault(run, ATTEMPT, "process 0", why, retry)
@@ -93,11 +93,11 @@ def test_after_a_broken_operation_all_others_are_looked_at_and_sooner(run):
     first, second, _ = watches(run, 3)
     first.broken = True
     for _ in range(3):
-        assert second.look(1.0) is None
+        assert second.check(1.0) is None
         assert rounds(first, 1) is None
-    second.look(1.0)
+    second.check(1.0)
     assert rounds(first, 1) is None
-    second.look(1.0)
+    second.check(1.0)
     why, _ = rounds(first, 1)
     assert "process 2" in why
     assert "process 1" not in why
@@ -142,7 +142,7 @@ def test_storage_that_is_down_is_no_death(run, monkeypatch, capsys):
 
 def test_nothing_is_written_before_the_run_is_there(tmp_path):
     watch = watchdog.Watch(tmp_path / "run", CONFIG, index=0, count=2, attempt=ATTEMPT)
-    assert watch.look(1.0) is None
+    assert watch.check(1.0) is None
     assert not (tmp_path / "run").exists()
 
 
@@ -151,8 +151,8 @@ def test_a_main_thread_that_stands_still_is_told(what, limit, capfd):
     watch = watchdog.Watch(None, CONFIG)
     watch.now["doing"] = what
     watch.moves += 1
-    assert all(watch.look(1.0) is None for _ in range(limit + 1))
-    why, retry = watch.look(1.0)
+    assert all(watch.check(1.0) is None for _ in range(limit + 1))
+    why, retry = watch.check(1.0)
     assert what in why
     assert f"has stood still for {limit + 1} s" in why
     assert retry
@@ -165,8 +165,8 @@ def test_steps_that_are_slow_by_nature_have_longer():
     watch.step(1)
     watch.since -= 30.0  # seconds that the next step took
     watch.step(2)
-    assert all(watch.look(1.0) is None for _ in range(300))
-    assert any(watch.look(1.0) for _ in range(10))
+    assert all(watch.check(1.0) is None for _ in range(300))
+    assert any(watch.check(1.0) for _ in range(10))
 
 
 def test_batches_pass_through_and_say_where_the_loop_is():
@@ -180,7 +180,7 @@ def test_batches_pass_through_and_say_where_the_loop_is():
 
 def test_the_thread_leaves_with_a_message_and_the_next_start_can_read_it(run, capsys):
     config = schema.WatchConfig(every=0.02, timeout=0.1)
-    watches(run, config=config)[1].look(0.0)
+    watches(run, config=config)[1].check(0.0)
     left = []
     watch = watchdog.Watch(run, config, count=2, attempt=ATTEMPT, leave=left.append)
     watch.start()
