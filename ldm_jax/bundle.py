@@ -35,7 +35,7 @@ class LatentDiffusion:
     """{"unet", "first_stage", "cond_stage"}; {} for a part without a module."""
     schedule: diffusion.Schedule
     prediction: diffusion.Prediction
-    """What the UNet predicts: "eps", "x0" or "v"."""
+    """Prediction type of the UNet: "eps", "x0" or "v"."""
     latent_scale: float
     config: schema.LatentDiffusionConfig
     tokenizer: Tokenizer | None = None
@@ -50,10 +50,10 @@ class LatentDiffusion:
     def encode(
         self, batch: conditioning.Batch, params: Params | None = None
     ) -> tuple[Cond, Cond | None]:
-        """(cond, null) of a batch: what a sampler is given; null is None where the model has none.
+        """Return (cond, null) of a batch for a sampler; null is None where the model has none.
 
-        batch: what `conditioning.from_batch` reads, a [B, ...] array for each name; `prompts` makes
-        that of a model of text. params: as `self.params`, an argument under jit.
+        batch: {name: [B, ...] array}, see `conditioning.from_batch`; `prompts` makes the batch of a
+        model of text. params: as `self.params`, an argument under jit.
         ValueError names what is missing, misspelt, no array, or out of range.
         """
         conditioning.check_batch(self.config.cond, batch)
@@ -176,7 +176,7 @@ def bind(unet: UNet, params: dict) -> Callable[[jax.Array, jax.Array, Cond], jax
 
     def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         beside = cond.concat if cond.concat is not None else cond.label
-        if beside is not None and len(beside) != len(x):  # for the context the UNet repeats
+        if beside is not None and len(beside) != len(x):  # for a context the UNet repeats x itself
             x, t = blocks.repeat_for(x, beside), blocks.repeat_for(t, beside)
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
@@ -192,13 +192,13 @@ def bind(unet: UNet, params: dict) -> Callable[[jax.Array, jax.Array, Cond], jax
 def with_kv_cache(net: UNet, params: dict, cond: Cond) -> Cond:
     """`cond` with the keys and values that the cross-attentions of a UNet make of its context.
 
-    They depend on the context alone: made before a loop over levels, they stand outside of it in
-    the compiled program, where a branch in the loop would keep the compiler from moving them.
+    They depend on the context alone, not on x or t. Computed before the loop over levels they are
+    computed once: a branch inside the loop keeps XLA from hoisting them.
     """
     if cond.context is None:
         return cond
     batch = len(cond.context)
-    # what else this computes, of the smallest image, is not in the compiled program
+    # A whole call of the UNet, on the smallest image: XLA drops all that only its output needs.
     x, t, _, _ = unet.example_inputs(net)
     x, t = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (x, t))
     _, made = net.apply({"params": params}, x, t, cond.context, cond.label, mutable=["context"])

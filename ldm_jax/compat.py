@@ -1,8 +1,8 @@
-"""What other libraries called their parts: `FlaxAutoencoderKL`, as diffusers had it up to 0.39.
+"""Classes under the names of other libraries: `FlaxAutoencoderKL` of diffusers up to 0.39.
 
-Code that says `from diffusers import FlaxAutoencoderKL` runs on with
-`from ldm_jax.compat import FlaxAutoencoderKL`. Interfaces and quirks are that class's own: images
-go in and come out as [B, c, H, W], latents come out as [B, h, w, c].
+Replace `from diffusers import FlaxAutoencoderKL` by
+`from ldm_jax.compat import FlaxAutoencoderKL`. Interfaces and quirks are those of that class:
+images go in and come out as [B, c, H, W], latents come out as [B, h, w, c].
 """
 
 import json
@@ -113,13 +113,13 @@ class FlaxDiagonalGaussianDistribution:
 
 
 class FlaxAutoencoderKLOutput(NamedTuple):
-    """What `encode` returns."""
+    """Result of `encode`."""
 
     latent_dist: FlaxDiagonalGaussianDistribution
 
 
 class FlaxDecoderOutput(NamedTuple):
-    """What `decode` returns: images [B, c, H, W]."""
+    """Result of `decode`: images [B, c, H, W]."""
 
     sample: jax.Array
 
@@ -189,7 +189,7 @@ class FlaxAutoencoderKL(nn.Module):
         deterministic: bool = True,
         return_dict: bool = True,
     ):
-        """Images encoded and decoded; a drawn latent needs the generator "gaussian"."""
+        """Encode and decode images; a drawn latent needs the generator "gaussian"."""
         posterior = self.encode(sample, deterministic=deterministic).latent_dist
         z = posterior.sample(self.make_rng("gaussian")) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
@@ -209,7 +209,7 @@ class FlaxAutoencoderKL(nn.Module):
             where = epath.Path(config)
             where = where / CONFIG if where.is_dir() else where
             config = json.loads(where.read_text())
-        # refuses what the Flax class could not build either
+        # refuses the options that the Flax class could not build either
         part_configs.first_stage_config({**config, "_class_name": "AutoencoderKL"}, str(where))
         options = {name: config[name] for name in FIELDS if name in config}
         lists = {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
@@ -231,7 +231,7 @@ class FlaxAutoencoderKL(nn.Module):
     ) -> tuple["FlaxAutoencoderKL", dict]:
         """(model, parameters) of a folder with config.json and weights of Flax or torch.
 
-        A name like "owner/name" is looked for in the cache of huggingface_hub: nothing is
+        A name like "owner/name" is looked up in the cache of huggingface_hub; nothing is
         downloaded. Flax weights are taken first, with `from_pt` torch's; the parameters keep the
         file's type. `local_files_only` and `use_safetensors` are there for old calls.
         FileNotFoundError names what was looked for.

@@ -1,6 +1,6 @@
-"""Closures over `denoise(x, level) -> Denoised`: what is done to the predicted x0 at every level.
+"""Closures over `denoise(x, level) -> Denoised` that change the predicted x0 at every level.
 
-`diffusion.clip_x0` is one more. They nest, and every solver takes them.
+`diffusion.clip_x0` is one more. They can be nested, and work with every solver.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ def dynamic_threshold(
     """`denoise` with x0 brought back into [-limit, limit], and the noise that goes with it.
 
     Saharia et al. 2022, section 2.3: s is the quantile of |x0| in an image, at least `limit`; x0 is
-    clipped to [-s, s] and scaled by limit / s. Made for models of pixels: latents have no bounds.
+    clipped to [-s, s] and scaled by limit / s. It is meant for pixel models: latents have no
+    bounds.
     """
 
     def thresholded(x, level):

@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
 
 
 class Denoised(NamedTuple):
-    """What a model says about a noised batch: the clean batch and the noise, [B, ...] each."""
+    """Predicted clean batch and noise of a noised batch, [B, ...] each."""
 
     x0: jax.Array
     eps: jax.Array
@@ -59,6 +59,8 @@ def make_schedule(
                 f"the cosine schedule takes no betas, got beta_start={beta_start},"
                 f" beta_end={beta_end}: set both to None"
             )
+        # alphas_cumprod(t) = f(t) / f(0), f(t) = cos^2(((t/T + s) / (1 + s)) pi/2), s = 0.008;
+        # betas are clipped at 0.999 (eq. 17 and below), so that the last level keeps some signal
         angle = (np.arange(timesteps + 1) / timesteps + 8e-3) / (1 + 8e-3) * np.pi / 2
         signal = np.cos(angle) ** 2
         return _from_betas(np.clip(1 - signal[1:] / signal[:-1], 0, 0.999))
@@ -107,6 +109,7 @@ def signal_and_noise(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.A
     Between two timesteps log alphas_cumprod is linear, as DPM-Solver has it (`NoiseScheduleVP`).
     """
     table = schedule.alphas_cumprod
+    # From the float64 table on the host: 1 - alphas_cumprod would lose half its digits in float32.
     if jnp.issubdtype(t.dtype, jnp.integer):
         alpha, sigma = _at(np.sqrt(table), t), _at(np.sqrt(1 - table), t)
     else:
@@ -117,7 +120,8 @@ def signal_and_noise(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.A
 
 
 def log_alphas_cumprod(schedule: Schedule) -> np.ndarray:
-    """What is interpolated between timesteps, float64 [T]; alpha = 0 is taken as 1e-15."""
+    """log alphas_cumprod, float64 [T], interpolated between timesteps; alpha = 0 counts as
+    1e-15."""
     return np.log(np.maximum(schedule.alphas_cumprod, 1e-30))
 
 
@@ -146,12 +150,13 @@ def posterior(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean [B, ...], variance and log-variance [B, 1, ...] of q(x_{t-1} | x_t, x_0) at int t [B].
 
-    Ho et al. 2020, eq. 6-7.
-
-    The variance is 0 at t = 0; the log-variance is that of at least 1e-20, as in the reference.
+    Ho et al. 2020, eq. 6-7. The variance is 0 at t = 0; the log-variance is that of at least 1e-20,
+    as in the reference.
     """
     previous = _previous(schedule)
     noise = 1 - schedule.alphas_cumprod
+    # mean = sqrt(ac_{t-1}) beta_t / (1 - ac_t) x_0 + (1 - ac_{t-1}) sqrt(1 - beta_t) / (1 - ac_t)
+    # x_t
     of_x0 = schedule.betas * np.sqrt(previous) / noise
     of_x_t = (1 - previous) * np.sqrt(1 - schedule.betas) / noise
     variance = posterior_variance(schedule)
@@ -198,24 +203,24 @@ def eps_from_x0(x, x0, alpha, sigma):
 
 
 def v_from_eps(eps, x0, alpha, sigma):
-    """Salimans and Ho 2022, appendix D."""
+    """v = alpha eps - sigma x0 (Salimans and Ho 2022, appendix D)."""
     return alpha * eps - sigma * x0
 
 
 def eps_from_v(x, v, alpha, sigma):
-    """Salimans and Ho 2022, appendix D."""
+    """eps = sigma x + alpha v (Salimans and Ho 2022, appendix D)."""
     return sigma * x + alpha * v
 
 
 def x0_from_v(x, v, alpha, sigma):
-    """Salimans and Ho 2022, appendix D."""
+    """x0 = alpha x - sigma v (Salimans and Ho 2022, appendix D)."""
     return alpha * x - sigma * v
 
 
 def target(
     prediction: Prediction, x0: jax.Array, noise: jax.Array, alpha: Any, sigma: Any
 ) -> jax.Array:
-    """What a model of this prediction type is trained to return."""
+    """Training target of a model of this prediction type."""
     if prediction == "eps":
         return noise
     if prediction == "x0":
@@ -267,6 +272,7 @@ def vlb_weights(schedule: Schedule, prediction: Prediction) -> np.ndarray:
     """
     ac = schedule.alphas_cumprod
     if prediction == "eps":
+        # beta_t^2 / (2 sigma_t^2 alpha_t (1 - ac_t)), Ho et al. 2020, eq. 12
         scale = 2 * posterior_variance(schedule) * (1 - schedule.betas) * (1 - ac)
         weights = np.append(0.0, schedule.betas[1:] ** 2 / scale[1:])
     elif prediction == "x0":

@@ -5,9 +5,8 @@
     export.write("sampler.bin", program, {"model": export.identity(model)})
     run, meta = export.read("sampler.bin", model=model)
 
-The file is `ldm_jax program 1`, the sha256 of what follows, one line of JSON (`meta`), each ended
-by a newline, and the compressed StableHLO of `jax.export` for each platform: `head -n 3` shows
-what it is.
+The file begins with three lines: `ldm_jax program 1`, the sha256 of the rest, and `meta` as JSON;
+`head -n 3` shows them. The compressed StableHLO of `jax.export` for each platform follows.
 """
 
 import dataclasses
@@ -33,11 +32,11 @@ FORMAT = 1
 MAGIC = b"ldm_jax program "
 PLATFORMS = ("cpu", "cuda", "tpu")
 CONSTANTS = 2**22
-"""Most bytes of arrays that a program may hold: tables of levels, but no weights."""
+"""Most bytes of constant arrays in a program: room for tables of levels, not for weights."""
 
 
 class Program(NamedTuple):
-    """A lowered function, and what it is called with."""
+    """A lowered function and the arguments that it takes."""
 
     exported: dict[str, jax_export.Exported]
     """By platform: a kernel of one cannot be lowered into a program of several."""
@@ -87,7 +86,7 @@ def _hash(config: str, model: LatentDiffusion) -> str:
 
 
 def _attention_name(platform: str) -> str:
-    """Of `attention.choose`; ValueError for a platform that is not one of PLATFORMS."""
+    """Name of the attention for a platform; ValueError if it is not one of PLATFORMS."""
     if platform not in PLATFORMS:
         raise ValueError(f"platform {platform!r} is not one of {', '.join(PLATFORMS)}")
     if platform != "cuda":
@@ -138,7 +137,8 @@ def lower(run: Callable, arguments: Sequence[Any], platforms: Sequence[str] = PL
             f"the program holds {held / 2**20:.1f} MiB of arrays that are not among its arguments:"
             " pass weights as arguments"
         )
-    # cuDNN's attention: XLA keeps it, but the StableHLO rules do not promise it for old files
+    # JAX promises stability of custom calls for some targets only; cuDNN's attention is not among
+    # them, though XLA has kept it so far.
     cudnn = [jax_export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{n}") for n in CUDNN]
     exported = {
         p: jax_export.export(jitted, platforms=(p,), disabled_checks=cudnn)(*plain)
@@ -209,7 +209,7 @@ def read(
     model: the bundle that is to run; one of another config or latent scale is refused.
     platform: cpu, cuda or tpu; default: that of this process.
     ValueError, naming the file, if it is no program, damaged, of a newer format or unknown to this
-    version of JAX, or not for this model or platform. What `run` is called with must fit, too.
+    version of JAX, or not for this model or platform; `run` refuses arguments of other shapes.
     """
     meta, blobs = _split(path)
     if model is not None and meta.get("model") not in (identity(model), _old_identity(model)):
@@ -252,14 +252,14 @@ def _call(where: str, exported: jax_export.Exported, meta: dict, *arguments: Any
                 " give that, or export it again for this"
             )
     leaves = dict(_named(names, arguments))
-    # as lowered: argument by argument, each in the order of the names that it had then
+    # in the order they were lowered in: by argument, then by the names they had then
     in_order = [leaves[n] for n in sorted(known, key=lambda n: names.index(n.partition("/")[0]))]
     data = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in in_order]
     return exported.call(*(jnp.asarray(leaf, _plain(leaf)[1]) for leaf in data))
 
 
 RENAMED = {"batch/hole": "batch/init_mask"}
-"""Inputs of programs that were exported before they were renamed: what they are called now."""
+"""Old name of an input, in programs exported before it was renamed, and its present name."""
 
 
 def _text(arrays: dict[str, dict], name: str) -> str:
@@ -269,7 +269,7 @@ def _text(arrays: dict[str, dict], name: str) -> str:
 
 
 def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
-    """What the file says of itself, and the compressed programs."""
+    """Read the header of a file, and its compressed programs."""
     try:
         data = epath.Path(path).read_bytes()
     except FileNotFoundError as error:

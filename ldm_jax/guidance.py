@@ -18,7 +18,10 @@ def classifier_free(
     interval: tuple[jax.Array | float, jax.Array | float] | None = None,
     shared: bool = False,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`guided(x, t_b)` from `model(x, t_b, cond)`: away from `null` (Ho and Salimans 2022, eq. 6).
+    """Make `guided(x, t_b)` of `model(x, t_b, cond)`: classifier-free guidance away from `null`.
+
+    guided = out(null) + scale (out(cond) - out(null)), Ho and Salimans 2022, eq. 6, where their
+    guidance strength w is scale - 1.
 
     cond and null: pytrees of the same structure whose leaves are [B, ...]; one call on both, each
     example's null before its cond, so that an example stays on its device.
@@ -56,7 +59,7 @@ def classifier_free(
 
 
 def rescaled(guided: jax.Array, conditional: jax.Array, phi: jax.Array | float) -> jax.Array:
-    """`guided` [B, ...] with its standard deviation moved, by part phi, to that of `conditional`.
+    """Move the standard deviation of `guided` [B, ...], by part phi, to that of `conditional`.
 
     Lin et al. 2023, eq. 15-16.
     """

@@ -1,4 +1,4 @@
-"""Image <-> scaled latent; the only place that knows the latent scale.
+"""Image <-> scaled latent; the only place where the latent scale is applied.
 
 Diffusion runs on `scale * z`; first stages take and give unscaled z. `scale` is 1 / std of the
 latents of training images (`ddpm.py`, `scale_by_std`; section 4.3.2 of the paper and D.1).
@@ -19,14 +19,14 @@ def encode(
 ) -> jax.Array:
     """image [B, H, W, c] in [-1, 1] -> scaled latent [B, h, w, z].
 
-    With `keys` [B] a sample of the posterior (what trains), without them its mode (conditioning).
+    With `keys` [B] a sample of the posterior (training), without them its mode (conditioning).
     A vector-quantized stage, or none, has no posterior: its latent, before quantization, is both.
     """
     return draw(first_stage.apply({"params": params}, image, method="encode"), scale, keys)
 
 
 def draw(encoded: Any, scale: Any, keys: jax.Array | None = None) -> jax.Array:
-    """Scaled latent from what a first stage encodes to; `keys` as in `encode`."""
+    """Scaled latent from the output of a first stage's `encode`; `keys` as in `encode`."""
     if not isinstance(encoded, tuple):
         return scale * encoded.astype(jnp.float32)
     mean, logvar = (a.astype(jnp.float32) for a in encoded)

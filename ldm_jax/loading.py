@@ -1,4 +1,4 @@
-"""A path into a model: finds out what lies there and reads it."""
+"""Load a model from a path, whose kind is recognised by its files."""
 
 import dataclasses
 from typing import Any
@@ -37,15 +37,15 @@ def load(
 
     A run gives its newest snapshot or checkpoint, or that of `step`. A checkpoint file is read with
     the YAML `config`, by default NAME.yaml or config.yaml beside it; without any, it must be Stable
-    Diffusion, which its tensors tell.
-    `ema=False` takes the raw weights where there are both. `mesh` places the parameters by the
-    training rules; without it they lie on the default device. `dtype` is the compute type and
-    `param_dtype` that of the parameters, both float32 by default. `variant` chooses among the
-    weights of a diffusers folder ("fp16"), or says which Stable Diffusion a single file is, where
-    it could be several ("v2-v"). `tokenizer` is a folder with a tokenizer's files, for a model of
-    text that comes without. With `shapes_only` the parameters are ShapeDtypeStructs: what lies
-    there is looked at as carefully, but no weights of a folder or file are read.
-    ValueError or FileNotFoundError name the path, what is wrong with it, and what was looked for.
+    Diffusion, which is recognised by its tensors. `ema=False` takes the raw weights where there are
+    both. `mesh` places the parameters by the training rules; without it they lie on the default
+    device. `dtype` is the compute type and `param_dtype` that of the parameters, both float32 by
+    default. `variant` chooses among the weights of a diffusers folder ("fp16"), or says which
+    Stable Diffusion a single file is, where it could be several ("v2-v"). `tokenizer` is a folder
+    with a tokenizer's files, for a model of text that comes without. With `shapes_only` the
+    parameters are ShapeDtypeStructs: the same checks are made, but no weights of a folder or file
+    are read. ValueError or FileNotFoundError name the path, the fault, and the files that were
+    looked for.
     """
     path, kind = recognise(path)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
@@ -90,7 +90,8 @@ def _check_options(path: epath.Path, kind: str, step: Any, config: Any, variant:
         raise ValueError(f"{path}: variant={variant}, but a run has one set of weights")
 
 
-# --- what lies there ----------------------------------------------------------------------------
+# --- the kind of a path
+# ----------------------------------------------------------------------------
 
 KINDS = {
     "run": "a run",
@@ -103,7 +104,7 @@ KINDS = {
 def recognise(path: epath.PathLike) -> tuple[epath.Path, str]:
     """(absolute path, one of KINDS); a folder with one checkpoint is that checkpoint.
 
-    FileNotFoundError or ValueError say what was looked for.
+    FileNotFoundError or ValueError name the files that were looked for.
     """
     path = checkpoint.absolute(path)
     if not path.exists():
@@ -166,7 +167,7 @@ def _load_run(
     config = rundir.read_config(run)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
         stage = isinstance(config, schema.AutoencoderTrainConfig)
-        kind = "a first stage" if stage else type(config).__name__
+        kind = "a first stage" if stage else "another recipe"
         raise ValueError(
             f"{run}: is a run of {kind}; --model takes the run of a latent diffusion model"
         )
@@ -217,7 +218,7 @@ def _placed(params: dict, mesh: Mesh | None) -> dict:
 
 
 def _cond_stage(run: epath.Path, text: schema.TextCondConfig | None, trained: dict) -> dict:
-    """Parameters of what learned the conditioning, or of the text encoder that does not train."""
+    """Parameters of the trained conditioning stage, or of the frozen text encoder."""
     if text is None or text.trainable:
         return trained.get("cond_stage", {})
     kept = rundir.read_frozen(run, "cond_stage")
@@ -266,7 +267,7 @@ def load_first_stage(
     if kind == "run":
         config = rundir.read_config(path)
         if not isinstance(config, schema.AutoencoderTrainConfig):
-            raise ValueError(f"{path}: is not the run of a first stage ({type(config).__name__})")
+            raise ValueError(f"{path}: is not the run of a first stage, but of a diffusion model")
         params, _ = weights(path, config, step, ema=True)
         return params["autoencoder"], config.model
     if kind in ("diffusers", "first_stage"):

@@ -1,4 +1,4 @@
-"""First-stage objective: reconstruction, KL or codebook, and a discriminator's opinion.
+"""First-stage objective: reconstruction, KL or codebook loss, and adversarial loss.
 
 From `contperceptual.py` of CompVis/latent-diffusion and `vqperceptual.py` of
 CompVis/taming-transformers. Images are [B, H, W, c] in [-1, 1]; logits are those of a
@@ -79,12 +79,12 @@ def psnr(mse: jax.Array) -> jax.Array:
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Discriminator's loss, a scalar: nothing is gained beyond logits of 1 and -1."""
+    """Hinge loss of the discriminator, a scalar: no gradient beyond logits of 1 and -1."""
     return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
 
 
 def vanilla(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Discriminator's loss, a scalar: half the cross-entropy of Goodfellow et al. 2014."""
+    """Loss of the discriminator, a scalar: half the cross-entropy of Goodfellow et al. 2014."""
     return 0.5 * (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)))
 
 
@@ -92,7 +92,7 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge, "vanilla": vanilla}
 
 
 def generator(fake: jax.Array) -> jax.Array:
-    """Generator's loss, a scalar; the reference has it beside both of the discriminator's."""
+    """Loss of the generator, a scalar, used with both losses of the discriminator."""
     return -jnp.mean(fake)
 
 
@@ -137,8 +137,8 @@ def update_lecam(
 def lecam(averages: LogitAverages, real: jax.Array, fake: jax.Array) -> jax.Array:
     """LeCam regularization, a scalar, for few images (Tseng et al. 2021, and their code).
 
-    Real logits above the average of fake ones, and fake ones below that of real ones, are drawn
-    to it.
+    Real logits above the average fake logit are drawn to it, and fake logits below the average
+    real one to that.
     """
     above = jax.nn.relu(real - averages.fake)
     below = jax.nn.relu(averages.real - fake)
@@ -151,7 +151,7 @@ def lecam(averages: LogitAverages, real: jax.Array, fake: jax.Array) -> jax.Arra
 def last_kernel_gradient(features: jax.Array, cotangent: jax.Array) -> jax.Array:
     """Gradient of the kernel of the decoder's last convolution, float32 [3, 3, c, out].
 
-    features: [B, H, W, c], what that convolution is given (`autoencoder.last_features`).
+    features: [B, H, W, c], input of that convolution (`autoencoder.last_features`).
     cotangent: [B, H, W, out], gradient of a loss to the reconstruction.
     """
     layout = ("NHWC", "HWIO", "NHWC")
@@ -179,7 +179,7 @@ def adaptive_weight(
 
 
 def with_gradient(value: jax.Array, inputs: Any, cotangents: Any) -> jax.Array:
-    """The scalar `value`, whose gradient to the arrays `inputs` is `cotangents` and no other."""
+    """Return the scalar `value` with `cotangents` as its only gradients, to the arrays `inputs`."""
 
     def zero(x: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jnp.sum(jax.lax.stop_gradient(cotangent) * (x - jax.lax.stop_gradient(x)))
@@ -198,11 +198,11 @@ def adversarial(
     disc_weight: float,
     disc_factor: jax.Array | float,
 ) -> tuple[jax.Array, dict[str, jax.Array], tuple[Aux, Aux]]:
-    """(nll + d_weight * disc_factor * generator's loss, metrics, what both gave besides).
+    """(nll + d_weight * disc_factor * generator's loss, metrics, the second values of both).
 
     nll: (reconstruction, error_logvar) -> (scalar, anything). generator: reconstruction -> (scalar,
         anything), the discriminator's parameters held fixed.
-    features: what the decoder's last convolution was given (`autoencoder.last_features`).
+    features: input of the decoder's last convolution (`autoencoder.last_features`).
     disc_factor: from `adopted`.
     The loss has gradients to `reconstruction` and `error_logvar` alone. Each of `nll` and
     `generator` is differentiated once, to the reconstruction; the gradients to the last kernel, of

@@ -1,7 +1,7 @@
 """Texts and images in CLIP's space, and the images of a folder that are nearest to them.
 
-The retrieval of Blattmann et al. 2022 (retrieval-augmented diffusion) with exact search: the
-cosine of every image of the folder, where the reference asks ScaNN.
+Retrieval of Blattmann et al. 2022 (retrieval-augmented diffusion) by exact search, the cosine of
+every image of the folder, where the reference searches approximately with ScaNN.
 """
 
 import functools
@@ -112,7 +112,7 @@ def prepared(
 
 
 def _prepared(towers: CLIP, path: epath.PathLike) -> np.ndarray | str:
-    """A file `prepared`, or why it cannot be."""
+    """A file `prepared`, or the reason why it cannot be read."""
     try:
         image = transforms.decode_image(reading.read_bytes(path), 3)
     except ValueError as error:  # undecodable, or no regular file
@@ -123,7 +123,7 @@ def _prepared(towers: CLIP, path: epath.PathLike) -> np.ndarray | str:
 def _read_ahead(
     read: Callable, paths: Sequence[epath.PathLike], size: int
 ) -> Iterator[tuple[int, list]]:
-    """(First number, what `read` makes) of each batch; the next is read while one is used."""
+    """(First number, results of `read`) of each batch; the next is read while one is used."""
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: list[tuple[int, list]] = []
         for first in range(0, len(paths), size):
@@ -161,7 +161,7 @@ def open_index(
         raise FileNotFoundError(f"no image in {folder} (looked for {known})")
     mark = fingerprint(folder, files, towers)
     there = path.exists() and not rebuild
-    processes.barrier("index_looked")  # nobody may look at what process 0 is about to write
+    processes.barrier("index_looked")  # process 0 writes next: all have looked by now
     if there:
         return _read(path, mark, folder)
     LOG.info(f"embedding {len(files)} images of {folder} ...")
@@ -233,7 +233,7 @@ def _read(path: epath.Path, mark: dict[str, str], folder: str) -> Index:
 def nearest(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(int [Q, k], float32 [Q, k]): the k embeddings with the largest cosine, and these, in order.
 
-    queries [Q, d], embeddings [N, d], of any length. Of equal ones the first stands first.
+    queries [Q, d], embeddings [N, d], of any length. Ties keep the order of the embeddings.
     ValueError if k is not in 1..N.
     """
     if not 1 <= k <= len(embeddings):

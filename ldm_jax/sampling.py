@@ -1,4 +1,4 @@
-"""The jittable function behind every sampling command and every training grid."""
+"""The jittable sampler that every sampling command and every training preview runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +65,7 @@ def noised(
 
 
 def _other(keys: jax.Array) -> jax.Array:
-    """Keys [B] for draws that must not repeat those of the levels, whose number is folded in."""
+    """Keys [B] for draws independent of the levels' own, whose keys fold in the level number."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, 2**30)
 
 
@@ -99,8 +99,8 @@ def make_sampler(
     eta: noise of DDIM, 0 to 1.
     x_T: [B, h, w, c] unit normal; default: drawn from the keys.
     start: the first level that runs.
-    init: [B, h, w, c], a scaled latent that sampling starts from: noised with x_T to the level
-    `start`, so that 0 ignores it (x_T itself) and the number of levels returns it.
+    init: [B, h, w, c], a scaled latent that sampling starts from, noised with x_T to the level
+    `start`: 0 ignores it (x_T alone), the number of levels returns it unchanged.
     mask: [B, h, w, 1], 1 where the picture is made anew; elsewhere `init` is kept: see
     `solvers.masked`.
     Prompt, seed, guidance scale, eta, start, init and mask are traced: a new one never recompiles.
@@ -220,7 +220,7 @@ def _guided(
 
 
 def _solver(solver: str | solvers.Solver) -> Callable[[Any], solvers.Solver]:
-    """make(eta) -> Solver; an unknown name is refused now, not at the first call."""
+    """make(eta) -> Solver; ValueError for an unknown name at once, not at the first call."""
     if isinstance(solver, solvers.Solver):
         return lambda eta: solver
     solvers.make(solver)
@@ -230,7 +230,8 @@ def _solver(solver: str | solvers.Solver) -> Callable[[Any], solvers.Solver]:
 def _check_call(
     cond: Any, keys: Any, null: Any, guidance_scale: Any, rescale: float, interval: Any
 ) -> None:
-    """One sentence for a call that cannot be meant; shapes and types only, so under jit too."""
+    """Refuse a call that cannot be meant, in one sentence; works under jit: shapes and types
+    only."""
     typed = isinstance(keys, jax.Array) and jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key)
     if not typed:
         kind = type(keys).__name__
@@ -300,6 +301,6 @@ def _check_x0(
         raise ValueError(f"threshold_limit={limit} is not positive")
     if quantize and not isinstance(model.config.first_stage, schema.AutoencoderVQConfig):
         raise ValueError(
-            "quantize_x0 needs a first stage with codes (AutoencoderVQConfig), and this model has"
-            f" {type(model.config.first_stage).__name__}: leave it out"
+            "quantize_x0 needs a first stage with a codebook (VQ), and this model has another:"
+            " leave it out"
         )

@@ -1,4 +1,4 @@
-"""A model into a run, a diffusers folder or a CompVis checkpoint: what `loading` reads."""
+"""Save a model as a run, a diffusers folder or a CompVis checkpoint; `loading` reads all three."""
 
 import dataclasses
 from typing import Any, Literal
@@ -26,7 +26,7 @@ def save(
     to: Format = "ldm_jax",
     dtype: Any = None,
 ) -> None:
-    """Writes the model in one of three formats, none of which may be there yet.
+    """Write the model in one of three formats to a path that does not exist yet.
 
     params: parameters in place of `model.params`, as after training or merging.
     to: "ldm_jax", a run directory that samples and that training can start from; "diffusers", a
@@ -67,7 +67,7 @@ def check_params(model: bundle.LatentDiffusion, params: bundle.Params) -> None:
 
 
 def check(model: bundle.LatentDiffusion, to: Format) -> int:
-    """How many tensors `save` would write; ValueError for what the format cannot hold.
+    """Number of tensors that `save` would write; ValueError for what the format cannot hold.
 
     The parameters may be ShapeDtypeStructs.
     """
@@ -81,7 +81,8 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
 
 
 def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:
-    """A run directory with a snapshot of step 0: config, first stage, text encoder, tokenizer."""
+    """Write a run directory with a snapshot of step 0: config, first stage, text encoder,
+    tokenizer."""
     model_config = model.config
     text = schema.text_of(model_config.cond)
     config = schema.LatentDiffusionTrainConfig(

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh, and rules from parameter names to PartitionSpecs.
+"""Meshes of devices, and rules from parameter names to PartitionSpecs.
 
 Mesh axes: `data` copies the model, `fsdp` also splits the parameters, `tensor` splits attention
 heads and hidden units. The batch is split over `data` and `fsdp`. A mesh for sampling large images
@@ -31,16 +31,16 @@ LARGEST_COPY = 2**20
 # Adam and the moving average follow their parameter. The first pattern that matches holds, and of
 # its specs the first that names every dimension and divides it; P() fits anything.
 RULES = (
-    # attention: q, k, v by head; the way back sums over heads
+    # attention: q, k, v by head; the output projection sums over heads
     (r"(to_[qkv]|[qkv]_proj)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
     (r"(to_out_0|out_proj)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
-    # that of first stages has one head: tensor would split its width, and send feature maps
+    # attention of first stages has one head: `tensor` would split its width and send feature maps
     (r"(query|key|value)/kernel", P("fsdp", None), P()),
     (r"proj_attn/kernel", P(None, "fsdp"), P()),
     # feed-forward by hidden unit
     (r"(ff/net_0/proj|fc1)/kernel", P("fsdp", "tensor"), P("fsdp", None), P()),
     (r"(ff/net_2|fc2)/kernel", P("tensor", "fsdp"), P(None, "fsdp"), P()),
-    # convolutions by output channel, by input channel where an image or a latent comes out
+    # convolutions by output channel, by input channel where that is an image or a latent
     (
         r"(conv\w*|quant_conv|post_quant_conv|channel_mapper|patch_embedding)/kernel",
         P(None, None, None, "fsdp"),
@@ -51,7 +51,8 @@ RULES = (
     (r"proj_(in|out)/kernel", P(None, None, None, "fsdp"), P(None, "fsdp"), P()),
     # timestep embedding, its projections, and the embedding of a vector
     (r"(time_emb_proj|linear_[12])/kernel", P(None, "fsdp"), P("fsdp", None), P()),
-    # tokens and positions of text and image encoders; their ways out, to logits or to CLIP's space
+    # tokens and positions of text and image encoders; their output projections, to logits or to
+    # CLIP's space
     (
         r"(token_embedding|position_embedding|embed_tokens|embed_positions)/embedding",
         P(None, "fsdp"),
@@ -67,7 +68,8 @@ RULES = (
     (r"embeddings/class_embedding", P()),  # a vector
     (r"logvar", P()),
     (r"(mean|var|loc|initialized)", P()),  # of a discriminator's norms
-    # means of logits; use of codes, and averages of what they were taken for
+    # LeCam's averages of logits; use of the codes, and moving averages of the latents they stand
+    # for
     (r"lecam/(real|fake)|codes/idle|averages/(count_n|sum_nc)", P()),
     (r"(step|bad_steps|count)", P()),
 )
@@ -265,24 +267,24 @@ def by_rules(tree: Any, rules: Sequence[tuple], mesh: Mesh) -> Any:
 
 
 def abstract(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, Any]:
-    """(shapes, shardings) of what `init(key)` makes, without computing anything."""
+    """(shapes, shardings) of the result of `init(key)`, without computing anything."""
     shapes = jax.eval_shape(init, jax.random.key(0))
     return shapes, by_rules(shapes, RULES, mesh)
 
 
 def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> tuple[Any, Any]:
-    """(init(key), its shardings): born sharded, nothing is ever held whole on one device."""
+    """(init(key), its shardings); every array is created sharded, never whole on one device."""
     _, shardings = abstract(init, mesh)
     return jax.jit(init, out_shardings=shardings)(key), shardings
 
 
 def all_gather(params: Any, mesh: Mesh) -> Any:
-    """Traced parameters whole along fsdp: what a model is given, wherever it trains or samples.
+    """Gather traced parameters along fsdp before a model uses them, in training and sampling.
 
     A device then computes its own examples, and only parameters and gradients travel. Left to
-    itself the compiler splits a layer as its kernel is: it sends the examples of the whole batch to
-    the shards (all of a text encoder's), or feature maps around in rings; benchmarks/README.md has
-    what this costs on TPUs.
+    itself, XLA partitions a layer as its kernel is partitioned: it sends the examples of the whole
+    batch to the shards (for a text encoder), or passes feature maps around in rings;
+    benchmarks/README.md has the cost on TPUs.
     """
     if mesh.shape["fsdp"] == 1:
         return params
@@ -297,16 +299,16 @@ def all_gather(params: Any, mesh: Mesh) -> Any:
 def data_parallel_gradients(
     gradients: Callable[..., tuple[Any, Any]], mesh: Mesh, dtype: DTypeLike = "float32"
 ) -> Callable[..., tuple[Any, Any]]:
-    """`gradients(frozen, params, examples) -> (mean gradient, mean metrics)`, on each device.
+    """Run `gradients(frozen, params, examples) -> (mean gradient, mean metrics)` per device.
 
-    Every device is given whole parameters and its part of the batch, and sums nothing with others
-    until it is done: parameters travel once, in, and gradients once, out in `dtype`, however many
-    microbatches there are; compilers left to themselves send gradients after every microbatch.
-    A device is sent the shards that it keeps, half of what an all-reduce sends, but where a TPU
-    compiler makes one again (it does for all devices of a program). The price: each holds whole
-    gradients.
+    Every device gets whole parameters and its part of the batch, and sums with the others only at
+    the end: parameters are gathered once and gradients, in `dtype`, reduced once, however many
+    microbatches there are; XLA left to itself reduces gradients after every microbatch.
+    A device receives only the shards that it keeps (reduce-scatter), half the traffic of an
+    all-reduce, except where a TPU compiler turns it back into one (for all devices of a program).
+    The price: each device holds whole gradients.
 
-    What is drawn or normalized for an example may not depend on those of other devices. `frozen`
+    No draw and no normalization of an example may depend on examples of other devices. `frozen`
     and `params` are laid out by `RULES`, and so is the gradient; `tensor` is left to the compiler.
     """
     devices = math.prod(mesh.shape[axis] for axis in BATCH)
@@ -345,7 +347,7 @@ def data_parallel_gradients(
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """The tree's shapes and dtypes with their shardings: what `checkpoint.restore` takes."""
+    """The tree's shapes and dtypes with their shardings, as `checkpoint.restore` takes them."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
     )
@@ -377,7 +379,7 @@ def _cut(spec: P) -> int:
 
 
 def _fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
-    """Whether the spec is P(), or names every dimension and divides it."""
+    """True if the spec is P(), or names every dimension and divides it."""
     if len(spec) == 0:
         return True
     if len(spec) != len(shape):

@@ -1,4 +1,4 @@
-"""Training state as arrays alone, and what a step does to it: gradients, AdamW, moving average."""
+"""Training state, arrays alone, and its updates: gradients, AdamW, moving average."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class GanState:
     opt_state: Any
     disc_params: dict
     disc_stats: dict
-    """{"batch_stats", "lecam"}: what the discriminator keeps of batches; the latter if used."""
+    """{"batch_stats", "lecam"}: running statistics of the discriminator; the latter if used."""
     disc_opt_state: Any
     codes: dict
     """{"idle", "averages"} of a codebook: the former if codes are revived, the latter if it follows
@@ -179,7 +179,7 @@ def check_spikes(config: schema.SpikeConfig) -> None:
 def keep_or_skip(
     config: schema.SpikeConfig, loss: jax.Array, norms: Sequence[jax.Array], new: Any, old: Any
 ) -> Any:
-    """`new` if the step was sound; else `old`, one step on and counted as skipped.
+    """Return `new` if the step was sound; else `old`, one step on and counted as skipped.
 
     `norms` are the gradient norms of the state's networks. A step is not sound if loss or a norm is
     not finite, or if a norm exceeds `config.factor` times its running mean. The step counts either
@@ -211,7 +211,7 @@ def keep_or_skip(
 def make_optimizer(
     config: schema.OptimizerConfig,
 ) -> tuple[optax.GradientTransformation, Callable[[Any], jax.Array]]:
-    """(AdamW as in torch, its learning rate as a function of the updates made before).
+    """(AdamW as in torch, its learning rate as a function of the number of updates before).
 
     The transformation clips (if asked), scales by the learning rate, and decays every parameter.
     ValueError if the decay of the learning rate has no end.
@@ -271,7 +271,7 @@ def init_ema(config: schema.EMAConfig, params: dict) -> dict:
 
 
 def ema_decay(config: schema.EMAConfig, n: jax.Array | int) -> jax.Array:
-    """Decay of update n = 1, 2, ... (`ema.py` of the reference: 2/11 at the first)."""
+    """Decay of update n = 1, 2, ...: at most (1 + n) / (10 + n) in the warm-up, as in `ema.py`."""
     n = jnp.asarray(n, jnp.float32)
     decay = jnp.asarray(config.decay, jnp.float32)
     return jnp.minimum(decay, (1 + n) / (10 + n)) if config.warmup else decay

@@ -127,7 +127,7 @@ def test_recomputed_steps_are_the_same_steps():
         ({"dynamic_threshold": 99.5, "threshold_limit": 0}, "threshold_limit=0 is not positive"),
         (
             {"quantize_x0": True, "first_stage": schema.AutoencoderKLConfig()},
-            "quantize_x0 needs a first stage with codes.*has AutoencoderKLConfig: leave it out",
+            "quantize_x0 needs a first stage with a codebook .VQ., and this model has another",
         ),
     ],
 )

@@ -17,6 +17,11 @@ def ddpm(
 ) -> Solver:
     """A draw from q(x_next | x, x0), eq. 6-7: the paper's with trailing spacing and steps = T.
 
+    With a = (alpha / alpha_next)^2 and beta = 1 - a of the step,
+
+        mean = alpha_next beta / sigma^2 x0 + sqrt(a) sigma_next^2 / sigma^2 x
+        variance = sigma_next^2 / sigma^2 beta
+
     On fewer levels beta is that of the whole step (Nichol and Dhariwal 2021, eq. 19). variance: the
     posterior's own ("fixed_small") or beta ("fixed_large"), section 3.2; a step to no noise at all
     adds none.

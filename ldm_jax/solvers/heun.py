@@ -11,7 +11,7 @@ from ldm_jax.solvers.loop import Solver
 
 
 def heun() -> Solver:
-    """Two calls of the model per level; one in a step from pure noise or to none."""
+    """Heun's solver: two calls of the model per level; one in a step from pure noise or to none."""
 
     def step(denoise, carry, x, level, keys):
         del keys
@@ -23,7 +23,10 @@ def heun() -> Solver:
 
 
 def corrected(denoise: Callable, x: jax.Array, level: Any, denoised: Denoised) -> jax.Array:
-    """Euler's x at the next level, moved so that the slope is the mean of those here and there."""
+    """Correct Euler's x at the next level to the mean slope of both ends (algorithm 1, line 8).
+
+    x_next / alpha_next = x / alpha + (rho_next - rho) (eps + eps_next) / 2, rho = sigma / alpha.
+    """
 
     def correct(x):
         there = level._replace(t=level.t_next, alpha=level.alpha_next, sigma=level.sigma_next)
@@ -34,5 +37,5 @@ def corrected(denoise: Callable, x: jax.Array, level: Any, denoised: Denoised) -
 
 
 def has_second_stage(level: Any) -> jax.Array:
-    """Whether a slope is finite at both ends of the step."""
+    """True where the slope is finite at both ends of the step."""
     return (level.alpha > 0) & (level.sigma_next > 0)

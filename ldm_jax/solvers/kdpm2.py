@@ -10,12 +10,15 @@ from ldm_jax.solvers.loop import Solver
 
 
 def kdpm2() -> Solver:
-    """k-diffusion `sample_dpm_2` without churn: the slope eps halfway, after DPM-Solver-2."""
+    """DPM-Solver-2 (Lu et al. 2022a, algorithm 1), k-diffusion's `sample_dpm_2` without churn.
+
+    x_next = alpha_next / alpha x - sigma_next (exp(h) - 1) eps_half
+    """
     return midpoint("eps")
 
 
 def midpoint(of: Literal["x0", "eps"]) -> Solver:
-    """The step of order one with x0 or eps as it is halfway.
+    """The step of order one with x0 or eps of the level halfway.
 
     A step from pure noise or to none has no second stage.
     """

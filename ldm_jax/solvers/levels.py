@@ -1,4 +1,4 @@
-"""Where a trajectory stops on its way from noise to image: a table made in float64 on the host."""
+"""The noise levels of a trajectory from noise to image: a table made in float64 on the host."""
 
 from typing import Literal, NamedTuple
 
@@ -11,9 +11,9 @@ Spacing = Literal[
 ]
 Final = Literal["alphas_cumprod_0", "one"]
 
-# What each spacing ends at by default. The reference's DDIM and DPM-Solver end at the first
-# timestep's own noise level; "trailing" and "linspace" may reach that timestep itself, from where
-# the only way on is to no noise; k-diffusion appends no noise to "karras" and "exponential".
+# The default end of each spacing. The reference's DDIM and DPM-Solver end at the noise level of the
+# first timestep; "trailing" and "linspace" may call the model at that timestep itself, from where
+# only a step to no noise is left; k-diffusion appends sigma = 0 to "karras" and "exponential".
 FINAL: dict[str, Final] = {
     "leading": "alphas_cumprod_0",
     "quadratic": "alphas_cumprod_0",
@@ -40,15 +40,15 @@ class Levels(NamedTuple):
     sigma: np.ndarray
     """sqrt(1 - alphas_cumprod) at t."""
     alpha_next: np.ndarray
-    """alpha where the step leads to."""
+    """alpha at the next level."""
     sigma_next: np.ndarray
-    """sigma where the step leads to."""
+    """sigma at the next level."""
     beta: np.ndarray
     """1 - (alpha / alpha_next)^2, the forward step's variance; float32 alphas would lose it."""
     h: np.ndarray
-    """What log(alpha / sigma) gains in the step; finite: alpha or sigma = 0 counts as 1e-15."""
+    """Increase of log(alpha / sigma) in the step; finite: alpha or sigma = 0 counts as 1e-15."""
     t_next: np.ndarray
-    """Timestep where the step leads to; 0 at the end."""
+    """Timestep of the next level; 0 at the end."""
     t_mid: np.ndarray
     """Timestep, fractional, of the level halfway in log(alpha / sigma)."""
     alpha_mid: np.ndarray
@@ -56,7 +56,7 @@ class Levels(NamedTuple):
     sigma_mid: np.ndarray
     """sigma there; without meaning in a step from pure noise or to none."""
     weights: np.ndarray | None = None
-    """[S, ...]: what `Solver.weights` made of the columns above."""
+    """[S, ...]: result of `Solver.weights` for the columns above."""
 
 
 def levels(
@@ -76,7 +76,8 @@ def levels(
     time_uniform: the reference's DPM-Solver: fractional, log alphas_cumprod interpolated.
     karras: from T-1 to 0, uniform in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5); fractional.
     exponential: likewise, uniform in log(sigma / alpha).
-    final: what the last step leads to, alphas_cumprod[0] or 1 (no noise); default: `FINAL`.
+    final: alphas_cumprod at the end of the last step, alphas_cumprod[0] or 1 (no noise);
+        default: `FINAL`.
     ValueError when steps are not in 1..T, or when the reference's rule starts beyond T-1.
     """
     timesteps = len(schedule.alphas_cumprod)
@@ -104,7 +105,7 @@ def levels(
 
 
 def inverted(levels: Levels) -> Levels:
-    """The way back, from image to noise, for a solver without noise of its own.
+    """The levels in reverse, from image to noise, for a solver without noise of its own.
 
     With "ddim" this is DDIM inversion (Song et al. 2021, section 4.3; Dhariwal and Nichol 2021,
     appendix F): `x_T = sample(solver, denoise, inverted(levels), x_0, keys)`. Sampling over
@@ -153,7 +154,7 @@ def _half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
 def _by_noise(spacing: Spacing, steps: int, schedule: Schedule, final: Final) -> np.ndarray:
     """alphas_cumprod of levels spread over sigma / alpha, the noise level of k-diffusion.
 
-    They reach timestep 0 as the last level, or as what the last step leads to. A schedule that ends
+    They reach timestep 0 as the last level, or as the end of the last step. A schedule that ends
     in pure noise is begun at sigma / alpha = 4096 (alphas_cumprod 2^-24, as in diffusers).
     """
     ends = np.maximum(schedule.alphas_cumprod[[-1, 0]], 2.0**-24)

@@ -1,4 +1,4 @@
-"""The one scan that drives every solver."""
+"""The one `lax.scan` that drives every solver."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from ldm_jax.solvers.levels import Levels
 
 
 class Solver(NamedTuple):
-    """A sampler as two pure functions; what it remembers between steps is its carry."""
+    """A sampler as two pure functions; its carry is its memory between steps."""
 
     init: Callable[[jax.Array], Any]
     """x_T -> carry."""
@@ -21,7 +21,7 @@ class Solver(NamedTuple):
     weights: Callable[[Levels], np.ndarray] | None = None
     """Levels -> numbers [S, ...] made on the host, which `step` finds in `level.weights`."""
     noisy: bool = False
-    """Draws noise at every step, whatever eta is: no path leads through it, and none back."""
+    """Draws noise at every step, whatever eta is: it cannot be inverted."""
 
 
 def sample(
@@ -70,7 +70,7 @@ def sample(
             carry, x, denoised = jax.lax.cond(step[0] >= start, run, skip, *state, *step)
         return (carry, x), None if trace is None else trace(state[1], denoised)
 
-    if remat:  # a scan needs no barrier against common subexpressions
+    if remat:  # inside a scan, XLA cannot merge the recomputation with the first computation
         body = jax.checkpoint(body, prevent_cse=False)
     (_, x), traces = jax.lax.scan(body, (solver.init(x_T), x_T), steps)
     return x if trace is None else (x, traces)

@@ -1,4 +1,4 @@
-"""Keeping what is known of a latent while the rest is drawn, with any solver and any model."""
+"""Inpainting with any solver and any model: keep the known part of a latent, draw the rest."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +15,13 @@ def masked(
     mask: jax.Array,
     noise: Callable[[Any], jax.Array],
 ) -> Callable[[jax.Array, Any], Denoised]:
-    """`denoise` that sees `x0`, noised to its level, wherever there is no mask.
+    """`denoise` that sees `x0`, noised to its level, outside the mask.
 
     x0: [B, h, w, c]; mask: [B, h, w, 1], 1 where x is drawn (the reference's mask is 1 - mask).
     noise: level -> unit normal [B, h, w, c], fresh at every level in the reference.
-    As the reference's DDIM and PLMS, which blend before the model is called. Its DDPM blends after
-    the step, and so shows the model the known part with the noise of the level before; here all
-    solvers do alike. What they leave outside the mask is the model's guess: see `composite`.
+    Blends before the model is called, as the reference's DDIM and PLMS do. Its DDPM blends after
+    the step, and so shows the model the known part at the noise of the level before; here all
+    solvers do the same. Outside the mask their result is the model's guess: see `composite`.
     """
 
     def blended(x, level):

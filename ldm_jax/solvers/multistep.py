@@ -1,4 +1,4 @@
-"""What solvers share that remember earlier model outputs.
+"""Shared parts of the solvers that use earlier model outputs.
 
 m is x0 or eps, m_0 at this level and m_1, m_2, ... at those before. A step is
 
@@ -49,9 +49,10 @@ def empty(x: jax.Array, order: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
 
 
 def remember(carry: Any, weights: jax.Array, now: jax.Array) -> tuple[Any, jax.Array]:
-    """The carry with `now` in it, and sum_j w_j (m_j - now) over the earlier outputs."""
+    """Return the carry with `now` added, and sum_j w_j (m_j - now) over the earlier outputs."""
     count, past = carry
     row = weights[count]
+    # differences, not a plain sum of outputs: float32 rounding then scales with the change
     change = sum(row[j] * (then - now) for j, then in enumerate(past))
     return (jnp.minimum(count + 1, len(past)), (now, *past)[: len(past)]), change
 
@@ -95,6 +96,6 @@ def histories(
 
 
 def span(level: Levels) -> np.float64:
-    """alpha_next (sigma_next / alpha_next - sigma / alpha): how far a slope eps takes x."""
+    """alpha_next (sigma_next / alpha_next - sigma / alpha): change of x per unit of slope eps."""
     noise = np.float64(level.sigma) / max(np.float64(level.alpha), 1e-15)
     return level.alpha_next * noise * np.expm1(-np.float64(level.h))

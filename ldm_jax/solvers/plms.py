@@ -7,7 +7,11 @@ from ldm_jax.solvers.heun import corrected
 from ldm_jax.solvers.loop import Solver
 from ldm_jax.solvers.multistep import empty, remember, span, table
 
-# Eq. 12 and its lower orders, for n earlier outputs: eps' = eps_0 + sum_j b_j (eps_j - eps_0).
+# Liu et al. 2022, eq. 12, and Adams-Bashforth of lower order as long as fewer outputs are known:
+#   eps' = (3 eps_0 - eps_1) / 2
+#   eps' = (23 eps_0 - 16 eps_1 + 5 eps_2) / 12
+#   eps' = (55 eps_0 - 59 eps_1 + 37 eps_2 - 9 eps_3) / 24
+# as eps' = eps_0 + sum_j b_j (eps_j - eps_0), since the coefficients sum to 1; {n: b_1 ... b_n}.
 BASHFORTH = {
     1: np.array([-1]) / 2,
     2: np.array([-16, 5]) / 12,
@@ -16,7 +20,10 @@ BASHFORTH = {
 
 
 def plms() -> Solver:
-    """Adams-Bashforth as if the levels were evenly spaced; the first step, Heun's, calls twice."""
+    """PLMS: Adams-Bashforth with the weights of evenly spaced levels, whatever the spacing.
+
+    The first step is Heun's, with two calls of the model.
+    """
 
     def step(denoise, carry, x, level, keys):
         del keys

@@ -14,7 +14,7 @@ def unipc(order: int = 2) -> Solver:
     """UniPC-p for data prediction with B(h) = exp(-h) - 1 ("bh2"); order p: 1 to 3.
 
     A level's x is corrected with the output that the model gives there anyway, so there is one call
-    per level; what the last step returns is predicted alone.
+    per level; the result of the last step is predicted, not corrected.
     """
 
     def init(x):
@@ -38,7 +38,14 @@ def unipc(order: int = 2) -> Solver:
 def _weights(levels: Levels, order: int) -> np.ndarray:
     """[S, 2, order, order]: predictor and corrector, by number of earlier outputs.
 
-    A row weighs m_j - m_0 of the earlier outputs, and last of the next one.
+    Each row has the weights of m_j - m_0, for the earlier outputs and, last, the next one. For data
+    prediction (the paper's UniP and UniC with x0 in place of eps), B(h) = exp(-h) - 1:
+
+        x_next = sigma_next / sigma x - alpha_next (exp(-h) - 1) m_0
+                 - alpha_next B(h) sum_j rho_j / r_j (m_j - m_0)
+
+    where r_j = (lambda_j - lambda_0) / h, negative for earlier outputs and 1 for the next one, and
+    lambda = log(alpha / sigma).
     """
     out = np.zeros((len(levels.t), 2, order, order))
     for i, n, level, behind in histories(levels, order, math.inf):
@@ -56,16 +63,17 @@ def _weights(levels: Levels, order: int) -> np.ndarray:
 
 
 def _solve(h: float, r: np.ndarray, following: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of m_j - m_0 in units of B(h), earlier and following outputs.
+    """rho_j / r_j of the earlier and of the following outputs at r.
 
-    They integrate polynomials through the outputs at r (in units of h) against the decay of the
-    noise; a single one weighs 1/2, as in the authors' code.
+    rho solves sum_j r_j^(k-1) rho_j = k! (-h) phi_(k+1)(-h) / B(h) for k = 1 ... p, with phi_1(z) =
+    (exp(z) - 1) / z and phi_(k+1)(z) = (phi_k(z) - 1/k!) / z (the paper's R_p and phi_p, for data
+    prediction). A single rho is 1/2, as in the authors' code.
     """
     r = np.append(r, following)
     if len(r) < 2:
         rho = np.full(len(r), 0.5)
     else:
-        phi, b = np.expm1(-h) / -h - 1, []  # phi_k of -h times (-h)^k-1, one after another
+        phi, b = np.expm1(-h) / -h - 1, []  # phi is -h phi_(k+1)(-h)
         for k in range(1, len(r) + 1):
             b.append(phi * math.factorial(k) / np.expm1(-h))
             phi = phi / -h - 1 / math.factorial(k + 1)
