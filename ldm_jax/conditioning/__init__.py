@@ -1,4 +1,4 @@
-"""Conditioning: a file for each kind, which says all that the rest asks of it.
+"""Conditioning: one file for each kind, with every function that other code needs of it.
 
 A new kind is its config in `schema.conds`, its file here, and its line in `registry.KINDS`.
 """

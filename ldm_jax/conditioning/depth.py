@@ -22,7 +22,7 @@ def _from_batch(
 
 
 def scaled_depth(depth: jax.Array) -> jax.Array:
-    """Depth [B, h, w, 1] moved to [-1, 1], per image; -1 where it is the same everywhere."""
+    """Scale depth [B, h, w, 1] to [-1, 1], per image; a constant image becomes -1."""
     low, high = (f(depth, axis=(1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
     # the reference adds 0.001 to the range, which only matters where there is none
     return 2 * (depth - low) / jnp.maximum(high - low, 0.001) - 1

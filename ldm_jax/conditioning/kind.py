@@ -13,7 +13,9 @@ from ldm_jax import schema
 
 Encode = Callable[[jax.Array], jax.Array]  # image_bhwc -> scaled latent, the posterior's mode
 Batch = Mapping[str, Any]  # name -> [B, ...] array
-Dropped = jax.Array | bool  # [B] bool or one bool: where the null condition replaces the given one
+Dropped = (
+    jax.Array | bool
+)  # [B] bool or one bool: True where the null condition replaces the given one
 
 
 class Cond(NamedTuple):
@@ -22,7 +24,7 @@ class Cond(NamedTuple):
     context: jax.Array | None = None
     """[B, l, c] tokens for cross-attention."""
     concat: jax.Array | None = None
-    """[B, h, w, c] channels beside the noised latent."""
+    """[B, h, w, c] channels concatenated to the noised latent."""
     label: jax.Array | None = None
     """[B] class ids or [B, v] vectors added to the time embedding."""
     kv_cache: Mapping[str, Any] | None = None

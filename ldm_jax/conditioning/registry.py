@@ -1,4 +1,4 @@
-"""Turn a batch into what the UNet is conditioned on, by the kind of the config."""
+"""Turn a batch into the conditioning of the UNet, by the kind of the config."""
 
 import difflib
 from typing import Any
@@ -83,7 +83,8 @@ def context_width(config: schema.CondConfig) -> tuple[str, int] | None:
 
 
 def example(config: schema.CondConfig, sizes: Sizes) -> dict[str, Example]:
-    """Shapes and types of all that a batch must hold, for images of `sizes`; without its axis."""
+    """Shapes and types of the arrays that a batch must hold, for images of `sizes`, without its
+    axis."""
     return kind_of(config).example(config, sizes)
 
 
@@ -98,7 +99,7 @@ def has_null(config: schema.CondConfig) -> bool:
 
 
 def check_batch(config: schema.CondConfig, batch: Batch) -> None:
-    """ValueError, in one sentence, for a batch that `from_batch` cannot read as it is meant."""
+    """ValueError, in one sentence, for a batch that `from_batch` would misread or cannot read."""
     name, sizes = name_of(config), {}
     for needed in needs(config):
         instead = kind_of(config).instead.get(needed, needed)
@@ -135,7 +136,8 @@ def from_batch(
 ) -> Cond:
     """Condition of every example; where `dropped` ([B] bool or one bool), the null condition.
 
-    Reads from `batch`, by the kind of `config`, what stands left; right is its null condition:
+    For each kind of `config`, the arrays read from `batch`, and after the semicolon the null
+    condition:
     class: `label` [B] int; id num_classes.
     text, layout: `tokens` [B, L] int; `null_tokens` [B, L], the empty or a negative prompt.
     embedding: `embedding` [B, l, c]; zeros, or `null_embedding` [B, l, c].
@@ -157,5 +159,5 @@ def null_like(
     batch: Batch,
     encode: Encode | None = None,
 ) -> Cond:
-    """The null condition for as many examples as `batch` has."""
+    """The null condition for the examples of `batch`."""
     return from_batch(config, cond_stage, params, batch, encode, dropped=True)

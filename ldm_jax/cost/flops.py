@@ -14,9 +14,10 @@ LANES, SUBLANES = 128, 8  # a TPU's matrix unit works on whole tiles of these
 def count(jaxpr: Any, padded: bool = False) -> float:
     """Operations (a multiply-add is two) of a closed jaxpr, by all devices together.
 
-    A `while` of unknown length counts once, a `cond` as its most expensive branch. What a gradient
-    computes again counts again: for the operations that a model needs, count it without remat and
-    with plain attention.
+    A `while` of unknown length counts once, a `cond` as its most expensive branch. Recomputation in
+    a
+    gradient counts again: for the operations that a model needs, count it without remat and with
+    plain attention.
     padded: matrix products as a TPU executes them, in whole tiles.
     """
     total = 0.0
@@ -36,7 +37,7 @@ def count(jaxpr: Any, padded: bool = False) -> float:
 def kernels(jaxpr: Any) -> dict[str, dict[tuple, float]]:
     """Executed operations of one call of each Pallas kernel, padding included.
 
-    By the kernel's name, then by the shapes of what it takes and returns, in this order:
+    By the kernel's name, then by the shapes of its inputs and outputs, in this order:
     {"name": {((2, 8), (8,), (2,)): 1e9}}.
     """
     by_kernel: dict[str, dict[tuple, float]] = {}
@@ -55,8 +56,8 @@ def kernels(jaxpr: Any) -> dict[str, dict[tuple, float]]:
 def largest_batched(jaxpr: Any) -> dict | None:
     """{"shape", "bytes", "local"} of the largest result of a batched matrix product, or None.
 
-    In these models the logits of an attention that is not fused. `local`: the shape is that on one
-    device, inside a `shard_map`; else it is of all. Inside of kernels nothing is looked at.
+    In these models, the logits of an attention that is not fused. `local`: the shape is that on one
+    device, inside a `shard_map`; else that on all. Kernels are not looked into.
     """
     largest: dict | None = None
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -79,7 +80,7 @@ def largest_batched(jaxpr: Any) -> dict | None:
 def _times(eqn: Any) -> int:
     if eqn.primitive.name == "pallas_call":
         return math.prod(eqn.params["grid_mapping"].grid)
-    if eqn.primitive.name == "shard_map":  # what is inside has the shapes of one device
+    if eqn.primitive.name == "shard_map":  # shapes inside are those of one device
         return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
@@ -101,7 +102,7 @@ def _up(n: int, size: int) -> int:
 
 
 def _conv(eqn: Any) -> float:
-    """Zeros that a dilated input (the gradient of a strided convolution) brings do not count."""
+    """Zeros of a dilated input (in the gradient of a strided convolution) do not count."""
     rhs = eqn.invars[1].aval.shape
     out_features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
     per_output = math.prod(rhs) / out_features / math.prod(eqn.params["lhs_dilation"])

@@ -24,7 +24,7 @@ class Array:
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it lies in the main memory; the others are in on-chip memory."""
+        """True if it lies in the main memory (HBM), False if in on-chip memory."""
         return not re.search(r"S\([1-9]", self.layout)
 
     @property
@@ -52,7 +52,7 @@ class Op:
     shape: tuple[Array, ...]
     operands: tuple[str, ...]
     arguments: str
-    """What stands between the parentheses, as written: the value of a constant."""
+    """Text between the parentheses, as written: the value of a constant."""
     attributes: str
     root: bool
 
@@ -63,7 +63,7 @@ class Op:
 
     @property
     def scope(self) -> str:
-        """Where the traced program made it: the path of `jit`, module and primitive names."""
+        """Origin in the traced program: the path of `jit`, module and primitive names."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match.group(1) if match else ""
 
@@ -139,7 +139,7 @@ def root(computation: dict[str, Op]) -> Op:
 
 
 def trips(module: Module, computation: dict[str, Op], loop: Op) -> int | None:
-    """How often the body of a `while` runs, or None where the text does not say it.
+    """Number of times that the body of a `while` runs; None where the text does not say it.
 
     Read from `known_trip_count`, or from a counter that starts at a constant and is compared with
     one, as every `scan`, `map` and `fori_loop` of fixed length has it.
@@ -178,7 +178,7 @@ def _element(computation: dict[str, Op], op: Op, index: int) -> Op | None:
 
 
 def _step(body: dict[str, Op], index: int) -> int | None:
-    """What a turn adds to element `index` of the loop's state."""
+    """Increment of element `index` of the loop's state in one iteration."""
     new = _element(body, root(body), index)
     if new is None or new.opcode != "add":
         return None
@@ -190,7 +190,7 @@ def _step(body: dict[str, Op], index: int) -> int | None:
 
 
 def _unfused(module: Module, outer: dict[str, Op], fusion: Op) -> tuple[Op, dict[str, Op]]:
-    """The root of a fused condition, and its computation with what its parameters stand for."""
+    """The root of a fused condition, and its computation with its parameters replaced."""
     inner = dict(module.computations[fusion.attribute("calls")])
     for name, op in inner.items():
         if op.opcode == "parameter":

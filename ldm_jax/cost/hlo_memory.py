@@ -1,9 +1,9 @@
 """The largest arrays that a compiled program holds at once, read from its HLO text.
 
 The text is in the order of execution, so an array lives from the op that makes it to the last that
-reads it. What lies on the chip's own memory, arguments, and results are not counted. Arrays that an
-op updates in place are one. The compiler packs arrays of different times into one place; its own
-sum, `memory_analysis().temp_size_in_bytes`, is that of the packing.
+reads it. Arrays in on-chip memory, arguments, and results are not counted. An array that an op
+updates in place counts once. The compiler packs arrays with disjoint lifetimes into one buffer;
+`memory_analysis().temp_size_in_bytes` is its sum after packing.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Buffer:
 
 
 def at_peak(module: hlo.Module) -> list[Buffer]:
-    """What lives when temporary arrays take the most bytes; the largest first."""
+    """The arrays alive when temporary arrays take the most bytes, the largest first."""
     buffers = _peak(module, module.entry)
     return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
@@ -87,7 +87,7 @@ def _holdings(module: hlo.Module, ops: list[hlo.Op]) -> dict[str, tuple[Buffer, 
 
 
 def _made(op: hlo.Op, given: list[tuple[Buffer, ...]]) -> tuple[Buffer, ...]:
-    """New buffers, but for results that take the place of an operand."""
+    """New buffers, except for results that alias an operand."""
     buffers = [Buffer(array, op) for array in op.shape]
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?\}\)(?:, )?)+\}", op.attributes)
     for out, operand in re.findall(

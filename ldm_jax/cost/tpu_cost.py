@@ -1,9 +1,9 @@
 """Time of a program compiled for a TPU, estimated from its optimized HLO text without the TPU.
 
 Every op counts, loop bodies as often as they run:
-- what the compiler gives finite `estimated_cycles` for: those over the clock;
-- what it does not (Pallas calls, sentinels near 2^63, plain copies): the larger of executed
-  operations over the matrix peak and bytes over the memory's bandwidth, divided by EFFICIENCY;
+- ops with finite `estimated_cycles` of the compiler: those cycles over the clock;
+- ops without (Pallas calls, sentinels near 2^63, plain copies): the larger of executed operations
+  over the matrix peak and bytes over the memory's bandwidth, divided by EFFICIENCY;
 - collectives: the bytes that a ring moves over one link in one direction, hidden by nothing; and
   between slices, which the compiler turns into transfers through the hosts, over their network.
 
@@ -20,7 +20,7 @@ from ldm_jax.cost import hlo
 EFFICIENCY = 0.6
 """Share of the roofline that is assumed for ops the compiler has no estimate for."""
 SENTINEL = 2**60
-"""Cycles from which on an estimate is none."""
+"""Estimates from this many cycles on are sentinels, not estimates."""
 LANES, SUBLANES = 128, 8
 COLLECTIVES = (
     "all-reduce",
@@ -74,7 +74,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Charge:
-    """What one op costs, all its runs together."""
+    """Cost of one op, all its runs together."""
 
     seconds: float
     source: str
@@ -258,7 +258,7 @@ def _hbm_bytes(arrays) -> int:
 
 
 def _operations(module, computation, op, kernels) -> float | None:
-    """Executed matrix operations of an op without an estimate; None for a kernel nobody knows."""
+    """Executed matrix operations of an op without an estimate; None for an unknown kernel."""
     if op.opcode == "custom-call":
         given = [array for name in op.operands for array in computation[name].shape]
         shapes = tuple(array.dims for array in (*given, *op.shape))
@@ -343,7 +343,7 @@ def _between_chips(kind: str, op: hlo.Op, computation: dict[str, hlo.Op], runs: 
 
 
 def _between_slices(op: hlo.Op, runs: int) -> Transfer:
-    """A transfer through the hosts: what each chip sends of its part, once each way of a ring."""
+    """A transfer through the hosts: each chip sends its part once in each direction of a ring."""
     stated = re.search(MEGASCALE + r'="(\w+)"', op.attributes).group(1)
     target = re.search(r'_xla_megascale_target="\{([\d,]*)\}', op.attributes)
     n = target.group(1).count(",") + 1 if target else 2

@@ -1,12 +1,12 @@
-"""Encoding and decoding of images too large for one pass: tile by tile where memory goes.
+"""Tiled encoding and decoding of images too large for one pass.
 
 The levels at low resolution, with all attention, run whole; they are a small part of the memory.
-Each level at high resolution runs in overlapping tiles. A tile reaches beyond the pixels that it
-gives by at least what the level's convolutions see, so these pixels are exact: nothing is blended
-and there is no seam. GroupNorm takes its mean and variance over the whole image, as a decoder in
-one pass does: they are measured over all tiles, norm by norm, each time running the level up to
-that norm. So the result is the one of a single pass up to rounding, at five to six times the
-arithmetic of these levels. What passes from level to level is held whole, at the lower resolution.
+Each level at high resolution runs in overlapping tiles. A tile has a halo of at least the receptive
+field of the level's convolutions around the pixels that it outputs, so these pixels are exact:
+nothing is blended and there is no seam. GroupNorm takes its mean and variance over the whole image,
+as a decoder in one pass does: they are measured over all tiles, norm by norm, each time running the
+level up to that norm. So the result is that of a single pass up to rounding, at five to six times
+the arithmetic of these levels. Activations between levels are held whole, at the lower resolution.
 """
 
 from collections.abc import Callable
@@ -117,16 +117,17 @@ def _tiled_levels(first_stage, levels: int, most: int) -> int:
     return tiled
 
 
-# --- where the tiles are -------------------------------------------------------------------------
+# --- positions of the tiles
+# -------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
-    """Where tiles are, in pixels of the lower resolution of a level; arrays [tiles]."""
+    """Positions of tiles, in pixels of the lower resolution of a level; arrays [tiles]."""
 
     top: np.ndarray
     left: np.ndarray
     rows: np.ndarray
-    """[tiles, 2]: first and end of the rows, of the whole, that this tile gives."""
+    """[tiles, 2]: first and end row of the image that this tile outputs."""
     columns: np.ndarray
 
 
@@ -137,16 +138,16 @@ class Tiles(NamedTuple):
 
 
 def _tiles(image: Pair, tile: Pair, factor: int, halo: int) -> Tiles:
-    """Tiles over an image, both in its pixels, for a level of which a pixel is `factor` of them.
+    """Tiles over an image, both in its pixels; a pixel of the level is `factor` of them.
 
-    `halo`, in pixels of the level, is what a tile has to each side of what it gives.
+    halo: pixels of the level on each side of those that a tile outputs.
     """
     size = tuple(n // factor for n in image)
     shape = tuple(min(n, t // factor) for n, t in zip(size, tile))
     if any(s < n and s <= 2 * halo for s, n in zip(shape, size)):
         least = (2 * halo + 1) * factor
         raise ValueError(
-            f"tile {tile}: tiles reach {halo * factor} pixels beyond what they give, so their sides"
+            f"tile {tile}: tiles reach {halo * factor} pixels beyond their output, so their sides"
             f" are at least {least}; or tile fewer levels"
         )
     (tops, rows), (lefts, columns) = (_cuts(n, t, halo) for n, t in zip(size, shape))
@@ -155,7 +156,7 @@ def _tiles(image: Pair, tile: Pair, factor: int, halo: int) -> Tiles:
 
 
 def _cuts(size: int, tile: int, halo: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts [n] of tiles along a side, and [n, 2] the first and end of what each gives."""
+    """Starts [n] of tiles along a side, and [n, 2] the first and end pixel that each outputs."""
     count = 1 if size <= tile else -(-(size - 2 * halo) // (tile - 2 * halo))
     starts = np.minimum(np.arange(count) * (tile - 2 * halo), size - tile).astype(np.int32)
     ends = np.append(starts[:-1] + tile - halo, size)
@@ -166,7 +167,7 @@ def _cuts(size: int, tile: int, halo: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Moments(NamedTuple):
-    """Of every channel, over the pixels of a tile, or of all."""
+    """Mean and squares of every channel, over the pixels of one tile or of all."""
 
     count: jax.Array
     mean: jax.Array
@@ -180,7 +181,7 @@ def _run_tiled(run: Callable, x: jax.Array, tiles: Tiles, zoom_in: int, zoom_out
     statistics: dict[str, Moments] = {}
 
     def run_tile(place):
-        """(What `run` gives, moments of this tile at every norm)."""
+        """(Output of `run`, moments of this tile at every norm)."""
         start = (0, place.top * zoom_in, place.left * zoom_in, 0)
         sides = (n * zoom_in for n in tiles.shape)
         measured: dict[str, Moments] = {}
@@ -189,7 +190,7 @@ def _run_tiled(run: Callable, x: jax.Array, tiles: Tiles, zoom_in: int, zoom_out
         return out, measured
 
     def measure(name):
-        # the compiler drops what comes after the norm: only its moments leave the loop
+        # XLA removes the layers after the norm as dead code: only its moments leave the loop
         _, parts = jax.lax.scan(lambda _, p: (None, run_tile(p)[1][name]), None, tiles.places)
         return _merge(parts)
 
@@ -208,7 +209,7 @@ def _run_tiled(run: Callable, x: jax.Array, tiles: Tiles, zoom_in: int, zoom_out
 
 
 def _outline(run_tile: Callable, tiles: Tiles) -> tuple[jax.ShapeDtypeStruct, list[str]]:
-    """(Shape of what a tile gives, the norms that it meets, in order)."""
+    """(Shape of a tile's output, names of the norms in it, in order)."""
     names: list[str] = []
 
     def once(place):
@@ -238,7 +239,7 @@ def _shared_norms(statistics: dict, place: Tile, shape: Pair, measured: dict) ->
 
 
 def _owned(place: Tile, shape: Pair, x: jax.Array) -> jax.Array:
-    """[1, h, w, 1]: the pixels of a tile, at any resolution, that it gives."""
+    """[1, h, w, 1]: True at the pixels of a tile, at any resolution, that it outputs."""
 
     def inside(start, limits, side, size):
         first = jnp.arange(size) * side // size + start  # sizes are multiples of sides or parts

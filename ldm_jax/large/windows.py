@@ -47,7 +47,7 @@ def windowed(
         sides = tuple(min(w, n) for w, n in zip(window, shape))
         places = tuple(positions(n, k, s) for n, k, s in zip(shape, sides, stride))
         tops, lefts = places
-        if len(tops) == len(lefts) == 1:  # to the bit, not only up to rounding
+        if len(tops) == len(lefts) == 1:  # one window: equal to the bit, not only up to rounding
             return model(x, t_b, cond)
 
         def cut(a):
@@ -112,7 +112,7 @@ def _blend(out, shape: Pair, places, weight, tie_clip) -> jax.Array:
 
 
 def _fold(parts, shape: Pair, places, xp):
-    """The sum of windows [rows, columns, B, k, l, c] laid at their places: [B, h, w, c]."""
+    """Sum of windows [rows, columns, B, k, l, c] at their places: [B, h, w, c]."""
     (height, width), (tops, lefts) = shape, places
     rows, _, batch, k, _, channels = parts.shape
     wide = xp.zeros((rows, batch, k, width, channels), parts.dtype)

@@ -1,8 +1,8 @@
 """Features of a stream of images: one jitted program, its batch split over devices and hosts.
 
-A network here is a function from pixels to named features, with its parameters and what has to be
-said about it wherever a figure is printed. Three are made here: Inception, CLIP, and a small one
-with random weights, which needs no file and stands in for them in tests and demonstrations.
+A network here is a function from pixels to named features, with its parameters and the details that
+belong to every printed figure. There are three: Inception, CLIP, and a small one with random
+weights, which needs no file and stands in for them in tests and demonstrations.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -72,7 +72,8 @@ def extract(
     """Features [count, width] on the host, of every process, for each (images [B, H, W, c], count).
 
     Images past `count` fill up a batch and are left out. All batches have one size, a multiple of
-    the mesh's devices: one program. The device works on a batch while the last one is handed on.
+    the mesh's devices: one program. The device works on one batch while the caller has the one
+    before.
     """
     run, layout, pending = extractor(network, mesh), sharding.batch_sharding(mesh), None
     for images, count in batches:

@@ -1,4 +1,4 @@
-"""Means and covariances of features, the Frechet distance between two, and the files they lie in.
+"""Means and covariances of features, their Frechet distance, and files of them.
 
 All in float64: a float32 covariance of 2048 features loses the small eigenvalues that FID counts.
 """
@@ -35,7 +35,7 @@ def empty(width: int) -> Moments:
 
 
 def add(moments: Moments, features: np.ndarray) -> Moments:
-    """With the rows of `features` [n, d] too.
+    """Add the rows of `features` [n, d].
 
     Each batch is centred before it is squared (Chan et al. 1979), so that a mean far from zero
     costs no digits. FloatingPointError if a feature is not finite, naming its row.
@@ -53,14 +53,14 @@ def add(moments: Moments, features: np.ndarray) -> Moments:
 
 
 def from_moments(moments: Moments) -> Gaussian:
-    """ValueError for fewer than two rows, which have no covariance."""
+    """Mean and covariance of `moments`. ValueError for fewer than two rows, which have none."""
     if moments.count < 2:
         raise ValueError(f"{moments.count} images have no covariance: give at least 2")
     return Gaussian(moments.mean, moments.scatter / (moments.count - 1), moments.count)
 
 
 def from_features(batches: Iterable[np.ndarray]) -> Gaussian:
-    """Of feature rows [n, d] that come in any number of batches."""
+    """Mean and covariance of features [n, d] that come in any number of batches."""
     moments = None
     for batch in batches:
         moments = add(empty(batch.shape[1]) if moments is None else moments, batch)
@@ -84,8 +84,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6).
 
     The trace of the root is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: its eigenvalues
-    are real, and those of the size of rounding are zero. The root of A B itself need not exist in
-    numbers where there are fewer rows than features. ValueError if the widths differ.
+    are real, and those of the size of rounding are taken as zero. The root of A B itself fails
+    numerically where there are fewer rows than features. ValueError if the widths differ.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
@@ -103,7 +103,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def bias(features: np.ndarray, reference: Gaussian, seed: int = 0) -> float:
-    """How much larger than for endless samples the distance of `features` [n, d] is, estimated.
+    """Estimate the excess of the distance of `features` [n, d] over that of infinitely many
+    samples.
 
     The distance of n samples exceeds its limit by about c / n (Chong & Forsyth 2020): that of n / 2
     of them, here the mean of two random halves, minus that of all. With fewer samples than features
@@ -121,11 +122,11 @@ def bias(features: np.ndarray, reference: Gaussian, seed: int = 0) -> float:
 
 
 class Saved(NamedTuple):
-    """What a file of statistics holds.
+    """Content of a file of statistics.
 
     features, spatial: of the network's main features, and of those of sFID if the file has them.
     images: uint8 [N, H, W, 3] for precision and recall, as the ADM suite adds them, or None.
-    meta: what `write` was told, {} for files of other programs.
+    meta: as given to `write`, {} for files of other programs.
     """
 
     features: Gaussian

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of images against the images they stand for, and what is sharp in an image.
+"""PSNR and SSIM of images against their originals, and measures of sharpness.
 
 Images are float32 pixels [B, H, W, c] in 0..255; there is one value per image.
 """
@@ -31,7 +31,7 @@ def ssim(real: jax.Array, other: jax.Array, *, gaussian: bool = False) -> jax.Ar
             " of SSIM"
         )
     factor = 1.0 if gaussian else side**2 / (side**2 - 1)
-    # Covariances do not see a shift, and float32 keeps their digits only about zero.
+    # Covariances do not change under a shift, and float32 keeps their digits only near zero.
     shift_x, shift_y = (jnp.mean(i / RANGE, axis=(1, 2), keepdims=True) for i in (real, other))
     x, y = real / RANGE - shift_x, other / RANGE - shift_y
     mean_x, mean_y = _blur(x, window), _blur(y, window)
@@ -70,15 +70,15 @@ def gradient_energy(image: jax.Array) -> jax.Array:
 def fine_power(image: jax.Array) -> jax.Array:
     """Mean power per pixel [B] above half of the Nyquist frequency, along height or width.
 
-    That is what halving the side would lose: 0.25 cycles per pixel and more in either direction. A
-    Hann window keeps the step from one edge to the opposite one out of it, and is divided out of
-    the power. ValueError if the images are smaller than 4 pixels.
+    This is the part lost when the side is halved: 0.25 cycles per pixel and more in either
+    direction. A Hann window suppresses the step between opposite edges; its power is divided out.
+    ValueError if the images are smaller than 4 pixels.
     """
     height, width = image.shape[1:3]
     if min(height, width) < 4:
         raise ValueError(f"images of {height}x{width} are too small for a spectrum: 4 or more")
     window = (_hann(height)[:, None] * _hann(width))[None, :, :, None]
-    # The mean, by far the largest coefficient, would leave its rounding errors everywhere.
+    # The mean is by far the largest coefficient; its rounding errors would cover the others.
     image = image - jnp.mean(image, axis=(1, 2), keepdims=True)
     spectrum = jnp.fft.fft2(image * window, axes=(1, 2), norm="forward")
     fine = [np.abs(np.fft.fftfreq(n)) >= 0.25 for n in (height, width)]
@@ -89,5 +89,5 @@ def fine_power(image: jax.Array) -> jax.Array:
 
 
 def _hann(count: int) -> np.ndarray:
-    """Periodic, so that of a whole number of cycles it keeps all but three coefficients at 0."""
+    """Periodic Hann window: a whole number of cycles leaves all but three coefficients at 0."""
     return np.float32(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count))

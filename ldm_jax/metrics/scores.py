@@ -4,7 +4,7 @@ import numpy as np
 from scipy import special
 
 SEED = 2020
-"""Of the subsets and the order that torch-fidelity draws; the same here, so figures compare."""
+"""Seed of the subsets and of the order, torch-fidelity's own, so that figures compare."""
 
 
 def kernel_distance(

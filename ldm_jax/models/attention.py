@@ -21,7 +21,7 @@ AttentionFunction = Callable[..., jax.Array]
 
 NAMES = ("auto", "xla", "chunked", "cudnn", "flash")
 CHUNK_LOGITS = 2**21
-"""Logits that `chunked` and `grouped` keep at a time: 8 MiB."""
+"""Logits that `chunked` and `grouped` hold at a time: 8 MiB, about a CPU's cache."""
 CPU_LOGITS = 2**18
 """Logits of one head from which on `cpu` takes `chunked`: measured, forward and backward."""
 FLASH_LOGITS = 2**18
@@ -76,12 +76,14 @@ def grouped(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 def _attend(precision, q_qd, k_kd, v_kd):
     """Attention of one head.
 
-    Divided by the sum at the end: logits to exponentials are one op of XLA's for CPUs then.
+    The division by the sum comes last, so that XLA fuses logits to exponentials into one op on
+    CPUs.
     """
     logits_qk = jnp.einsum(
         "qd,kd->qk", q_qd, k_kd, precision=precision, preferred_element_type=jnp.float32
     )
     logits_qk *= q_qd.shape[-1] ** -0.5
+    # softmax is invariant to the peak: its gradient is zero, and computing it would cost an argmax
     peak_q1 = jax.lax.stop_gradient(jnp.max(logits_qk, axis=-1, keepdims=True))
     weights_qk = jnp.exp(logits_qk - peak_q1)
     total_q1 = jnp.sum(weights_qk, axis=-1, keepdims=True)
@@ -99,7 +101,7 @@ def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     """cuDNN's fused attention where it applies, else `xla`.
 
     It applies to bfloat16 and float16 and head widths 8 to 128 in steps of 8. Odd lengths are
-    padded by one row, which is masked.
+    padded by one position, which is masked.
     """
     width = q_bqnd.shape[-1]
     if q_bqnd.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
@@ -123,8 +125,8 @@ def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 def flash(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     """The kernel of `attention_tpu` for long sequences, `xla` for short ones.
 
-    Also `xla` for heads whose width is no multiple of 8, the rows of a tile, and for a precision
-    that the kernel's matrix products lack: "high", or a pair.
+    Also `xla` for heads whose width is no multiple of 8 (the height of a TPU tile), and for a
+    precision that the kernel's matrix products lack: "high", or a pair.
     """
     heads, width = q_bqnd.shape[2:]
     short = q_bqnd.shape[1] * k_bknd.shape[1] < FLASH_LOGITS
@@ -143,13 +145,13 @@ def cpu(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
 
 @functools.lru_cache
 def choose(platform: str, mesh: Mesh | None = None, name: str = "auto") -> AttentionFunction:
-    """The attention to give to modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
+    """The attention for modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
 
     `platform` is that of the target devices, which is not where a program is traced when it is
     compiled ahead of time. "auto" is `cpu` there, `cudnn` on CUDA GPUs, `flash` on TPUs and `xla`
-    elsewhere. What XLA cannot partition is split over the batch and the heads with the axes `data`,
-    `fsdp` and `tensor` of `mesh`, and over the queries with `space`.
-    Equal arguments give the same function, so modules that hold it compare equal.
+    elsewhere. Kernels that XLA cannot partition are split over the batch and the heads with the
+    axes `data`, `fsdp` and `tensor` of `mesh`, and over the queries with `space`. Equal arguments
+    give the same function, so modules that hold it compare equal.
 
     Raises ValueError for an unknown name, for "cudnn" on anything but a GPU, and for "flash" on
     anything but a TPU.

@@ -1,9 +1,9 @@
 """Fused attention for TPUs: logits stay on the chip, forward and backward (FlashAttention).
 
-Logits stand as [keys, queries]: the softmax runs down the columns, which costs no moves between
-lanes, and the products with the values have the width of a head as the rows that stream through the
-matrix unit, which pads rows to 8 but columns to 128. Softmax is in float32. The heads stay side by
-side in the channels, as the layers around have them.
+Logits are laid out as [keys, queries]: the softmax then reduces along sublanes, without moves
+between lanes, and in the products with the values the width of a head is the row axis, which the
+matrix unit pads to 8 only, where columns are padded to 128. Softmax is in float32. The heads stay
+side by side in the channels, as the layers around have them.
 Axes: b batch, q and k query and key positions, c channels (heads times d), n heads, d width of one.
 """
 
@@ -19,11 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 BLOCK = 512
-"""Queries that are worked on at a time."""
+"""Queries of a block."""
 CHUNK = 256
-"""Keys that are worked on at a time."""
+"""Keys that are processed at a time."""
 KEY_BYTES = 8 * 2**20
-"""Most bytes of keys and values that are held on the chip at a time."""
+"""Most bytes of keys and values held on the chip at a time."""
 VMEM_BYTES = 100 * 2**20
 """On-chip memory that the kernels may take; a v5e has 128 MiB."""
 PRECISIONS = (None, "default", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
@@ -37,11 +37,11 @@ class Tiling(NamedTuple):
 
     heads: int
     keys: int
-    """Keys that count; those after them are padding."""
+    """Number of real keys; those after them are padding."""
     block_q: int
     block_k: int
     chunk: int
-    """Keys of a block that are worked on at a time; divides it."""
+    """Keys of a block that are processed at a time; divides it."""
     precision: Any
     interpret: bool
 
@@ -72,7 +72,7 @@ def _pad(x_blc, size: int):
 
 
 def _turn(x_blc):
-    """Channels before positions. The compiler lays the input out so, rather than moving it."""
+    """Channels before positions; XLA gives the input this layout instead of transposing it."""
     return jnp.swapaxes(x_blc, 1, 2)
 
 
@@ -123,7 +123,7 @@ def _heads(tiling: Tiling, channels: int):
 
 
 def _logits(tiling: Tiling, k_kd, q_dq, first):
-    """k q^T in units of log 2: 2 to their power are the exponentials. Padded keys are far down.
+    """k q^T / log 2, so that exp2 gives the exponentials; padded keys get weight zero.
 
     first: position of the first key.
     """
@@ -161,7 +161,8 @@ def _forward(tiling: Tiling, q_bcq, k_bkc, v_bck):
 
 
 def _forward_kernel(tiling, q_ref, k_ref, v_ref, out_ref, lse_ref, peak_ref, total_ref, sum_ref):
-    """One block of queries and one of keys: the sums so far are rescaled as the peak grows."""
+    """One block of queries and one of keys (online softmax): sums are rescaled as the peak
+    grows."""
     heads, block = _heads(tiling, q_ref.shape[0]), pl.program_id(2)
 
     @pl.when(block == 0)
@@ -231,7 +232,7 @@ def _backward(tiling: Tiling, q_bcq, k_bck, g_bcq, k_bkc, v_bkc, out_bcq, lse_bn
 
 
 def _backward_kernel(tiling, q_ref, kt_ref, g_ref, k_ref, v_ref, out_ref, lse_ref, *results):
-    """One block of keys and one of queries; the weights are computed again."""
+    """One block of keys and one of queries; the weights are recomputed from `lse_ref`."""
     dq_ref, dk_ref, dv_ref, inner_ref, dq_sum, dk_sum, dv_sum = results
     heads, block = _heads(tiling, q_ref.shape[0]), pl.program_id(1)
     scale = (q_ref.shape[0] // tiling.heads) ** -0.5

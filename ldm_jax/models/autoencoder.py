@@ -51,7 +51,8 @@ class AutoencoderAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, with attention or none, and the way to the next one."""
+    """Residual blocks of one resolution, with or without attention, and the resampling to the
+    next."""
 
     channels: int
     num_layers: int
@@ -109,7 +110,7 @@ def _blocks(remat: bool):
 class Encoder(nn.Module):
     """Image to `out_channels` feature maps at the latent's resolution (`model.Encoder`).
 
-    `stop` ends before a level and gives what enters it; `start` goes on from that.
+    `stop` returns the input of that level; `start` continues from it.
     """
 
     channels: int
@@ -150,7 +151,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Feature maps at the latent's resolution to an image (`model.Decoder`).
 
-    `stop` ends before the upsampling to `up_blocks_{stop}`; `start` goes on from what that gives.
+    `stop` returns the activations before the upsampling to `up_blocks_{stop}`; `start` continues
+    from them.
     """
 
     channels: int
@@ -231,7 +233,7 @@ class AutoencoderKL(nn.Module):
         return self.posterior(self.encoder(x, train))
 
     def posterior(self, h):
-        """(mean, logvar), as of `encode`, from what the encoder gives."""
+        """(mean, logvar), as of `encode`, from the encoder's output."""
         mean, logvar = jnp.split(self.quant_conv(h).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
@@ -273,7 +275,7 @@ class AutoencoderVQ(nn.Module):
         num = numerics(self)
         self.encoder = _half(self, Encoder, self.z_channels)
         self.quant_conv = conv(self.z_channels, self.embed_dim, 1, **num)
-        # named by hand: the method has the checkpoint's name
+        # the attribute needs another name than the method, the parameters that of the checkpoint
         self.quantizer = VectorQuantizer(self.num_codes, self.embed_dim, name="quantize")
         self.post_quant_conv = conv(self.embed_dim, self.z_channels, 1, **num)
         self.decoder = _half(self, Decoder, self.out_channels)
@@ -287,7 +289,7 @@ class AutoencoderVQ(nn.Module):
         return self.posterior(self.encoder(x, train))
 
     def posterior(self, h):
-        """The latent, as of `encode`, from what the encoder gives."""
+        """The latent, as of `encode`, from the encoder's output."""
         return self.quant_conv(h).astype(jnp.float32)
 
     def quantize(self, z):
@@ -372,14 +374,14 @@ def from_config(
 
 
 def last_features(state: dict) -> jax.Array:
-    """What the decoder's last convolution was given, [B, H, W, channels].
+    """Input of the decoder's last convolution, [B, H, W, channels].
 
-    state: what `apply(..., method="decode", mutable=["intermediates"])` gives beside the images.
+    state: second result of `apply(..., method="decode", mutable=["intermediates"])`.
     """
     return state["intermediates"]["decoder"][LAST_FEATURES][0]
 
 
 def example_inputs(first_stage: FirstStage) -> tuple:
-    """The smallest image that `first_stage` takes, all zeros: what `init` needs."""
+    """The smallest image that `first_stage` takes, all zeros, for `init`."""
     size = _smallest_side(first_stage)
     return (jnp.zeros((1, size, size, first_stage.in_channels)),)

@@ -22,7 +22,7 @@ class BERTText(nn.Module):
     """ids [B, l] int, l <= max_length -> [B, l, width] float32, after the final norm.
 
     Fields are those of `schema.BERTTextConfig`. Nothing is masked: padding is attended to, as in
-    training. `to_logits` is in every checkpoint and used by nothing.
+    training. `to_logits` is in every checkpoint, and unused.
     """
 
     vocab_size: int
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 class Layer(nn.Module):
     """Self-attention and feed-forward, each after a norm and added to its input.
 
-    The heads together are as wide as they are, whatever the width of the tokens.
+    The heads together may be wider or narrower than the tokens.
     """
 
     num_heads: int

@@ -101,7 +101,7 @@ class GroupNorm(nn.Module):
 
     Equal to `flax.linen.GroupNorm`, whose one reduction over pixels and channels together is up to
     twice as slow on CPUs, forward and backward. Two passes over float32: a large mean costs no
-    digits. One over bfloat16, whose rounding has cost more digits already (`one_pass`).
+    digits. One pass over bfloat16, whose rounding has cost more digits already (`one_pass`).
     """
 
     epsilon: float
@@ -125,23 +125,26 @@ class GroupNorm(nn.Module):
         else:
             variance = mean(jnp.square(x - average))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale[None, None, None]
-        # not (x - average) * factor: on CPUs the difference would be kept for the variance too
+        # not (x - average) * factor: XLA for CPUs would then store the difference for both uses
         shift = bias[None, None, None] - average * factor
         return (x * factor + shift).astype(self.dtype)
 
 
 def one_pass(x) -> bool:
-    """Whether a norm of `x` may take its variance as the mean square less the squared mean.
+    """True if a norm of `x` may compute its variance in one pass, as E[x^2] - E[x]^2.
 
-    In float32 sums that errs by 2^-24 (mean / deviation)^2 of the variance; rounding `x` to
-    bfloat16 has shifted its values by 2^-9 (mean / deviation) of the deviation, which is more
-    wherever anything is left of either. The sums then belong to the op that makes `x`.
+    In float32 the one pass errs by 2^-24 (mean / deviation)^2 of the variance; rounding `x` to
+    bfloat16 has moved its values by 2^-9 (mean / deviation) of the deviation already, which is more
+    as long as either leaves a digit. XLA can then fuse the sums into the op that makes `x`.
     """
     return x.dtype == jnp.bfloat16
 
 
 def group_norm(channels: int, epsilon: float, *, name: str, dtype: DTypeLike) -> GroupNorm:
-    """GroupNorm of 32 groups. `epsilon` differs between the reference's parts.
+    """GroupNorm of 32 groups.
+
+    epsilon: 1e-5, torch's default, in the UNet (`GroupNorm32`); 1e-6 in the autoencoders and before
+    a spatial transformer (`Normalize`).
 
     Raises ValueError when `channels` is not a multiple of 32.
     """
@@ -156,6 +159,7 @@ def group_norm(channels: int, epsilon: float, *, name: str, dtype: DTypeLike) ->
 def timestep_embedding(t_b: jax.Array, channels: int) -> jax.Array:
     """Cosines, then sines of t: float32 [B, channels], channels even (`timestep_embedding`)."""
     half = channels // 2
+    # float32 from the start, as in the reference: t multiplies a rounding error by up to 1000
     frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / half)
     angles = t_b.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -184,7 +188,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb=None, train=False):
-        del emb, train  # taken so that a ResBlock can stand in its place
+        del emb, train  # accepted so that a ResBlock can take its place
         channels = x.shape[-1]
         return conv(
             channels,
@@ -207,7 +211,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb=None, train=False):
-        del emb, train  # taken so that a ResBlock can stand in its place
+        del emb, train  # accepted so that a ResBlock can take its place
         channels = x.shape[-1]
         return conv(
             channels,

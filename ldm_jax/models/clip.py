@@ -204,7 +204,7 @@ class Encoder(nn.Module):
 
 
 class Layers(nn.Module):
-    """A scope of its own, because the checkpoints have one."""
+    """The layers, in a scope of their own as in the checkpoints."""
 
     make_layer: Make
     num_layers: int
@@ -222,7 +222,7 @@ class Layer(nn.Module):
     """Self-attention and feed-forward, each after a norm and added to its input."""
 
     num_layers: int
-    """Of the whole encoder: the initial weights depend on it."""
+    """Layers of the whole encoder: the initial weights depend on it."""
     num_heads: int
     mlp_width: int
     activation: str

@@ -26,8 +26,8 @@ times faster, from 1 to 256 images and 96 to 640 channels."""
 def columns(x, kernel, window_strides, padding, precision: PrecisionLike = None):
     """One matrix product of the pixels under the kernel, side by side, with the whole kernel.
 
-    They are gathered again in the backward pass: kept, they would be as many times larger than `x`
-    as the kernel has pixels.
+    The pixels are gathered again in the backward pass: stored, they would be as many times larger
+    than `x` as the kernel has pixels.
     """
     height, width, _, channels = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -60,11 +60,11 @@ def columns(x, kernel, window_strides, padding, precision: PrecisionLike = None)
 
 
 def pointwise(x, kernel, window_strides, padding, *, precision: PrecisionLike = None, **layout):
-    """A 1x1 kernel is a matrix product on the channels: XLA's convolution says the same.
+    """A convolution with a 1x1 kernel as a matrix product on the channels.
 
-    On CPUs the product is up to 2.5 times as fast, its gradients up to 5 times. In bfloat16 it is
-    XLA's convolution: with products a TPU writes out norms and SiLUs that it joins to convolutions.
-    See benchmarks/README.md. For stride 1 without padding.
+    On CPUs the product is up to 2.5 times as fast, its gradients up to 5 times. In bfloat16 it
+    stays XLA's convolution: TPUs fuse norms and SiLUs into convolutions, but write them out before
+    products. See benchmarks/README.md. For stride 1 without padding.
     """
     if x.dtype == jnp.bfloat16:
         return xla(x, kernel, window_strides, padding, precision=precision, **layout)
@@ -82,7 +82,7 @@ def cpu(x, kernel, window_strides, padding, *, precision: PrecisionLike = None, 
 
 
 def choose(platform: str, mesh: Mesh | None = None) -> ConvolutionFunction:
-    """The convolution to give to modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
+    """The convolution for modules that will run on `platform`: cpu, gpu, cuda, rocm or tpu.
 
     `platform` is that of the target devices, as for `attention.choose`. `xla` where `mesh` splits
     images over `space`: the compiler would gather the pixels of `columns` on every device.

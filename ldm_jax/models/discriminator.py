@@ -32,7 +32,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         channels = x.shape[-1]
-        # `weights_init` of the reference
+        # N(1, 0.02), as `weights_init` of the reference
         scale = self.param("scale", lambda k, s: 1 + 0.02 * jax.random.normal(k, s), (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -54,9 +54,9 @@ class BatchNorm(nn.Module):
 class ActNorm(nn.Module):
     """scale * (x + loc) per channel, which normalizes the first batch of training (taming's).
 
-    "batch_stats": loc [c] and scale [c], which that batch gives, and whether it has been. The
-    parameters are what is learned since, added to these: their gradients, and Adam's steps, are
-    those of the reference, which overwrites its parameters by that batch's statistics.
+    "batch_stats": loc [c] and scale [c] from that batch, and `initialized`. The parameters are what
+    is learned after it, added to these: their gradients, and Adam's steps, are those of the
+    reference, which overwrites its parameters by that batch's statistics.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -87,10 +87,10 @@ NORMS = {"batch": BatchNorm, "act": ActNorm}
 class PatchGAN(nn.Module):
     """Images [B, H, W, c] to one logit for each patch, float32 [B, h, w, 1]; positive is real.
 
-    `.apply({"params", "batch_stats"}, image, train=True, mutable=["batch_stats"])` normalizes the
-    batch by itself and gives (logits, {"batch_stats"}) with its statistics taken in; without
-    `train` it gives the logits under the running ones. Parameters are float32, convolutions are
-    computed in `dtype`. ValueError for images too small to have a patch.
+    `.apply({"params", "batch_stats"}, image, train=True, mutable=["batch_stats"])` normalizes by
+    the batch's own statistics and returns (logits, {"batch_stats"}), the running statistics
+    updated; without `train` it returns the logits under the running ones. Parameters are float32,
+    convolutions are computed in `dtype`. ValueError for images too small to have a patch.
     """
 
     width: int = 64
@@ -118,7 +118,7 @@ class PatchGAN(nn.Module):
 
 
 def check(model: PatchGAN, shape: tuple[int, ...]) -> None:
-    """ValueError for a discriminator that cannot be, or images [B, H, W, c] without a patch."""
+    """ValueError for an invalid discriminator, or images [B, H, W, c] too small for a patch."""
     if model.layers < 1 or model.norm not in NORMS:
         raise ValueError(
             f"discriminator with layers {model.layers} and norm {model.norm!r}: give at least one"
@@ -140,7 +140,7 @@ def from_config(
 
 
 def smallest_image(model: PatchGAN, channels: int) -> jax.Array:
-    """The smallest image that `model` takes, all zeros: what `init` needs."""
+    """The smallest image that `model` takes, all zeros, for `init`."""
     side = 3 * 2**model.layers
     return jnp.zeros((1, side, side, channels))
 

@@ -86,7 +86,7 @@ class ConvNorm(nn.Module):
 
 
 class Moments(nn.Module):
-    """Batch normalization by the moments that training left."""
+    """Batch normalization by the stored moments."""
 
     @nn.compact
     def __call__(self, x):
@@ -194,7 +194,7 @@ class BlockE(nn.Module):
 
 
 def _pool(x: jax.Array, kind: str) -> jax.Array:
-    """Mean (of what is not padding) or maximum of 3x3, as large as `x`."""
+    """Mean (without the padding) or maximum of 3x3, as large as `x`."""
     if kind == "max":
         return nn.max_pool(x, (3, 3), padding="SAME")
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
@@ -204,7 +204,7 @@ def _mean(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=(1, 2))
 
 
-# --- from pixels to what the network takes -------------------------------------------------------
+# --- from pixels to the network's input -------------------------------------------------------
 
 
 def prepare(pixels: jax.Array, how: Preprocess = "torch_fidelity") -> jax.Array:

@@ -67,7 +67,7 @@ def nearest(codebook_nc: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
-    """`codes` to the bit, with the gradient of `z`."""
+    """`codes` to the bit (z - z is 0), with the gradient of `z`."""
     return jax.lax.stop_gradient(codes) + (z - jax.lax.stop_gradient(z))
 
 
@@ -96,7 +96,7 @@ def codebook_loss(
 
 
 class Assigned(NamedTuple):
-    """What lies nearest to each code: of a batch, or averaged over many."""
+    """Latents assigned to each code: count and sum, of a batch or averaged over many."""
 
     count_n: jax.Array
     sum_nc: jax.Array
@@ -114,8 +114,8 @@ def assigned(z: jax.Array, indices: jax.Array, num_codes: int) -> Assigned:
 def start_averages(codebook_nc: jax.Array) -> Assigned:
     """Averages of a new codebook: every code has been assigned itself, once.
 
-    The reference starts with a count of 0, which throws the codes that the first batch does not
-    use about 1e5 times as far out.
+    The reference starts with a count of 0, which divides codes that the first batch does not use
+    by the smoothing of 1e-5 alone, and moves them about 1e5 times as far out.
     """
     return Assigned(jnp.ones(len(codebook_nc)), codebook_nc.astype(jnp.float32))
 
@@ -152,7 +152,7 @@ class Revived(NamedTuple):
     idle_n: jax.Array
     """Steps since each code was last taken or replaced."""
     replaced_n: jax.Array
-    """Which codes are new: their moments in the optimizer, and averages of them, are outdated."""
+    """Codes that are new: their moments in the optimizer, and their averages, are outdated."""
 
 
 def idle_steps(idle_n: jax.Array, count_n: jax.Array) -> jax.Array:
@@ -168,7 +168,8 @@ def revive(
 ) -> Revived:
     """Codes idle for `after` steps or more move to latents of z [..., c], drawn without repeats.
 
-    With fewer latents than such codes, the last of these wait. The draw depends on `key` and z
+    With fewer latents than such codes, the last ones stay as they are until a later step. The draw
+    depends on `key` and z
     alone: every host and every mesh makes the same one.
     """
     z_pc = jax.lax.stop_gradient(jnp.asarray(z, jnp.float32)).reshape(-1, z.shape[-1])

@@ -33,7 +33,7 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, context_blc=None):
-        del context_blc  # taken so that both kinds of block are called alike
+        del context_blc  # accepted so that both kinds of block are called alike
         height, width, channels = x.shape[1:]
         num = numerics(self)
         h = group_norm(channels, 1e-5, name="group_norm", dtype=self.dtype)(x)
@@ -88,12 +88,13 @@ class Attention(nn.Module):
 class TwoHalves(nn.Module):
     """A dense layer whose output is returned in two halves.
 
-    In bfloat16 they are two products: on a TPU the second then ends in what follows it, and the
-    whole width is never written. In float32 one, because a CPU would copy the weights for two.
+    In bfloat16 they are two products: a TPU then fuses the second with the op that follows, and
+    never writes the whole width. In float32 it is one, because a CPU would copy the weights for
+    two.
     """
 
     channels: int
-    """Of each half."""
+    """Channels of each half."""
     dtype: DTypeLike = jnp.float32
     precision: PrecisionLike = None
 

@@ -84,7 +84,7 @@ class UNet(nn.Module):
         resnet = self._resnet()
         conv_in = conv(self.in_channels, self.model_channels, name="conv_in", **num)
         given, x = x, conv_in(x)
-        repeated = repeat_for(given, context_blc)  # cheaper than repeating what conv_in makes of it
+        repeated = repeat_for(given, context_blc)  # cheaper than repeating the output of conv_in
         skips = [x if repeated is given else conv_in(repeated)]
 
         last = len(self.channel_mult) - 1
@@ -152,7 +152,7 @@ class UNet(nn.Module):
         )
 
     def _change(self, resample: str, channels: int) -> Make:
-        """What halves ("down") or doubles ("up") the resolution; called like a resnet."""
+        """Layer that halves ("down") or doubles ("up") the resolution; called like a resnet."""
         if self.resblock_updown:
             return functools.partial(self._resnet(), channels=channels, resample=resample)
         num = {**numerics(self), "convolution": self.convolution}
@@ -232,7 +232,7 @@ class UNet(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers with a SiLU between: what makes an embedding of the time or of a vector."""
+    """Two dense layers with a SiLU between, for the embedding of the time or of a vector."""
 
     channels: int
     dtype: DTypeLike = jnp.float32
@@ -246,7 +246,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level going down; returns its output and every activation that the way up will read."""
+    """One level going down; returns its output and the skip connections for the way up."""
 
     channels: int
     num_layers: int
@@ -313,7 +313,7 @@ def from_config(
     precision: PrecisionLike = None,
     convolution: ConvolutionFunction = xla_convolution,
 ) -> UNet:
-    """The UNet that `config` describes, computing as the other arguments say (see `UNet`)."""
+    """The UNet of `config`; the other arguments are `UNet`'s."""
     return UNet(
         **dataclasses.asdict(config),
         dtype=dtype,
@@ -325,7 +325,7 @@ def from_config(
 
 
 def example_inputs(unet: UNet) -> tuple:
-    """The smallest (x, t_b, context_blc, label) that `unet` takes, all zeros: what `init` needs."""
+    """The smallest (x, t_b, context_blc, label) that `unet` takes, all zeros, for `init`."""
     size = 2 ** (len(unet.channel_mult) - 1)
     context = label = None
     if unet.spatial_transformer and unet.context_dim is not None:

@@ -1,1 +1,1 @@
-"""Prompts: texts into what a model of text is conditioned on."""
+"""Prompts: from texts to the conditioning of a model of text."""

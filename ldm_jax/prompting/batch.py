@@ -1,4 +1,4 @@
-"""Texts into the batch that a model of text reads."""
+"""From texts to the batch that a model of text reads."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def prompts(
 ) -> dict[str, np.ndarray]:
     """{"tokens", "null_tokens"}, int32 [N, L]: the batch of N texts, for `model.encode`.
 
-    negative: what guidance leads away from, one text for all or as many as `texts`.
+    negative: texts that guidance leads away from, one for all or as many as `texts`.
     ValueError if the model reads no text, came without a tokenizer, or the numbers differ;
     TypeError for anything but texts.
     """
