@@ -78,8 +78,8 @@ def decode_mask(data: bytes | np.ndarray) -> Image.Image:
     """A mask in mode L, 0 or 255 = masked, from an image or a 0/1 array.
 
     In an opaque image bright pixels are masked. Where pixels are transparent, as in a layer of
-    brush strokes, the opaque ones are masked, in any colour. UndecodableError for bytes that are no image;
-    ValueError for an image that can be read in two ways.
+    brush strokes, the opaque ones are masked, in any colour. UndecodableError for bytes that are no
+    image; ValueError for an image that can be read in two ways.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray((data > 0).astype(np.uint8) * 255)
