@@ -1,1 +1,1 @@
-"""Ground of a run: command line, processes, storage, checkpoints, the run directory."""
+"""Infrastructure of a run: command line, processes, storage, checkpoints, run directory."""

@@ -25,20 +25,20 @@ from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
 
 DRAFT = ".orbax-checkpoint-tmp"  # in the name of a folder that is not complete yet
-PACKED = 0.9  # of the bytes of weights are left when they are compressed
+PACKED = 0.9  # compressed size of weights over their size in memory
 FORMAT = 1  # of checkpoints, snapshots and frozen parts; a reader refuses a newer one
 SMALL = ("step", "bad_steps", "skips")  # fields of a state that are kept in its meta
 
 
 class DamagedError(ValueError):
-    """What was saved cannot be read back as it was."""
+    """A checkpoint, snapshot or frozen part cannot be read back as it was saved."""
 
 
 def manager(run: epath.PathLike, max_to_keep: int | None = None, max_failed: int = 0) -> Manager:
     """Writer of RUN/checkpoints, in the background; `close()` waits for what is under way.
 
-    Says which folders an interrupted write left in the run, and removes them. `max_failed` saves in
-    a row may fail before `save` raises.
+    Reports the folders that an interrupted write left in the run, and removes them. `max_failed`
+    saves in a row may fail before `save` raises.
     """
     run = absolute(run)
     _drop_drafts(run)
@@ -84,9 +84,9 @@ def save(manager: Manager, state: Any, meta: Mapping[str, Any], *, final: bool =
 def resume(manager: Manager, abstract: Any) -> Any | None:
     """The state of the newest checkpoint that is whole, as `restore` gives it; None without any.
 
-    Newer ones that are damaged are moved to RUN/damaged once an older one has been restored, and
-    said. If none can be restored nothing is moved: `DamagedError`, never a fresh start. Other
-    errors as from `restore`. Process 0 tells the others which steps there are.
+    Damaged newer ones are moved to RUN/damaged, and reported, once an older one has been restored.
+    If none can be restored nothing is moved: `DamagedError`, never a fresh start. Other errors as
+    from `restore`. Process 0 decides for all which steps there are.
     """
     damaged: list[tuple[int, DamagedError]] = []
     for step in reversed(processes.broadcast_from_first(saved_steps(manager))):
@@ -130,13 +130,13 @@ def restore(source: epath.PathLike | Manager, abstract: Any, step: int | None = 
         return meta, {name: _read(folder, name, tree) for name, tree in wanted.items()}
 
     meta, restored = processes.on_all(str(folder), read, DamagedError)
-    for name, tree in restored.items():  # over all processes, so all find the same
+    for name, tree in restored.items():  # sums over all processes: all reach the same verdict
         _check_sum(folder, name, tree, meta)
     for name in SMALL:
         like = getattr(abstract, name)
         if name in meta:
             restored[name] = jax.tree.map(_placed, like, meta[name])
-        else:  # of a version that did not have it
+        else:  # saved by a version without this field
             restored[name] = jax.tree.map(lambda x: _placed(x, np.zeros(x.shape)), like)
     return dataclasses.replace(abstract, **restored)
 
@@ -188,7 +188,7 @@ def snapshot_steps(run: epath.PathLike) -> list[int]:
 
 
 def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, dict]:
-    """(parameters as host arrays, meta with "step" and "model") of `step` (default: the newest)."""
+    """(host parameters, meta with "step" and "model") of the snapshot of `step`, or the newest."""
     folder = _step_folder(absolute(run) / "snapshots", step)
     with _remedy():
         meta = read_meta(folder)
@@ -224,7 +224,7 @@ def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> N
     try:
         if jax.process_count() == 1:
             storage.retried(str(folder), write)
-        else:  # they wait for each other in it: none can begin again alone
+        else:  # the processes wait for each other inside: none can repeat it alone
             write()
     except Exception as error:
         needed = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -240,7 +240,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     try:
         meta = storage.retried(f"{folder}/meta", read)
         version, _ = int(meta["format"]), dict(meta["checksums"])
-    except Exception as error:  # Orbax has no common class for what a damaged file raises
+    except Exception as error:  # Orbax has no common class of errors for damaged files
         raise _unreadable(folder, error) from error
     if version > FORMAT:
         raise ValueError(
@@ -261,8 +261,8 @@ def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any]) -> Any:
 def _read(folder: epath.Path, part: str, abstract: Any = None) -> Any:
     """A part as it is on disk, like `abstract` in structure and sharding; without it host arrays.
 
-    Orbax's handlers rather than its Checkpointer, which makes processes wait for each other: one
-    that fails would never come. ValueError for other paths, shapes or dtypes than `abstract`.
+    Uses Orbax's handlers, not its Checkpointer, in which the processes wait for each other: one
+    that fails would never arrive. ValueError for other paths, shapes or dtypes than `abstract`.
     """
     handler = ocp.PyTreeCheckpointHandler()
 
@@ -296,7 +296,7 @@ def _read(folder: epath.Path, part: str, abstract: Any = None) -> Any:
 
 
 def _set_aside(manager: Manager, step: int) -> epath.Path:
-    """Moves a checkpoint out of the way, to RUN/damaged; where it is now."""
+    """Move a checkpoint out of the way, to RUN/damaged; returns its new path."""
     run = epath.Path(manager.directory).parent
     names = (f"{step}" if i == 1 else f"{step}.{i}" for i in itertools.count(1))
     target = next(t for t in (run / "damaged" / name for name in names) if not t.exists())
@@ -310,7 +310,8 @@ def _set_aside(manager: Manager, step: int) -> epath.Path:
 
 
 def _drop_drafts(run: epath.Path) -> None:
-    """Removes what an interrupted write left, and says so; of checkpoints Orbax removes it."""
+    """Remove the drafts of interrupted writes, and report them; Orbax removes those of
+    checkpoints."""
     if jax.process_index() != 0:
         return
     for place in ("checkpoints", "snapshots", "frozen"):
@@ -333,7 +334,7 @@ def _check_sum(folder: epath.Path, part: str, tree: Any, meta: Mapping[str, Any]
 
 
 def _parts(state: Any) -> dict[str, Any]:
-    """The trees of a state that hold any array: Orbax refuses empty ones."""
+    """The trees of a state that hold an array: Orbax refuses empty ones."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {n: tree for n, tree in fields.items() if n not in SMALL and jax.tree.leaves(tree)}
 
@@ -364,7 +365,7 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def is_complete(folder: epath.Path) -> bool:
-    """Whether Orbax finished the folder: its final name on disk, a marker on object stores."""
+    """True if Orbax finished the folder: its final name on disk, a marker on object stores."""
     return folder.exists() and ocp.utils.is_checkpoint_finalized(folder)
 
 
@@ -392,7 +393,7 @@ def _check_fit(folder: epath.Path, saved: Any, abstract: Any) -> None:
 
 
 def _unreadable(folder: epath.Path, error: Exception) -> Exception:
-    """Damage, unless it is the storage or the memory that fails."""
+    """`DamagedError`, unless the storage or the memory has failed."""
     if storage.is_transient(error):
         return OSError(f"{folder}: the storage fails ({storage.reason(error)}); try again later")
     short = isinstance(error, MemoryError) or "out of memory" in str(error).lower()

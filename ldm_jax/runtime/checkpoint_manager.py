@@ -1,4 +1,4 @@
-"""Orbax's manager of RUN/checkpoints, made to say at once when a write in the background failed."""
+"""Orbax's manager of RUN/checkpoints that reports a failed background write at once."""
 
 import contextlib
 import time
@@ -12,10 +12,10 @@ from ldm_jax.runtime.log import LOG
 
 
 class Manager(ocp.CheckpointManager):
-    """Writes in the background; a write that fails is counted and said, and nothing older is lost.
+    """Writes in the background; a failed write is counted and reported, and nothing older is lost.
 
-    Every process calls the same methods. Of several processes one whose write fails ends its run
-    with the error, whatever `max_failed` says: the others wait for it and cannot go on without.
+    Every process calls the same methods. With several processes, one whose write fails ends its run
+    with the error, whatever `max_failed` is: the others wait for it and cannot go on alone.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Manager(ocp.CheckpointManager):
     ) -> None:
         """max_failed: saves in a row that may fail before `OSError` is raised."""
         self.max_failed, self.failed = max_failed, 0
-        """Saves in a row that came to nothing: at most so many, and so far."""
+        """Failed saves in a row: the most allowed, and those so far."""
         self._attempts, self._again_at = 0, None
         self._under_way: tuple[int, int] | None = None
         self._drafts: list[epath.Path] = []
@@ -80,16 +80,17 @@ class Manager(ocp.CheckpointManager):
             LOG.info(
                 f"{self.directory}: the checkpoint of step {step} was not written"
                 f" ({storage.reason(error)}); attempt {self._attempts + 1} of {storage.ATTEMPTS}"
-                f" follows in {delay:g} s, of the step that it is then"
+                f" follows in {delay:g} s, with the state of that time"
             )
             return
         self._attempts = 0
         self.fail(step, needed, storage.reason(error), final, error)
 
     def remove_drafts(self) -> None:
-        """Those of failed writes: they take the room that the next one needs.
+        """Remove the drafts of failed writes: they take the room that the next one needs.
 
-        Again before the next: a writer that has not heard of the failure may have gone on.
+        Called again before the next write: a writer thread that had not yet seen the failure may
+        have gone on writing.
         """
         for draft in self._drafts:
             if draft.exists():
@@ -99,7 +100,7 @@ class Manager(ocp.CheckpointManager):
     def fail(
         self, step: int, needed: int, why: str, final: bool, error: Exception | None = None
     ) -> None:
-        """Counts a save that came to nothing; OSError if it was one too many, or `final`."""
+        """Count a failed save; OSError if it was one too many, or `final`."""
         self.failed += 1
         kept = self.latest_step()
         kept = "no checkpoint is there yet" if kept is None else f"that of step {kept} is kept"
@@ -117,7 +118,7 @@ class Manager(ocp.CheckpointManager):
         finally:
             super().close()
 
-    def _wait_for_checkpointers(self) -> None:  # in Orbax's thread, which hears of errors first
+    def _wait_for_checkpointers(self) -> None:  # runs in Orbax's thread, which sees errors first
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
@@ -125,7 +126,7 @@ class Manager(ocp.CheckpointManager):
             raise
 
     def _sync(self, *, key: str, timeout_ms: int) -> None:
-        """A barrier of Orbax's threads; after a failed write nobody else would come to it."""
+        """A barrier of Orbax's threads; after a failed write the others would wait for ever."""
         if self._error is not None:
             raise RuntimeError("a write of this process has failed")
         self._barrier(key=key, timeout_ms=timeout_ms)

@@ -1,4 +1,4 @@
-"""Checksums of trees of arrays, the same wherever the arrays lie, and of the JSON beside them."""
+"""Checksums of trees of arrays, independent of device and mesh, and of the JSON beside them."""
 
 import json
 import zlib
@@ -52,14 +52,14 @@ def _total(facts: Mapping[str, tuple[int, int]]) -> int:
 
 
 def _facts(tree: Any) -> dict[str, tuple[int, int]]:
-    """{path: (how many values are not finite, sum of the values' bits modulo 2**32)}."""
+    """{path: (number of values that are not finite, sum of the values' bits modulo 2**32)}."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     # leaf by leaf: one program over all leaves of a large model compiles for half a minute
     facts = []
     for _, x in flat:
         facts.append(_host_facts(x) if isinstance(x, np.ndarray) else _device_facts(x))
-        # CPU devices share their threads: sums over devices that do not wait for each other
-        # can take all of them and then wait for ever
+        # CPU devices share a pool of threads: several all-reduces in flight can take all threads
+        # and wait for each other for ever, so one finishes before the next begins
         if isinstance(x, jax.Array) and next(iter(x.sharding.device_set)).platform == "cpu":
             facts[-1].block_until_ready()
     facts = jax.device_get(facts)
@@ -68,7 +68,7 @@ def _facts(tree: Any) -> dict[str, tuple[int, int]]:
 
 @jax.jit
 def _device_facts(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x  # whose bits XLA does not give
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x  # XLA cannot bitcast bool
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
     return jnp.stack([bad, jnp.sum(bits, dtype=jnp.uint32)])

@@ -14,9 +14,14 @@ import jax
 
 from ldm_jax.runtime import cluster, flags, log
 
-CLEAR = (ValueError, OSError, FloatingPointError, ImportError)  # carry a message made for people
+CLEAR = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+)  # their message is one line for the user
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
-UNREAD = 141  # 128 + SIGPIPE: whoever read stdout left, as `| head` does
+UNREAD = 141  # 128 + SIGPIPE: the reader of stdout has closed it, as `| head` does
 
 
 def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -34,7 +39,7 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
             with log.shown():
                 return command(argv) or 0
         finally:
-            sys.stdout.flush()  # not only at exit, where a reader that left cannot be caught
+            sys.stdout.flush()  # not only at exit: a broken pipe cannot be caught there
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         return 130
@@ -58,7 +63,7 @@ def _print_version(program: str, argv: Sequence[str]) -> None:
 
 
 def _nobody_reads_stdout() -> bool:
-    """Tell whether stdout is the pipe that broke; if so, the rest of it goes nowhere."""
+    """True if stdout is the broken pipe; the rest of the output then goes to /dev/null."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     broken = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -68,8 +73,11 @@ def _nobody_reads_stdout() -> bool:
 
 
 def _hide_tracebacks() -> None:
-    """When one file of a checkpoint cannot be read, Orbax drops its other reads, and Python prints
-    a traceback for each beside our one line; when one cannot be written, Orbax prints five."""
+    """Silence tracebacks printed beside our one line of an error.
+
+    When one file of a checkpoint cannot be read, Orbax drops its other reads and Python prints a
+    traceback for each; when one cannot be written, Orbax prints five.
+    """
     logging.getLogger("absl").addFilter(
         lambda record: not (record.exc_info and "orbax" in record.pathname)
     )
@@ -143,7 +151,7 @@ def split_first(
     description: str,
     choices: Callable[[], Mapping[str, Mapping[str, str]]],
 ) -> tuple[str, list[str]]:
-    """Split the first argument from the others; without one, print what it may be.
+    """Split the first argument from the others; without one, print the choices.
 
     For --help that goes to stdout with exit code 0, else to stderr with exit code 2.
     choices: {heading: {choice: a line about it}}, made only to be printed.

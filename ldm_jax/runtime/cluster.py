@@ -1,9 +1,9 @@
-"""Find which process of how many this is, and join the others through `jax.distributed`.
+"""Find the index and number of this job's processes, and join them through `jax.distributed`.
 
 JAX reads Cloud TPU, Kubernetes and the address of Open MPI 4 by itself (`jax._src.clusters`). This
-adds: --distributed and JAX_NUM_PROCESSES; one process waits for nobody; a step of SLURM has its own
-count, port and node list; Open MPI 5 needs no mpi4py; processes share a node's GPUs evenly; errors
-name the variable and the remedy. docs/runs.md lists every launcher's variables.
+adds: --distributed and JAX_NUM_PROCESSES; a single process does not wait; a step of SLURM has its
+own count, port and node list; Open MPI 5 needs no mpi4py; processes share a node's GPUs evenly;
+errors name the variable and the remedy. docs/runs.md lists every launcher's variables.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Place:
     """One process of several."""
 
     launcher: str
-    address: str | None = None  # HOST:PORT of process 0; None: JAX finds out the rest by itself
+    address: str | None = None  # HOST:PORT of process 0; None: JAX detects the rest itself
     processes: int | None = None
     index: int | None = None
     devices: tuple[int, ...] | None = None  # this process's of the node; None: all that it sees
@@ -76,7 +76,7 @@ def join(place: Place) -> None:
         limit = f"up to {SECONDS} s; --distributed off runs alone"
         sys.stderr.write(f"{place.launcher}: {who} waits for {others} ({limit})\n")
 
-    def give_up() -> None:  # JAX would abort with a page of its own
+    def give_up() -> None:  # JAX would abort with a page of text instead
         why = f"{who} has waited {SECONDS} s for {others}"
         sys.stderr.write(f"{place.launcher}: error: {why}: {REMEDY}\n")
         sys.stderr.flush()
@@ -108,7 +108,7 @@ def join(place: Place) -> None:
 
 
 def _given() -> Place | None:
-    """All that the user or a job template wrote down, for any launcher."""
+    """JAX's own variables, set by the user or a job template, for any launcher."""
     processes, address = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get(ADDRESS)
     if processes is None:
         return None  # the address alone may be meant for a launcher below
@@ -147,7 +147,7 @@ def _tpu_vm_processes() -> int:
 
 
 def _open_mpi() -> Place | None:
-    """`mpirun`: version 4 says where it runs, which JAX reads; version 5 does not."""
+    """`mpirun`: JAX reads the address that version 4 sets; version 5 sets none."""
     names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
     numbers = _numbers(*(f"OMPI_COMM_WORLD_{name}" for name in names))
     if numbers is None:
@@ -169,8 +169,11 @@ def _open_mpi() -> Place | None:
 
 
 def _slurm() -> Place | None:
-    """A step of `srun`. An allocation's shell and a batch script have no list of the step's nodes,
-    or a step of one task, where SLURM_NTASKS, which JAX reads, is the allocation's."""
+    """A step of `srun`.
+
+    A shell or batch script of an allocation has no list of the step's nodes, or a step of one task;
+    SLURM_NTASKS, which JAX reads, is that of the allocation there.
+    """
     tasks = "SLURM_STEP_NUM_TASKS|SLURM_NTASKS"
     numbers = _numbers("SLURM_JOB_ID", tasks, "SLURM_PROCID", "SLURM_LOCALID")
     nodes = os.environ.get("SLURM_STEP_NODELIST")
@@ -214,7 +217,7 @@ def _jax_cluster(name: str) -> Any:
 
 
 def _numbers(*names: str) -> list[int] | None:
-    """Values of variables, of the first that is set in `A|B`; None unless each has one."""
+    """Values of the variables; `A|B` is the first of both that is set. None if one is missing."""
     variables = [next((n for n in name.split("|") if n in os.environ), None) for name in names]
     if None in variables:
         return None
@@ -225,7 +228,7 @@ def _numbers(*names: str) -> list[int] | None:
 
 
 def _port(seed: int) -> int:
-    """The same in all processes of a job, hardly ever in two jobs of a node."""
+    """A port that all processes of a job compute alike, and two jobs of a node hardly ever."""
     given = os.environ.get("JAX_COORDINATOR_PORT")
     return int(given) if given else 65535 - 2**12 + 1 + seed % 2**12
 

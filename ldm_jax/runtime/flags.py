@@ -21,7 +21,7 @@ Ids = Annotated[tuple[int, ...], arg(metavar="ID ...", help_behavior_hint="")]
 OptionalDir = Annotated[str | None, arg(metavar="DIR")]
 OptionalFile = Annotated[str | None, arg(metavar="FILE")]
 OPTIONAL = {int | None: "INT", float | None: "FLOAT", str | None: "STR"}
-"""Names of values in --help, where tyro would write {None}|INT."""
+"""Metavars in --help, where tyro would print {None}|INT."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def parse_known(argv: Sequence[str], program: str, kind: type[T]) -> tuple[T, li
 
 
 def complete(argv: Sequence[str]) -> list[str]:
-    """Write `--distributed` alone as `--distributed auto`: tyro has no values to be left out."""
+    """Write `--distributed` alone as `--distributed auto`: tyro has no optional values."""
     words = []
     for word, after in zip(argv, [*argv[1:], "-"]):
         words.append(word)

@@ -1,4 +1,4 @@
-"""Pictures: opened from files, for people as uint8 and grids, PNG with their settings inside."""
+"""Pictures: opening files, uint8 images and grids, PNG files that carry their settings."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def grid(
 def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None:
     """Writes uint8 [H, W, c] with `settings` as JSON in the PNG text field "ldm_jax".
 
-    Whoever looks sees the whole file, or none under this name.
+    Readers see the whole file, or none under this name.
     """
     text = PngImagePlugin.PngInfo()
     if settings is not None:

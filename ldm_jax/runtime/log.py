@@ -1,7 +1,7 @@
 """Logger of the library, and the handler through which commands show its records on stderr.
 
-The library and the recipes log to "ldm_jax": INFO is for people. Nothing is shown before a command
-enters `shown`, or a user of the library configures `logging`.
+The library and the recipes log to "ldm_jax"; INFO is what a user should read. Nothing is shown
+before a command enters `shown`, or a user of the library configures `logging`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ ONLY_FILE = {"only_file": True}
 
 
 def process_index() -> int:
-    """Index of this process; 0 before the processes are joined, without a look at the devices."""
+    """Index of this process; 0 before the processes are joined. Does not initialize the devices."""
     import jax
 
     return jax.process_index() if jax.distributed.is_initialized() else 0
@@ -36,7 +36,7 @@ class Terminal(logging.StreamHandler):
 
     @property
     def stream(self) -> TextIO:
-        return sys.stderr  # of now: tests replace it
+        return sys.stderr  # looked up at every call: tests replace it
 
     def filter(self, record: logging.LogRecord) -> bool:
         ours = record.name.partition(".")[0] == LOG.name

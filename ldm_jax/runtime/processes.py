@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other outside of any step; all call each of these."""
+"""Communication between the processes of a run outside of any step; all call each function."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says so."""
+    """True in every process if `flag` is true in any."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
@@ -42,8 +42,9 @@ def broadcast_from_first(numbers: list[int], most: int = 64) -> list[int]:
 def on_all(what: str, call: Callable[[], T], expected: type[Exception]) -> T:
     """call() where it succeeds on every process; else every process raises.
 
-    `expected` where all that failed raised that, with a message made of `what` where nothing did;
-    else the error itself, and RuntimeError on the others.
+    Raises `expected` if every failure was of that class, with a message about `what` on the
+    processes that did not fail; else each failed process raises its own error and the others
+    RuntimeError.
     """
     result, failed = None, None
     try:
@@ -64,6 +65,6 @@ def on_all(what: str, call: Callable[[], T], expected: type[Exception]) -> T:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here; nothing where there is one."""
+    """Wait until every process has come here; a single process goes on at once."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"ldm_jax_{name}")

@@ -1,8 +1,8 @@
-"""Files of the user: only regular ones are read, and what is wrong with one is said in one line.
+"""Reading files of the user: only regular files, and one line for whatever is wrong with one.
 
-A name may lead to a pipe or a device that never ends (`/dev/zero`), and a file may hold anything:
-it is read here, or inside `refusals`, so that whatever it makes a reader stumble over becomes
-`PATH: what is wrong, where; what to do`.
+A name may lead to a pipe or an endless device (`/dev/zero`), and a file may hold anything. Files
+are read here, or inside `refusals`, so that every error of a reader becomes
+`PATH: the fault, its place; the remedy`.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from typing import Any
 from etils import epath
 
 MAX_DEPTH = 100
-"""Most levels of lists and objects in a JSON file: what reads them goes down level by level."""
+"""Most levels of lists and objects in a JSON file: its readers are recursive."""
 DAMAGE = (
     *(LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError),
     *(EOFError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile),
 )
-"""Raised by readers for content that is not what it should be, beside ValueError."""
+"""Errors of readers for malformed content, beside ValueError."""
 
 
 @contextlib.contextmanager
 def refusals(path: os.PathLike | str, remedy: str = "") -> Iterator[None]:
-    """Whatever a damaged file makes a reader raise becomes a ValueError that begins with its path.
+    """Turn any error of a reader for a damaged file into a ValueError that begins with its path.
 
-    remedy: what to do, said at the end.
+    remedy: ends the message.
     """
     path, end = os.fspath(path), f"; {remedy}" if remedy else ""
     try:
@@ -50,7 +50,7 @@ def opened(path: epath.PathLike) -> Any:
     path = os.fspath(path)
     if "://" in path:
         return epath.Path(path).open("rb")
-    # without waiting for whoever writes to a pipe
+    # O_NONBLOCK: opening a pipe would otherwise wait for its writer
     handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     try:
         if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
@@ -78,7 +78,7 @@ def read_text(path: epath.PathLike) -> str:
 
 
 def read_json(path: epath.PathLike, remedy: str = "") -> Any:
-    """What a JSON file says. ValueError names the file, the place in it and the remedy."""
+    """Plain values of a JSON file. ValueError names the file, the place in it and the remedy."""
     return parse_json(read_text(path), os.fspath(path), remedy)
 
 
@@ -111,7 +111,7 @@ def parse_json(text: str | bytes, where: str, remedy: str = "") -> Any:
 
 
 def _is_deeper(values: Any, levels: int) -> bool:
-    """Whether lists and objects are nested in more than so many levels."""
+    """True if lists and objects are nested in more than so many levels."""
     here = [values] if isinstance(values, dict | list) else []
     for _ in range(levels + 1):
         if not here:

@@ -1,4 +1,4 @@
-"""Plain files of a run directory. Written whole or in numbered parts, so it may be on gs://.
+"""Plain files of a run directory, written whole or in numbered parts, so that it may be on gs://.
 
     config.json  latents.json  metrics/000123.jsonl  samples/STEP.png (STEP.txt)  frozen/NAME/
 
@@ -26,7 +26,7 @@ FORMAT = 1  # of latents.json; a reader refuses a newer one
 
 
 def is_run(path: epath.PathLike) -> bool:
-    """Whether a run was started there (config.json of a diffusers folder has no format number)."""
+    """True if a run was started there (config.json of a diffusers folder has no format number)."""
     try:
         values = json.loads((epath.Path(path) / "config.json").read_text())
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
             f"{run}: is not a run (files, but no config.json); --workdir takes a run, or a new or"
             " empty directory"
         )
-    processes.barrier("looked")  # nobody may look at what process 0 is about to write
+    processes.barrier("looked")  # process 0 writes next: all have looked by now
     try:
         write_text(
             run / "config.json", serialize.to_json(config, seed_bits=_seed_bits(run, config))
@@ -96,7 +96,7 @@ def _seed_bits(run: epath.Path, config: schema.TrainConfig) -> int:
 
 
 def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: mesh and its slices, hash of the config.
+    """Meta of a checkpoint about its run: mesh and its slices, hash of the config.
 
     "mesh" has the whole length of each axis; how it lies over slices is in the run's config.json.
     """
@@ -111,7 +111,7 @@ def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def sample_path(run: epath.PathLike, step: int) -> epath.Path:
-    """Where the pictures drawn at `step` go."""
+    """File of the pictures drawn at `step`."""
     return epath.Path(run) / "samples" / f"{step:06d}.png"
 
 
@@ -126,7 +126,7 @@ def write_latents(run: epath.PathLike, latents: Mapping[str, Any]) -> None:
 
 
 def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
-    """What `write_latents` wrote, or None. ValueError if it is damaged or of a newer format."""
+    """Content of latents.json, or None. ValueError if it is damaged or of a newer format."""
     path = epath.Path(run) / "latents.json"
     if not path.exists():
         return None
@@ -176,7 +176,7 @@ def read_frozen(run: epath.PathLike, name: str) -> tuple[dict, Any] | None:
 def write_frozen_files(
     run: epath.PathLike, name: str, save: Callable[[epath.PathLike], None]
 ) -> None:
-    """Keeps what `save(folder)` writes to a local folder; once: what is there stays."""
+    """Keep the files that `save(folder)` writes; written once, existing files stay."""
     folder = _frozen(run, name)
     if jax.process_index() == 0 and not folder.exists():
         draft = folder.parent / f".{name}.part"
@@ -193,7 +193,7 @@ def write_frozen_files(
 
 @contextlib.contextmanager
 def frozen_files(run: epath.PathLike, name: str) -> Iterator[str | None]:
-    """A local folder with what `write_frozen_files` kept, or None if the run has none of it."""
+    """A local folder with the files of `write_frozen_files`, or None if the run has none."""
     folder = _frozen(run, name)
     if not folder.exists():
         yield None

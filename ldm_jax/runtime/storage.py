@@ -1,4 +1,4 @@
-"""Storage that fails for a while, that is full, and files that are to be known again."""
+"""Storage: transient errors and retries, free space, atomic writes and hashes of files."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from ldm_jax.runtime.log import LOG
 
 ATTEMPTS = 4
 WAIT = 1.0  # seconds before the second attempt, doubled before each later one
-PASSES = frozenset(  # errors of a file system that may be gone a moment later
+TRANSIENT = frozenset(  # errors of a file system that often pass within seconds
     (
         *(errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ENOLCK),
         *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
@@ -24,8 +24,8 @@ PASSES = frozenset(  # errors of a file system that may be gone a moment later
         *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
     )
 )
-# of TensorStore, ArrayRecord and the clients of object stores, which raise what they like; a bare
-# number would be found in the names of folders, checkpoints/500 among them
+# Messages of TensorStore, ArrayRecord and the clients of object stores, which have no common class.
+# Status numbers count only after a word: a bare number may be part of a path, as checkpoints/500.
 SAYS_SO = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|Input/output error|Stale file handle|Connection (reset|refused)"
     r"|temporarily unavailable|timed out|Too Many Requests|Internal Server Error|Bad Gateway"
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def retried(what: str | Callable[[], str], call: Callable[[], T]) -> T:
-    """call(), again if it failed for a reason that passes: at most `ATTEMPTS` times in all.
+    """call(), repeated after transient errors: at most `ATTEMPTS` times in all.
 
     `what` (or `what()`) names the file in the line that announces each further attempt. The last
     error is raised as it is. For calls that one process makes alone, and that may be repeated.
@@ -65,16 +65,16 @@ def retried(what: str | Callable[[], str], call: Callable[[], T]) -> T:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether storage may be well again a moment later: neither full, nor damaged, nor wrong."""
+    """True for an error that a retry may cure; False for full storage, damaged or wrong files."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in PASSES
+        return error.errno in TRANSIENT
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return SAYS_SO.search(f"{error} {error.__cause__ or ''}") is not None
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in at most 200 characters of one line."""
+    """Message of an error, in at most 200 characters of one line."""
     cause = error.__cause__
     full = FULL.search(f"{error} {cause or ''}")
     if full:
@@ -86,7 +86,7 @@ def reason(error: BaseException) -> str:
 
 
 def free_bytes(path: str | os.PathLike) -> int | None:
-    """Room on the disk that `path` is or will be on; None for an object store."""
+    """Free bytes on the disk that `path` is or will be on; None for an object store."""
     if "://" in os.fspath(path):
         return None
     place = Path(path)
@@ -96,7 +96,7 @@ def free_bytes(path: str | os.PathLike) -> int | None:
 
 
 def not_written(path: str | os.PathLike, needed: int, why: str | Exception) -> str:
-    """Says that `needed` bytes for `path` were not written, and how many there is room for."""
+    """Text that `needed` bytes for `path` were not written, and how many bytes are free."""
     free = free_bytes(path)
     room = "" if free is None else f", {size(free)} are free"
     why = why if isinstance(why, str) else reason(why)
@@ -104,7 +104,7 @@ def not_written(path: str | os.PathLike, needed: int, why: str | Exception) -> s
 
 
 def size(count: float) -> str:
-    """`count` bytes for people, as 3.2 GB."""
+    """`count` bytes as text, as 3.2 GB."""
     if count < 1000:
         return f"{count:.0f} bytes"
     power = min(3, len(str(int(count))) // 3 - (len(str(int(count))) % 3 == 0))
@@ -112,9 +112,9 @@ def size(count: float) -> str:
 
 
 def write_whole(path: epath.Path, data: bytes, tag: str = "part") -> None:
-    """Writes a file under another name first: readers see all of it, or what was there before.
+    """Write a file under another name first: readers see all of it, or the former file.
 
-    Two that may write the same file at once need a `tag` each.
+    Two writers of one file at the same time need different tags.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{tag}"

@@ -19,7 +19,7 @@ class ClassCondConfig:
     dropout: float = 0.1
     """Share of examples trained with the null class, for classifier-free guidance."""
     null_class: bool = True
-    """The table has a row for the null class; without (`cin256`) there is no guidance."""
+    """The embedding has a null class; without it (`cin256`) there is no guidance."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TextCondConfig:
     trainable: bool = True
     """Train the encoder with the UNet; False takes it, frozen, from `path`."""
     path: str = execution("")
-    """Where a frozen encoder comes from: a run, a diffusers folder, or a checkpoint. Read at the
+    """Source of a frozen encoder: a run, a diffusers folder, or a checkpoint. Read at the
     first start and kept in the run's `frozen/`, with its tokenizer."""
     tokenizer: str = execution("")
     """Folder with tokenizer files as `transformers` writes them, or "bytes" for UTF-8 bytes, which

@@ -1,4 +1,4 @@
-"""Where records come from, and what becomes of them."""
+"""Sources of records, and the preparation of training images."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +13,7 @@ class TFDSConfig:
     name: str = "sklearn_digits"
     """Builder name, with config and version if wanted (`name/config:1.0.0`)."""
     data_dir: str | None = execution(None)
-    """Where prepared data lives; default: ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+    """Folder of the prepared data; default: ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
     split: str = "train"
     """Split that trains."""
     eval_split: str = "test"
@@ -76,7 +76,7 @@ SourceConfig = TFDSConfig | FolderConfig | SyntheticConfig | PhotosConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where records come from and what a training image is made of."""
+    """Source of the records, and how a training image is made of one."""
 
     source: SourceConfig = field(default_factory=SyntheticConfig)
     size: int = 256
@@ -104,7 +104,7 @@ class DataConfig:
     read_ahead: int = execution(4)
     """Batches decoded ahead."""
     keep_mib: int = execution(256)
-    """MiB of decoded records of a split that each process keeps: what is small is decoded once."""
+    """MiB of decoded records that each process keeps of a split: small data are decoded once."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ def execution(default: Any) -> Any:
 
 
 def later(default: Any) -> Any:
-    """A field of a model's config that programs exported before it was added do not know.
+    """A field of a model's config that was added after programs had been exported without it.
 
     Their hash covers every other field, so at its default this one is left out (`old_to_json`).
     """

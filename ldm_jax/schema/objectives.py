@@ -1,4 +1,4 @@
-"""What is minimized, by which optimizer, on which devices."""
+"""Objectives, optimizers, meshes and intervals of a training run."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class FirstStageLossConfig:
-    """Objective of the first stage: reconstruction, regularization and an adversary's judgement.
+    """Objective of the first stage: reconstruction, regularization and adversarial loss.
 
     With a KL latent errors and KL are summed over an image (`contperceptual.py`), with a quantized
     one errors are averaged (`vqperceptual.py`).
@@ -16,7 +16,7 @@ class FirstStageLossConfig:
     kl_weight: float = 1e-6
     """Weight of the KL, summed over the latent, beside the error summed over the image."""
     logvar_init: float = 0.0
-    """Log-variance of the reconstruction; the reference keeps it fixed. Of KL latents."""
+    """Log-variance of the reconstruction, for KL latents; the reference keeps it fixed."""
     learn_logvar: bool = False
     perceptual_weight: float = 0.0
     """Weight of LPIPS, added to the error of every pixel (the reference has 1.0); 0: left out."""
@@ -26,11 +26,11 @@ class FirstStageLossConfig:
     perceptual_lin: str = ""
     """File with the weights of LPIPS on those features (`vgg.pth`); none with "random"."""
     codebook_weight: float = 1.0
-    """Weight of the codebook's loss, of VQ latents (`AutoencoderVQConfig` has its terms)."""
+    """Weight of the codebook's loss, for VQ latents; `model.beta` weighs its terms."""
     revive_codes_after: int = 0
     """Steps without use after which a code moves to a latent of the batch; 0: never."""
     disc_start: int = 50001
-    """Optimizer steps made before the adversary trains and counts."""
+    """Optimizer steps before the discriminator trains and its loss counts."""
     disc_weight: float = 0.5
     """Weight of the adversarial term, beside the adaptive one."""
     disc_factor: float = 1.0
@@ -87,9 +87,9 @@ class OptimizerConfig:
     """AdamW with a warmed-up learning rate. Defaults are those of torch, as in the reference."""
 
     learning_rate: float = 1e-4
-    """Peak rate, as it is: nothing multiplies it by batch or devices."""
+    """Peak rate; not multiplied by the batch size or the number of devices."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What the rate does after the warm-up."""
+    """Course of the rate after the warm-up."""
     warmup_steps: int = 0
     decay_steps: int | None = None
     """Step at which cosine or linear decay ends; needed by both."""
@@ -119,8 +119,8 @@ class EMAConfig:
 class MeshConfig:
     """Devices along each axis inside a slice, and slices along it (`dcn_*`).
 
-    A slice is what a fast network of its own joins: a TPU slice, a GPU node. The length of an axis
-    is the product of its two sizes. One of the six may be -1: all that are left.
+    A slice is a group of devices on one fast network: a TPU slice, a GPU node. The length of an
+    axis is the product of its two sizes. One of the six may be -1: all remaining devices or slices.
     """
 
     data: int = -1
@@ -137,7 +137,7 @@ class MeshConfig:
     dcn_tensor: int = 1
     """Slices along `tensor`: activations cross it, at every layer."""
     process_is_slice: bool = False
-    """Take every process for a slice, where devices do not say which slice they are in."""
+    """Take every process as a slice, where devices have no slice index."""
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,14 @@ class IntervalConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """How a run finds out that one of its processes is gone or stands still; all in seconds."""
+    """Detection of processes that are gone or hang; all in seconds."""
 
     every: float = 5.0
-    """Between two signs of life, small files in the run's `processes/`."""
+    """Interval of the heartbeats, small files in the run's `processes/`."""
     timeout: float = 60.0
-    """Without a sign of life after which a process is lost and the others leave; 0: no watch. JAX
-    itself ends them after 100, without saying who."""
+    """Silence after which a process is lost and the others exit; 0: no watch. JAX itself aborts
+    them after 100, without naming the process."""
     stall: float = 600.0
-    """That a training step may take, and never less than ten times the longest so far; 0: any."""
+    """Longest time of a training step, at least ten times the longest so far; 0: no limit."""
     pause: float = 3600.0
-    """That start and compilation, an evaluation, a picture or a save may take; 0: any."""
+    """Longest time of the start, a compilation, an evaluation, a picture or a save; 0: no limit."""

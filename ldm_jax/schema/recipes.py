@@ -1,4 +1,4 @@
-"""A whole training run, and what a model is."""
+"""Training recipes, and the config of a trained model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,15 +26,16 @@ from ldm_jax.schema.objectives import (
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """Steps left out because their gradient is far larger than usual: nothing of them is kept."""
+    """Skipping of steps whose gradient is far larger than usual; a skipped step changes nothing."""
 
     factor: float = 0.0
     """Skip a step whose gradient norm exceeds this times its running mean (10 is a start); 0: off.
-    Of a first stage the discriminator's gradient counts too: either norm skips both updates."""
+    In training of a first stage the discriminator's gradient counts too: either norm skips both."""
     decay: float = 0.99
-    """Of the running mean, over the steps that were made; the first ones are averaged plainly."""
+    """Decay of the running mean over the steps made; the first ones are averaged with equal
+    weights."""
     warmup: int = 100
-    """Steps that the mean is taken over before it judges any."""
+    """Steps that the mean is taken over before any step is skipped."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class BaseTrainConfig:
     """Checkpoints kept."""
     max_failed_saves: int = execution(2)
     """Checkpoints in a row that may fail, as on a full disk, before training stops; the last one of
-    a run, and one that was asked for by a signal, may not."""
+    a run, and one after a signal, may not fail."""
     max_bad_steps: int = execution(10)
     """Steps in a row that may be skipped, as not finite or as spikes, before training stops."""
     spikes: SpikeConfig = execution(SpikeConfig())
@@ -95,9 +96,9 @@ class AutoencoderTrainConfig(BaseTrainConfig):
         )
     )
     disc_optimizer: OptimizerConfig | None = None
-    """That of the discriminator; None: the same, with the same rate at every step."""
+    """Optimizer of the discriminator; None: the same, with the same rate at every step."""
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(parts=()))
-    """Parts: ("autoencoder",); the reference keeps no average of a first stage."""
+    """Average of the first stage with parts=("autoencoder",); the reference keeps none."""
     batch_size: int = 12
     """Images per optimizer step, over all devices."""
 
@@ -113,7 +114,7 @@ class FirstStageConfig:
     scale: float | None = None
     """Factor from latent to diffusion space; None: 1 / std of encoded training images."""
     scale_images: int = 1024
-    """Images that 1 / std is computed over."""
+    """Number of images that 1 / std is computed over."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,14 @@ class LatentCacheConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model's own sampler visits the timesteps, where nobody says otherwise."""
+    """Default timesteps of a model's sampler."""
 
     spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = 1
     """Timestep that `leading` ends at: 1 in the reference, 0 in some pipelines of diffusers."""
     final: Literal["alphas_cumprod_0", "one"] | None = None
-    """What the last step leads to; None: what is usual for the spacing."""
+    """alphas_cumprod after the last step, that of timestep 0 or one; None: the spacing's
+    default."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class LatentDiffusionTrainConfig(BaseTrainConfig):
 
 @dataclass(frozen=True)
 class LatentDiffusionConfig:
-    """What a latent diffusion model is: all that sampling and export need beside the weights."""
+    """A latent diffusion model: all that sampling and export need beside the weights."""
 
     first_stage: FirstStageModelConfig = field(default_factory=AutoencoderKLConfig)
     unet: UNetConfig | None = field(default_factory=UNetConfig)

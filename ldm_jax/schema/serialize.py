@@ -1,4 +1,4 @@
-"""Configs as JSON and back, and what differs between two of them."""
+"""Configs as JSON and back, and the differences between two."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def to_json(config: Any, seed_bits: int = 32) -> str:
 def difference_from_defaults(config: Any) -> Any:
     """As `to_dict`, with only the fields that differ from their defaults.
 
-    A field that is added later, at its default, leaves it as it is.
+    A field that is added later, at its default, does not change the result.
     """
     if not dataclasses.is_dataclass(config):
         return list(config) if isinstance(config, tuple) else config

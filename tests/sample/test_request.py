@@ -31,7 +31,7 @@ def test_keys_are_those_of_the_library(seed):
 
 def test_seeds_of_a_list_keep_all_bits():
     seeds = [LARGEST, 1, 2**53 + 1]
-    rows = [text2img.prompts.Row("a", "", seed, 1.0, 1) for seed in seeds]
+    rows = [text2img.prompts.Prompt("a", "", seed, 1.0, 1) for seed in seeds]
     found, _ = text2img.numbered(rows, request.Options(model="", out=""))
     what = asked(3, seeds=np.asarray(found, np.uint64))
     keys = request.keys_of(what, np.arange(3))
