@@ -1,1 +1,1 @@
-"""Published checkpoints into our parameter trees, and back."""
+"""Conversion between published checkpoints and our parameter trees, both ways."""

@@ -1,4 +1,4 @@
-"""Published weights of what first stages are trained against: VGG16 and LPIPS, discriminators."""
+"""Published weights of the networks in the losses of first stages: VGG16, LPIPS, discriminators."""
 
 import os
 import re
@@ -18,7 +18,7 @@ LIN = Layout("1 c 1 1", "c")
 
 
 class Published(NamedTuple):
-    """A file that cannot be shipped: what it is, its name, where it comes from, its checksum."""
+    """A file that cannot be shipped: its content, name, source and checksum."""
 
     what: str
     name: str
@@ -51,8 +51,8 @@ def load_lpips(vgg_path: str | os.PathLike, lin_path: str | os.PathLike) -> dict
 
     vgg_path: of `VGG16`; lin_path: of `LPIPS`; in any format of `files.open_state_dict`. A first
         stage's checkpoint of the reference holds both under `loss.perceptual_loss.`.
-    FileNotFoundError if one is missing, ValueError if one is of another network: either says which
-    file is wanted.
+    FileNotFoundError if one is missing, ValueError if one is of another network: either names the
+    file that is needed.
     """
     tensors = _tensors(vgg_path, VGG16, _vgg_name) | _tensors(lin_path, LPIPS, _lin_name)
     entries, shapes = list(lpips_entries()), lpips.shapes()
@@ -86,7 +86,7 @@ def _lin_name(name: str) -> str | None:
 
 
 def _tensors(path: str | os.PathLike, wanted: Published, rename: Any) -> dict[str, Any]:
-    """The tensors of a file that `rename` gives a name to, under that name."""
+    """The tensors of a file under the names that `rename` gives; those without are left out."""
     if not os.fspath(path):
         raise FileNotFoundError(f"no file is given for {wanted}")
     try:
@@ -107,8 +107,8 @@ def load_discriminator(path: str | os.PathLike) -> tuple[PatchGAN, dict]:
     """(discriminator, {"params", "batch_stats"} on the host) of a first stage's checkpoint.
 
     Its tensors are those under `loss.discriminator.main.`, or under `main.` of the module alone;
-    their names and shapes tell width, layers and norm. ValueError if there are none, or they fit
-    no discriminator.
+    width, layers and norm follow from their names and shapes. ValueError if there are none, or they
+    fit no discriminator.
     """
     state_dict, _ = files.open_state_dict(path)
     pattern = r"(?:.*discriminator\.)?main\.(\d+\.\w+)"
@@ -145,7 +145,7 @@ def discriminator_from(tensors: Mapping[str, Any]) -> tuple[PatchGAN, dict]:
         name = f"norm_{i}"
         if np.any(np.asarray(tensors.get(f"{3 * i}.initialized", 1))):
             stats[name]["initialized"] = np.ones((), np.bool_)
-        else:  # what it has is not learned, and the first batch will replace it
+        else:  # not initialized: its values are not learned, and the first batch replaces them
             params[name] = jax.tree.map(np.zeros_like, params[name])
             stats[name]["scale"] = np.ones_like(stats[name]["scale"])
     return model, {"params": params, "batch_stats": stats}

@@ -46,15 +46,15 @@ class CLIP(NamedTuple):
     end_id: int
     """As of `clip.embed_text`."""
     mean: tuple[float, ...]
-    """Of red, green and blue, subtracted from images in [0, 1]."""
+    """Mean of red, green and blue, subtracted from images in [0, 1]."""
     std: tuple[float, ...]
-    """What they are divided by then."""
+    """Divisor after the subtraction."""
     tokenizer: Any
     """`data.tokens` tokenizer, or None."""
 
     @property
     def width(self) -> int:
-        """Of an embedding."""
+        """Width of an embedding."""
         return self.vision.projection_dim
 
 
@@ -71,7 +71,7 @@ def load(
     variant: as of `diffusers.load`. tokenizer: another folder than this one.
     dtype: compute type; float32 is exact, whatever the device.
     place: as of `table.from_torch`; default: onto the default device.
-    Raises ValueError or FileNotFoundError that name the file and what is wrong with it.
+    Raises ValueError or FileNotFoundError that name the file and its fault.
     """
     folder = checkpoint.absolute(folder)
     path = folder / "config.json"
@@ -120,7 +120,7 @@ def _config(
 
 
 def _part(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    """The config of an encoder; where both stand there, transformers takes the one of old."""
+    """The config of an encoder; of two, transformers takes the older `_config_dict`."""
     old, new = options.get(f"{name}_config_dict"), options.get(f"{name}_config")
     chosen = new if old is None else old
     chosen = {} if chosen is None else chosen
@@ -153,7 +153,7 @@ def _params(
 
 
 def _normalization(path: epath.Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that an image processor's file says, or CLIP's own."""
+    """Mean and standard deviation of an image processor's file, or CLIP's own."""
     options = read_json(path) if path.exists() else {}
     mean_and_std = []
     for name, default in NORMALIZATION.items():

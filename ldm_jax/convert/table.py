@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import sharding
 
-Place = Callable[[str, np.ndarray], Any]  # our path, host array -> what the tree will hold
+Place = Callable[[str, np.ndarray], Any]  # our path, host array -> leaf of the tree
 
 
 class Layout(NamedTuple):
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
 
 def _rearrange(x, pattern: str, sizes: tuple[tuple[str, int], ...]):
-    """Of an array, a list of arrays to stack, or the shapes of either."""
+    """Rearrange an array, a list of arrays to stack, or the shapes of either."""
     change = functools.partial(einops.rearrange, pattern=pattern, **dict(sizes))
     if isinstance(jax.tree.leaves(x)[0], jax.ShapeDtypeStruct):
         return jax.eval_shape(change, x)
@@ -82,7 +82,7 @@ def from_torch(
 
     state_dict: torch name -> ShapeDtypeStruct, NumPy array, or anything with `.shape`, `.dtype` and
         `__array__`, which is called once, when its turn comes; every name is used once.
-    shapes: nested dict of what our modules expect (from `jax.eval_shape` of their `init`).
+    shapes: nested dict of our modules' parameters (from `jax.eval_shape` of their `init`).
     place: takes each array as soon as it is made, so that one tensor at a time is on the host;
         None keeps NumPy arrays.
     Raises ValueError, which begins with `where` (the file) and lists missing, unknown and wrongly
@@ -97,7 +97,7 @@ def from_torch(
 
 
 def misfits(entries: list[Entry], state_dict: Mapping[str, Any], shapes: dict) -> list[str]:
-    """What keeps `from_torch` from working: missing, unknown and wrongly shaped tensors."""
+    """Faults that `from_torch` would refuse: missing, unknown and wrongly shaped tensors."""
     wanted = {name: tuple(x.shape) for name, x in to_torch(entries, shapes).items()}
     problems = [f"missing {name}" for name in wanted if name not in state_dict]
     problems += [f"unknown {name}" for name in state_dict if name not in wanted]
@@ -132,7 +132,7 @@ def to_torch(
 
     dtype: of the tensors; None keeps that of the parameters.
     lazy: gives a `Pending` for each array, for a writer that takes one at a time.
-    Raises ValueError that lists missing and unknown parameters, and names that stand twice.
+    Raises ValueError that lists missing and unknown parameters, and duplicate names.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     ours = [path for entry in entries for path in entry.ours]

@@ -1,8 +1,8 @@
-"""Boxes with classes into the tokens that layout models read.
+"""Tokens of boxes with classes, the input of layout models.
 
-As taming's `objects_bbox.py`: an object is three tokens, its class and the places of its upper left
-and lower right corner on a square grid; what is left of the sequence is filled with the last id of
-the vocabulary. Two more tokens at the end say which part of the whole picture the image shows.
+As in taming's `objects_bbox.py`, an object is three tokens: its class and the positions of its
+upper left and lower right corner on a square grid. The rest of the sequence is padded with the last
+id of the vocabulary. Two more tokens at the end give the part of the whole picture that is shown.
 """
 
 import csv
@@ -17,7 +17,12 @@ import numpy as np
 from etils import epath
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-MODIFIERS = ("group", "occluded", "depiction", "inside")  # worth 1, 2, 4, 8 times the classes
+MODIFIERS = (
+    "group",
+    "occluded",
+    "depiction",
+    "inside",
+)  # bits: a class id grows by 1, 2, 4, 8 times the number of classes
 SUITCASE = "/m/01s55n"  # stands last in the reference's order of OpenImages' classes
 
 # The 80 "things" of COCO 2017 in the order of its annotation files, counted from 0.
@@ -43,7 +48,7 @@ class Box(NamedTuple):
 
 
 def max_objects(max_length: int) -> int:
-    """Objects that a sequence holds; ValueError if its length is none of a layout's."""
+    """Number of objects that a sequence holds; ValueError if its length is not that of a layout."""
     if max_length < 3 or max_length % 3 == 1:
         raise ValueError(
             f"a text encoder of {max_length} tokens takes no layouts: needed are 3 for each object,"
@@ -60,10 +65,10 @@ def tokenize(
 ) -> np.ndarray:
     """int32 [max_length]: (class, upper left, lower right) of each box, padding, then `part`.
 
-    A place is round(y (n - 1)) n + round(x (n - 1)) with n = int(sqrt(vocab_size)); the padding is
-    vocab_size - 1. `part` is left, top, right and bottom of what the image shows of the picture,
-    left out where max_length is a multiple of 3. ValueError for more boxes than fit, or a class
-    that is no token.
+    A position is round(y (n - 1)) n + round(x (n - 1)) with n = int(sqrt(vocab_size)); the padding
+    is vocab_size - 1. `part` is left, top, right and bottom of the part of the picture that is
+    shown, omitted where max_length is a multiple of 3. ValueError for more boxes than fit, or a
+    class that is no token.
     """
     room, padding = max_objects(max_length), vocab_size - 1
     if len(boxes) > room:
@@ -84,7 +89,7 @@ def read_names(path: epath.PathLike) -> dict[str, int]:
 
     JSON: a list of names, numbered from 0, or an object of name and id. CSV: rows of id and name as
     OpenImages' class-descriptions-boxable.csv, numbered in the order of their ids with Suitcase
-    last, as the reference does. ValueError says what is wrong with the file.
+    last, as the reference does. ValueError names the file and its fault.
     """
     if str(path) == "coco":
         return {name: i for i, name in enumerate(COCO)}
@@ -118,7 +123,7 @@ def read_layout(path: epath.PathLike, names: dict[str, int] | None = None) -> li
     fractions of the picture or, with "size": [width, height], in pixels. An object may also say
     `true` for "group", "occluded", "depiction" or "inside", as OpenImages does.
     `names` are those of `read_names`; without them only ids are known.
-    ValueError names the file, the object (from 1) and what is wrong with it.
+    ValueError names the file, the number of the object (from 1) and its fault.
     """
     path = epath.Path(path)
     data = _json(path)

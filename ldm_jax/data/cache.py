@@ -34,7 +34,7 @@ class CacheSource:
     """One split of a cache as a data source; records hold arrays instead of encoded images.
 
     mean, logvar   float [views, flips, h, w, z]: moments of the posterior, unscaled; without logvar
-                   a latent before quantization. flips is 2 (as it is, mirrored) or 1
+                   a latent before quantization. flips is 2 (plain, mirrored) or 1
     label, caption, segmentation int [views, h, w], mask uint8 [views, h, w]: as the data have them
     """
 
@@ -67,7 +67,7 @@ def to_example(
 ) -> dict[str, np.ndarray]:
     """mean and logvar float32 [h, w, z], maps as from `transforms.to_arrays`.
 
-    A random view, mirrored half of the time if `flip`; without `rng` the first, as it is.
+    A random view, mirrored half of the time if `flip`; without `rng` the first, not mirrored.
     """
     views, flips = record["mean"].shape[:2]
     view = int(rng.integers(views)) if rng is not None and views > 1 else 0
@@ -119,7 +119,7 @@ def peek(path: epath.PathLike) -> dict[str, Any] | None:
 
 
 def check(path: epath.PathLike, data: schema.DataConfig, first_stage: str | None = None) -> None:
-    """ValueError for what `read` refuses, and if a cache is of other data or another first stage.
+    """ValueError as from `read`, and if a cache is of other data or another first stage.
 
     first_stage: its hash as from `rundir.params_hash`; None is not compared.
     """
@@ -129,7 +129,7 @@ def check(path: epath.PathLike, data: schema.DataConfig, first_stage: str | None
 def refuse_other(
     path: epath.PathLike, known: dict[str, Any], data: schema.DataConfig, first_stage: str | None
 ) -> None:
-    """As `check`, on what `peek` gave."""
+    """As `check`, on the result of `peek`."""
     if first_stage is not None and known["first_stage"] != first_stage:
         raise ValueError(
             f"{path}: was encoded with another first stage ({known['first_stage'][:16]}, not"
@@ -169,7 +169,7 @@ def open_shards(
     missing = [p for p in paths if not epath.Path(p).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{missing[0]}: is missing; run `{command}` again, it makes what is not there"
+            f"{missing[0]}: is missing; run `{command}` again, it makes the missing files"
         )
     return grain.sources.ArrayRecordDataSource(paths)
 
@@ -185,7 +185,7 @@ class Shard:
 
 
 def shards(split: str, records: int, per_shard: int) -> list[Shard]:
-    """All shards of a split, whoever writes them: nearly equal, at most `per_shard` records."""
+    """All shards of a split, of all processes: nearly equal, at most `per_shard` records."""
     count = max(1, -(-records // per_shard))
     edges = [i * records // count for i in range(count + 1)]
     names = shard_names(split, count)
@@ -193,9 +193,9 @@ def shards(split: str, records: int, per_shard: int) -> list[Shard]:
 
 
 def write_shard(path: epath.Path, records: Iterable[dict[str, Any]]) -> Iterator[int]:
-    """Writes a shard and yields the number of its records that are written, one by one.
+    """Write a shard, yielding the number of records written so far after each.
 
-    The file has its name only when it is whole. OSError names what cannot be written.
+    The file takes its name when it is whole. OSError names the file that cannot be written.
     """
     remote = "://" in str(path)  # ArrayRecord writes to local files
     folder = epath.Path(tempfile.mkdtemp()) if remote else path.parent
@@ -228,7 +228,7 @@ def write_shard(path: epath.Path, records: Iterable[dict[str, Any]]) -> Iterator
 
 @contextlib.contextmanager
 def _named(path: epath.Path) -> Iterator[None]:
-    """Errors of writing say which shard, and what to do."""
+    """Make errors of writing name the shard and the remedy."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
@@ -240,7 +240,7 @@ def _named(path: epath.Path) -> Iterator[None]:
 
 
 def drop_drafts(path: epath.Path) -> int:
-    """Removes what an interrupted writer left; how many files."""
+    """Remove the drafts of interrupted writers; returns their number."""
     left = list(path.glob(".*.array_record.*.part"))
     for draft in left:
         draft.unlink()

@@ -1,7 +1,8 @@
 """The endless stream of training examples: example i is a function of (seed, i) alone.
 
 Epochs reshuffle, every example has its own random generator, and a record that cannot be decoded is
-replaced by the next one that can: nothing depends on what was read before, where, or how far ahead.
+replaced by the next one that can: nothing depends on the examples read before, on the process, or
+on how far it reads ahead.
 """
 
 import contextlib
@@ -25,8 +26,7 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Made(NamedTuple):
-    """An example, its own record, and those that could not be decoded on the way to it, as
-    (index, reason)."""
+    """An example, its record, and (index, reason) of records before it that cannot be decoded."""
 
     example: Example
     bad: tuple[tuple[int, str], ...]
@@ -39,7 +39,7 @@ class Stream:
     batch_size   examples in a global batch
     source       the records
     spec         {name: (shape, dtype)} of the arrays of an example
-    made         Grain dataset of `Made`, for reading ahead; hand what it gives to `accept`
+    made         Grain dataset of `Made`, for reading ahead; its elements go through `accept`
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Stream:
         tokenizer: Any = None,
     ):
         self.source, self.config, self.batch_size = source, config, batch_size
-        # encoded here once: fast tokenizers set their padding at the first call, and threads follow
+        # encoded once, before threads start: a fast tokenizer's first call sets its padding
         null = None if tokenizer is None else tokenizer.encode([""])[0]
         self.spec = _spec(source, config, null)
         # Two seeds, hashed: Grain shuffles epoch e with seed + e, so runs with neighbouring seeds
@@ -60,7 +60,7 @@ class Stream:
         shuffle_seed, example_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
         records = grain.MapDataset.range(len(source))
         if train and config.shuffle:
-            records = records.shuffle(seed=shuffle_seed)  # `repeat` makes it anew in every epoch
+            records = records.shuffle(seed=shuffle_seed)  # `repeat` reshuffles in every epoch
         make = MakeExample(source, config, train, tokenizer, null)
         self.made = records.repeat().random_map(make, seed=example_seed)
         self._bad: set[int] = set()
@@ -76,14 +76,14 @@ class Stream:
     def bad_records(self) -> int:
         """Records that could not be decoded, each counted once, since the process started.
 
-        Of several processes those that all knew of at the last `agree`: the same number on each.
+        With several processes those known to all at the last `agree`: the same number on each.
         """
         return len(self._bad if jax.process_count() == 1 else self._agreed)
 
     def agree(self) -> None:
-        """Every process learns what the others could not decode; all of them call this.
+        """Exchange the records that each process could not decode; all processes call this.
 
-        RuntimeError, on all alike, if together they are more than `max_bad_records`.
+        RuntimeError, in every process, if together they are more than `max_bad_records`.
         """
         with self._lock:
             mine = set(self._bad)
@@ -107,7 +107,7 @@ class Stream:
     def accept(self, made: Made) -> Example:
         """The example; undecodable records met on the way are reported and counted, once each.
 
-        Here rather than where they are met, so that threads and worker processes count alike.
+        Counted here, in the main process, so that threads and worker processes count alike.
         """
         for index, reason in made.bad:
             with self._lock:
@@ -169,8 +169,11 @@ def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
 
 
 class Decoded(NamedTuple):
-    """A record before anything is drawn: its images as `transforms.settle` left them (None for a
-    record of a latent cache), all else of it, its number, and `Made.bad`."""
+    """A record before any random augmentation.
+
+    Its images as from `transforms.settle` (None for a record of a latent cache), its other fields,
+    its number, and `Made.bad`.
+    """
 
     images: transforms.Images | None
     rest: dict[str, Any]
@@ -244,7 +247,7 @@ class MakeExample:
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[None]:
-        """Puts the record's name before what is wrong with it."""
+        """Put the record's name before the message of an error."""
         try:
             yield
         except transforms.UndecodableError:
@@ -254,7 +257,7 @@ class MakeExample:
 
 
 def read(source: Source, index: int) -> dict[str, Any]:
-    """Record `index`, read again where the storage fails for a while."""
+    """Record `index`, with retries after transient errors of the storage."""
     return storage.retried(lambda: source.describe(index), lambda: source[index])
 
 

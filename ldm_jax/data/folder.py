@@ -19,7 +19,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class FolderSource:
-    """Every image below a folder, sorted by path; files beside them are looked for once, here.
+    """Every image below a folder, sorted by path; files beside them are listed once, at the start.
 
     FileNotFoundError and ValueError name the folder or file and the remedy.
     """
@@ -94,7 +94,7 @@ def find_files(root: str) -> set[str]:
 
     for folder, subfolders, names in os.walk(root, onerror=stop, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back up
+        if real in seen:  # a symbolic link to a folder above
             subfolders.clear()
             continue
         seen.add(real)
@@ -109,19 +109,19 @@ def _find_in_bucket(root: str) -> set[str]:
     try:
         bucket, path = fsspec.core.url_to_fs(root)  # epath lists folder by folder
         names = bucket.find(path)
-    except (ImportError, ValueError, OSError) as error:  # its library; its name; no access
+    except (ImportError, ValueError, OSError) as error:  # no library for it; a bad name; no access
         raise OSError(f"cannot read data folder {root}: {error}") from error
     files = {name.removeprefix(path.rstrip("/") + "/") for name in names}
     return {f for f in files if not any(part.startswith(".") for part in f.split("/"))}
 
 
 def _path(root: str) -> Path | epath.Path:
-    """epath's own paths take longer to read a file."""
+    """A local path as `Path`: epath's own take longer to read a file."""
     return epath.Path(root) if "://" in root else Path(root)
 
 
 def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str]:
-    """The images among `files`, sorted: what is neither a segmentation map nor a mask."""
+    """The images among `files`, sorted, without segmentation maps and masks."""
     maps = tuple(s for s in (_png(config.segmentation_suffix), _png(config.mask_suffix)) if s)
     images = sorted(
         f for f in files if posixpath.splitext(f)[1].lower() in SUFFIXES and not f.endswith(maps)

@@ -5,7 +5,7 @@
     PACKED/train-00000-of-00003.json            its number of records, and the files left out
     PACKED/left_out.txt                         these files, with the reason
 
-It is read in place of the folder: `data.source.path` names one or the other.
+It takes the place of the folder: `data.source.path` names one or the other.
 """
 
 import json
@@ -19,7 +19,7 @@ from ldm_jax.data import cache
 
 FORMAT = 1  # of pack.json; a reader refuses a newer one
 KEPT = ("class_from_folder", "captions", "segmentation_suffix", "mask_suffix")
-"""Fields of a folder's config that say what its records hold."""
+"""Fields of a folder's config that determine the content of its records."""
 
 
 class PackedSource:
@@ -54,12 +54,12 @@ class PackedSource:
 
 
 def is_packed(path: epath.PathLike) -> bool:
-    """Whether `ldm-train pack` was started there."""
+    """True if `ldm-train pack` was started there."""
     return bool(path) and (epath.Path(path) / "pack.json").exists()
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:
-    """pack.json of a folder that is packed whole. ValueError if it is damaged, begun or newer."""
+    """pack.json of a completely packed folder. ValueError if it is damaged, unfinished or newer."""
     values = peek(path)
     if values is None:
         raise ValueError(f"{path}: is no packed folder (no pack.json); make one: ldm-train pack")

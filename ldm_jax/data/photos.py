@@ -60,7 +60,9 @@ class PhotosSource:
             for photo, path in enumerate(PHOTOS)
             for left, top in _corners(region(photo, *_size(*path), split), config.crop, stride)
         ]
-        if split != "train":  # which nothing shuffles: any part of these shows every photo
+        if (
+            split != "train"
+        ):  # not shuffled later: mixed here, so that any part of them shows every photo
             order = np.random.default_rng(0).permutation(len(self._crops))
             self._crops = [self._crops[i] for i in order]
 
@@ -79,7 +81,7 @@ class PhotosSource:
 
 
 def region(photo: int, height: int, width: int, split: str) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what a split may see of a photo.
+    """Left, top, right, bottom of the part of a photo that belongs to a split.
 
     The band lies across the longer side, by turns at its end and at its start.
     """

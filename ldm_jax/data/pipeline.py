@@ -20,7 +20,7 @@ Batch = dict[str, jax.Array]
 def global_batch(stream: Stream, step: int, sharding: jax.sharding.Sharding) -> Batch:
     """Batch `step`: every array [B, ...], its axis 0 laid over the devices by `sharding`.
 
-    Decodes here and now, in this thread; `prefetch` reads ahead. ValueError when the devices do
+    Decodes in this thread, at the call; `prefetch` reads ahead. ValueError when the devices do
     not divide the batch, and as from `Stream`.
     """
     local = local_examples(stream.batch_size, sharding)
@@ -39,7 +39,7 @@ def prefetch(stream: Stream, first_step: int, sharding: jax.sharding.Sharding) -
 class Batches:
     """Decodes `read_ahead` batches ahead in threads or worker processes. Close it, or use `with`.
 
-    An error met in reading ahead is raised where its example would have come, and closes it.
+    An error while reading ahead is raised at the position of its example, and closes it.
     """
 
     def __init__(self, stream: Stream, first_step: int, sharding: jax.sharding.Sharding):
@@ -57,7 +57,7 @@ class Batches:
         if config.workers:
             if (
                 not flags.FLAGS.is_parsed()
-            ):  # Grain reads absl flags; a program without any has none
+            ):  # Grain reads absl flags, which only absl programs have parsed
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=buffer)
             ahead = ahead.mp_prefetch(options)
@@ -73,7 +73,7 @@ class Batches:
             examples = [
                 self._stream.accept(made) for _ in self._pieces for made in next(self._ahead)
             ]
-        except BaseException:  # half a batch is lost: going on would shift every later one
+        except BaseException:  # part of a batch is lost: later batches would be shifted
             self.close()
             raise
         step, self._step = self._step, self._step + 1
@@ -95,7 +95,7 @@ class Batches:
 class _LocalExamples(grain.MapDataset):
     """The examples that this process decodes, piece after piece of batch after batch.
 
-    Not example by example: Grain's iterator takes 0.1 ms for each element that it gives.
+    Pieces, not single examples: Grain's iterator costs 0.1 ms for each element.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ def pieces(examples: list[int], number: int) -> list[list[int]]:
 def local_examples(batch_size: int, sharding: jax.sharding.Sharding) -> list[int]:
     """Examples of a global batch that the devices of this process hold, each once, ascending.
 
-    Asked of the sharding, not of the process index: where replicas span processes, a slice by
-    process would feed them different data.
+    Derived from the sharding, not from the process index: where replicas span processes, a slice
+    by process index would feed them different data.
     """
     shards = _shards_of_axis_0(sharding)
     if batch_size % shards:

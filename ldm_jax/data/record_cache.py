@@ -4,15 +4,15 @@ import threading
 from typing import Any
 
 OBJECTS = 2048
-"""Bytes that Python's objects around a record take, roughly."""
+"""Rough size in bytes of the Python objects around a record."""
 
 
 class RecordCache:
-    """Values by the number of their record, up to a number of bytes; the first that come stay.
+    """Cache of values by record number up to a number of bytes, without eviction: the first stay.
 
-    Nothing makes room for another: every epoch asks for each record once, in an order of its own,
-    so what was used last is as far from its next use as anything else. Threads share one of these;
-    a worker process that it is sent to begins with an empty one of the same size.
+    Eviction would gain nothing: every epoch reads each record once, in a new order, so the record
+    used last is as far from its next use as any other. Threads share one cache; pickled into a
+    worker process, it arrives empty, with the same limit.
     """
 
     def __init__(self, limit: int):
@@ -27,7 +27,7 @@ class RecordCache:
         return len(self._values)
 
     def get(self, record: int) -> Any:
-        """What was put there, or None."""
+        """The value of a record, or None."""
         return self._values.get(record)
 
     def put(self, record: int, value: Any, size: int) -> None:

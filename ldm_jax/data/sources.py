@@ -1,4 +1,4 @@
-"""Where records come from: `open_source` turns a config into indexed records.
+"""Sources of records: `open_source` turns a config into indexed records.
 
 A record is a dict of
   image         encoded bytes, or uint8 [h, w, 3 or 1]

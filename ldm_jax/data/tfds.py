@@ -103,10 +103,11 @@ def prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
                 + (f" --data_dir={data_dir}" if data_dir else "")
             )
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+            with contextlib.redirect_stdout(io.StringIO()):  # the builder prints its progress
                 builder.download_and_prepare()
         except OSError:
-            # Another process may have finished first: its folder is in our way, and as good.
+            # Another process may have finished first: its folder is as good, and ours cannot
+            # replace it.
             if not tfds.builder(name, data_dir=data_dir).is_prepared():
                 raise
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 CONFIG = "tokenizer_config.json"
-# What transformers may write for these two; a folder is complete with one of SETS.
+# Files of both tokenizers, as transformers writes them; a folder is complete with one of SETS.
 FILES = (
     CONFIG,
     "tokenizer.json",
@@ -33,7 +33,7 @@ class FileTokenizer:
         self.max_length = max_length
         tokenizer = _transformers(files)
         self.vocab_size = len(tokenizer)
-        # used directly because transformers' own call changes it, which breaks under threads
+        # used directly: transformers' own call changes the padding, which is not thread-safe
         self._backend = tokenizer.backend_tokenizer
         self._backend.enable_truncation(max_length)
         self._backend.enable_padding(
@@ -87,7 +87,7 @@ class ByteTokenizer:
         return text[len(whole) :]
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes to `folder` what `load_tokenizer` needs to make the same tokenizer."""
+        """Write to `folder` the files from which `load_tokenizer` makes the same tokenizer."""
         _write({CONFIG: json.dumps({"tokenizer_class": BYTES}).encode()}, folder)
 
 
@@ -101,7 +101,7 @@ def load_tokenizer(
 
     path: a folder with files of CLIPTokenizer or BertTokenizer as transformers writes them (the
         `tokenizer/` of a diffusers model) or as `save` does; "bytes" for UTF-8 bytes.
-    pad_id: the id that pads, where the files do not say what the model was trained with: OpenCLIP's
+    pad_id: the id that pads, where the files do not have that of training: OpenCLIP's
         models, and so Stable Diffusion 2, were trained with 0. `save` writes it.
     FileNotFoundError if there is no tokenizer; ValueError for one of another kind or a wrong file.
     """
@@ -116,7 +116,9 @@ def load_tokenizer(
         if pad_id is not None:
             files = _padded_with(files, pad_id)
         return FileTokenizer(files, max_length)
-    except Exception as error:  # transformers and tokenizers raise whatever meets a wrong file
+    except (
+        Exception
+    ) as error:  # transformers and tokenizers raise errors of many classes for a bad file
         raise ValueError(f"tokenizer in {path}: {error}") from error
 
 
@@ -140,7 +142,7 @@ def _write(files: dict[str, bytes], folder: epath.PathLike) -> None:
 
 def _transformers(files: dict[str, bytes]):
     """The tokenizer of `transformers`; its import takes seconds, so only where it is needed."""
-    # else transformers says at every start that torch is missing
+    # transformers would print at every start that torch is missing
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -166,7 +168,7 @@ def _kind(files: dict[str, bytes]) -> str:
 
 
 def _padded_with(files: dict[str, bytes], pad_id: int) -> dict[str, bytes]:
-    """The files, saying that the token with id `pad_id` pads."""
+    """The files, changed so that the token with id `pad_id` pads."""
     token = _transformers(files).convert_ids_to_tokens(pad_id)
     if token is None:
         raise ValueError(f"there is no token with id {pad_id} to pad with")

@@ -1,6 +1,6 @@
 """From a record to a training example: decode, crop, resize, flip, scale.
 
-Pure functions on PIL images and NumPy arrays; whoever calls passes the random generator.
+Pure functions on PIL images and NumPy arrays; the caller passes the random generator.
 """
 
 from typing import Any, Literal
@@ -37,7 +37,7 @@ def decode_image(data: bytes | np.ndarray, channels: Literal[1, 3]) -> Image.Ima
 
     16-bit grey keeps its brightness (PIL would clip it) and transparent pixels are laid on white
     (the reference shows whatever colour they hide). UndecodableError for bytes that are no image,
-    ValueError for one of 32 bits a pixel, of which nobody says what is black and what is white.
+    ValueError for one of 32 bits a pixel, whose black and white are not defined.
     """
     image = _of_known_range(_open(data))
     if image.has_transparency_data:
@@ -93,7 +93,7 @@ def decode_mask(data: bytes | np.ndarray) -> Image.Image:
             if solid.any() and not solid.all():
                 raise ValueError(
                     "the mask has transparent pixels and both bright and dark ones, so that either"
-                    " could be the hole: save it without transparency, white = hole"
+                    " could be masked: save it without transparency, white = masked"
                 )
             bright = alpha >= 128
         return Image.fromarray(bright.astype(np.uint8) * 255)
@@ -112,8 +112,8 @@ def _open(data: bytes | np.ndarray) -> Image.Image:
         return image
     except MemoryError:
         raise
-    # PIL's decoders raise whatever they stumble on: OSError, SyntaxError, struct.error, zlib.error,
-    # IndexError, ... The bytes are in memory, so none of it is a failure of disk or network.
+    # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, IndexError, ... for
+    # damaged data. The bytes are in memory, so none of these is a failure of disk or network.
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise UndecodableError(f"{kind}{error}") from error
@@ -154,7 +154,7 @@ def crop_and_resize(images: Images, box: Box, config: schema.DataConfig) -> Imag
 
 
 def resize_nearest(image: Image.Image, size: int) -> Image.Image:
-    """The nearest pixel: no value that was not there."""
+    """Nearest pixel, which makes no new values: maps hold ids."""
     return image.resize((size, size), Image.Resampling.NEAREST)
 
 
@@ -209,7 +209,7 @@ def to_arrays(images: Images) -> dict[str, np.ndarray]:
 
 
 def settle(images: Images, config: schema.DataConfig, train: bool) -> Images:
-    """What chance does not touch, done once: where no crop is drawn, crop and resize.
+    """The deterministic part, done once per record: crop and resize unless the crop is random.
 
     ValueError as in `crop_box`, and for a map that is not as large as its image.
     """
@@ -227,9 +227,9 @@ def settle(images: Images, config: schema.DataConfig, train: bool) -> Images:
 def to_example(
     settled: Images, config: schema.DataConfig, rng: np.random.Generator | None
 ) -> dict[str, np.ndarray]:
-    """What `settle` left: crop and resize if the crop is drawn, flip, scale.
+    """The random part, after `settle`: random crop and resize, flip; then scale.
 
-    `rng` is None exactly where `settle` was told that nothing trains: nothing is drawn then.
+    `rng` is None exactly where `settle` had train=False: nothing is random then.
     ValueError as in `crop_box`.
     """
     images = settled
@@ -241,5 +241,5 @@ def to_example(
 
 
 def size_in_memory(images: Images) -> int:
-    """Bytes of the pixels. PIL takes 4 for each but of grey images, 1."""
+    """Bytes of the pixels in memory: 1 each in grey images, 4 in all others, as PIL stores them."""
     return sum(im.width * im.height * (1 if im.mode == "L" else 4) for im in images.values())

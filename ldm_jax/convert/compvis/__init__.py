@@ -1,4 +1,4 @@
-"""Models of CompVis/latent-diffusion and Stable Diffusion, in files of theirs."""
+"""Models in the files of CompVis/latent-diffusion and Stable Diffusion."""
 
 from ldm_jax.convert.compvis.checkpoints import (
     COND_STAGE_PREFIX,

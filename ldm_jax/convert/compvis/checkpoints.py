@@ -48,7 +48,7 @@ IGNORED = (
     ),
     ("depth estimator", r"depth_model\..+"),
 )
-"""What a whole checkpoint may hold that the model does not need: (what, pattern of its names).
+"""Tensors of a whole checkpoint that the model does not need: (content, pattern of names).
 
 Besides these: the copy that is not taken of the UNet's raw and averaged weights, and a second copy
 of the first stage under `cond_stage_model.` (inpainting_big)."""
@@ -156,14 +156,14 @@ def load(
     """The model of a checkpoint, without a tokenizer, which no checkpoint holds.
 
     path: a file that `files.open_state_dict` reads.
-    yaml_path: its YAML; None for a single file of Stable Diffusion, which its names and shapes
-        tell; what they do not tell is guessed and printed, and `variant` ("v2", "v2-v") overrides.
+    yaml_path: its YAML; None for a single file of Stable Diffusion, recognised by its names and
+        shapes; the rest is guessed and printed, and `variant` ("v2", "v2-v") overrides guesses.
     ema: take the averaged weights where there are both.
     dtype, param_dtype: of computation and of the parameters.
     mesh: places the parameters by the training rules; None: on the default device.
     shapes_only: the parameters are ShapeDtypeStructs, and no weight is read.
-    Raises ValueError that names the file for what is unknown, missing or of another shape. What is
-    left unread (see `IGNORED`) is counted and printed.
+    Raises ValueError that names the file for tensors that are unknown, missing or of another shape.
+    Tensors left unread (see `IGNORED`) are counted and printed.
     """
     path = epath.Path(path)
     state_dict, info = files.open_state_dict(path)
@@ -192,7 +192,7 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
 
     path: NAME.safetensors, or NAME.ckpt for programs that read nothing else.
     dtype: of the weights; None keeps that of the parameters. ValueError for another ending, and for
-    what a CompVis YAML cannot say.
+    options that a CompVis YAML lacks.
     """
     path = epath.Path(path)
     if path.suffix not in (".safetensors", ".ckpt"):
@@ -225,7 +225,7 @@ def load_first_stage_file(
 ) -> tuple[dict, schema.FirstStageModelConfig]:
     """(host parameters, config) of a first stage: its own checkpoint, or that within a model's.
 
-    yaml_path: the YAML of the first stage or of the model; None: names and shapes tell.
+    yaml_path: the YAML of the first stage or of the model; None: from names and shapes.
     """
     path = epath.Path(path)
     tensors, info = files.open_state_dict(path)
@@ -299,7 +299,8 @@ def _config(
 
 
 def _with_text_model(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Some files of Stable Diffusion 1 leave out the `text_model.` of transformers' names."""
+    """Add `text_model.` of transformers' names, which some files of Stable Diffusion 1 leave
+    out."""
     if any("transformer.text_model." in name for name in tensors):
         return tensors
     short = r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
@@ -316,13 +317,13 @@ def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) 
     return scale
 
 
-# --- what of a checkpoint is taken ---------------------------------------------------------------
+# --- choice of tensors ---------------------------------------------------------------
 
 
 def _taken(
     path: epath.Path, tensors: StateDict, info: files.Info, entries: list[table.Entry], ema: bool
 ) -> dict[str, Any]:
-    """`take` of a file, with what it says printed."""
+    """`take` of a file, with its remarks printed."""
     try:
         taken = take(tensors, entries, ema=ema)
     except ValueError as error:
@@ -336,7 +337,7 @@ def _taken(
 
 
 class Taken(NamedTuple):
-    """The tensors of a checkpoint that a table is to consume, and what to say about the rest."""
+    """The tensors of a checkpoint for a table, and remarks about the others."""
 
     tensors: dict[str, Any]
     said: tuple[str, ...]
@@ -350,7 +351,7 @@ def ema_name(name: str) -> str:
 def take(tensors: StateDict, entries: list[table.Entry], *, ema: bool = True) -> Taken:
     """Names that entries can consume, averaged weights under their raw names, without `IGNORED`.
 
-    Names that nothing explains stay in: the table refuses them. ValueError if only some parameters
+    Unknown names stay in: the table refuses them. ValueError if only some parameters
     of the UNet have an average.
     """
     names = {entry.torch for entry in entries}
@@ -382,7 +383,8 @@ def take(tensors: StateDict, entries: list[table.Entry], *, ema: bool = True) ->
 
 
 def _twin(name: str) -> str | None:
-    """Name in the first stage of what `__is_first_stage__` repeats under `cond_stage_model.`."""
+    """Name in the first stage of a tensor that `__is_first_stage__` repeats under
+    `cond_stage_model.`."""
     if not name.startswith(COND_STAGE_PREFIX):
         return None
     return FIRST_STAGE_PREFIX + name.removeprefix(COND_STAGE_PREFIX)
@@ -395,5 +397,5 @@ def _choice(has: bool, use: bool) -> str:
 
 
 def _ignored(name: str) -> str | None:
-    """Which entry of `IGNORED` a name belongs to."""
+    """The entry of `IGNORED` that a name belongs to, or None."""
     return next((what for what, pattern in IGNORED if re.fullmatch(pattern, name)), None)

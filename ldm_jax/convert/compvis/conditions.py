@@ -1,10 +1,10 @@
-"""Conditioning of a CompVis model: what its YAML says about it, in our terms, and back."""
+"""Conditioning of a CompVis model: from the options of its YAML to our config, and back."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_jax import schema
+from ldm_jax import conditioning, schema
 from ldm_jax.convert.compvis import single_file, yaml_options
 
 # Our schedules by the reference's names (`make_beta_schedule`).
@@ -17,7 +17,7 @@ KINDS = (
     "LatentDepth2ImageDiffusion",
     "LatentUpscaleDiffusion",
 )
-"""Last names of the models' targets; the last three say which image joins a hybrid's text."""
+"""Last names of the models' targets; the last three differ in the image of a hybrid."""
 
 IS_FIRST_STAGE, IS_UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 ENCODERS = "ldm.modules.encoders.modules."
@@ -37,7 +37,7 @@ def params_of(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _conditioning_key(values: Mapping[str, Any]) -> str | None:
-    """How the condition enters: what older files say by other options is filled in."""
+    """`conditioning_key` of a YAML; in older files it follows from other options."""
     if values["cond_stage_config"] == IS_UNCONDITIONAL:
         return None
     return values["conditioning_key"] or ("concat" if values["concat_mode"] else "crossattn")
@@ -220,7 +220,7 @@ def cond_options(config: schema.LatentDiffusionConfig) -> tuple[str, dict[str, A
             return KINDS[0], options
         case schema.HybridCondConfig():
             return _hybrid_options(cond)
-    raise ValueError(f"{type(cond).__name__} alone has no option in a CompVis YAML")
+    raise ValueError(f"a {conditioning.name_of(cond)} alone has no option in a CompVis YAML")
 
 
 def _options(key: str, stage: Any, read: str, trainable: bool) -> dict[str, Any]:
@@ -263,7 +263,8 @@ def _same_inpainting(cond: schema.InpaintCondConfig, known: schema.InpaintCondCo
 
 
 def open_clip_layer(encoder: schema.CLIPTextConfig) -> str:
-    """`layer` of a FrozenOpenCLIPEmbedder, which has all blocks of OpenCLIP, whatever the file has.
+    """`layer` of a FrozenOpenCLIPEmbedder, which has all blocks of OpenCLIP even if the file has
+    not.
 
     An odd number of blocks lacks the last one (`single_file.open_clip_text_config`), so that the
     last of the file is the penultimate there.

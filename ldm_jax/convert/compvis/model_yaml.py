@@ -102,12 +102,13 @@ def first_stage_of(values: Mapping[str, Any]) -> schema.FirstStageModelConfig:
 def config_of(
     values: Mapping[str, Any], shapes: Mapping[str, tuple] | None = None
 ) -> tuple[schema.LatentDiffusionConfig, float | None, tuple[str, ...]]:
-    """What a YAML says: (config, latent scale or None for "in the checkpoint", guesses).
+    """From a YAML: (config, latent scale or None for "in the checkpoint", guesses).
 
-    values: as `read` gives them; the section that `dumps` adds counts as long as the one of the
-        reference says the same.
+    values: as `read` gives them; the section that `dumps` adds is used as long as it agrees with
+    the
+        reference's section.
     shapes: the checkpoint's names -> shapes, which give the sizes of a CLIP text encoder.
-    Raises ValueError for what is unknown or not supported.
+    Raises ValueError for options that are unknown or not supported.
     """
     config, scale, guesses = model_config(values["model"], shapes or {})
     ours = values.get("ldm_jax")
@@ -131,8 +132,9 @@ def model_config(
         model["params"], "model", required=REQUIRED, optional=DEFAULTS, fixed=FIXED, ignored=IGNORED
     )
     unet = yaml_options.unet_config(conditions.params_of(values["unet_config"]))
-    if unet.linear_projection:  # Stable Diffusion 2.1 overflows without; the reference has it
-        unet = dataclasses.replace(unet, upcast_attention=True)  # in the environment
+    if unet.linear_projection:
+        # Stable Diffusion 2.1 overflows without; in the reference, ATTN_PRECISION sets it
+        unet = dataclasses.replace(unet, upcast_attention=True)
     first_stage = yaml_options.first_stage_config(
         conditions.params_of(values["first_stage_config"]), channels=unet.out_channels
     )
@@ -149,8 +151,8 @@ def model_config(
 def model_options(config: schema.LatentDiffusionConfig, scale: float) -> dict[str, Any]:
     """Inverse of `model_config`: the `model` section that the reference builds the model from.
 
-    What only changes training (min_snr_gamma, offset noise, dropped conditions) is left out.
-    ValueError for what the reference has no option for.
+    Options that only change training (min_snr_gamma, offset noise, dropped conditions) are left
+    out. ValueError for a model that the reference has no option for.
     """
     kind, cond = conditions.cond_options(config)
     side = config.size // config.first_stage.downsample

@@ -1,7 +1,7 @@
-"""What the names and shapes of a bare checkpoint say about its model.
+"""Recognise the model of a bare checkpoint by the names and shapes of its tensors.
 
-Everything but the number of attention heads, the schedule and what the UNet predicts can be read
-off; those follow from the family that the names belong to, and are guesses where they do not.
+They determine everything except the number of attention heads, the schedule and the prediction
+type; those follow from the family of models, or are guesses where the family leaves them open.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ VARIANTS = {"v2": ("eps", 64), "v2-v": ("v", 96)}
 
 
 class Recognized(NamedTuple):
-    """What `recognize` makes of a checkpoint."""
+    """Result of `recognize`."""
 
     config: schema.LatentDiffusionConfig
     scale: float
@@ -113,7 +113,7 @@ def unet_config(
     num_head_channels: int | None = None,
     upcast_attention: bool = False,
 ) -> schema.UNetConfig:
-    """Of a UNet with cross-attention and plain down- and upsampling.
+    """Config of a UNet with cross-attention and plain down- and upsampling.
 
     shapes: name without prefix -> shape. The heads cannot be seen: give one of the two numbers.
     """
@@ -149,7 +149,7 @@ def unet_config(
 
 
 def _only_cross(shapes: Mapping[str, tuple], block: int) -> bool:
-    """Whether the first attention reads the context, which its keys' width shows."""
+    """True if the first attention reads the context, by the width of its keys."""
     attn = f"input_blocks.{block}.1.transformer_blocks.0.attn1"
     return shapes[f"{attn}.to_k.weight"][1] != shapes[f"{attn}.to_q.weight"][1]
 
@@ -157,7 +157,7 @@ def _only_cross(shapes: Mapping[str, tuple], block: int) -> bool:
 def first_stage_config(
     shapes: Mapping[str, tuple],
 ) -> schema.AutoencoderKLConfig | schema.AutoencoderVQConfig:
-    """Of a first stage; names without prefix. A codebook makes it vector-quantized."""
+    """Config of a first stage; names without prefix. With a codebook it is vector-quantized."""
     levels = range(_count(shapes, "encoder.down.{}."))
     width, image = shapes["encoder.conv_in.weight"][:2]
     blocks = _count(shapes, "encoder.down.0.block.{}.")
@@ -183,7 +183,8 @@ def first_stage_config(
 
 
 def clip_text_config(shapes: Mapping[str, tuple]) -> schema.CLIPTextConfig:
-    """Of FrozenCLIPEmbedder; names after `cond_stage_model.`; heads are 64 wide, as in any CLIP."""
+    """Config of FrozenCLIPEmbedder; names after `cond_stage_model.`; heads are 64 wide, as in any
+    CLIP."""
     model = "transformer.text_model"
     vocab, width = shapes[f"{model}.embeddings.token_embedding.weight"]
     return schema.CLIPTextConfig(
@@ -199,11 +200,11 @@ def clip_text_config(shapes: Mapping[str, tuple]) -> schema.CLIPTextConfig:
 def open_clip_text_config(
     shapes: Mapping[str, tuple], layer: str = "penultimate"
 ) -> schema.CLIPTextConfig:
-    """Of FrozenOpenCLIPEmbedder; names after `cond_stage_model.`.
+    """Config of FrozenOpenCLIPEmbedder; names after `cond_stage_model.`.
 
     layer: the one that a YAML asks of the whole encoder. OpenCLIP's have 12, 24 or 32 blocks: a
         file with an odd number was written without the last one, which `penultimate` never reads
-        (diffusers' converters write 23 of 24), and what its last block gives is taken.
+        (diffusers' converters write 23 of 24), and the output of its last block is taken.
     """
     vocab, width = shapes["model.token_embedding.weight"]
     blocks = _count(shapes, "model.transformer.resblocks.{}.")
@@ -220,7 +221,7 @@ def open_clip_text_config(
 
 
 def bert_config(shapes: Mapping[str, tuple]) -> schema.BERTTextConfig:
-    """Of BERTEmbedder; names after `cond_stage_model.`; heads are 64 wide."""
+    """Config of BERTEmbedder; names after `cond_stage_model.`; heads are 64 wide."""
     vocab, width = shapes["transformer.token_emb.weight"]
     inner = shapes["transformer.attn_layers.layers.0.1.to_q.weight"][0]
     return schema.BERTTextConfig(
@@ -237,7 +238,7 @@ def _part(shapes: Mapping[str, tuple], prefix: str) -> dict[str, tuple]:
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
-    """How many numbers, from 0 on, fill `{}` so that a name begins with it."""
+    """Count of numbers from 0 on with which the filled `pattern` begins some name."""
     count = 0
     while any(name.startswith(pattern.format(count)) for name in shapes):
         count += 1

@@ -34,7 +34,7 @@ DDCONFIG_FIXED = {
     "use_linear_attn": False,
 }
 
-# Options that may be left out, and what they are then.
+# Defaults of options that may be left out.
 UNET_DEFAULTS = {
     "channel_mult": [1, 2, 4, 8],
     "num_heads": -1,
@@ -59,7 +59,7 @@ RESOLUTION = 256
 def unet_config(options: Mapping[str, Any]) -> schema.UNetConfig:
     """`unet_config.params` of the YAML in our terms. ValueError names what cannot be translated.
 
-    The YAML does not say whether attention runs in float32: `upcast_attention` is False.
+    The YAML has no option for attention in float32: `upcast_attention` is False.
     """
     values = read(
         options,
@@ -104,7 +104,7 @@ def unet_options(config: schema.UNetConfig, image_size: int) -> dict[str, Any]:
 
     image_size: side of the latent of a training image, which the reference asks for.
     ValueError where the heads of the levels are no option of the reference. `upcast_attention` is
-    none either (it is set by the environment there) and is left out.
+    none either (an environment variable there) and is left out.
     """
     heads, head_channels = config.num_heads, config.num_head_channels
     if isinstance(heads, tuple):
@@ -141,7 +141,7 @@ def first_stage_config(
     """`first_stage_config.params` of the YAML in our terms. ValueError as in `unet_config`.
 
     Vector-quantized with `n_embed`, else KL; the identity with neither `embed_dim` nor `ddconfig`,
-    and then `channels` are the image's, which the YAML does not say.
+    and then `channels` are the image's, which are not in the YAML.
     """
     if "embed_dim" not in options and "ddconfig" not in options:
         ignored = (*FIRST_STAGE_IGNORED, *IDENTITY_IGNORED)
@@ -277,12 +277,13 @@ def _labels(classes: int | str | None, width: int | None) -> tuple[int | None, i
 
 
 def _given(value: int) -> int | None:
-    """The reference writes -1 for none."""
+    """None for -1, as the reference writes it."""
     return None if value == -1 else value
 
 
 def _same(value):
-    """Stable Diffusion 2 may write one value per level; ValueError unless they are all equal."""
+    """One value for all levels, of which Stable Diffusion 2 may write a list; ValueError if
+    unequal."""
     if not isinstance(value, (list, tuple)):
         return value
     if len(set(value)) != 1:

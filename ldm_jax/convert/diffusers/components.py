@@ -1,4 +1,4 @@
-"""Components of a diffusers folder: what their parameters are called, and the files with them."""
+"""Components of a diffusers folder: the names of their parameters, and their files."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -29,15 +29,15 @@ UNUSED = ("embeddings.position_ids", "text_model.embeddings.position_ids", "text
 
 
 class Part(NamedTuple):
-    """Shapes of a part's parameters, and the table of a file with these names."""
+    """Shapes of a part's parameters, and its table for a file with the given names."""
 
     shapes: dict
     entries: Callable[[Iterable[str] | None], list[table.Entry]]
-    """None stands for the names that we write."""
+    """entries(names of the file); None: for the names that we write."""
 
 
 def model_parts(config: schema.LatentDiffusionConfig) -> dict[str, Part]:
-    """Our name -> part, of all parts that have parameters."""
+    """{our name: part} of all parts that have parameters."""
     text = schema.text_of(config.cond)
     parts = {
         "unet": unet_part(config.unet),
@@ -48,13 +48,13 @@ def model_parts(config: schema.LatentDiffusionConfig) -> dict[str, Part]:
 
 
 def unet_part(config: schema.UNetConfig) -> Part:
-    """Of `UNet2DConditionModel` or `UNet2DModel`."""
+    """Part of a `UNet2DConditionModel` or `UNet2DModel`."""
     module = unet.from_config(config)
     return _plain_part(_shapes(module, *unet.example_inputs(module)))
 
 
 def first_stage_part(config: schema.FirstStageModelConfig) -> Part:
-    """Of `AutoencoderKL` or `VQModel`; without parameters for none."""
+    """Part of an `AutoencoderKL` or `VQModel`; without parameters for the identity."""
     module = autoencoder.from_config(config)
     return _plain_part(_shapes(module, *autoencoder.example_inputs(module)))
 
@@ -64,7 +64,7 @@ def _plain_part(shapes: dict) -> Part:
 
 
 def text_part(config: TextConfig) -> Part:
-    """Of transformers' CLIPTextModel or diffusers' LDMBertModel."""
+    """Part of transformers' CLIPTextModel or diffusers' LDMBertModel."""
     ids = jnp.zeros((1, 1), jnp.int32)
     if isinstance(config, schema.BERTTextConfig):
         shapes = _shapes(bert.from_config(config), ids)
@@ -72,7 +72,7 @@ def text_part(config: TextConfig) -> Part:
     shapes = _shapes(clip.text_from_config(config), ids)
 
     def entries(names: Iterable[str] | None) -> list[table.Entry]:
-        """transformers 5 writes the names without the `text_model.` that all before had."""
+        """Entries with or without `text_model.`, which transformers 5 no longer writes."""
         entries = text_tables.clip_text(config)
         if names is None or any(name.startswith("text_model.") for name in names):
             return entries
@@ -96,7 +96,7 @@ def params(
     """The parameters in a component's folder: PyTorch's or Flax's, in one file or several.
 
     place: as in `table.from_torch`; shapes_only: as in `diffusers.load`.
-    Raises ValueError that names the file and what does not fit.
+    Raises ValueError that names the file and the tensors that do not fit.
     """
     path = weights(folder, variant)
     tensors, info = files.open_state_dict(path)
@@ -121,7 +121,7 @@ def params(
 def weights(folder: epath.Path, variant: str | None = None) -> epath.Path:
     """The file or index with the weights of a component; the plain one if it lacks the variant.
 
-    FileNotFoundError names what is there instead.
+    FileNotFoundError names the files that are there instead.
     """
     for name in [*(names(variant) if variant else []), *names(None)]:
         if (folder / name).exists():
@@ -134,7 +134,8 @@ def weights(folder: epath.Path, variant: str | None = None) -> epath.Path:
 
 
 def check_variant(folders: list[epath.Path], variant: str | None) -> None:
-    """ValueError for what is no part of a name, FileNotFoundError if no component has it."""
+    """ValueError if `variant` cannot be part of a name, FileNotFoundError if no component has
+    it."""
     if variant is None:
         return
     if not variant.isprintable() or set(variant) & set("/\\:."):
@@ -163,7 +164,7 @@ def names(variant: str | None) -> list[str]:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """ValueError if the file is not a JSON object, FileNotFoundError if there is none."""
+    """Read a JSON object. ValueError if the file holds none, FileNotFoundError if it is missing."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: does not exist")
     if path.stat().length > MOST_JSON:

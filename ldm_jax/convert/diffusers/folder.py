@@ -1,8 +1,8 @@
 """Models in folders of diffusers: `model_index.json` and a subfolder for each component.
 
-Components are found by what they are, not by the pipeline's class: a UNet, a first stage (`vae` or
-`vqvae`), a text encoder (`text_encoder` or `bert`) with its tokenizer, and a scheduler. What else a
-pipeline has (safety checker, depth estimator, ...) takes no part in sampling and is left.
+Components are found by their names, not by the pipeline's class: a UNet, a first stage (`vae` or
+`vqvae`), a text encoder (`text_encoder` or `bert`) with its tokenizer, and a scheduler. Other
+components (safety checker, depth estimator, ...) take no part in sampling and are ignored.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def load(
     dtype: compute type. param_dtype: of the parameters, which are placed one by one, by the rules
     of training on `mesh` or on the default device.
     shapes_only: the parameters are ShapeDtypeStructs, and no weight is read.
-    Raises ValueError or FileNotFoundError that name the file and what is wrong with it: an option
+    Raises ValueError or FileNotFoundError that name the file and its fault: an option
     or a component that is not supported, tensors that do not fit, missing weights.
     """
     folder = checkpoint.absolute(folder)
@@ -132,7 +132,7 @@ def load_text_encoder(
     return components.params(folder, part, variant, param_dtype), config
 
 
-# --- what a folder says --------------------------------------------------------------------------
+# --- parts of a folder --------------------------------------------------------------------------
 
 
 class Index(NamedTuple):
@@ -181,7 +181,7 @@ def _component(folder: epath.PathLike, kind: str) -> epath.Path:
 
 
 def _config(folder: epath.Path, index: Index) -> tuple[schema.LatentDiffusionConfig, float]:
-    """What the model is, and its latent scale."""
+    """Config of the model, and its latent scale."""
     names = _names(index)
     net = _unet(folder / "unet")
     first, scale = schema.IdentityFirstStageConfig(net.out_channels), 1.0
@@ -192,7 +192,7 @@ def _config(folder: epath.Path, index: Index) -> tuple[schema.LatentDiffusionCon
     if isinstance(getattr(cond, "concat", None), schema.UpscaleCondConfig):
         scale = UPSCALE_SCALE
     elif index.pipeline == "LDMSuperResolutionPipeline":
-        scale = 1.0  # it never reads the factor
+        scale = 1.0  # this pipeline ignores the factor
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(path)
     for option in scheduler_config.left_out(scheduler, index.pipeline):
@@ -214,7 +214,7 @@ def _cond(
     first: schema.FirstStageModelConfig,
     text: TextConfig | None,
 ) -> schema.CondConfig:
-    """The conditioning: told by the text encoder and by what the UNet takes beside the latent."""
+    """The conditioning, by the text encoder and the UNet's inputs beside the latent."""
     z = first.embed_dim
     extra = net.in_channels - z
     labelled = net.num_classes is not None or net.vector_dim is not None
@@ -272,7 +272,7 @@ def _text(folder: epath.Path) -> TextConfig:
 
 
 def _tokenizer(folder: epath.Path, encoder: TextConfig) -> tokens.Tokenizer:
-    """The token ids are as many as the tokenizer says, and at most what the encoder takes."""
+    """The tokenizer, with its own number of ids, at most the encoder's `max_length`."""
     path = folder / "tokenizer_config.json"
     most = read_json(path).get("model_max_length") if path.exists() else None
     length = min(encoder.max_length, most) if isinstance(most, int) else encoder.max_length

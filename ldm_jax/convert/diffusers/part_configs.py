@@ -1,7 +1,7 @@
 """`config.json` of diffusers' autoencoders and of text encoders in our terms, and back.
 
-Of a config we read every option that its class has: one that we have a field for is translated, one
-that has a single value in every model we can build is checked, one that computes nothing is left.
+Every option of a config's class is read: an option with a field of ours is translated, one with a
+single value in all supported models is checked, one without effect is ignored.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ldm_jax import schema
 
 FIRST_STAGE_CLASSES = ("AutoencoderKL", "VQModel")
 
-# What an option that is not in the file has by default, in diffusers' own classes.
+# Defaults, in diffusers' own classes, of options that are not in the file.
 FIRST_STAGE_DEFAULTS = {
     "in_channels": 3,
     "out_channels": 3,
@@ -52,7 +52,7 @@ TEXT_DEFAULTS = {
     },
 }
 
-# Options with one value in all that we can build, or several that compute the same.
+# Options with one supported value, or several that compute the same.
 COMMON_FIXED = {"act_fn": ("silu", "swish"), "norm_num_groups": (32,)}
 KL_FIXED = {
     **COMMON_FIXED,
@@ -82,10 +82,10 @@ PER_LEVEL = (
     "sample_size",
     "transformer_layers_per_block",
 )
-# What no model exceeds; more would only keep the machine busy.
+# Limits above every published model: a damaged file must not make the machine allocate or loop.
 MOST, MOST_LAYERS, MOST_LEVELS = 2**24, 256, 16
 
-# Options that compute nothing by themselves, or only in the Flax classes of old.
+# Options without an effect of their own, or with one in the former Flax classes only.
 IGNORED = (
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
@@ -185,8 +185,8 @@ def text_config(
 ) -> schema.CLIPTextConfig | schema.BERTTextConfig:
     """A text encoder's config.json in our terms: CLIP of transformers, or diffusers' LDMBertModel.
 
-    ValueError names the file and what cannot be translated. What transformers adds to every config
-    is left.
+    ValueError names the file and what cannot be translated. Options that transformers adds to every
+    config are ignored.
     """
     kind = options.get("model_type")
     if kind not in TEXT_FIXED:
@@ -263,8 +263,10 @@ def read(
     fixed: Mapping[str, tuple],
     ignored: tuple[str, ...] = IGNORED,
 ) -> dict[str, Any]:
-    """The options of `defaults`. ValueError for a value that `fixed` does not allow, and for an
-    option that nobody knows and that is switched on."""
+    """The options of `defaults`.
+
+    ValueError for a value that `fixed` does not allow, and for an unknown option that is on.
+    """
     known = {*defaults, *fixed, *ignored}
     refused = [
         f"{key}={value!r:.200}"
@@ -279,7 +281,7 @@ def read(
 
 
 def _plausible(key: str, value: Any, default: Any) -> bool:
-    """Whether an option has the type of its default, and a size that some model could have."""
+    """True if an option has the type of its default, and a size within the limits."""
     if isinstance(value, list | tuple):
         listed = isinstance(default, list) or key in PER_LEVEL
         if not listed or not 0 < len(value) <= MOST_LEVELS:

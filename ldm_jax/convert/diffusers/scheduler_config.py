@@ -1,4 +1,4 @@
-"""`scheduler_config.json` of diffusers as a noise schedule and a way to visit it, and back."""
+"""`scheduler_config.json` of diffusers as a noise schedule and its spacing, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 MOST_TIMESTEPS = 100_000
 
-# The spacing that each class has where the file says nothing.
+# Default spacing of each class.
 CLASSES = {
     "DDIMScheduler": "leading",
     "DDPMScheduler": "leading",
@@ -32,16 +32,16 @@ CLASSES = {
     "LMSDiscreteScheduler": "linspace",
     "UniPCMultistepScheduler": "linspace",
 }
-# Classes that may end at alphas_cumprod[0], and whether they end at 1 where the file says nothing.
+# Classes that may end at alphas_cumprod[0], and whether they end at 1 by default.
 SET_ALPHA_TO_ONE = {"DDIMScheduler": True, "PNDMScheduler": False}
-# Classes whose betas are others where the file says nothing.
+# Classes with other default betas.
 STABLE_BETAS = (
     "DPMSolverSDEScheduler",
     "HeunDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
 )
-# Pipelines that count from 1 whatever their scheduler's file says.
+# Pipelines whose timesteps have offset 1 whatever their scheduler's file has.
 OFFSET_ONE = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -78,7 +78,7 @@ def diffusion_config(options: Mapping[str, Any], where: str) -> schema.Diffusion
 
 
 def _check_numbers(options: Mapping[str, Any], where: str) -> None:
-    """ValueError for what is no number of timesteps, no beta or no list of them."""
+    """ValueError for an invalid number of timesteps, beta or list of betas."""
     for key in ("num_train_timesteps", "beta_start", "beta_end", "trained_betas"):
         value = options.get(key, 2)
         if key == "num_train_timesteps":
@@ -119,7 +119,7 @@ def _recognised(betas: np.ndarray, where: str) -> dict[str, Any]:
 
 
 def sampling_config(options: Mapping[str, Any], pipeline: str, where: str) -> schema.SamplingConfig:
-    """How the pipeline visits the timesteps; ValueError for a spacing that is not known."""
+    """Spacing of the timesteps in the pipeline; ValueError if it is unknown."""
     name = _known(options, where)
     spacing = options.get("timestep_spacing", CLASSES[name])
     if spacing not in SPACINGS:
@@ -159,7 +159,7 @@ def scheduler_options(
 
 
 def _betas(config: schema.DiffusionConfig) -> dict[str, Any]:
-    if config.schedule == "sqrt":  # has no name there
+    if config.schedule == "sqrt":  # diffusers has no name for it
         plain = diffusion.make_schedule(
             "sqrt", config.timesteps, config.beta_start, config.beta_end
         )

@@ -34,7 +34,7 @@ def flax_entries(shapes: dict) -> list[Entry]:
 
 
 def has_old_names(names: Iterable[str]) -> bool:
-    """Whether a file's self-attention has the names of 2022."""
+    """True if a file's self-attention has the names of 2022."""
     return any(name.endswith(".query.weight") for name in names)
 
 

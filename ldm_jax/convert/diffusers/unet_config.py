@@ -8,7 +8,7 @@ from ldm_jax.convert.diffusers import part_configs
 
 CLASSES = ("UNet2DConditionModel", "UNet2DModel")
 
-# What an option that is not in the file has by default, in diffusers' own classes.
+# Defaults, in diffusers' own classes, of options that are not in the file.
 UNET_DEFAULTS = {
     "sample_size": None,
     "in_channels": 4,
@@ -45,7 +45,7 @@ PLAIN_UNET_DEFAULTS = {
     "attn_norm_num_groups": None,
     "num_class_embeds": None,
 }
-# Options with one value in all that we can build, or several that compute the same.
+# Options with one supported value, or several that compute the same.
 BOTH_UNETS_FIXED = {
     **part_configs.COMMON_FIXED,
     "center_input_sample": (False,),
@@ -86,7 +86,8 @@ PLAIN_UNET_FIXED = {
 
 
 def unet_config(options: Mapping[str, Any], where: str) -> schema.UNetConfig:
-    """A UNet's config.json in our terms. ValueError says what cannot be translated, and where."""
+    """A UNet's config.json in our terms. ValueError names the file and the option that cannot be
+    translated."""
     name = part_configs.class_name(options)
     if name == "UNet2DConditionModel":
         return _condition_unet(options, where)
@@ -102,7 +103,7 @@ def _condition_unet(options: Mapping[str, Any], where: str) -> schema.UNetConfig
     levels = len(mult)
     only = values["only_cross_attention"]
     only = (only,) * levels if isinstance(only, bool) else tuple(only)
-    heads = values["attention_head_dim"]  # which is the number of heads in this class
+    heads = values["attention_head_dim"]  # despite its name, the number of heads in this class
     if heads is None:
         raise ValueError(f"{where}: attention_head_dim=None is not supported")
     projected = values["class_embed_type"] == "projection"
@@ -171,7 +172,7 @@ def _shared(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _resampling_blocks(values: dict[str, Any], where: str) -> bool:
-    """Whether residual blocks change the resolution: the same on every level, down and up."""
+    """True if residual blocks change the resolution, as on every level, down and up."""
     kinds = set()
     for key, kind in (("down_block_types", "downsample_type"), ("up_block_types", "upsample_type")):
         for block in values[key][:-1]:  # nothing follows the last

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ldm_jax import bundle, schema
+from ldm_jax import bundle, conditioning, schema
 from ldm_jax.convert import table, text_tables
 from ldm_jax.convert.diffusers import components, part_configs, scheduler_config
 from ldm_jax.convert.diffusers.unet_config import unet_options
@@ -15,7 +15,7 @@ from ldm_jax.data import tokens
 from ldm_jax.runtime import checkpoint
 
 INDEX = "model_index.json"
-# Old versions are told from new ones by it; any from 0.9 on says that sizes are meant as written.
+# Readers recognise old folders by it; from 0.9 on they take sizes as written.
 VERSION = {"_diffusers_version": "0.39.0"}
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "text": "model.safetensors"}
 
@@ -26,7 +26,7 @@ UNCHECKED = ("safety_checker", "feature_extractor")
 
 
 class Pipeline(NamedTuple):
-    """A pipeline of diffusers: what it calls its parts, and what it may lack."""
+    """A pipeline of diffusers: its names of the parts, and the parts that may be absent."""
 
     name: str
     first_stage: str | None = "vae"
@@ -45,11 +45,11 @@ def save(
     """Writes the folder of the pipeline that samples this model, which must not be there yet.
 
     dtype: of the weights; None keeps that of the parameters.
-    tokenizer: for a model of text that has none.
-    The text encoder of Stable Diffusion 2 loses its last layer, which nothing reads: diffusers has
-    it without. A depth estimator is not part of the model, so the depth pipeline of diffusers wants
-    one when it loads the folder (`depth_estimator=...`).
-    ValueError names what no pipeline of diffusers has; FileExistsError if something is in the way.
+    tokenizer: for a model of text that has none. The text encoder of Stable Diffusion 2 is written
+    without its last layer, which is never read, as diffusers has it. A depth estimator is not part
+    of the model, so the depth pipeline of diffusers wants one when it loads the folder
+    (`depth_estimator=...`). ValueError for a model that no pipeline of diffusers can hold;
+    FileExistsError if the folder is not empty.
     """
     folder = checkpoint.absolute(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -71,12 +71,13 @@ def save(
     if text is not None:
         index["tokenizer"] = ["transformers", _write_tokenizer(folder / "tokenizer", tokenizer)]
     index |= {name: [None, None] for name in pipeline.absent} | dict(pipeline.options)
-    # last: without it, what a broken run leaves is not taken for a model
+    # last: without it, a folder that was left incomplete is not taken for a model
     _write_json(folder / INDEX, {"_class_name": pipeline.name, **VERSION, **index})
 
 
 def check(model: bundle.LatentDiffusion) -> int:
-    """How many tensors `save` would write; ValueError as there. The parameters may be shapes."""
+    """Number of tensors that `save` would write; ValueError as there. The parameters may be
+    shapes."""
     config, params = text_tables.without_unread_layer(model.config, model.params)
     pipeline = _pipeline(config, model.latent_scale)
     _options(config, model.latent_scale)
@@ -89,7 +90,7 @@ def _check_tokenizer(text: Any, tokenizer: tokens.Tokenizer | None, where: str) 
     if text is not None and not isinstance(tokenizer, tokens.FileTokenizer):
         raise ValueError(
             f"{where}: a tokenizer of CLIP or BERT is needed, and the model has"
-            f" {'none' if tokenizer is None else type(tokenizer).__name__}: give one"
+            f" {'none' if tokenizer is None else 'one of bytes'}: give one"
         )
 
 
@@ -151,8 +152,10 @@ def _pipeline(config: schema.LatentDiffusionConfig, scale: float) -> Pipeline:
                 absent=(*UNCHECKED, "watermarker"),
                 options={"max_noise_level": cond.concat.max_noise_level},
             )
+    kinds = {schema.AutoencoderKLConfig: "a KL", schema.AutoencoderVQConfig: "a VQ"}
     raise ValueError(
-        f"no pipeline of diffusers has {type(cond).__name__} on {type(first).__name__}: {cond}"
+        f"no pipeline of diffusers has {conditioning.name_of(cond)} on"
+        f" {kinds.get(type(first), 'no')} first stage with the options of this one"
     )
 
 
@@ -192,7 +195,7 @@ def _schedulers(config: schema.LatentDiffusionConfig) -> dict[str, dict[str, Any
 
 
 def _write_tokenizer(folder: epath.Path, tokenizer: tokens.FileTokenizer) -> str:
-    """The tokenizer's class. Its config says how long texts are, which its own files may not."""
+    """Write the tokenizer, its config with the length of texts; returns its class."""
     tokenizer.save(folder)
     path = folder / tokens.CONFIG
     content = components.read_json(path) if path.exists() else {}

@@ -9,7 +9,7 @@ from ldm_jax.convert.formats.tensors import LazyTensor
 
 MAX_NESTING = 8
 
-# What people have instead of a checkpoint: how it begins, and what it is.
+# Files often given instead of a checkpoint: first bytes, and a message.
 MISTAKES = (
     (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
     (b"<!doctype", "a web page: the download went wrong"),
@@ -20,11 +20,11 @@ MISTAKES = (
 
 
 class Info(NamedTuple):
-    """What a file is beside its tensors.
+    """Format, metadata and other content of a file.
 
     format: "torch", "safetensors" or "msgpack".
     metadata: of safetensors.
-    left: paths of what was not taken for tensors of the state dict (optimizer, counters, ...).
+    left: paths of values that are no tensors of the state dict (optimizer, counters, ...).
     """
 
     format: str
@@ -33,7 +33,7 @@ class Info(NamedTuple):
 
 
 def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Info]:
-    """Name -> tensor of a file, whose format is told by its content.
+    """Name -> tensor of a file, whose format is recognised by its content.
 
     Reads PyTorch's zip and legacy files (the innermost `state_dict` of Lightning and other
     wrappers), safetensors, the index of sharded files of these (`*.index.json`), and Flax msgpack
@@ -89,7 +89,7 @@ def _format(file: tensors.File) -> str:
         if head.lstrip().lower().startswith(beginning):
             raise ValueError(f"not a checkpoint but {what}")
     if file.path.endswith(".safetensors"):
-        return "safetensors"  # whose reader says what is wrong
+        return "safetensors"  # its reader then reports the fault
     raise ValueError("neither a PyTorch file, nor safetensors, nor Flax msgpack")
 
 
@@ -98,7 +98,7 @@ def _is_tar(file: tensors.File) -> bool:
 
 
 def _innermost(content: Any, where: str = "") -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """The state dict within wrappers, and what stands beside it."""
+    """The state dict within wrappers, and the paths of other values."""
     left: list[str] = []
     for _ in range(MAX_NESTING):
         if type(content) is not dict:

@@ -18,7 +18,7 @@ MAX_TEXT = 2**16  # bytes of a name or of a plain value
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3  # Flax's extension types
 CHUNKED = "__msgpack_chunked_array__"
 
-# First byte -> struct format of what follows: a number itself, or the length of a thing.
+# First byte -> struct format of the next bytes: a number itself, or the length of a value.
 NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q")))
 TEXTS = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
 BINARIES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
@@ -31,7 +31,8 @@ CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 def read(path: str | os.PathLike) -> Any:
     """The saved tree: nested dict and list of `LazyTensor`, numbers and text.
 
-    Raises ValueError that names the file if it is damaged, or holds what Flax does not write.
+    Raises ValueError that names the file if it is damaged, or holds values that Flax does not
+    write.
     """
     file = tensors.file(path)
     with tensors.refusals(file.path), io.BufferedReader(file.open()) as handle:
@@ -43,7 +44,7 @@ def read(path: str | os.PathLike) -> Any:
 
 
 class _Reader:
-    """A position in the file, and how many more things may come."""
+    """A position in the file, and the number of values that may still follow."""
 
     def __init__(self, file: File, handle: io.BufferedReader):
         self.file = file
@@ -60,7 +61,7 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def value(self, depth: int) -> Any:
-        """The next thing, whatever it is."""
+        """The next value, of any type."""
         self.nodes -= 1
         if depth == 0 or self.nodes < 0:
             raise ValueError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values")
@@ -89,7 +90,7 @@ class _Reader:
         raise ValueError(f"byte 0x{head:02x}, which msgpack does not use")
 
     def checked(self, count: int) -> int:
-        """`count`. ValueError if so many things cannot follow."""
+        """`count`. ValueError if so many values cannot follow."""
         self.file.span(self.handle.tell(), count)
         return count
 
@@ -109,7 +110,7 @@ class _Reader:
         end = self.handle.tell() + self.file.span(self.handle.tell(), count)
         if kind == COMPLEX:
             self.handle.seek(end)
-            return None  # no parameter is one
+            return None  # no parameter is a complex number
         if kind not in (NDARRAY, SCALAR):
             raise ValueError(f"an extension of type {kind}, which Flax does not write")
         array = self.array(depth - 1)
@@ -119,7 +120,7 @@ class _Reader:
         return np.asarray(array)[()] if kind == SCALAR and array.ndim == 0 else array
 
     def array(self, depth: int) -> LazyTensor:
-        """[shape, name of the dtype, data], of which the data are left where they are."""
+        """[shape, name of the dtype, data]; the data stay in the file."""
         if self.number(">B") != 0x93:
             raise ValueError("an array that is no triple")
         shape, name = self.value(depth), self.value(depth)
@@ -136,7 +137,7 @@ class _Reader:
 
 
 def _joined(parts: dict[Any, Any]) -> LazyTensor:
-    """The array that Flax cut, as msgpack holds no thing of 2 GiB or more."""
+    """The array from the chunks into which Flax cuts it: msgpack has no value of 2 GiB or more."""
     shape = tuple(parts["shape"][str(i)] for i in range(len(parts["shape"])))
     chunks = [parts["chunks"][str(i)] for i in range(len(parts["chunks"]))]
     first = chunks[0]

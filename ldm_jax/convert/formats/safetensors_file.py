@@ -37,7 +37,7 @@ def read(path: str | os.PathLike) -> dict[str, LazyTensor]:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
-    """What the file says about itself beside the tensors; empty if nothing."""
+    """`__metadata__` of the file; empty without."""
     file = tensors.file(path)
     with tensors.refusals(file.path):
         entries = _header(file)[0].get("__metadata__", {})
@@ -141,7 +141,7 @@ def write_stream(
 
 
 def _checked(name: str, array: Any, spec: Any) -> memoryview:
-    """Its bytes in row-major order. ValueError if it is not what was announced."""
+    """Bytes of an array in row-major order. ValueError if it differs from its spec."""
     x = np.asarray(array)
     if x.shape != tuple(spec.shape) or x.dtype != spec.dtype:
         raise ValueError(f"{name} is {x.dtype}{x.shape}, announced {spec.dtype}{spec.shape}")

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are asked for, and how a damaged file is refused."""
+"""Tensors read lazily from their file, and the refusal of damaged files."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ class File(NamedTuple):
         return count
 
     def open(self):
-        """An unbuffered handle. ValueError if another file stands there by now."""
+        """An unbuffered handle. ValueError if the file was replaced since."""
         handle = open(self.path, "rb", buffering=0)  # noqa: SIM115
         if _stamp(os.fstat(handle.fileno())) != self[1:]:
             handle.close()
@@ -60,7 +60,7 @@ class File(NamedTuple):
 
 
 def file(path: str | os.PathLike) -> File:
-    """OSError if there is none, ValueError if it is no regular file."""
+    """The `File` of a path. OSError if there is none, ValueError if it is no regular file."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint file")
@@ -80,7 +80,7 @@ class LazyTensor:
     dtype: NumPy's, or ml_dtypes' bfloat16 and float8.
     spans: (first byte, bytes) of its data in the file, in order.
     strides: in elements, where the data does not lie in row-major order; None otherwise.
-    swapped: whether the file has the other byte order.
+    swapped: True if the file has the other byte order.
     crc: of the data, if the file says it.
     Reading raises ValueError that names the file if it changed, or its data do not fit `crc`.
     """
@@ -121,7 +121,7 @@ class LazyTensor:
         return x if dtype is None else x.astype(dtype, copy=False)
 
     def _read(self) -> np.ndarray:
-        """Its bytes as they lie in the file."""
+        """The tensor's elements in the order of the file."""
         raw = np.empty(sum(self.file.span(*span) for span in self.spans), np.uint8)
         position = 0
         with self.file.open() as handle:
@@ -157,7 +157,7 @@ def sizes(values: Any) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def refusals(path: str) -> Iterator[None]:
-    """Whatever a damaged file makes a reader stumble over becomes a ValueError naming the file."""
+    """Turn any error of a reader for a damaged file into a ValueError that names the file."""
     try:
         yield
     except OSError:
@@ -180,7 +180,7 @@ def _fill(handle, start: int, out: memoryview) -> None:
 
 
 def is_swapped(order: str) -> bool:
-    """Whether data of this byte order ("little" or "big") need swapping here."""
+    """True if data of this byte order ("little" or "big") need swapping on this machine."""
     if order not in ("little", "big"):
         raise ValueError(f"byte order {order[:20]!r} is neither little nor big")
     return order != sys.byteorder

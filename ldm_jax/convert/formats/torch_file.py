@@ -1,4 +1,4 @@
-"""What `torch.save` writes, without torch: zip archives, and the format before torch 1.6."""
+"""Read files of `torch.save` without torch: zip archives, and the format before torch 1.6."""
 
 import functools
 import io
@@ -36,7 +36,7 @@ STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
 
 class Storage(NamedTuple):
-    """Numbers in the file, which any number of tensors may show."""
+    """Elements in the file, which any number of tensors may view."""
 
     dtype: np.dtype
     numel: int
@@ -115,7 +115,7 @@ def _content(file: File, entry: zip_file.Entry, limit: int) -> bytes:
 def _read_legacy(file: File, stream: unpickle.Pickles) -> Any:
     """Four pickles, the last of them the object; then storage keys, then each storage's data.
 
-    Where a storage lies is known only behind the object, which is therefore unpickled twice. The
+    The positions of storages follow the object, which is therefore unpickled twice. The
     data are little-endian on every machine.
     """
     _check_legacy(stream, file)
@@ -189,7 +189,7 @@ def _identity(identity: Any) -> tuple[np.dtype, str, int, Any]:
 
 
 def _functions(file: File, swapped: bool) -> dict[str, Callable[..., Any]]:
-    """Those of torch that put tensors together."""
+    """torch's functions that assemble tensors, by name."""
     build = functools.partial(_tensor, file, swapped)
 
     def v2(storage, offset, size, stride, requires_grad, hooks, metadata=None):
@@ -235,7 +235,7 @@ def _retyped(storage: Storage, dtype: np.dtype) -> Storage:
 
 
 def _tensor(file: File, swapped: bool, storage: Any, offset: Any, size: Any, stride: Any):
-    """LazyTensor of a view of a storage. ValueError where it reaches beyond."""
+    """LazyTensor of a view of a storage. ValueError where the view exceeds it."""
     if type(storage) is not Storage or type(offset) is not int or offset < 0:
         raise ValueError("a tensor without a storage or with a negative offset")
     dtype = storage.dtype

@@ -1,4 +1,4 @@
-"""Writes the zip format of `torch.save`, for programs that read `.ckpt` files alone."""
+"""Write the zip format of `torch.save`, for programs that read only `.ckpt` files."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Pickles without Python's objects: a machine that builds plain containers and runs no code.
+"""Unpickling without Python's objects: a machine that builds plain containers and runs no code.
 
 Names in a pickle are never imported. A few are known and stand for functions of ours; a class that
 is not known becomes an `Opaque`, whose arguments and state are dropped; a call of any other
@@ -21,7 +21,7 @@ REMEDY = "if you trust the file, load it once with torch and save its state_dict
 
 
 class Opaque:
-    """A class or function of a pickle, or an object of one; nothing of it is kept but its name."""
+    """A class or function of a pickle, or an object of one, of which only the name is kept."""
 
     __slots__ = ("name",)
 
@@ -41,7 +41,8 @@ class Pickles:
         self.seek, self.tell = handle.seek, handle.tell
 
     def read(self, count: int) -> bytes:
-        """At most what there is: a buffer is made of the length that a pickle claims."""
+        """Read at most the rest of the file: a pickle may claim any length, and a buffer of it is
+        made."""
         return self.handle.read(max(0, min(count, self.end - self.tell())))
 
     def readline(self) -> bytes:
@@ -153,7 +154,8 @@ class _Machine:
 
 
 def _global(module: Any, name: Any, known: Mapping) -> Opaque:
-    """ValueError for names of the standard library that are not known to be harmless."""
+    """`Opaque` for a name. ValueError for names of the standard library not known to be
+    harmless."""
     if type(module) is not str or type(name) is not str:
         raise ValueError("a pickle names a class by what is no text")
     full = f"{module}.{name}"
@@ -170,7 +172,7 @@ def _could_run(how: str, name: str) -> ValueError:
 
 
 def _is_class(name: str) -> bool:
-    """By the spelling: nothing is imported, so nothing more can be known."""
+    """True if a name is spelled like a class: nothing is imported, so nothing else can be known."""
     return name in HARMLESS or name.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
@@ -189,7 +191,7 @@ def _quick(part: Any) -> bool:
 
 
 def _dict(*args: Any) -> dict:
-    """Of dict, OrderedDict, defaultdict (whose factory is dropped) and the like."""
+    """A dict from the arguments of dict, OrderedDict, defaultdict (its factory is dropped)."""
     source = next((arg for arg in args if type(arg) in (dict, list, tuple)), ())
     result: dict = {}
     _fill(result, source.items() if type(source) is dict else source)
@@ -197,7 +199,7 @@ def _dict(*args: Any) -> dict:
 
 
 def _fill(target: dict, pairs: Iterable) -> None:
-    """ValueError for a key that stands there already: no dict that was pickled has it twice."""
+    """Fill a dict. ValueError for a duplicate key, which no pickled dict has."""
     for key, value in pairs:
         if _key(key) in target:
             raise ValueError(f"{key!r:.200} stands there twice")
@@ -209,7 +211,7 @@ def _set(items: Iterable = ()) -> set:
 
 
 def _getattr(owner: Any = None, name: Any = None, *default: Any) -> Opaque:
-    """Python 3.11 writes members of enumerations so; the attribute is only named, not had."""
+    """Members of enumerations, as Python 3.11 pickles them; the attribute is named, not read."""
     if type(owner) is not Opaque or type(name) is not str or not name.isidentifier() or default:
         raise _could_run("calls", "builtins.getattr")
     return Opaque(f"{owner.name}.{name}")
@@ -242,7 +244,7 @@ CONTAINERS = {
     **{f"{module}.getattr": _getattr for module in _BUILTINS},
     **{f"{module}.dict": _dict for module in _BUILTINS},
     **{f"{module}.{name}": _set for module in _BUILTINS for name in ("set", "frozenset")},
-    # Functions that real Lightning checkpoints call for values that nobody needs here.
+    # Functions that Lightning checkpoints call for values that are not needed here.
     **{name: _opaque(name) for name in NO_VALUE},
 }
 PLAIN = (

@@ -1,4 +1,4 @@
-"""Where the entries of a zip archive lie in the file.
+"""Positions of the entries of a zip archive in its file.
 
 Python's zipfile builds an object per entry before any limit holds, and reads through handles; the
 tensors here are read by their position in the file.
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 def entries(file: File) -> dict[str, Entry]:
-    """Name -> place. ValueError for whatever is not a plain archive in one file."""
+    """Name -> entry. ValueError unless it is a plain archive in one file."""
     count, size, start = _directory(file)
     if count > MAX_ENTRIES or size > MAX_DIRECTORY:
         raise ValueError(f"a zip archive of {count} entries; {MAX_ENTRIES} are the most")
@@ -38,7 +38,7 @@ def entries(file: File) -> dict[str, Entry]:
         for _ in range(count):
             name, entry, position = _entry(file, handle, directory, position)
             if name in by_name:
-                raise ValueError(f"entry {name!r} stands twice in the zip archive")
+                raise ValueError(f"a duplicate entry {name!r} in the zip archive")
             by_name[name] = entry
     if position != size:
         raise ValueError("the zip archive's directory has another size than it says")

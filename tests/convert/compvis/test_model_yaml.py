@@ -183,7 +183,7 @@ def test_options_that_cannot_be_kept_are_refused(name, params, message):
             "zero_term",
         ),
         ({"cond": schema.InpaintCondConfig(fill=0.5)}, "has no option in a CompVis YAML, only"),
-        ({"cond": schema.DepthCondConfig()}, "DepthCondConfig alone has no option"),
+        ({"cond": schema.DepthCondConfig()}, "a depth map alone has no option"),
         (
             {"cond": schema.TextCondConfig(schema.CLIPTextConfig(layer="penultimate"))},
             "layer='penultimate' of a CLIP with quick_gelu",

@@ -57,7 +57,7 @@ def test_archives_that_torch_does_not_write(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         for _ in range(2):
             archive.writestr("archive/data.pkl", content)
-    refused("stands twice")
+    refused("a duplicate entry")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", content * 100)
     refused("with compression")
