@@ -5,6 +5,10 @@
     export.write("sampler.bin", program, {"model": export.identity(model)})
     run, meta = export.read("sampler.bin", model=model)
 
+A program is code: whoever runs a file trusts the one who made it. What can be checked is checked:
+it calls nothing outside of XLA but the kernels that our own programs have (CUSTOM_CALLS), and it is
+not larger than it may be. The compiler that takes the rest was not written for hostile input.
+
 The file begins with three lines: `ldm_jax program 1`, the sha256 of the rest, and `meta` as JSON;
 `head -n 3` shows them. The compressed StableHLO of `jax.export` for each platform follows.
 """
@@ -14,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,9 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import export as jax_export
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import chlo, sdy, stablehlo
 
 from ldm_jax.bundle import LatentDiffusion
 from ldm_jax.models import attention, convolution
+from ldm_jax.runtime import reading
 from ldm_jax.schema import serialize
 
 FORMAT = 1
@@ -33,6 +41,23 @@ MAGIC = b"ldm_jax program "
 PLATFORMS = ("cpu", "cuda", "tpu")
 CONSTANTS = 2**22
 """Most bytes of constant arrays in a program: room for tables of levels, not for weights."""
+
+SQUEEZED = 64
+"""Most times that a compressed program becomes longer; ours become three times as long."""
+CUDNN = tuple(
+    f"__cudnn$fmha{kind}"
+    for kind in ("Softmax", "SoftmaxBackward", "ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward")
+)
+CUSTOM_CALLS = {
+    "cpu": frozenset(),
+    "cuda": frozenset((*CUDNN, "cu_threefry2x32_ffi")),
+    "tpu": frozenset(("tpu_custom_call",)),  # kernels written with Pallas
+}
+"""Code outside of XLA that a program may call, by its platform, beside PLACES."""
+PLACES = frozenset(
+    ("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement")
+)
+"""Calls that only say where arrays lie."""
 
 
 class Program(NamedTuple):
@@ -119,7 +144,8 @@ def lower(run: Callable, arguments: Sequence[Any], platforms: Sequence[str] = PL
 
     arguments: pytrees of arrays, numbers, typed keys or `jax.ShapeDtypeStruct`: their values are
     not kept. What `run` returns is arrays in tuples, lists and dicts.
-    ValueError if `run` holds large arrays that are not among its arguments.
+    ValueError if `run` holds large arrays that are not among its arguments, or calls other code
+    than CUSTOM_CALLS, as LAPACK's.
     """
     leaves, tree = jax.tree.flatten(tuple(arguments))
     names = tuple(inspect.signature(run).parameters)[: len(arguments)]
@@ -139,15 +165,35 @@ def lower(run: Callable, arguments: Sequence[Any], platforms: Sequence[str] = PL
         )
     # JAX promises stability of custom calls for some targets only; cuDNN's attention is not among
     # them, though XLA has kept it so far.
-    cudnn = [jax_export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{n}") for n in CUDNN]
+    cudnn = [jax_export.DisabledSafetyCheck.custom_call(name) for name in CUDNN]
     exported = {
         p: jax_export.export(jitted, platforms=(p,), disabled_checks=cudnn)(*plain)
         for p in platforms
     }
+    for platform, one in exported.items():
+        check_calls(one, platform)
     return Program(exported, names, _inputs(names, arguments))
 
 
-CUDNN = ("Softmax", "SoftmaxBackward", "ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward")
+def check_calls(exported: jax_export.Exported, platform: str) -> None:
+    """ValueError if a program calls other code than its platform's CUSTOM_CALLS."""
+    known, others = CUSTOM_CALLS.get(platform, frozenset()) | PLACES, set()
+
+    def look(op: Any) -> Any:
+        if op.name.endswith("custom_call"):
+            others.add(ir.StringAttr(op.attributes["call_target_name"]).value)
+        return ir.WalkResult.ADVANCE
+
+    with ir.Context() as context:
+        for dialect in (stablehlo, chlo, sdy):
+            dialect.register_dialect(context)
+        module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        module.operation.walk(look)
+    if others - known:
+        raise ValueError(
+            f"the program for {platform} calls {', '.join(sorted(others - known))[:200]}, code that"
+            f" no sampler needs; known are {', '.join(sorted(known))}"
+        )
 
 
 def _inputs(names: Sequence[str], arguments: Sequence[Any]) -> tuple[dict, ...]:
@@ -225,15 +271,28 @@ def read(
         )
     number = meta["platforms"].index(platform)
     first = sum(meta["bytes"][:number])
-    blob = blobs[first : first + meta["bytes"][number]]
+    blob = _unpacked(blobs[first : first + meta["bytes"][number]], path)
     try:
-        exported = jax_export.deserialize(bytearray(zlib.decompress(blob)))
+        exported = jax_export.deserialize(bytearray(blob))
     except Exception as error:  # whatever a reader of another version raises
         raise ValueError(
             f"{path}: was written by jax {meta['jax']} and cannot be read by {jax.__version__}"
             f" ({error}): export it again"
         ) from error
+    with reading.refusals(path, "export it again"):
+        check_calls(exported, platform)
     return functools.partial(_call, str(path), exported, meta), meta
+
+
+def _unpacked(blob: bytes, path: epath.PathLike) -> bytes:
+    """A program's bytes. ValueError if they are many more than a program's, or damaged."""
+    most = SQUEEZED * len(blob) + CONSTANTS
+    with reading.refusals(path, "export it again"):
+        machine = zlib.decompressobj()
+        unpacked = machine.decompress(blob, most)
+        if not machine.eof:
+            raise ValueError(f"its program is cut off, or of more than {most} bytes")
+    return unpacked
 
 
 def _call(where: str, exported: jax_export.Exported, meta: dict, *arguments: Any) -> Any:
@@ -271,7 +330,7 @@ def _text(arrays: dict[str, dict], name: str) -> str:
 def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
     """Read the header of a file, and its compressed programs."""
     try:
-        data = epath.Path(path).read_bytes()
+        data = reading.read_bytes(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: does not exist; give a file that was exported") from error
     except IsADirectoryError as error:
@@ -287,8 +346,24 @@ def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
     digest, _, body = rest.partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{path}: is damaged, its hash is wrong: copy it or export it again")
-    facts, _, blobs = body.partition(b"\n")
-    return json.loads(facts), blobs
+    line, _, blobs = body.partition(b"\n")
+    facts = reading.parse_json(line, os.fspath(path))
+    with reading.refusals(path, "export it again"):
+        _check_facts(facts, len(blobs))
+    return facts, blobs
+
+
+def _check_facts(facts: Any, count: int) -> None:
+    """ValueError or another of `reading.DAMAGE` unless they are as `write` wrote them."""
+    sizes, inputs = facts["bytes"], facts["inputs"]
+    if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != count:
+        raise ValueError(f"its programs have {count} bytes, other than it says")
+    texts = [*facts["platforms"], *facts["arguments"], facts["jax"], *(i["name"] for i in inputs)]
+    texts += [i["dtype"] for i in inputs]
+    if len(sizes) != len(facts["platforms"]) or any(type(text) is not str for text in texts):
+        raise ValueError("what it says of its platforms and arguments are no names")
+    if any(type(i["shape"]) is not list for i in inputs):
+        raise ValueError("what it says of its inputs has no shapes")
 
 
 def _platform() -> str:

@@ -1,7 +1,13 @@
-"""An image once more, from what its PNG says: `ldm-sample again IMAGE.png --out DIR`."""
+"""An image once more, from what its PNG says: `ldm-sample again IMAGE.png --out DIR`.
+
+A PNG is data from anywhere. Of its settings only those count that shape the picture (SHAPING), each
+of the type that the command line would ask for; nothing of it says what is written where. Input
+files must be those whose hashes it holds.
+"""
 
 import dataclasses
 import types
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,10 +16,27 @@ import numpy as np
 from etils import epath
 from tyro.conf import Positional, arg
 
-from ldm_jax.runtime import flags, storage
+from ldm_jax.runtime import flags, reading, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, write
-from ldm_jax.sample.request import Call
+from ldm_jax.sample.request import Call, Request
+from ldm_jax.schema import serialize
+
+SHAPING = frozenset(
+    (
+        *("model", "step", "ema", "config", "variant", "tokenizer", "dtype", "from_export"),
+        *("steps", "solver", "spacing", "eta", "guidance_scale", "guidance_rescale"),
+        *("guidance_interval", "dynamic_threshold", "quantize_x0", "preview"),
+        *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
+        *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
+        *("strength", "noise_level", "maps", "palette", "boxes", "class_names"),
+        *("window", "stride", "at_once", "window_clip", "tie_clip", "tile", "tile_levels", "space"),
+        *("clip", "clip_tokenizer", "query_image", "database", "neighbours", "include_query"),
+    )
+)
+"""Options of all tasks that a PNG may say."""
+MAX_BATCH = 4096
+"""Most rows of a program that a PNG may ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +60,27 @@ class Options:
 def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     """Writes the image under the same name. tasks: the modules by name."""
     kept = write.read_settings(options.image)
-    task = tasks.get(kept.get("task"))
+    task = tasks.get(str(kept.get("task")))
     if "grid" in kept:
-        raise ValueError(f"{options.image}: is a grid; give one of its {kept['grid']} images")
+        raise ValueError(f"{options.image}: is a grid; give one of its {kept['grid']!r:.20} images")
     if "call" not in kept or not hasattr(task, "request"):
         raise ValueError(
-            f"{options.image}: does not say how it was made (task {kept.get('task')!r});"
+            f"{options.image}: does not say how it was made (task {kept.get('task')!r:.40});"
             " older versions and other programs leave that out"
         )
-    for path, digest in kept["files"].items():
-        if not epath.Path(path).exists():
-            raise ValueError(f"{options.image}: was made from {path}, which does not exist here")
-        if storage.sha256(path) != digest:
-            raise ValueError(f"{options.image}: was made from {path}, which has changed since")
-    size, index = kept["call"]
-    asked = restored(task.Options, kept, options)
-    if write.made_with()["device"] != kept["made_with"]["device"]:  # as many images on each
+    with reading.refusals(options.image, "it is not as ldm-sample wrote it"):
+        facts = facts_of(kept)
+        asked = restored(task.Options, kept, options)
+        asked = confirmed(asked, facts["files"], options.image)
+    size, index = facts["call"]
+    LOG.info(f"{options.image}: {kept['task']} by the model {asked.model}")
+    if write.made_with()["device"] != facts["made_with"].get("device"):  # as many rows on each
         size = -(-size // jax.device_count()) * jax.device_count()
         asked = dataclasses.replace(asked, batch_size=size)
-    what = dataclasses.replace(task.request(asked), guided=kept["guided"])
-    place = kept["index"] - what.options.first_index
+    if hasattr(task, "writing_below"):
+        asked = task.writing_below(asked, options.out)
+    what = dataclasses.replace(task.request(asked), guided=facts["guided"])
+    place = place_of(what, facts["index"], options.image)
     call = Call(np.full(size, place), np.array([index]))
     name = epath.Path(options.image).stem
     what = dataclasses.replace(what, names=[name] * what.count)
@@ -71,18 +95,67 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     return 0
 
 
+FACTS = {
+    "call": tuple[int, int],
+    "index": int,
+    "guided": bool,
+    "files": dict[str, str],
+    "made_with": dict[str, str],
+}
+
+
+def facts_of(kept: dict[str, Any]) -> dict[str, Any]:
+    """What a PNG says beside options. ValueError names what is not of its type or range."""
+    facts = {name: serialize.typed(kept.get(name), hint, name) for name, hint in FACTS.items()}
+    size, row = facts["call"]
+    if not 0 <= row < size <= MAX_BATCH:
+        raise ValueError(f"call {[size, row]} is no row of a batch of at most {MAX_BATCH}")
+    return facts
+
+
 def restored(kind: type, kept: dict[str, Any], options: Options) -> Any:
-    """Options of a task, as they were, but for the places of model and output."""
-    given = {}
+    """Options of a task that shape the picture as they were, the others at their defaults.
+
+    ValueError for a value of another type than the command line takes.
+    """
+    hints, given = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
-        if field.name in kept:
+        if field.name in kept and field.name in SHAPING:
             value = kept[field.name]
-            many = isinstance(value, list) or isinstance(field.default, tuple)
-            given[field.name] = tuple(write.listed(value)) if many else value
+            if isinstance(field.default, tuple) and isinstance(value, str):
+                value = [value]
+            given[field.name] = serialize.typed(value, hints[field.name], field.name)
     given["out"], given["overwrite"] = options.out, options.overwrite
     if options.model is not None:
         given["model"] = options.model
     return kind(**given)
+
+
+def confirmed(asked: Any, hashes: dict[str, str], image: str) -> Any:
+    """`asked`, whose input files all are as they were when the image was made.
+
+    ValueError names a file that has changed, is gone, or has no hash in the PNG. The program of
+    --from-export is code: without a hash, as in older pictures, the picture is drawn without it.
+    """
+    if asked.from_export is not None and asked.from_export not in hashes:
+        LOG.warning(f"{image}: does not say which program {asked.from_export} was; drawn without")
+        asked = dataclasses.replace(asked, from_export=None)
+    for path in write.input_files(type(asked), vars(asked)):
+        if path not in hashes:
+            raise ValueError(f"{image}: names {path} without its hash")
+        if not epath.Path(path).exists():
+            raise ValueError(f"{image}: was made from {path}, which does not exist here")
+        if storage.sha256(path) != hashes[path]:
+            raise ValueError(f"{image}: was made from {path}, which has changed since")
+    return asked
+
+
+def place_of(what: Request, index: int, image: str) -> int:
+    """Which image of a request has a number. ValueError if none has."""
+    place = index - what.options.first_index
+    if not 0 <= place < what.count:
+        raise ValueError(f"{image}: is number {index}, and its settings draw {what.count} images")
+    return place
 
 
 def compared(out: epath.Path, original: str, name: str, kept: dict[str, Any]) -> str:

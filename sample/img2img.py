@@ -49,7 +49,6 @@ def request(options: Options) -> Request:
         details=made.details,
         row_labels=made.row_labels,
         left=image[made.image[:: options.num_images]],
-        files=("images",),
         start=sampling.start_of(options.strength, len(levels.t)),
     )
 

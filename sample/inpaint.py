@@ -76,7 +76,6 @@ def request(options: Options) -> Request:
         ],
         row_labels=made.row_labels,
         left=np.where(mask > 0.5, 0, image)[made.image[:: options.num_images]],
-        files=("images", "masks"),
         finish=finish,
     )
 

@@ -124,7 +124,6 @@ def invert(options: Options) -> Inversion:
         details=made.details,
         row_labels=made.row_labels,
         left=image,
-        files=("images",),
     )
     return Inversion(again, image, alone, z)
 

@@ -65,7 +65,6 @@ def request(options: Options) -> Request:
         names=superres.named(every, options.seed),
         details=[{"layout": path, "boxes": [path]} for path in every],
         row_labels=[epath.Path(path).stem[:24] for path in options.boxes],
-        files=("boxes",) if options.class_names == "coco" else ("boxes", "class_names"),
     )
 
 

@@ -101,7 +101,6 @@ def request(options: Options) -> Request:
         names=asked.names,
         details=asked.details,
         row_labels=asked.row_labels,
-        files=asked.files,
         wrap_model=wrap_model,
         decode=decode,
         program={name: np.asarray(getattr(options, name)).tolist() for name in WAY},
@@ -234,8 +233,6 @@ class Inputs(NamedTuple):
     """Labels of the grid's rows."""
     scale: float
     """Guidance; 1 is without."""
-    files: tuple[str, ...]
-    """Options that name files."""
 
 
 def inputs_for(model: bundle.LatentDiffusion, options: Options) -> Inputs:
@@ -279,7 +276,7 @@ def from_prompts_or_labels(model: bundle.LatentDiffusion, options: Options) -> I
     labels = what.labels if any(what.labels) else []
     stems = [f"_{what.names[j]}" if what.names[j] else "" for j in every]
     names = [f"{i:05d}{stem}_seed{options.seed}" for i, stem in enumerate(stems)]
-    return Inputs(batch, shape, names, details, labels, what.scale, ())
+    return Inputs(batch, shape, names, details, labels, what.scale)
 
 
 def from_maps(model: bundle.LatentDiffusion, options: Options) -> Inputs:
@@ -292,7 +289,7 @@ def from_maps(model: bundle.LatentDiffusion, options: Options) -> Inputs:
     shape = latent_shape(model, *maps[0].shape, f"{options.maps[0]}: ")
     batch = {"segmentation": np.repeat(np.stack(maps), options.num_images, axis=0)}
     scale = 1.0 if options.guidance_scale is None else options.guidance_scale
-    return from_files(options, "maps", batch, shape, scale, ("maps", "palette"))
+    return from_files(options, "maps", batch, shape, scale)
 
 
 def from_images(model: bundle.LatentDiffusion, options: Options) -> Inputs:
@@ -309,15 +306,13 @@ def from_images(model: bundle.LatentDiffusion, options: Options) -> Inputs:
     height, width = (n * factor for n in low.shape[1:3])
     shape = latent_shape(model, height, width, f"{options.images[0]}: {factor} times its ")
     batch = superres.inputs(model, small, np.repeat(low, options.num_images, axis=0))
-    return from_files(options, "images", batch, shape, small.guidance_scale, ("images",))
+    return from_files(options, "images", batch, shape, small.guidance_scale)
 
 
-def from_files(
-    options: Options, name: str, batch: dict, shape: tuple, scale: float, files: tuple[str, ...]
-) -> Inputs:
+def from_files(options: Options, name: str, batch: dict, shape: tuple, scale: float) -> Inputs:
     """Of the files that the option `name` holds."""
     paths = getattr(options, name)
     every = [path for path in paths for _ in range(options.num_images)]
     details = [{"asked": path, name: [path]} for path in every]
     labels = [epath.Path(path).stem[:24] for path in paths]
-    return Inputs(batch, shape, superres.named(every, options.seed), details, labels, scale, files)
+    return Inputs(batch, shape, superres.named(every, options.seed), details, labels, scale)

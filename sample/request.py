@@ -41,8 +41,6 @@ class Request:
     left: np.ndarray | None = None
     """[rows, H, W, c] in [-1, 1], images that stand in the grid before the others of their row; or
     several for each, [rows, n, H, W, c]."""
-    files: tuple[str, ...] = ()
-    """Options that name files which the images depend on."""
     seeds: np.ndarray | None = None
     """uint64 [N]; default: the options' for all."""
     indices: np.ndarray | None = None

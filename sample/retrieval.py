@@ -65,6 +65,13 @@ class Options(Options):
     """Most images per call of the compiled sampler, over all devices."""
 
 
+def writing_below(options: Options, out: str) -> Options:
+    """Options that write no index but below `out`; the one of the folder is read if it is there."""
+    if options.database is None or epath.Path(options.database, INDEX).exists():
+        return options
+    return dataclasses.replace(options, index_file=os.path.join(out, INDEX))
+
+
 class Neighbours(NamedTuple):
     """What the model is conditioned on, for each text or image."""
 
@@ -103,7 +110,6 @@ def request(options: Options) -> Request:
         details=details_of(options, nearest),
         row_labels=[name[:24] for name in names_of(options)],
         left=shown(options, nearest, editing.channels(model), side),
-        files=("query_image",),
     )
 
 

@@ -59,7 +59,6 @@ def request(options: Options) -> Request:
         names=superres.named(every, options.seed),
         details=[{"map": path, "maps": [path]} for path in every],
         row_labels=[epath.Path(path).stem[:24] for path in options.maps],
-        files=("maps", "palette"),
     )
 
 

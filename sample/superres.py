@@ -71,7 +71,6 @@ def request(options: Options) -> Request:
         names=named(every, options.seed),
         details=[{"image": path, "images": [path]} for path in every],
         row_labels=[epath.Path(path).stem[:24] for path in options.images],
-        files=("images",),
     )
 
 

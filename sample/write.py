@@ -6,22 +6,25 @@ OUT/latents/00000.npy   with --save-latents: of one batch, until all are in late
 OUT/grid.png, samples.npz, latents.npy
 """
 
+import functools
 import importlib.metadata
 import json
 import math
+import typing
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax.runtime import images, storage
+from ldm_jax.runtime import flags, images, reading, storage
 from ldm_jax.sample import hosts
 from ldm_jax.sample.generate import Made
 from ldm_jax.sample.options import Options
 from ldm_jax.sample.request import Call, Request, indices_of, seeds_of
+from ldm_jax.schema import serialize
 
 GRID = 400
 """Most images in a grid."""
@@ -33,6 +36,9 @@ FORMAT = 2
 OUTPUT = (
     "out", "save_latents", "npz", "overwrite", "resume", "export", "export_platforms",
 )  # fmt: skip
+
+# files of which an image takes a line, or what can be made again
+LISTS = ("prompt_file", "index_file")
 
 
 def open_out(options: Options) -> epath.Path:
@@ -110,7 +116,7 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
         }
         if request.alone:
             own |= {"num_images": 1, "first_index": index}
-        paths = [path for name in (*request.files, "init_latents") for path in listed(own[name])]
+        paths = input_files(type(request.options), own)
         for path in paths:
             known.setdefault(path, storage.sha256(path))
         own["files"] = {path: known[path] for path in paths}
@@ -124,16 +130,32 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     ValueError if the file carries none, or those of a newer format.
     """
     settings = images.read_settings(path)
-    if settings.get("format", 1) > FORMAT:
-        raise ValueError(
-            f"{path}: its settings have format {settings['format']}, newer than {FORMAT}; install a"
-            " newer ldm_jax"
-        )
-    if settings.get("format", 1) == 1:  # when seeds counted modulo 2**32
-        settings |= {"format": FORMAT, "seed": settings.get("seed", 0) % 2**32}
-        if "seeds" in settings:
-            settings["seeds"] = [seed % 2**32 for seed in settings["seeds"]]
+    with reading.refusals(path, "it is not as ldm-sample wrote it"):
+        version = serialize.typed(settings.get("format", 1), int, "format")
+        if version > FORMAT:
+            raise ValueError(
+                f"{path}: its settings have format {version}, newer than {FORMAT}; install a newer"
+                " ldm_jax"
+            )
+        if version == 1:  # when seeds counted modulo 2**32
+            settings |= {"format": FORMAT, "seed": settings.get("seed", 0) % 2**32}
+            if "seeds" in settings:
+                settings["seeds"] = [seed % 2**32 for seed in settings["seeds"]]
     return settings
+
+
+def input_files(kind: type, values: Mapping[str, Any]) -> list[str]:
+    """The files that an image depends on, by the options of its task; folders are not counted."""
+    paths = [path for name in file_options(kind) for path in listed(values[name])]
+    return [path for path in paths if path != "coco"]  # names of classes that need no file
+
+
+@functools.cache
+def file_options(kind: type) -> tuple[str, ...]:
+    """Names of the options of a task that say which files it reads."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    files = [name for name, hint in hints.items() if hint in (flags.Files, flags.OptionalFile)]
+    return tuple(name for name in files if name not in (*OUTPUT, *LISTS))
 
 
 def made_with() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Programs in files: the same pixels, no weights, three platforms; what does not fit is refused."""
 
 import dataclasses
+import hashlib
 import json
 import os
 
@@ -13,6 +14,7 @@ from reference import draw
 
 from ldm_jax import export, sampling, schema
 from ldm_jax.conditioning import Cond
+from ldm_jax.models import attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -174,6 +176,81 @@ def test_another_model_and_another_platform_are_refused(model, file):
         export.read(file, platform="rocm")
     with pytest.raises(ValueError, match=r"'metal' is not one of cpu, cuda, tpu"):
         export.portable(model, ("cpu", "metal"))
+
+
+def calling(name):
+    """A program that calls code of a name."""
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((4,), jnp.float32))
+    check = jax.export.DisabledSafetyCheck.custom_call(name)
+    return jax.export.export(jax.jit(call), disabled_checks=[check])(jnp.ones(4))
+
+
+@pytest.mark.parametrize("name", ["evil", "xla_ffi_python_cpu_callback", "lapack_ssyevd_ffi"])
+def test_a_program_that_calls_other_code_is_refused(tmp_path, program, name):
+    """Before, the first one ended the process with SIGSEGV."""
+    path = tmp_path / "evil.bin"
+    export.write(path, program._replace(exported={"cpu": calling(name)}), {})
+    with pytest.raises(ValueError, match=rf"evil.bin: the program for cpu calls {name}, code that"):
+        export.read(path, platform="cpu")
+
+
+def test_a_function_that_calls_other_code_is_not_lowered():
+    def run(x):
+        return jnp.linalg.eigvalsh(x)
+
+    with pytest.raises(ValueError, match=r"the program for cpu calls lapack_ssyevd_ffi, code that"):
+        export.lower(run, (jnp.eye(2),), ("cpu",))
+
+
+@pytest.mark.parametrize("platform", export.PLATFORMS)
+def test_calls_of_our_own_programs_are_known(platform):
+    """Beside these, cuDNN's kernels, which cannot be lowered without a CUDA device."""
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    attend = attention.choose(platform, None, export._attention_name(platform))
+
+    def run(x, key):
+        y = attend(x, x, x) + jax.random.normal(jax.random.wrap_key_data(key), x.shape, x.dtype)
+        return jax.lax.erf(y) + jnp.quantile(y.astype(jnp.float32), 0.9)
+
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    lowered = jax.export.export(jax.jit(run), platforms=[platform])(q, key)
+    assert ("tpu_custom_call" in lowered.mlir_module()) == (platform == "tpu")
+    export.check_calls(lowered, platform)
+    for name in export.CUSTOM_CALLS[platform]:
+        export.check_calls(calling(name), platform)
+
+
+def test_a_program_that_unpacks_to_too_much_is_refused(tmp_path, program):
+    class Bomb:
+        def serialize(self):
+            return bytes(64 * 2**20)
+
+    path = tmp_path / "bomb.bin"
+    export.write(path, program._replace(exported={"cpu": Bomb()}), {})
+    assert path.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"bomb.bin: its program is cut off, or of more than"):
+        export.read(path)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        b"[]",
+        b"{}",
+        b"{",
+        b"[" * 10**5,
+        b'{"bytes": [-1], "platforms": ["cpu"], "arguments": [], "inputs": [], "jax": "1"}',
+        b'{"bytes": [0], "platforms": [["cpu"]], "arguments": [], "inputs": [], "jax": "1"}',
+        b'{"bytes": [0], "platforms": [], "arguments": [], "inputs": [], "jax": "1"}',
+        b'{"bytes": [0], "platforms": ["cpu"], "arguments": 3, "inputs": [1], "jax": "1"}',
+    ],
+)
+def test_a_file_that_says_something_else_of_itself_is_refused(tmp_path, facts):
+    body = facts + b"\n"
+    digest = hashlib.sha256(body).hexdigest().encode()
+    (tmp_path / "a.bin").write_bytes(b"ldm_jax program 1\n" + digest + b"\n" + body)
+    with pytest.raises(ValueError, match=r"a.bin: "):
+        export.read(tmp_path / "a.bin")
 
 
 def test_a_program_of_an_unknown_version_of_jax_is_refused(model, tmp_path, program):

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from etils import epath
 
+from ldm_jax.runtime import reading
 from ldm_jax.runtime.log import LOG
 
 ATTEMPTS = 4
@@ -125,7 +126,7 @@ def write_whole(path: epath.Path, data: bytes, tag: str = "part") -> None:
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
+    with reading.opened(path) as file:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()

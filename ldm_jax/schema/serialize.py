@@ -38,20 +38,21 @@ def from_dict(values: Any, where: str = "config") -> Any:
     if unknown:
         fields = ", ".join(sorted(known))
         raise ValueError(f"{where}: {cls.__name__} has no field {unknown[0]!r} (it has {fields})")
-    return cls(
-        **{k: _typed(v, hints[k], f"{where}.{k}") for k, v in values.items() if k != "class"}
-    )
+    return cls(**{k: typed(v, hints[k], f"{where}.{k}") for k, v in values.items() if k != "class"})
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` asks for; JSON has lists for tuples and may write 1.0 as 1."""
+def typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint` asks for; JSON has lists for tuples and may write 1.0 as 1.
+
+    ValueError names `where` the value stands.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         plain = [a for a in args if a is not type(None)]
         if len(plain) == 1:
-            return _typed(value, plain[0], where)
+            return typed(value, plain[0], where)
         if isinstance(value, dict):
             config = from_dict(value, where)
             if type(config) in plain:
@@ -59,7 +60,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         for option in plain:
             if not dataclasses.is_dataclass(option):
                 try:
-                    return _typed(value, option, where)
+                    return typed(value, option, where)
                 except ValueError:
                     pass
     elif origin is Literal:
@@ -70,9 +71,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             inner = [args[0]] * len(value) if args[1:] == (...,) else args
             if len(inner) == len(value):
                 return tuple(
-                    _typed(v, h, f"{where}[{i}]")
+                    typed(v, h, f"{where}[{i}]")
                     for i, (v, h) in enumerate(zip(value, inner, strict=True))
                 )
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {k: typed(v, args[1], f"{where}.{k}") for k, v in value.items()}
     elif dataclasses.is_dataclass(hint):
         config = from_dict(value, where)
         if type(config) is hint:
@@ -82,7 +86,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return float(value)
     elif type(value) is hint:
         return value
-    raise ValueError(f"{where}: {value!r} is not a {getattr(hint, '__name__', hint)}")
+    raise ValueError(f"{where}: {value!r:.200} is not a {getattr(hint, '__name__', hint)}")
 
 
 def to_json(config: Any, seed_bits: int = 32) -> str:
