@@ -1,1 +1,1 @@
-"""One visible training loop per recipe."""
+"""Training: one visible loop per recipe."""

@@ -114,8 +114,8 @@ def parse(config: Any, argv: Sequence[str], program: str) -> tuple[str, Any]:
 
 
 def be_deterministic() -> None:
-    """Has XLA take only what repeats bit for bit, and says what that means on these devices."""
-    given = os.environ.get("XLA_FLAGS", "")  # which XLA reads when the first device is asked for
+    """Restrict XLA to bit-reproducible algorithms, and log the cost on these devices."""
+    given = os.environ.get("XLA_FLAGS", "")  # read by XLA when the first device is initialized
     os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
     platform = jax.devices()[0].platform
     if platform == "gpu":
@@ -191,7 +191,9 @@ def _encode(name: str, argv: Sequence[str]) -> int:
     parts = (Encode, config, supervisor.Restart, flags.Process)
     asked, config, *_ = flags.parse(argv, program, Encode.__doc__, *parts)
     if not isinstance(config, schema.LatentDiffusionTrainConfig):
-        raise ValueError(f"{name} is a {type(config).__name__}; encode takes a config of the model")
+        raise ValueError(
+            f"{name} trains a first stage; encode takes the config of a diffusion model"
+        )
     from ldm_jax.train.prepare import encode
 
     if config.deterministic:
@@ -232,7 +234,9 @@ def main() -> None:
     code = cli.run("ldm-train", restart_on_failure, sys.argv[1:])
     if code not in (0, cli.INTERRUPTED) and jax.distributed.is_initialized():
         sys.stdout.flush()
-        os._exit(code)  # the others come to no barrier any more
+        os._exit(
+            code
+        )  # no clean exit: JAX's shutdown barrier would wait for processes that have failed
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""One training step for every recipe: gradients, optimizer, average, and steps that are skipped."""
+"""One training step for every recipe: gradients, optimizer, moving average, skipped steps."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ Examples = dict[str, Any]  # {"batch": {name: [B, ...]}, "keys": {draw: [B] type
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
-    """A loss and what the step must know of it; call it like its function.
+    """A loss and its properties that the step depends on; call it like its function.
 
     `function(frozen_params, params, examples, train) -> (mean loss, metrics)` of a microbatch;
     `examples` is {"batch": {name: [B, ...]}, "keys": {draw: [B] keys}}.
@@ -31,17 +31,17 @@ class Loss:
     draws: tuple[str, ...] = DRAWS
     """Names of the draws: an example has its own key for each."""
     per_example: bool = False
-    """Nothing that is drawn or normalized for an example depends on the others: each device then
-    computes its own on whole parameters, and only parameters and gradients are sent."""
+    """No draw and no normalization of an example depends on others: each device then computes its
+    own examples on whole parameters, and only parameters and gradients are sent."""
     gathers: bool = False
-    """The function itself makes whole along fsdp what it reads: `sharding.all_gather`."""
+    """The function itself gathers its parameters along fsdp: `sharding.all_gather`."""
 
     def __call__(self, frozen_params: Any, params: Any, examples: Examples, train: bool) -> tuple:
         return self.function(frozen_params, params, examples, train)
 
 
 class Step:
-    """step(state, batch, key) -> (state, metrics), jitted; donates the state that it is given.
+    """step(state, batch, key) -> (state, metrics), jitted; donates its input state.
 
     `key` is the run's root key: with `state.step` and the example's number it determines every
     draw. Every metric is a scalar on all devices.
@@ -81,7 +81,7 @@ def make_step(
 
     loss: a `Loss`, or a function as its `function`, which then has nothing frozen.
     config: batch_size, accumulate, dtype, optimizer (the rate that is reported), ema and spikes.
-    with_state: with_state(frozen, state) -> what the loss is given as frozen; default: `frozen`.
+    with_state: with_state(frozen, state) -> the loss's first argument; default: `frozen`.
     finish: finish(old, new, metrics, examples, key) -> (new, metrics, norms) after the optimizer,
     where `metrics["total"]`, if there, is judged in place of the loss, and `norms` are those of
     further gradients; default: the moving average follows (`average`).
@@ -117,7 +117,7 @@ def make_step(
 def average(
     ema: schema.EMAConfig, old: Any, new: Any, metrics: dict, examples: Examples, key: jax.Array
 ) -> tuple[Any, dict, list]:
-    """The new state with its moving average brought up to date."""
+    """The new state with its moving average updated."""
     ema_params = train_state.update_ema(ema, old.ema_params, new.params, old.step)
     return new.replace(ema_params=ema_params), metrics, []
 
@@ -144,7 +144,8 @@ def _gradients(loss: Loss, config: schema.BaseTrainConfig, mesh: Mesh) -> Callab
             config.accumulate,
         )
 
-    if loss.per_example:  # sums of microbatches are float32, and so they are sent
+    if loss.per_example:
+        # sums over microbatches are float32, and are sent so: bfloat16 would lose small gradients
         dtype = config.dtype if config.accumulate == 1 else "float32"
         return sharding.data_parallel_gradients(gradients, mesh, dtype)
     if loss.gathers:

@@ -1,8 +1,8 @@
-"""The discriminator of a first stage: what it says of reconstructions, and how it learns.
+"""The discriminator of a first stage: its logits of reconstructions, and its own loss.
 
-Both as in `contperceptual.py` of the reference: BatchNorm sees real and reconstructed images in
-batches of their own. Under accumulation its batch is a microbatch, and running statistics take the
-mean of what the microbatches give.
+As in `contperceptual.py` of the reference, BatchNorm sees real and reconstructed images in separate
+batches. Under accumulation its batch is a microbatch, and the running statistics take the mean of
+the microbatches' statistics.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def fresh(config: schema.AutoencoderTrainConfig, key: jax.Array) -> tuple[dict, 
 
 
 def make_judge(config: schema.AutoencoderTrainConfig) -> Callable:
-    """judge(params, batch_stats, image) -> (logits, batch_stats with this batch taken in)."""
+    """judge(params, batch_stats, image) -> (logits, batch_stats updated with this batch)."""
     net = discriminator.from_config(config.discriminator, dtype=jnp.dtype(config.dtype))
 
     def judge(params: dict, batch_stats: dict, image: jax.Array) -> tuple[jax.Array, dict]:
@@ -43,7 +43,7 @@ def make_loss(config: schema.AutoencoderTrainConfig) -> Callable:
     """loss(params, stats, image, reconstruction, step) -> (scalar, metrics), of a microbatch.
 
     Metrics: "disc_loss" before regularization and `disc_factor`, "logits_real", "logits_fake",
-    "r1" and "lecam" where they have a weight, and under "batch_stats" what comes of these.
+    "r1" and "lecam" where they have a weight, and "batch_stats", the updated statistics.
     """
     judge, weights = make_judge(config), config.loss
 
@@ -78,11 +78,11 @@ def make_loss(config: schema.AutoencoderTrainConfig) -> Callable:
 
 
 def take_in(stats: dict, batch_stats: dict, metrics: dict | None = None) -> dict:
-    """The discriminator's {"batch_stats", "lecam"} after batches that gave these means.
+    """The discriminator's {"batch_stats", "lecam"} after batches with these statistics.
 
-    `metrics` are those of the discriminator's own loss, of which LeCam averages the logits.
+    metrics: of the discriminator's own loss; LeCam averages their logits.
     """
-    # a mean over microbatches is a float, whatever was averaged
+    # the mean over microbatches has turned ActNorm's `initialized` into a float
     kept = jax.tree.map(lambda new, old: new.astype(old.dtype), batch_stats, stats["batch_stats"])
     new = {**stats, "batch_stats": kept}
     if "lecam" in stats and metrics is not None:

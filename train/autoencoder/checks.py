@@ -1,4 +1,4 @@
-"""What the config of a first stage must fulfil before anything is written."""
+"""Checks of a first stage's config before anything is written."""
 
 from jax.sharding import Mesh
 
@@ -32,7 +32,7 @@ def first_stage(config: schema.AutoencoderTrainConfig, stream: data.Stream, mesh
                 f"loss.perceptual_lin {config.loss.perceptual_lin} goes with a file in"
                 " loss.perceptual_vgg, not with random features"
             )
-    stream.made[0]  # images that do not fit
+    stream.made[0]  # decodes one example, to refuse images that do not fit
 
 
 def _ranges(config: schema.AutoencoderTrainConfig) -> None:
@@ -65,7 +65,7 @@ def _latents(config: schema.AutoencoderTrainConfig) -> None:
     quantized = isinstance(config.model, schema.AutoencoderVQConfig)
     if quantized and config.loss.learn_logvar:
         raise ValueError(
-            "loss.learn_logvar is of KL latents; the error of quantized ones has no log-variance"
+            "loss.learn_logvar is for KL latents; the error of quantized ones has no log-variance"
         )
     revived = config.loss.revive_codes_after
     if revived and not quantized:

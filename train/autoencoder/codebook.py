@@ -11,7 +11,7 @@ from ldm_jax.models import quantize
 
 
 def trains(config: schema.AutoencoderTrainConfig) -> bool:
-    """Whether the recipe has a codebook and trains it."""
+    """True if the recipe has a codebook and trains it."""
     return isinstance(config.model, schema.AutoencoderVQConfig) and config.train_only == "all"
 
 
@@ -24,21 +24,21 @@ def start(config: schema.AutoencoderTrainConfig, params: dict) -> dict:
     if config.loss.revive_codes_after:
         codes["idle"] = jnp.zeros(len(codebook_nc), jnp.int32)
     if config.model.codebook_decay is not None:
-        # copies: the step donates its state, and one buffer cannot be given away twice
+        # copies: the step donates its state, and one buffer cannot be donated twice
         codes["averages"] = jax.tree.map(jnp.copy, quantize.start_averages(codebook_nc))
     return codes
 
 
 class Updated(NamedTuple):
-    """What a step leaves of a codebook and its surroundings."""
+    """A codebook, its optimizer state and metrics after a step."""
 
     params: dict
     opt_state: Any
     codes: dict
     metrics: dict[str, jax.Array]
-    """Of the whole batch: "perplexity", "used_codes", "code_usage" (their share), "revived"."""
+    """For the whole batch: "perplexity", "used_codes", "code_usage" (their share), "revived"."""
     replaced_n: jax.Array | None
-    """Which codes are new; None where codes are not revived."""
+    """Codes that are new, bool [n]; None where codes are not revived."""
 
 
 def update(
@@ -49,10 +49,10 @@ def update(
     latents: dict[str, jax.Array],
     key: jax.Array,
 ) -> Updated:
-    """After the optimizer's update, with the batch's latents "z" [B, h, w, c] and their "indices".
+    """Update the codebook after the optimizer, from the latents "z" [B, h, w, c] and "indices".
 
-    A codebook with a moving average follows it. Codes idle for `revive_codes_after` steps move to
-    latents of the batch; what the optimizer knew of them is forgotten.
+    A codebook with a moving average takes its values. Codes idle for `revive_codes_after` steps
+    move to latents of the batch, and their moments in the optimizer are reset.
     """
     codes, replaced_n = dict(codes), None
     codebook_nc = params["autoencoder"]["quantize"]["embedding"]
@@ -77,7 +77,7 @@ def update(
 
 
 def follow(ema_params: dict, updated: Updated) -> dict:
-    """The average of the weights, in which new codes start anew."""
+    """The moving average of the weights, with revived codes reset to their new values."""
     if updated.replaced_n is None:
         return ema_params
     codebook_nc = updated.params["autoencoder"]["quantize"]["embedding"]

@@ -1,4 +1,4 @@
-"""What a first stage makes of held-out images: metrics and pictures."""
+"""Evaluation of a first stage on held-out images: metrics and pictures."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def make_evaluate(
 ) -> Callable:
     """evaluate(params, suffix) -> {"eval/NAME" + suffix: mean over `eval_batches`}.
 
-    Use of the codebook is that of all these batches together.
+    The use of the codebook is measured over all these batches together.
     """
     batch_sharding = sharding.batch_sharding(mesh)
 

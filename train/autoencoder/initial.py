@@ -1,4 +1,4 @@
-"""A first stage that goes on from the weights of another one (`init_from`), its adversary too."""
+"""The start from the weights of another first stage (`init_from`), and of its discriminator."""
 
 from typing import Any, NamedTuple
 
@@ -15,22 +15,22 @@ from ldm_jax.train_state import GanState
 
 
 class Given(NamedTuple):
-    """What a run starts from: host arrays."""
+    """Weights that a run starts from: host arrays."""
 
     params: dict
-    """Of the autoencoder."""
+    """Parameters of the autoencoder."""
     disc: dict | None
     """{"params", "batch_stats"} of the discriminator; None: it starts anew, or there is none."""
     said: str
-    """What is told of the discriminator; "" where the config has none."""
+    """Log line about the discriminator; "" where the config has none."""
 
 
 def find(
     config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, shapes: GanState
 ) -> Given | None:
-    """What `init_from` holds; None without it, or in a run that has a checkpoint.
+    """The weights of `init_from`; None without it, or in a run that has a checkpoint.
 
-    Only reads. A discriminator that does not fit the config's is left, and that is told.
+    Only reads. A discriminator that does not fit the config's is left out, and reported.
     ValueError if the autoencoder is of another model, or if only the decoder should train and there
     is nothing to start from.
     """
@@ -57,7 +57,7 @@ def find(
 def _discriminator(
     config: schema.AutoencoderTrainConfig, shapes: GanState
 ) -> tuple[dict | None, str]:
-    """({"params", "batch_stats"} or None, what to tell of it)."""
+    """({"params", "batch_stats"} or None, log line about it)."""
     if config.discriminator is None:
         return None, ""
     path, kind = loading.recognise(config.init_from)
@@ -79,7 +79,7 @@ def _discriminator(
 
 
 def _published(path: epath.Path) -> tuple[dict | None, str]:
-    """(what a checkpoint of CompVis holds, its name), or (None, why)."""
+    """(discriminator of a CompVis checkpoint, its name), or (None, reason)."""
     try:
         return auxiliary.load_discriminator(path)[1], f"loss.discriminator of {path}"
     except ValueError as error:  # none, or no PatchGAN
@@ -87,7 +87,7 @@ def _published(path: epath.Path) -> tuple[dict | None, str]:
 
 
 def _kept(run: epath.Path) -> tuple[dict | None, str]:
-    """(what the newest checkpoint of a run holds, its name), or (None, why)."""
+    """(discriminator of a run's newest checkpoint, its name), or (None, reason)."""
     step = checkpoint.latest_step(run)
     if step is None or rundir.read_config(run).discriminator is None:
         return None, f"{run} has {'no checkpoint' if step is None else 'none'}"
@@ -101,7 +101,7 @@ def start(
 ) -> GanState:
     """The new state with the given autoencoder (its weights, average and codes) and discriminator.
 
-    The optimizers start anew. Says what became of the discriminator.
+    The optimizers start anew. Logs how the discriminator starts.
     """
     others = {n: jax.device_get(x) for n, x in state.params.items() if n != "autoencoder"}
     host = {"autoencoder": given.params, **others}

@@ -19,7 +19,7 @@ from ldm_jax.train.autoencoder import adversary, codebook, reconstruction
 from ldm_jax.train_state import GanState
 
 DRAWS = ("encode", "dropout", "disc_encode", "disc_dropout")  # one key per example for each
-REVIVE = "revive"  # and one key for all that is revived
+REVIVE = "revive"  # one key for all revived codes
 DISCRIMINATOR = 1  # folded into the key of INIT
 
 
@@ -34,7 +34,7 @@ def init_params(config: schema.AutoencoderTrainConfig, key: jax.Array) -> dict:
 
 
 class Optimizers(NamedTuple):
-    """Of the autoencoder and of the discriminator (None without one)."""
+    """Optimizers of the autoencoder and of the discriminator (None without one)."""
 
     tx: optax.GradientTransformation
     disc_tx: optax.GradientTransformation | None
@@ -42,7 +42,7 @@ class Optimizers(NamedTuple):
 
 
 def make_optimizers(config: schema.AutoencoderTrainConfig) -> Optimizers:
-    """What moves the parameters; encoder and codebook stay where only the decoder trains."""
+    """The optimizers of a config; encoder and codebook are frozen where only the decoder trains."""
     tx, learning_rate = train_state.make_optimizer(config.optimizer)
     disc_tx = None
     if config.discriminator is not None:
@@ -53,7 +53,7 @@ def make_optimizers(config: schema.AutoencoderTrainConfig) -> Optimizers:
 
 
 def _labels(params: dict) -> dict:
-    """Of every parameter "trains" or "stays", where only the decoder trains."""
+    """Label of every parameter, "trains" or "stays", where only the decoder trains."""
     parts = {n: "trains" if n in reconstruction.DECODER else "stays" for n in params["autoencoder"]}
     stage = {n: jax.tree.map(lambda _, n=n: parts[n], p) for n, p in params["autoencoder"].items()}
     return {n: stage if n == "autoencoder" else "trains" for n in params}
@@ -83,7 +83,7 @@ def abstract_state(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> tuple[G
 def init_state(
     config: schema.AutoencoderTrainConfig, key: jax.Array, mesh: Mesh
 ) -> tuple[GanState, GanState]:
-    """(state, its shardings): born sharded."""
+    """(state, its shardings), created sharded."""
     return sharding.init_sharded(functools.partial(fresh, config), key, mesh)
 
 
@@ -134,7 +134,7 @@ def make_loss(
             metrics["examples"] = {"z": outputs.z, "indices": outputs.indices}
         return value, metrics
 
-    # BatchNorm and the adaptive weight are of the whole batch, which the compiler splits
+    # not per example: BatchNorm and the adaptive weight depend on the whole batch, so XLA splits it
     return step.Loss(loss, {"perceptual": perceptual or {}}, DRAWS, gathers=True)
 
 
@@ -179,7 +179,7 @@ def make_train_step(
 def _after_update(
     config: schema.AutoencoderTrainConfig, old: GanState, new: GanState, codes: Any, key: jax.Array
 ) -> tuple[GanState, dict]:
-    """(state with its codebook and average brought up to date, metrics of the codebook)."""
+    """(state with its codebook and moving average updated, metrics of the codebook)."""
     if not codebook.trains(config):
         ema = train_state.update_ema(config.ema, old.ema_params, new.params, old.step)
         return new.replace(ema_params=ema), {}
@@ -200,7 +200,7 @@ def make_discriminator_update(
     """learn(state, batch_stats, step, examples) -> (state, metrics): the discriminator's update.
 
     `state` has the autoencoder's new parameters, `batch_stats` comes from its own loss. As in the
-    reference the reconstructions are made anew, of other samples of the posterior.
+    reference, images are reconstructed again, from other samples of the posterior.
     """
     reconstruct, loss = reconstruction.make(config, mesh), adversary.make_loss(config)
 
@@ -219,7 +219,7 @@ def make_discriminator_update(
         )
         del metrics["loss"]  # weighted
         updates, opt_state = tx.update(grads, state.disc_opt_state, state.disc_params)
-        started = step >= config.loss.disc_start  # before it, weight decay would go on alone
+        started = step >= config.loss.disc_start  # before, weight decay alone would change it
         updates = jax.tree.map(lambda u: jnp.where(started, u, 0.0), updates)
         stats = adversary.take_in(before, metrics.pop("batch_stats"), metrics)
         new = state.replace(
@@ -237,14 +237,14 @@ def make_eval_step(
 ) -> Callable:
     """evaluate(params, batch) -> metrics of held-out images, of a KL posterior's mode.
 
-    A quantized stage also gives "count_n", how often each code was taken.
+    A quantized stage also gives "count_n", the number of times each code was taken.
     """
     loss = make_loss(config, mesh, perceptual)
 
     def evaluate(frozen: dict, params: dict, batch: dict) -> dict:
         key = train_state.example_keys(
             jax.random.key(0), config.batch_size
-        )  # drawn from by nothing
+        )  # required, but the mode draws nothing
         examples = {"batch": {"image": batch["image"]}, "keys": dict.fromkeys(DRAWS, key)}
         _, metrics = loss(frozen, params, examples, False)
         latents = metrics.pop("examples", None)

@@ -1,4 +1,4 @@
-"""What a first stage makes of a batch: reconstruction, its likelihood, what regularizes latents.
+"""The first stage on a batch: reconstruction, its likelihood, regularization of the latents.
 
 `contperceptual.py` of the reference for KL latents, `vqperceptual.py` for quantized ones.
 """
@@ -17,7 +17,7 @@ from ldm_jax.convert import auxiliary
 from ldm_jax.models import attention, autoencoder, lpips
 from ldm_jax.runtime import rundir
 
-DECODER = ("post_quant_conv", "decoder")  # what `train_only: decoder` trains
+DECODER = ("post_quant_conv", "decoder")  # parts that `train_only: decoder` trains
 
 
 class Reconstruction(NamedTuple):
@@ -26,14 +26,14 @@ class Reconstruction(NamedTuple):
     image: jax.Array
     """Float32 [B, H, W, c], not clipped."""
     features: jax.Array
-    """What the decoder's last convolution was given."""
+    """Input of the decoder's last convolution."""
     regularization: jax.Array
     """Scalar: the weighted KL or the codebook's weighted loss."""
     metrics: dict[str, jax.Array]
     z: jax.Array
     """The latents, those of a quantized stage before their codes replace them."""
     indices: jax.Array | None
-    """Of its codes, int32 [B, h, w]; None without codes."""
+    """Indices of the codes, int32 [B, h, w]; None without a codebook."""
 
 
 def module(config: schema.AutoencoderTrainConfig, mesh: Mesh | None = None) -> Any:
@@ -82,7 +82,7 @@ def make(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Callable:
         apply = functools.partial(net.apply, {"params": params}, train=train, rngs=rngs)
         if isinstance(config.model, schema.AutoencoderVQConfig):
             parts = vq(apply, image, params["quantize"]["embedding"])
-            apply = functools.partial(apply, quantize=False)  # it is done
+            apply = functools.partial(apply, quantize=False)  # z is quantized already
         else:
             parts = kl(apply, image, keys, train)
         z, codes, regularization, metrics, indices = parts
@@ -155,6 +155,6 @@ def find_perceptual(config: schema.AutoencoderTrainConfig, workdir: epath.PathLi
 def keep_perceptual(
     config: schema.AutoencoderTrainConfig, run: epath.PathLike, params: dict
 ) -> None:
-    """Keeps the weights in the run, which then needs the files no more; random ones are made."""
+    """Keep the weights in the run, which then no longer needs the files; random ones are made."""
     if params and config.loss.perceptual_vgg != "random":
         rundir.write_frozen(run, "perceptual", params, None)

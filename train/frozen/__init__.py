@@ -1,4 +1,4 @@
-"""Parts that a diffusion model trains on and that do not train: first stage, text encoder."""
+"""Frozen parts of a diffusion model in training: first stage, text encoder."""
 
 from ldm_jax.train.frozen.parts import Frozen, Sources, find, prepare
 

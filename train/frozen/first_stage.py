@@ -67,7 +67,7 @@ def prepare(
     mesh: Mesh,
     stream: Any,
 ) -> tuple[Any, dict, float]:
-    """(module, placed parameters, latent scale) of what `find` gave; all kept in the run."""
+    """(module, placed parameters, latent scale) of the result of `find`; all kept in the run."""
     params, model = first_stage
     rundir.write_frozen(run, "first_stage", params, model)
     module = autoencoder.from_config(

@@ -1,4 +1,4 @@
-"""The frozen parts of a run at once: found, kept in the run, and placed on the mesh."""
+"""The frozen parts of a run together: load them, keep them in the run, place them on the mesh."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ def prepare(
     """The frozen parts, kept in the run at `workdir` and placed on the mesh.
 
     The latent scale is measured on `stream` if neither config nor run has it. `given` is the result
-    of `find`, called here by default; a run that is not there yet is begun.
+    of `find`, called here by default. A run that does not exist yet is created.
     """
     given = find(config, workdir) if given is None else given
     run, _ = rundir.open_run(workdir, config)

@@ -12,12 +12,12 @@ from ldm_jax.data import tokens
 from ldm_jax.runtime import rundir
 from ldm_jax.schema import serialize
 
-# texts that two tokenizers read alike only if they are the same, as far as a run is concerned
+# Texts that tell tokenizers apart: equal ids for all of them count as the same tokenizer.
 PROBE = ["", "A Red disc, 3 corners; größer", string.printable]
 
 
 class Text(NamedTuple):
-    """What a run needs to read captions."""
+    """Tokenizer and text encoder of a run with captions."""
 
     tokenizer: Any
     encoder: dict | None
@@ -25,7 +25,7 @@ class Text(NamedTuple):
 
 
 def trains(cond: schema.CondConfig) -> bool:
-    """Whether the learned part of a conditioning, if there is one, trains with the UNet."""
+    """True if the conditioning has a learned part and it trains with the UNet."""
     text = schema.text_of(cond)
     return text is None or text.trainable
 
@@ -59,7 +59,7 @@ def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> 
 def prepare(
     config: schema.LatentDiffusionTrainConfig, text: Text | None, run: epath.Path, mesh: Mesh
 ) -> dict | None:
-    """Keeps what `find` found in the run; parameters of a frozen encoder, placed, or None."""
+    """Keep the text parts in the run; returns a frozen encoder's placed parameters, or None."""
     if text is None:
         return None
     rundir.write_frozen_files(run, "tokenizer", text.tokenizer.save)

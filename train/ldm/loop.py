@@ -130,4 +130,4 @@ def check(
     if stream.source.num_classes is not None:
         kind = conditioning.kind_of(config.cond)
         kind.check_classes(config.cond, stream.source.num_classes)
-    stream.made[0]  # images that do not fit
+    stream.made[0]  # decodes one example, to refuse images that do not fit

@@ -1,4 +1,4 @@
-"""What a latent diffusion model trains: its parts, and the loss of a batch (`ddpm.py`).
+"""A latent diffusion model in training: its parts, and the loss of a batch (`ddpm.py`).
 
 Section 3.2 of the paper: the first stage is frozen, the UNet denoises its latents.
 """
@@ -69,15 +69,15 @@ def abstract_state(
 def init_state(
     config: schema.LatentDiffusionTrainConfig, key: jax.Array, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """(state, its shardings): born sharded."""
+    """(state, its shardings), created sharded."""
     return sharding.init_sharded(functools.partial(fresh, config), key, mesh)
 
 
 def make_loss(config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: Mesh) -> step.Loss:
     """loss(frozen_params, params, examples, train) -> (mean loss, metrics) of one microbatch.
 
-    Parameters are whole along fsdp. `examples` is {"batch": {...}, "keys": {draw: [B] keys}}: every
-    draw but dropout's depends on its example's key.
+    `params` are already gathered along fsdp. `examples` is {"batch": {...}, "keys": {draw: [B]
+    keys}}: every draw but dropout's depends on its example's key.
     """
     net, cond_stage = modules(config, mesh)
     schedule = diffusion.from_config(config.diffusion)

@@ -1,1 +1,1 @@
-"""`ldm-train plan`: programs compiled for devices that are not there."""
+"""`ldm-train plan`: programs compiled for devices that this machine does not have."""

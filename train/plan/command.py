@@ -1,4 +1,4 @@
-"""`ldm-train plan CONFIG --topology v5e:16x16`: what a run needs of devices that are not there."""
+"""`ldm-train plan CONFIG --topology v5e:16x16`: memory and time of a run on absent devices."""
 
 import contextlib
 import dataclasses
@@ -41,16 +41,16 @@ CHILD = (sys.executable, "-m", "ldm_jax.train.plan.programs")
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """Plan what a run needs of devices that are not there: memory, time, collectives."""
+    """Plan a run on devices that this machine does not have: memory, time, collectives."""
 
     topology: Annotated[str, arg(metavar="KIND:CHIPS")]
     """v5e:4x4, v5p:4x4x4, v6e:16x16: chips of a TPU slice; gpu:8: GPUs, as fake CPU devices."""
     slices: int = 1
-    """TPU slices; --mesh.dcn-data and the like say how the mesh lies over them."""
+    """TPU slices; --mesh.dcn-data and the like lay the mesh over them."""
     cached: bool = False
     """Train from cached latents, as with --cache.path."""
     first_stage_config: Annotated[str, arg(metavar="CONFIG:STAGE")] = ""
-    """CONFIG:STAGE whose first stage is taken, by shape; default: CONFIG:first_stage."""
+    """CONFIG:STAGE that gives the shapes of the first stage; default: CONFIG:first_stage."""
     sample: bool = False
     """Plan the sampler instead of the training step."""
     images: int = 0
@@ -62,11 +62,11 @@ class PlanOptions:
     space: int = 1
     """Devices that share an image of the sampler."""
     search: bool = False
-    """Where it does not fit, compile what would, the cheapest change first."""
+    """If it does not fit, compile changed configs until one fits, the cheapest change first."""
     out: flags.Dir = ""
     """Folder for results; default: plans, beside the compilation cache."""
     again: bool = False
-    """Compile anew though a result is there."""
+    """Compile again even if there is a result."""
     minutes: float = 0
     """Stop a compiler that takes longer; 0: never."""
 
@@ -108,7 +108,7 @@ def target_of(
     name: str,
     load: Callable[[str], schema.TrainConfig],
 ) -> Target:
-    """What is to be compiled. ValueError for options that do not fit each other."""
+    """The target of the options. ValueError for options that do not fit each other."""
     topology = topologies.parse(options.topology, options.slices)
     if isinstance(config, schema.AutoencoderTrainConfig):
         if options.sample or options.cached:
@@ -158,7 +158,7 @@ def _first_stage(
 
 
 def folder(options: PlanOptions) -> Path:
-    """Where results lie."""
+    """Folder of the results."""
     if options.out:
         return Path(options.out).expanduser().absolute()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ldm_jax" / "xla"
@@ -168,7 +168,7 @@ def folder(options: PlanOptions) -> Path:
 def shaped_by(target: Target) -> dict[str, Any]:
     """All that a program depends on beside versions: shapes and kinds in the config, devices.
 
-    The source code is not in it: after a change to it, compile with --again.
+    The source code is not included: after a change to it, compile with --again.
     """
     values = target.to_json()
     for field in BESIDE_THE_PROGRAM:
@@ -178,13 +178,13 @@ def shaped_by(target: Target) -> dict[str, Any]:
 
 
 def key(target: Target) -> str:
-    """Name of a target's result: a hash of what shapes the program and of the versions."""
+    """Name of a target's result: a hash of `shaped_by` and of the versions."""
     values = shaped_by(target) | {"versions": topologies.versions(target.topology)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _chosen(values: Any) -> Any:
-    """Of a config's values those that are not the defaults, so that a new option changes no key."""
+    """The values of a config that differ from the defaults, so that a new option changes no key."""
     if not isinstance(values, dict):
         return values
     defaults = serialize.to_dict(getattr(schema, values["class"])())
@@ -208,7 +208,7 @@ def compiled(
 ) -> Result:
     """The result of a target, from `root` if it is there.
 
-    Kept is also that it does not fit, or that the compiler crashed; not that it was stopped.
+    A result that does not fit and a crash of the compiler are kept too; a stopped compiler is not.
     """
     path = root / key(target)
     if (path / "result.json").exists() and not options.again:
@@ -232,14 +232,14 @@ def compiled(
 
 
 def keep(work: Path, path: Path) -> str | None:
-    """Moves a finished result to its place; its program's text."""
+    """Move a finished result to its place; returns the program's text."""
     path.mkdir(exist_ok=True)
     text = None
     if (work / "program.txt.gz").exists():
         os.replace(work / "program.txt.gz", path / "program.txt.gz")
         text = gzip.decompress((path / "program.txt.gz").read_bytes()).decode()
     os.replace(work / "log", path / "log")
-    os.replace(work / "result.json", path / "result.json")  # last: it says that all is there
+    os.replace(work / "result.json", path / "result.json")  # last: it marks a complete result
     for left in work.iterdir():
         left.unlink()
     work.rmdir()
@@ -250,7 +250,7 @@ def keep(work: Path, path: Path) -> str | None:
 
 
 def run_child(target: Target, work: Path, minutes: float, child: Sequence[str] = CHILD) -> dict:
-    """traced.json and compiled.json of a target; "failed" says how it ended if it did not."""
+    """traced.json and compiled.json of a target; "failed" describes a failure."""
     environment = os.environ | topologies.environment(target.topology)
     timed_out = False
     with (work / "log").open("w") as log, _ending_with_us():
@@ -277,7 +277,7 @@ def run_child(target: Target, work: Path, minutes: float, child: Sequence[str] =
 
 @contextlib.contextmanager
 def _ending_with_us() -> Iterator[None]:
-    """SIGTERM ends this process as an exception, which takes the compiler along."""
+    """Turn SIGTERM into an exception, so that the compiler's process ends too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -312,7 +312,7 @@ def how_it_failed(code: int, work: Path) -> dict[str, str]:
 def search(
     target: Target, result: Result, root: Path, options: PlanOptions, child: Sequence[str]
 ) -> bool:
-    """Compiles what may fit until something does; whether it did."""
+    """Compile changed configs until one fits; returns True if one did."""
     if "resident" not in result.about:
         return False
     for fields, text in reports.changes(target, result.about):

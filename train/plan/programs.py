@@ -1,7 +1,7 @@
-"""Compiles one program for devices that are not there: `python -m ldm_jax.train.plan.programs DIR`.
+"""Compile one program for absent devices: `python -m ldm_jax.train.plan.programs DIR`.
 
-A process of its own, because compilers crash and are killed. DIR/request.json says what; DIR gets
-traced.json once the program is traced, then program.txt.gz and compiled.json, or failed.json.
+A process of its own, because compilers crash and are killed. DIR/request.json holds the target; DIR
+gets traced.json once the program is traced, then program.txt.gz and compiled.json, or failed.json.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Target:
     config: schema.TrainConfig
     topology: topologies.Topology
     first_stage: schema.FirstStageModelConfig | None = None
-    """Of a latent diffusion model."""
+    """First stage of a latent diffusion model."""
     cached: bool = False
     """Training reads latents instead of images."""
     sample: bool = False
@@ -47,7 +47,7 @@ class Target:
     """Images of one call of the sampler."""
     height: int = 0
     width: int = 0
-    """Of these images, in pixels."""
+    """Size of these images in pixels."""
     space: int = 1
     """Devices that share an image of the sampler."""
 
@@ -75,7 +75,7 @@ class Program:
     jitted: Any
     arguments: tuple
     resident: dict[str, Any]
-    """Trees that lie on the devices while it runs, by what they are."""
+    """{name: tree} of the arrays that occupy the devices while it runs."""
 
 
 def build(target: Target, mesh: Mesh) -> Program:
@@ -88,7 +88,7 @@ def build(target: Target, mesh: Mesh) -> Program:
 
 
 def make_mesh(target: Target, devices: list[Any]) -> Mesh:
-    """That of training, or one whose `space` devices share an image."""
+    """The mesh of training, or one whose `space` devices share an image."""
     if target.space > 1:
         return sharding.spatial_mesh(target.space, devices)
     return sharding.make_mesh(target.config.mesh, devices)
@@ -253,7 +253,7 @@ def root_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def state_arrays(state: train_state.TrainState | train_state.GanState) -> dict[str, Any]:
-    """Trees of a state, by what they are."""
+    """{name: tree} of the arrays of a state."""
     arrays = {
         "parameters": state.params,
         "moments": state.opt_state,
@@ -277,7 +277,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def plain(target: Target) -> Target:
-    """The same without what a program computes twice: its operations are those of the model."""
+    """The target without remat and kernels: its operations are those of the model."""
     how = {"attention": "xla"}
     if not target.sample:
         how |= {"remat": False, "accumulate": 1}
@@ -285,7 +285,7 @@ def plain(target: Target) -> Target:
 
 
 def facts(target: Target, mesh: Mesh, program: Program, traced: Any) -> dict:
-    """What the traced program says before anything is compiled."""
+    """Facts of the traced program before it is compiled."""
     ideal = build(plain(target), mesh)
     operations = flops.count(ideal.jitted.trace(*ideal.arguments).jaxpr)
     kernels = [
@@ -307,7 +307,7 @@ def facts(target: Target, mesh: Mesh, program: Program, traced: Any) -> dict:
 
 
 def compile_target(folder: Path) -> None:
-    """Compiles what DIR/request.json asks for."""
+    """Compile the target in DIR/request.json."""
     target = Target.from_json(json.loads((folder / "request.json").read_text()))
     began = time.perf_counter()
     mesh = make_mesh(target, topologies.devices(target.topology))

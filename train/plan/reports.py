@@ -1,4 +1,4 @@
-"""What a compiled program costs, as text for people; and what to change where it does not fit."""
+"""Report of a compiled program's cost, with advice where it does not fit."""
 
 import math
 from collections import Counter
@@ -10,11 +10,11 @@ from ldm_jax.train.plan.programs import Target
 
 SOURCES = ("cycles", "kernels", "sentinels", "copies", "collectives", "network")
 SMALL = 2**20
-"""Bytes up to which a collective is no parameter and no activation: metrics, norms."""
+"""Bytes up to which a collective counts as small: metrics and norms."""
 
 
 class Result(NamedTuple):
-    """What is known of a program; without a text it was not compiled."""
+    """Facts of a program; without a text it was not compiled."""
 
     about: dict[str, Any]
     """`traced.json`, `compiled.json` and `failed.json` in one."""
@@ -27,13 +27,13 @@ def needed(about: dict) -> float:
 
 
 def unread(about: dict) -> float:
-    """Bytes that lie there though the program does not read them, as a first stage beside cached
+    """Bytes on the device that the program does not read, as a first stage beside cached
     latents."""
     return max(0, sum(about["resident"].values()) - about["argument"])
 
 
 def fits(target: Target, about: dict) -> bool:
-    """Whether it was compiled into the memory of a chip, with all that lies there."""
+    """True if it was compiled into the memory of a chip, with all that is resident there."""
     if "failed" in about or "temp" not in about:
         return False
     chip = target.topology.chip
@@ -41,7 +41,7 @@ def fits(target: Target, about: dict) -> bool:
 
 
 def kernels_of(about: dict) -> dict[str, dict]:
-    """Of `traced.json`, as `tpu_cost.estimate` takes them."""
+    """Operations of the kernels in `traced.json`, as `tpu_cost.estimate` takes them."""
     kernels: dict[str, dict] = {}
     for name, shapes, operations in about["kernels"]:
         kernels.setdefault(name, {})[tuple(map(tuple, shapes))] = operations
@@ -49,7 +49,7 @@ def kernels_of(about: dict) -> dict[str, dict]:
 
 
 def estimate(target: Target, result: Result) -> tpu_cost.Estimate:
-    """Time and collectives; of a GPU only the collectives mean something."""
+    """Time and collectives; for a GPU only the collectives are meaningful."""
     chip = target.topology.chip or tpu_cost.CHIPS["v5e"]
     return tpu_cost.estimate(result.text, chip, kernels_of(result.about))
 
@@ -73,7 +73,7 @@ def render(target: Target, result: Result) -> str:
 
 
 def title(target: Target) -> str:
-    """What was planned, in one line."""
+    """The target in one line."""
     config, n = target.config, target.topology.num_devices
     what = "sampling" if target.sample else "training step"
     if target.sample:
@@ -93,7 +93,7 @@ def _mesh(about: dict) -> str:
 
 
 def gb(size: float) -> str:
-    """Bytes as 10^9, few as 10^6."""
+    """Bytes in GB, small numbers in MB, as text."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
@@ -150,8 +150,10 @@ def time_lines(target: Target, about: dict, cost: tpu_cost.Estimate) -> list[str
 
 
 def kind_of(transfer: tpu_cost.Transfer, about: dict) -> str:
-    """ "parameters" (or their gradients), "small" or "activations", by shape: what has the size of
-    a parameter, or of its part on a device, is one."""
+    """Kind of a collective by size: "parameters" (or their gradients), "small" or "activations".
+
+    An array of the size of a parameter, or of its part on a device, counts as one.
+    """
     sizes = {math.prod(dims) for pair in about["parameters"] for dims in pair}
     known = [math.prod(array.dims) in sizes for array in transfer.arrays]
     if transfer.bytes <= SMALL:
@@ -208,12 +210,12 @@ def _grouped(buffers: list[hlo_memory.Buffer]) -> list[tuple[tuple[str, int], in
 
 
 def failure(target: Target, about: dict) -> list[str]:
-    """How the compiler ended, why that may be, and what to change."""
+    """Lines on the compiler's failure, its likely cause, and the remedy."""
     failed = about["failed"]
     lines = ["", f"not compiled: {failed['how']}"]
     logits = about.get("largest_logits")
     if failed["kind"] == "memory":
-        lines.append("  it fits no better on the hardware: this is the compiler's own count")
+        lines.append("  it would not fit on the hardware either: this is the compiler's own count")
     elif failed["kind"] == "killed":
         lines.append(
             "  SIGKILL is what the kernel sends when memory runs out: compiling takes 5 to 20 GB"
@@ -233,7 +235,7 @@ def failure(target: Target, about: dict) -> list[str]:
 
 
 def advice(target: Target, about: dict) -> list[str]:
-    """What would make it fit, by rule: nothing here was compiled."""
+    """Lines with changes that should make it fit, by rule: none of them was compiled."""
     chip = target.topology.chip
     memory = about.get("failed", {}).get("kind") == "memory"
     if chip is None or "resident" not in about or fits(target, about):
@@ -243,7 +245,7 @@ def advice(target: Target, about: dict) -> list[str]:
     suggestions = [f"  {text}" for _, text in changes(target, about) if text] or [
         "  fewer images per device, or a larger slice"
     ]
-    return ["", "what would make it fit (by rule; --search compiles it):", *suggestions]
+    return ["", "changes that should make it fit (by rule; --search compiles them):", *suggestions]
 
 
 def changes(target: Target, about: dict) -> list[tuple[dict, str]]:
@@ -259,7 +261,9 @@ def changes(target: Target, about: dict) -> list[tuple[dict, str]]:
     if target.sample:
         return advised
     if not config.remat:
-        advised.append(({"remat": True}, "--remat: keeps what enters a block, computes it again"))
+        advised.append(
+            ({"remat": True}, "--remat: keeps the inputs of blocks, and recomputes the rest")
+        )
     examples = config.batch_size // (mesh["data"] * mesh["fsdp"])
     accumulate = config.accumulate * 2
     while examples % accumulate == 0 and accumulate <= examples:

@@ -1,4 +1,4 @@
-"""Machines that need not be there: TPU slices by name, or so many GPUs as fake CPU devices."""
+"""Topologies of absent machines: TPU slices by name, or a number of GPUs as fake CPU devices."""
 
 import dataclasses
 import importlib.metadata
@@ -19,7 +19,7 @@ TPU_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # the compiler's threads keep a fifth less memory
 }
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3}
-"""Of the network between the chips of a slice."""
+"""Dimensions of the network between the chips of a slice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """In all slices."""
+        """Devices of all slices."""
         return math.prod(self.sizes) * self.slices
 
     @property
@@ -54,7 +54,7 @@ class Topology:
 def parse(text: str, slices: int = 1) -> Topology:
     """The topology of `v5e:16x16`, `v5p:4x4x4`, `v6e:16x16` or `gpu:8`.
 
-    ValueError says what is wrong with the text, and what is right.
+    ValueError names the fault in the text and the valid forms.
     """
     kind, _, layout = text.partition(":")
     known = ", ".join((*DIMENSIONS, "gpu"))
@@ -91,7 +91,8 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def check_compiler(topology: Topology) -> None:
-    """ImportError if the topology's compiler is not installed, with the command that does it."""
+    """ImportError if the topology's compiler is not installed, with the command that installs
+    it."""
     if topology.kind != "gpu" and importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             f"no compiler for {topology.name}: libtpu is not installed, which needs no TPU:"
@@ -110,14 +111,14 @@ def wanted_libtpu() -> str:
 
 
 def versions(topology: Topology) -> dict[str, str]:
-    """Of all packages that shape the program."""
+    """Versions of all packages that affect the program."""
     names = ("jax", "jaxlib", "flax", "optax", "ldm-jax")
     names += () if topology.kind == "gpu" else ("libtpu",)
     return {name: version(name) for name in names}
 
 
 def version(name: str) -> str:
-    """Of an installed package, or "unknown"."""
+    """Version of an installed package, or "unknown"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

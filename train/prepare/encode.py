@@ -1,6 +1,6 @@
 """Writes the latents of a data set once: `ldm-train encode CONFIG --workdir CACHE [...]`.
 
-Moments of the posterior rather than samples of it, so that training draws anew at every step.
+It writes moments of the posterior, not samples, so that training draws new samples at every step.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ SPLITS = ("train", "eval")
 def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> int:
     """Encodes both splits into the folder `workdir`, going on where it stopped; an exit code.
 
-    Every process writes its own shards with its own devices; nobody waits until the end.
+    Every process writes its own shards with its own devices, and waits for the others at the end.
     """
     check(config)
     path = checkpoint.absolute(workdir)
@@ -80,7 +80,7 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
 
 
 def check(config: schema.LatentDiffusionTrainConfig) -> None:
-    """ValueError for settings under which no cache can be made."""
+    """ValueError for settings without a valid cache."""
     if config.cache.path:
         raise ValueError("--cache.path names the cache to train from; encode writes to --workdir")
     if config.cache.views < 1 or config.cache.records_per_shard < 1:
@@ -192,7 +192,7 @@ def make_encoder(
         return dict(zip(cache.MOMENTS, moments))
 
     jitted = jax.jit(run)
-    # one of several processes may not hand host arrays to a jitted function that splits them
+    # with several processes a jitted function cannot split host arrays: they are placed first
     return lambda params, image: jitted(params, sharding.place(image, split))
 
 
@@ -200,11 +200,11 @@ class Read(NamedTuple):
     """A record, ready to be encoded."""
 
     image: np.ndarray
-    """float32 [views * flips, H, W, c]: every view, mirrored after it is not."""
+    """float32 [views * flips, H, W, c]: every view, plain and then mirrored."""
     beside: dict[str, Any]
-    """What the cache keeps as it is; see `cache.CacheSource`."""
+    """Fields that the cache keeps unencoded; see `cache.CacheSource`."""
     bad: tuple[int, ...]
-    """Records that could not be decoded on the way to it."""
+    """Records before it that could not be decoded."""
 
 
 class Reader:
@@ -216,7 +216,7 @@ class Reader:
         self.source, self.seed = source, config.seed
         self.views = config.cache.views if train else 1
         self.flips = 2 if train and config.data.flip else 1
-        # once its views are made a record does not come again: none is kept
+        # each record is read once, for all its views: a record cache would be useless
         images = dataclasses.replace(config.data, flip=False, keep_mib=0)
         self._make = examples.MakeExample(source, images, train)
 
@@ -272,7 +272,8 @@ def records_of(
 def _cut(
     part: list[Read], moments: dict[str, jax.Array], read: Reader, dtype: str
 ) -> Iterator[dict[str, Any]]:
-    """One record after the other out of a call. FloatingPointError for moments without a value."""
+    """Split the result of a call into records. FloatingPointError for moments that are not
+    finite."""
     host = {name: np.asarray(x, np.float32) for name, x in moments.items()}
     each = read.views * read.flips
     for i, one in enumerate(part):

@@ -1,7 +1,7 @@
 """Packs a folder of images: `ldm-train pack CONFIG --workdir PACKED --data.source.path IMAGES`.
 
-A file for every image is slow to read from network storage; a few thousand in one ArrayRecord file
-are not. Images stay encoded as they are. What is written here, `ldm_jax.data.packed` reads.
+One file per image is slow to read from network storage; ArrayRecord files of a few thousand are
+fast. Images stay encoded as they are. `ldm_jax.data.packed` reads the result.
 """
 
 import dataclasses
@@ -28,13 +28,14 @@ SPLITS = ("train", "eval")
 def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = 4096) -> int:
     """Packs both splits into the folder `workdir`, going on where it stopped; an exit code.
 
-    Every process writes its own shards; nobody waits until the end. An image that cannot be decoded
-    is left out, named and counted: RuntimeError for more than `config.max_bad_records` of them.
+    Every process writes its own shards, and waits for the others at the end. An image that cannot
+    be decoded is left out, named and counted: RuntimeError for more than `config.max_bad_records`
+    of them.
     """
     if not isinstance(config.source, schema.FolderConfig):
+        kind = type(config.source).__name__.removesuffix("Config").lower()
         raise ValueError(
-            f"pack takes images in a folder, and data.source is {type(config.source).__name__}:"
-            " use a config like `folder`"
+            f"pack takes images in a folder, and data.source is {kind}: use a config like `folder`"
         )
     path = checkpoint.absolute(workdir)
     if packed.is_packed(config.source.path):
@@ -123,7 +124,7 @@ def open_folder(path: epath.Path, meta: dict[str, Any]) -> None:
 
 
 class Read(NamedTuple):
-    """A record, or why there is none."""
+    """A record, or the reason why there is none."""
 
     record: dict[str, Any]
     reason: str | None
@@ -169,12 +170,12 @@ def records_of(
 
 
 def summary_path(path: epath.Path, shard: cache.Shard) -> epath.Path:
-    """The file that says that a shard is whole."""
+    """File that marks a complete shard."""
     return path / f"{epath.Path(shard.name).stem}.json"
 
 
 def write_summary(path: epath.Path, shard: cache.Shard, left_out: list[list[str]]) -> None:
-    """Every process writes those of its own shards, when they are whole."""
+    """Write the summary of a complete shard, in the process that wrote it."""
     values = {"records": shard.last - shard.first - len(left_out), "left_out": left_out}
     storage.write_whole(summary_path(path, shard), _json(values).encode())
 

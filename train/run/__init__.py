@@ -1,1 +1,1 @@
-"""What surrounds a training step: the loop, what is said and measured, stops, restarts."""
+"""The surroundings of a training step: loop, logs, measurements, stops, restarts."""

@@ -1,12 +1,13 @@
 """Goodput: the share of a run's time that went into its training steps; and model FLOPs (MFU).
 
-Time counts from the first start of the run, over all its starts. Not training is: starting,
+Time counts from the first start of the run, over all its starts. Lost for training are: starting,
 restoring and compiling; evaluating, drawing and tracing; saving, as long as the loop waits for it;
-waiting for data while the device has nothing to do; steps after the last checkpoint of a start that
-died, which are made again; and the time from that checkpoint until the run goes on. Between an
-orderly stop (SIGTERM, the last step) and the next start no time counts.
+waiting for data while the device is idle; steps after the last checkpoint of a start that died,
+which are repeated; and the time from that checkpoint until the run goes on. Between an orderly stop
+(SIGTERM, the last step) and the next start no time counts.
 
-Times so far go into each checkpoint, so they are those of its step, whichever one is restored.
+The times so far are saved in each checkpoint, so that they belong to its step, whichever checkpoint
+is restored.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ import jax
 
 from ldm_jax.cost import tpu_cost
 
-# Published dense bfloat16 operations per second of a device of this kind: the longest name that is
-# part of `device_kind` holds.
+# Published dense bfloat16 operations per second by device; of the names that are part of
+# `device_kind`, the longest counts.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": tpu_cost.CHIPS["v5e"].operations,
@@ -36,13 +37,13 @@ PEAKS = {
 
 
 def peak(device: jax.Device) -> float | None:
-    """Operations per second that the device can do at most; None where nobody has said."""
+    """Peak operations per second of a device; None for an unknown one."""
     names = [name for name in PEAKS if name in device.device_kind]
     return PEAKS[max(names, key=len)] if names else None
 
 
 class Clock:
-    """Adds up what one run spends its time on; asked by the loop, written into checkpoints."""
+    """Accounts for the time of one run; read by the loop, saved in checkpoints."""
 
     def __init__(self, started: float, kept: Mapping[str, Any] | None = None) -> None:
         """started: `time.time()` of this start; kept: `spent` of the checkpoint it goes on from."""
@@ -55,7 +56,7 @@ class Clock:
         self.lost = 0.0
         self.begun: float | None = None
         self.made: jax.Array | None = None
-        """Something that the latest step computes."""
+        """An output of the latest step: ready when the device is idle."""
 
     def begin(self) -> None:
         """The first step is about to be made."""
@@ -69,7 +70,7 @@ class Clock:
         self.lost += time.time() - start
 
     def batches(self, batches: Iterator) -> Iterator:
-        """The same batches. A wait for one is lost if the device ends what it was given before."""
+        """The same batches. A wait for one counts as lost if the device was idle when it came."""
         while True:
             start = time.time()
             try:
@@ -91,7 +92,7 @@ class Clock:
         return trained / max(wall, 1e-9)
 
     def spent(self, orderly: bool) -> dict[str, Any]:
-        """What the next start goes on from; orderly: the run ends here on purpose."""
+        """Times for the next start to continue; orderly: the run ends here on purpose."""
         trained, wall = self._now()
         times = {"trained_s": trained, "wall_s": wall, "time": time.time()}
         return {**{name: round(value, 3) for name, value in times.items()}, "orderly": orderly}

@@ -1,8 +1,9 @@
-"""Log of every process, in RUN/logs: what it said, warned of and failed with.
+"""Log of every process, in RUN/logs: its messages, warnings and errors.
 
-    RUN/logs/0003/000001.log    of process 3, part 1: a part for every start, and every 64 KiB
+    RUN/logs/0003/000001.log    process 3, part 1: a new part at every start, and every 64 KiB
 
-A part is written anew as a whole, in the background, at most once in a few seconds.
+A part is rewritten as a whole, in the background, at most once in a few seconds: object stores
+cannot append.
 """
 
 import contextlib
@@ -23,10 +24,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class RunLog(logging.Handler):
-    """Keeps lines in memory until `begin` says where they go, then writes parts.
-
-    Nothing is written, and no run touched, before that.
-    """
+    """Keeps lines in memory until `begin` gives the run, then writes parts there."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -39,7 +37,7 @@ class RunLog(logging.Handler):
         threading.Thread(target=self._write_on, daemon=True, name="run log").start()
 
     def begin(self, run: epath.Path, process: int) -> None:
-        """From now on the lines, those until now included, go to the run."""
+        """Write all lines to the run from now on, including those so far."""
         folder = run / "logs" / f"{process:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         parts = [int(path.stem) for path in folder.iterdir() if path.stem.isdigit()]
@@ -52,7 +50,7 @@ class RunLog(logging.Handler):
         self.changed.set()
 
     def flush(self) -> None:
-        """Writes what is new, here and now."""
+        """Write new lines at once, in this thread."""
         with self.writing:
             self.changed.clear()
             if self.folder is None or not self.lines:
@@ -107,14 +105,14 @@ def kept() -> Iterator[None]:
 
 
 def begin(run: epath.Path) -> None:
-    """The run that this process's lines go to; without `kept` around, nothing."""
+    """Set the run of this process's log; outside of `kept`, do nothing."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, RunLog):
             handler.begin(run, jax.process_index())
 
 
 def flush(seconds: float | None = None) -> None:
-    """Writes what there is, for those who leave without a clean end; waits `seconds` at most."""
+    """Write all lines before an exit without clean-up; waits `seconds` at most."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, RunLog):
             thread = threading.Thread(target=handler.flush, daemon=True)

@@ -33,7 +33,7 @@ from ldm_jax.train.run.watchdog import Watch
 
 
 def plain(config: schema.BaseTrainConfig) -> schema.BaseTrainConfig:
-    """The config without remat and kernels: its step counts no operation twice and all of them."""
+    """The config without remat and kernels, whose step has each operation of the model once."""
     return dataclasses.replace(config, remat=False, attention="xla")
 
 
@@ -43,7 +43,7 @@ def averaged(state: Any) -> dict:
 
 
 def ended(config: schema.BaseTrainConfig, run: epath.Path, state: Any) -> bool:
-    """Whether `config.steps` are made already; says so."""
+    """True, with a log line, if `config.steps` are made already."""
     if (step := int(state.step)) < config.steps:
         return False
     LOG.info(f"{run}: already at step {step} of {config.steps}; raise --steps to go on")
@@ -51,7 +51,7 @@ def ended(config: schema.BaseTrainConfig, run: epath.Path, state: Any) -> bool:
 
 
 def is_due(interval: int, step: int) -> bool:
-    """Whether `step` is one of every `interval`; 0 is never."""
+    """True if `step` is a multiple of `interval`; never for 0."""
     return bool(interval) and step % interval == 0
 
 
@@ -74,7 +74,7 @@ class Loop:
 
         manager: closed at the end, when the checkpoint under way is finished.
         started: `time.time()` when this start began.
-        watch: told where the loop stands.
+        watch: notified of every step.
         """
         self.config, self.run, self.mesh = config, run, mesh
         self.stream, self.manager, self.first = stream, manager, int(state.step)
@@ -87,7 +87,7 @@ class Loop:
         self.exit_code = cli.INTERRUPTED
 
     def compile(self, step: Any, state: Any, root: jax.Array, model_step: Callable) -> Callable:
-        """`step` compiled ahead of the first batch. model_step() makes that of the `plain` config.
+        """Compile `step` ahead of the first batch. model_step() makes that of the `plain` config.
 
         Its operations are the model's, which the monitor compares with the device's peak.
         """
@@ -103,7 +103,7 @@ class Loop:
 
     def __enter__(self) -> "Loop":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.manager)  # on an error's way out, too, the save is finished
+            stack.enter_context(self.manager)  # also after an error, the save under way is finished
             self._stopping = stack.enter_context(stop.on_signal())
             place = sharding.batch_sharding(self.mesh)
             batches = stack.enter_context(data.prefetch(self.stream, self.first, place))
@@ -121,7 +121,7 @@ class Loop:
             self.monitor.close()
 
     def traced(self, i: int) -> contextlib.AbstractContextManager:
-        """Around the step after `i` others: a trace, if it is in the window of --profile."""
+        """Context of the step after `i` others: traced if it is in the window of --profile."""
         return self.profile.traced(i)
 
     def made(self, step: int, state: Any, metrics: dict) -> None:
@@ -140,7 +140,7 @@ class Loop:
                 self.profile.close()
 
     def due(self, what: str, step: int) -> bool:
-        """Whether `what` of `config.intervals` is due; at the last step unless it is 0."""
+        """True if `what` of `config.intervals` is due; also at the last step, unless it is 0."""
         interval = getattr(self.config.intervals, what)
         return is_due(interval, step) or (step == self.config.steps and bool(interval))
 
@@ -154,11 +154,11 @@ class Loop:
         self.monitor.pause()
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Write metrics of an evaluation, aloud."""
+        """Write the metrics of an evaluation, also to the terminal."""
         self.monitor.write(step, values, aloud=True)
 
     def stops(self, step: int) -> bool:
-        """Whether the loop ends with this step: the last one, or a signal. Ask once a step."""
+        """True if the loop ends with this step: the last one, or a signal. Call once a step."""
         interrupted = self._stopping(step)
         if step == self.config.steps:
             self.exit_code = 0
@@ -184,6 +184,6 @@ class Loop:
 
 
 def _spent(manager: Manager, first: int) -> dict[str, Any] | None:
-    """The time until checkpoint `first`, as it says; None without one, or in an older version's."""
+    """Times in checkpoint `first`; None without one, or in one of an older version."""
     folder = epath.Path(manager.directory) / str(first)
     return checkpoint.read_meta(folder).get("clock") if folder.exists() else None

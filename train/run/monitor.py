@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress bar, metrics on disk, facts of the compiled step."""
+"""Progress bar, metrics on disk and facts of the compiled step of a run."""
 
 import collections
 import math
@@ -17,7 +17,7 @@ from ldm_jax.runtime import rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import goodput
 
-# steps/s also where a step takes seconds; tqdm would turn it into s/step
+# always steps/s: tqdm would switch to s/step for slow steps
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
@@ -29,7 +29,7 @@ def count_parameters(params: Any) -> int:
 def compile_step(
     step: Any, *args: Any, model_step: Callable | None = None
 ) -> tuple[Callable, float]:
-    """(`step` compiled ahead of the loop, operations of the model in one step); says what it costs.
+    """(`step` compiled ahead of the loop, operations of the model in one step); logs its cost.
 
     step: as of `step.make_step`. model_step(): the same without remat and with plain
     attention, whose operations count where a peak is known to compare them with.
@@ -68,7 +68,7 @@ def summary_writer() -> type:
 class Monitor:
     """Progress bar, JSONL parts and TensorBoard of one run; only process 0 writes.
 
-    Metrics are fetched one step late, so the device is never waited for.
+    Metrics are fetched one step late, so that the host never waits for the device.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Monitor:
         clock: goodput.Clock | None = None,
         work: float = 0.0,
     ) -> None:
-        """clock: what goodput is read from; work: operations of the model in one step."""
+        """clock: gives the goodput; work: operations of the model in one step."""
         self.workdir, self.batch_size = workdir, batch_size
         self.clock, self.work, self.peak = clock, work, goodput.peak(jax.devices()[0])
         self.main = jax.process_index() == 0
@@ -114,12 +114,12 @@ class Monitor:
             self._fetch()
 
     def catch_up(self) -> None:
-        """Fetches what is pending: to be called where the device is waited for anyway."""
+        """Fetch pending metrics; called where the host waits for the device anyway."""
         while self.pending:
             self._fetch()
 
     def flush(self) -> None:
-        """Waits for what is pending and writes the lines so far as one numbered part."""
+        """Wait for pending metrics and write the lines so far as one numbered part."""
         self.catch_up()
         if self.lines and self.main:
             rundir.write_metrics(self.workdir, self.lines)
@@ -142,7 +142,8 @@ class Monitor:
             self._to_board(step, values)
 
     def _to_board(self, step: int, values: dict[str, float]) -> None:
-        # on a full disk its thread dies, and what comes when its queue is full would wait for ever
+        # on a full disk the writer's thread dies; once its queue is full, adding would block for
+        # ever
         if self.board is not None and not self.board.file_writer.event_writer._worker.is_alive():
             self.board = None
             LOG.info("TensorBoard's file could not be written: another is begun")
@@ -150,9 +151,9 @@ class Monitor:
             try:
                 self.board = self.board_type(str(self.workdir / "tensorboard"), max_queue=1000)
             except OSError:
-                return  # metrics/ says what is wrong with the disk
+                return  # writing metrics/ reports the fault of the disk
         for name, value in values.items():
-            if math.isfinite(value):  # it warns of others, on lines of its own
+            if math.isfinite(value):  # tensorboardX prints a warning for each other value
                 self.board.add_scalar(name, value, step)
 
     def pause(self) -> None:
@@ -186,7 +187,7 @@ class Monitor:
 
 
 def _postfix(values: dict[str, float]) -> str:
-    """What the bar says of the latest metrics, percentages without their fractions."""
+    """Text of the bar for the latest metrics, percentages as whole numbers."""
     shown = [f"loss {values['loss']:.4f}"]
     if "images_per_s_per_device" in values:
         shown.append(f"{values['images_per_s_per_device']:.1f} images/s/device")

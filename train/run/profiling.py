@@ -2,7 +2,8 @@
 
     RUN/profile/plugins/profile/steps_000100_000105/process_0000.xplane.pb
 
-Every process traces itself. The profiler writes local files only, so they are made elsewhere first.
+Every process traces itself. The profiler writes local files only, which are then copied into the
+run.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ def window(value: str, steps: int) -> range | None:
 
 
 class Profile:
-    """Traces the steps of a window, those of them that this start of the run makes."""
+    """Traces the steps of a window that this start of the run makes."""
 
     def __init__(self, run: epath.Path, steps: range | None, first: int) -> None:
         self.run, self.steps = run, steps
@@ -59,11 +60,11 @@ class Profile:
             yield
 
     def ends(self, step: int) -> bool:
-        """Whether the window ends with `step` steps made."""
+        """True if the window ends with `step` steps made."""
         return self.local is not None and step >= self.steps.stop
 
     def close(self) -> None:
-        """Ends a trace under way, of what is computed so far, and keeps it."""
+        """End a trace under way, and keep its steps so far."""
         if self.local is None:
             return
         jax.profiler.stop_trace()

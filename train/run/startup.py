@@ -1,4 +1,4 @@
-"""The start of a run: checked, opened or resumed, and what it says of itself."""
+"""The start of a run: checks, opening or resuming, and its report."""
 
 import dataclasses
 import importlib.metadata
@@ -53,7 +53,7 @@ def warn_of_single_channels(config: schema.BaseTrainConfig) -> None:
 
 
 def open_run(workdir: epath.PathLike, config: schema.BaseTrainConfig) -> epath.Path:
-    """The run at `workdir`, begun or gone on with; its log begins, and changes are said."""
+    """The run at `workdir`, created or resumed; begins its log, and reports changed fields."""
     run, changes = rundir.open_run(workdir, config)
     logs.begin(run)
     for change in changes:
@@ -70,7 +70,7 @@ def resume(run: epath.Path, manager: Manager, shapes: Any, shardings: Any) -> An
 
 
 def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.Stream) -> None:
-    """Says it once; the log of every process also says what is its own."""
+    """Report the run once, and in the log of every process the part of that process."""
     trees = dict(state.params)
     if getattr(state, "disc_params", None):
         trees["discriminator"] = state.disc_params

@@ -16,7 +16,7 @@ from ldm_jax.train.run.monitor import Monitor
 
 @contextlib.contextmanager
 def on_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields stopping(step) -> bool, to be asked once per step by every process.
+    """Yields stopping(step) -> bool, called once per step by every process.
 
     With several processes, SIGTERM to one of them reaches all: JAX's preemption notifier agrees on
     a step a little ahead, and each process gets True at that step. SIGINT is passed on as SIGTERM.

@@ -1,7 +1,7 @@
-"""`ldm-train ... --restart on-failure`: the command as a process of its own, again if it fails.
+"""`ldm-train ... --restart on-failure`: run the command in a child process, again if it fails.
 
-The process tells through a pipe where it stands (`watchdog.tell`). With several hosts each has a
-supervisor that restarts its own process; they meet again where jax.distributed starts.
+The child reports its progress through a pipe (`watchdog.tell`). With several hosts each has a
+supervisor that restarts its own process; the new processes meet in jax.distributed's start.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import watchdog
 
 LONGEST_DELAY = 300.0  # seconds
-USAGE = 2  # exit code of a command line that is wrong
-TOOK = (0, cli.INTERRUPTED, USAGE, 130)  # exit codes after which nothing is to be done again
+USAGE = 2  # exit code for a wrong command line
+TOOK = (0, cli.INTERRUPTED, USAGE, 130)  # exit codes without a restart
 POLL = 0.1  # seconds
 
 
@@ -42,18 +42,18 @@ class Restart:
 
 @dataclasses.dataclass
 class End:
-    """How a process ended."""
+    """The end of a process."""
 
     code: int
     """Exit code; negative: the signal that killed it."""
     told: dict[str, Any]
-    """The last that it told of itself."""
+    """Its last report."""
     hung: bool = False
-    """Whether it was killed from here, because it gave no sign of life."""
+    """True if the supervisor killed it, because it gave no sign of life."""
 
 
 def is_asked_for(restart: Restart) -> bool:
-    """Whether a run is to be started again; ValueError for numbers that cannot be, or no effect."""
+    """True if --restart is on. ValueError for numbers out of range, or without effect."""
     for name in ("max_restarts", "restart_delay"):
         value, flag = getattr(restart, name), f"--{name.replace('_', '-')}"
         if not 0 <= value < 1e6:
@@ -69,7 +69,7 @@ def say(message: str) -> None:
 
 
 def supervise(command: Sequence[str], restart: Restart, say: Callable[[str], None] = say) -> int:
-    """Runs `command` until it ends well, is stopped, or a restart is of no use; its exit code.
+    """Run `command` until it succeeds, is stopped, or a restart cannot help; returns its exit code.
 
     SIGTERM and Ctrl-C are passed on, and end the restarts. A process that stops giving signs of
     life is killed.
@@ -104,7 +104,7 @@ def supervise(command: Sequence[str], restart: Restart, say: Callable[[str], Non
 
 
 def why(end: End) -> str:
-    """What ended a process, from what it told, its exit code, and the files of the others."""
+    """Cause of a process's end, from its report, its exit code, and the files of the others."""
     told = end.told
     me = watchdog.who(told) if "host" in told else "the process"
     if end.hung:
@@ -118,12 +118,12 @@ def why(end: End) -> str:
 
 
 def _aborted(end: End) -> bool:
-    """Whether JAX aborted a process of several: it does where the coordinator is gone."""
+    """True if JAX aborted one of several processes, as it does when the coordinator is gone."""
     return end.code == -signal.SIGABRT and end.told.get("count", 1) > 1
 
 
 def lost(end: End, saved: int) -> str:
-    """How many steps are to be made again."""
+    """Text on the steps that will be repeated."""
     step = end.told.get("step")
     place = f"the last checkpoint is step {saved}" if saved >= 0 else "no checkpoint yet"
     if step is None:
@@ -137,7 +137,7 @@ def newest(run: str | None) -> int:
         return -1
     try:
         return max(checkpoint.saved_steps(run), default=-1)
-    except Exception as error:  # of any storage: a restart may find it back
+    except Exception as error:  # any error of a storage: it may be back at the restart
         say(f"cannot look for checkpoints of {run}: {watchdog.describe(error)}")
         return -1
 
@@ -147,7 +147,7 @@ def newest(run: str | None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Yields the numbers of the signals to stop that have come."""
+    """Yields the list of the stop signals received so far."""
     caught: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in numbers}
@@ -159,7 +159,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _run(command: Sequence[str], caught: list[int]) -> End:
-    """Starts the command and stays with it until it ends."""
+    """Start the command and watch it until it ends."""
     reader, writer = os.pipe()
     environment = {**os.environ, watchdog.PIPE: str(writer)}
     child = subprocess.Popen(list(command), env=environment, pass_fds=(writer,))
@@ -194,7 +194,7 @@ def _run(command: Sequence[str], caught: list[int]) -> End:
 
 
 def _lines(reader: int, rest: bytes) -> tuple[list[dict], bytes]:
-    """(what the process told within the next tenth of a second, the beginning of a line)."""
+    """(reports of the process within a tenth of a second, the beginning of an unfinished line)."""
     ready, _, _ = select.select([reader], [], [], POLL)
     data = os.read(reader, 1 << 16) if ready else b""
     if ready and not data:  # closed: the process is ending
@@ -204,7 +204,7 @@ def _lines(reader: int, rest: bytes) -> tuple[list[dict], bytes]:
 
 
 def _sleep(seconds: float, caught: list[int]) -> bool:
-    """Whether a signal to stop came while it waited."""
+    """Wait; returns True if a signal to stop came meanwhile."""
     until = time.monotonic() + seconds
     while not caught and time.monotonic() < until:
         time.sleep(POLL)
@@ -215,19 +215,19 @@ def _sleep(seconds: float, caught: list[int]) -> bool:
 
 
 def _publish(end: End) -> None:
-    """A process that was killed could not tell the others: its supervisor does."""
+    """Write the fault of a killed process, which could not do so itself, for the others."""
     told = end.told
     if end.code >= 0 or told.get("count", 1) == 1 or told["state"] in watchdog.ENDED:
         return
     if _aborted(end):  # not the cause
         return
-    with contextlib.suppress(Exception):  # then they find out by themselves
+    with contextlib.suppress(Exception):  # else they detect it themselves
         by = f"the supervisor of process {told['index']}"
         watchdog.write_fault(told["run"], told["attempt"], by, why(end), True)
 
 
 def _others(told: dict[str, Any]) -> str | None:
-    """Who of the other processes is gone, after looking for a few signs of life."""
+    """The other processes that are gone, after waiting for a few signs of life."""
     if told.get("count", 1) == 1:
         return None
 
@@ -253,9 +253,9 @@ def _others(told: dict[str, Any]) -> str | None:
 
 
 def _old_coordinator_left(told: dict[str, Any], caught: list[int]) -> bool:
-    """Waits until the former process 0 is gone: it would refuse this one's new start.
+    """Wait until the former process 0 is gone: it would refuse this one's new start.
 
-    Returns whether a signal to stop came meanwhile.
+    Returns True if a signal to stop came meanwhile.
     """
     if told.get("count", 1) == 1 or told["index"] == 0:
         return False

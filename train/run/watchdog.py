@@ -1,11 +1,11 @@
-"""Finds out that a process of the run is gone or stands still, says who and why, and leaves.
+"""Detect that a process of the run is gone or hangs, name it and the cause, and exit.
 
-    RUN/processes/INDEX.json   sign of life of a process, written anew every few seconds
-    RUN/processes/fault.json   what was found, by the first that found it
+    RUN/processes/INDEX.json   sign of life of a process, rewritten every few seconds
+    RUN/processes/fault.json   the fault, written by the first process that detects it
 
-A process watches the next one in a ring, its own main thread and fault.json, so what it reads does
-not grow with their number. A sign of life is a file that changes: no two clocks are compared. In
-its own file a process sees a newer start of the run, and leaves the run to it.
+A process watches the next one in a ring, its own main thread and fault.json, so that its reads do
+not grow with the number of processes. A sign of life is a file that changes: clocks of different
+hosts are never compared. In its own file a process sees a newer start of the run, and yields to it.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from ldm_jax.runtime import cli, log, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs
 
-LOST = 76  # exit code: another process is gone, or one stands still; start again
+LOST = 76  # exit code: a process is gone or hangs; start again
 PIPE = "LDM_JAX_SUPERVISOR"  # environment variable with the number of the supervisor's pipe
-ENDED = ("done", "stopped", "failed", "lost")  # states after which nothing changes any more
-STEPPING = ("training", "reading a batch")  # what WatchConfig.stall is for
+ENDED = ("done", "stopped", "failed", "lost")  # final states
+STEPPING = ("training", "reading a batch")  # states limited by WatchConfig.stall
 MISSED = 3  # signs of life that a process may miss after a collective operation has failed
-PERMANENT = (  # start-up errors of the system that another start would meet again
+PERMANENT = (  # errors of the system that another start would meet again
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
@@ -46,7 +46,7 @@ _pipe: int | None = None
 
 
 class Watch:
-    """What a process shows of itself and sees of the others.
+    """Signs of life of a process, and its watch over the others.
 
     The main thread calls `step`, `doing` and `saved`; once started, a thread does the rest. A
     watch that is never started does nothing.
@@ -90,7 +90,7 @@ class Watch:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """While it lasts, the others read that this process is `what`: "evaluating", "saving"."""
+        """Report that this process is `what` meanwhile: "evaluating", "saving"."""
         before = self.now["doing"]
         self.now["doing"] = what
         self.moves += 1
@@ -98,7 +98,7 @@ class Watch:
             yield
         finally:
             self.now["doing"] = before
-            self.since = time.monotonic()  # of the step nothing counts but the step
+            self.since = time.monotonic()  # the time inside does not count for the step
             self.moves += 1
 
     def batches(self, batches: Iterator) -> Iterator:
@@ -114,32 +114,32 @@ class Watch:
             yield batch
 
     def saved(self, step: int) -> None:
-        """The checkpoint of `step` is on its way."""
+        """The checkpoint of `step` is being written."""
         self.now["saved"] = step
 
     # --- start and end --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begins to show signs of life and to look for those of others."""
+        """Start giving signs of life and watching those of others."""
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
 
     def close(self, state: str, why: str = "", retry: bool = True) -> None:
-        """Says how this process ended, so that nobody takes it for lost."""
+        """Report the end of this process, so that the others do not take it for lost."""
         if self.thread is None:
             return
         self.closing.set()
         self.thread.join(None if self.leaving.is_set() else 10.0)  # storage may hang
         self.state, self.why, self.retry = state, why, retry
         self._show()
-        with contextlib.suppress(Exception):  # what matters is how the run ended
+        with contextlib.suppress(Exception):  # the end of the run must not fail on this
             self._write()
 
     def broke(self, error: BaseException) -> None:
-        """The main thread ends with `error`: finds out whether another process is the cause.
+        """The main thread ends with `error`: check if another process is the cause.
 
-        If so, it does not come back. The process that others connect to waits a little at the
-        end: without it they could not read what happened.
+        If so, this does not return. The coordinator process waits a little at the end: when it
+        exits, JAX aborts the others before they can report the cause.
         """
         if self.thread is None:
             tell(state="failed", why=describe(error), retry=worth_retry(error, self.stepped))
@@ -157,14 +157,15 @@ class Watch:
     def _watch(self) -> None:
         last = time.monotonic()
         while True:
-            # a machine that slept, or a process that was stopped, has seen nothing in the meantime
+            # a suspended machine or stopped process has seen no signs meanwhile: do not count that
+            # time
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * self.config.every), now
             try:
                 fault = self.check(elapsed)
                 if fault is not None and not self.closing.is_set():
                     self._leave(*fault)
-            except Exception:  # a watch that died unnoticed would be worse
+            except Exception:  # the watch must not die unnoticed
                 sys.stderr.write(f"ldm-train: the watch failed:\n{traceback.format_exc()}")
             if self.closing.wait(self.config.every):
                 return
@@ -172,7 +173,7 @@ class Watch:
     def check(self, elapsed: float) -> tuple[str, bool] | None:
         """One round: a sign of life, the others' and this main thread's.
 
-        Returns why this process has to leave and whether a restart helps, or None. `elapsed`:
+        Returns (reason to exit, True if a restart may help), or None. `elapsed`:
         seconds since the last round.
         """
         self.beats += 1
@@ -182,7 +183,7 @@ class Watch:
             return stands
         try:
             return self._others(elapsed) or stands
-        except Exception as error:  # of any storage; the run itself fails where it needs it
+        except Exception as error:  # any error of a storage; the run itself fails where it needs it
             if not self.blind:
                 self.blind = True
                 sys.stderr.write(f"ldm-train: cannot watch the others: {describe(error)}\n")
@@ -217,7 +218,7 @@ class Watch:
         return "; ".join(why for why, _ in faults), all(retry for _, retry in faults)
 
     def _judge(self, other: int, elapsed: float) -> tuple[str, bool] | None:
-        """What is wrong with another process, if anything."""
+        """Fault of another process, or None."""
         beat = read(self.run, f"{other}.json")
         if beat is None or beat["attempt"] != self.attempt:
             return None  # still starting, or a new start that will tell us through our own file
@@ -226,7 +227,7 @@ class Watch:
         age = age + elapsed if mark == sign else 0.0
         self.seen[other] = (mark, age)
         if beat["state"] in ("failed", "lost"):
-            # what failed here too is better said by our own main thread, which comes in a moment
+            # an error that hit this process too is reported better by its own main thread, shortly
             return (f"{who(beat)} ended: {beat['why']}", beat["retry"]) if age else None
         limit = MISSED * self.config.every
         limit = min(self.config.timeout, limit) if self.broken else self.config.timeout
@@ -239,7 +240,9 @@ class Watch:
         me = f"process {self.index}" if self.count > 1 else "this process"
         message = f"ldm-train: {why}; {me} leaves with code {LOST}"
         LOG.info(message, extra=log.ONLY_FILE)
-        sys.stderr.write(f"\n{message}\n")  # of each: the first one may be the one that is gone
+        sys.stderr.write(
+            f"\n{message}\n"
+        )  # in every process: the first may be the one that is gone
         sys.stderr.flush()
         logs.flush(2.0)  # storage may hang
         self.state, self.why, self.retry = "lost", why, retry
@@ -249,7 +252,7 @@ class Watch:
                 write_fault(self.run, self.attempt, me, why, retry)
             self._write()
         if self.count > 1 and self.index == 0:
-            # JAX ends the others at once when they lose it, before they could say why
+            # when the coordinator exits, JAX aborts the others before they can report the cause
             time.sleep(2 * self.config.every)
         self._leave_with(LOST)
 
@@ -265,7 +268,9 @@ class Watch:
 
     def _write(self) -> None:
         there = self.written or (self.run / "config.json").exists()
-        if there and not self.replaced:  # else the newer start would take this for a newer one
+        if (
+            there and not self.replaced
+        ):  # else the newer start would mistake this for a still newer one
             write(self.run, f"{self.index}.json", self._beat())
             self.written = True
 
@@ -281,7 +286,7 @@ def who(beat: dict[str, Any]) -> str:
 
 
 def read(run: epath.PathLike, name: str) -> dict[str, Any] | None:
-    """What RUN/processes/NAME holds; None if it is not there, or half-written on such storage."""
+    """Content of RUN/processes/NAME; None if it is missing, or half-written on a storage."""
     try:
         return json.loads((epath.Path(run) / "processes" / name).read_text())
     except (FileNotFoundError, ValueError):
@@ -289,7 +294,7 @@ def read(run: epath.PathLike, name: str) -> dict[str, Any] | None:
 
 
 def write_fault(run: epath.PathLike, attempt: int, by: str, why: str, retry: bool) -> None:
-    """Lets the other processes of this start know why they should leave; the first one counts."""
+    """Write the reason to exit for the other processes of this start; the first one counts."""
     known = read(run, "fault.json")
     if not known or known["attempt"] != attempt:
         fault = {"attempt": attempt, "by": by, "why": why, "retry": retry}
@@ -308,11 +313,11 @@ def describe(error: BaseException) -> str:
 
 
 def worth_retry(error: BaseException, stepped: bool) -> bool:
-    """Whether another start may end differently. `stepped`: at least one step was made."""
+    """True if another start may end differently. `stepped`: at least one step was made."""
     if isinstance(error, FloatingPointError | ImportError) or not isinstance(error, Exception):
         return False
     if stepped:
-        return True  # how often without a new checkpoint is the supervisor's to limit
+        return True  # the supervisor limits restarts without a new checkpoint
     if isinstance(error, OSError):
         return error.errno not in PERMANENT
     return not isinstance(error, ValueError)
@@ -322,7 +327,7 @@ def worth_retry(error: BaseException, stepped: bool) -> bool:
 
 
 def adopt() -> None:
-    """Takes the supervisor's pipe out of the environment; no child of this process has it."""
+    """Take the supervisor's pipe out of the environment, so that no child inherits it."""
     global _pipe
     number = os.environ.pop(PIPE, None)
     if number is not None:
@@ -332,21 +337,23 @@ def adopt() -> None:
 
 
 def tell(**values: Any) -> None:
-    """A line of JSON for the supervisor, if there is one. If it died, this process stops too."""
+    """Write a line of JSON to the supervisor, if any. If it died, this process stops too."""
     global _pipe
     if _pipe is None:
         return
     try:
         os.write(_pipe, (json.dumps(values) + "\n").encode())
     except BlockingIOError:
-        pass  # nobody reads: the next line says it again
+        pass  # the pipe is full: a later line repeats it
     except OSError:
         _pipe = None
-        os.kill(os.getpid(), signal.SIGTERM)  # two starts by hand must not write into one run
+        os.kill(
+            os.getpid(), signal.SIGTERM
+        )  # else the user's next start would write into the run beside this one
 
 
 def this_start() -> tuple[int, int, int]:
-    """(index of this process, how many there are, a number that they share and no other start)."""
+    """(index of this process, number of processes, a number shared by this start alone)."""
     index, count = jax.process_index(), jax.process_count()
     drawn = int.from_bytes(os.urandom(3))
     if count > 1:
@@ -360,7 +367,7 @@ def watching(
 ) -> Iterator[Watch]:
     """A watch over the block; one that is off (`timeout` 0) still tells the supervisor of errors.
 
-    ValueError for times that make no sense.
+    ValueError for times that contradict each other.
     """
     if config.timeout and not 0 < 2 * config.every <= config.timeout:
         raise ValueError(
@@ -380,7 +387,7 @@ def watching(
 
 @contextlib.contextmanager
 def errors_told() -> Iterator[None]:
-    """Tells the supervisor of an error that ends the block, unless a watch has done so."""
+    """Report an error that ends the block to the supervisor, unless a watch has done so."""
     try:
         yield
     except BaseException as error:

@@ -19,7 +19,7 @@ from ldm_jax.train import main
         ("gan", "--discriminator.layers 0", "discriminator with layers 0"),
         ("gan", "--loss.revive-codes-after 5", "but this first stage has no codes"),
         ("first_stage", "--loss.r1-weight 1", "loss.r1_weight is 1.0, but the config has no disc"),
-        ("vq", "--loss.learn-logvar", "loss.learn_logvar is of KL latents"),
+        ("vq", "--loss.learn-logvar", "loss.learn_logvar is for KL latents"),
         ("vq", "--train-only decoder", "with train_only decoder the codebook stays"),
         (
             "gan",

@@ -112,7 +112,7 @@ def test_a_config_that_asks_for_other_records_is_refused(folder, tmp_path, field
 def test_what_cannot_be_packed_or_read_is_refused(folder, tmp_path):
     path = tmp_path / "packed"
     with pytest.raises(
-        ValueError, match=r"pack takes images in a folder, and data.source is Synth"
+        ValueError, match=r"pack takes images in a folder, and data.source is synth"
     ):
         pack.pack(schema.DataConfig(), path)
     with pytest.raises(ValueError, match="holds something else than packed images"):
