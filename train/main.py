@@ -233,10 +233,9 @@ def main() -> None:
     """Entry point of `ldm-train`."""
     code = cli.run("ldm-train", restart_on_failure, sys.argv[1:])
     if code not in (0, cli.INTERRUPTED) and jax.distributed.is_initialized():
+        # without clean-up: JAX's barrier at exit would wait for processes that never come to it
         sys.stdout.flush()
-        os._exit(
-            code
-        )  # no clean exit: JAX's shutdown barrier would wait for processes that have failed
+        os._exit(code)
     sys.exit(code)
 
 

@@ -82,7 +82,7 @@ def take_in(stats: dict, batch_stats: dict, metrics: dict | None = None) -> dict
 
     metrics: of the discriminator's own loss; LeCam averages their logits.
     """
-    # the mean over microbatches has turned ActNorm's `initialized` into a float
+    # a mean over microbatches is a float, also that of ActNorm's bool `initialized`
     kept = jax.tree.map(lambda new, old: new.astype(old.dtype), batch_stats, stats["batch_stats"])
     new = {**stats, "batch_stats": kept}
     if "lecam" in stats and metrics is not None:
