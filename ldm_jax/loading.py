@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, schema, sharding
+from ldm_jax import bundle, finite, schema, sharding
 from ldm_jax.convert import compvis, diffusers
 from ldm_jax.data import tokens
 from ldm_jax.runtime import checkpoint, rundir
@@ -184,6 +184,7 @@ def _load_run(
         "cond_stage": _cond_stage(run, text, trained),
     }
     params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype, copy=False), params)
+    finite.check_tree(params, str(run))
     model = bundle.build(
         model_config,
         _placed(params, mesh),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import denoising, diffusion, guidance, schema, seeds, solvers
+from ldm_jax import denoising, diffusion, finite, guidance, schema, seeds, solvers
 from ldm_jax.bundle import LatentDiffusion, bind, with_kv_cache
 from ldm_jax.conditioning import Cond
 from ldm_jax.models.unet import UNet
@@ -168,6 +168,8 @@ def make_sampler(
         mask: jax.Array | None = None,
     ) -> Any:
         _check_call(cond, keys, null, guidance_scale, guidance_rescale, guidance_interval)
+        finite.check_known(guidance_scale, "guidance_scale")
+        finite.check_known(eta, "eta")
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
         denoise = denoiser(params, cond, null, guidance_scale)

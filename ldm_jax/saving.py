@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, schema, sharding
+from ldm_jax import bundle, finite, schema, sharding
 from ldm_jax.convert import compvis, table
 from ldm_jax.convert.compvis import model_yaml
 from ldm_jax.convert.diffusers import writer as diffusers_writer
@@ -121,4 +121,7 @@ def _host(tree: dict, dtype: Any) -> dict:
         x = np.asarray(jax.device_get(x))
         return x if dtype is None else x.astype(dtype, copy=False)
 
-    return jax.tree.map(one, tree)
+    host = jax.tree.map(one, tree)
+    if dtype is not None:
+        finite.check_tree(host, "the model")
+    return host

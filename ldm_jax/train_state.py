@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldm_jax import schema
+from ldm_jax import finite, schema
 
 PARTS = ("unet", "cond_stage", "logvar", "autoencoder")  # names that a config may average
 
@@ -216,6 +216,7 @@ def make_optimizer(
     The transformation clips (if asked), scales by the learning rate, and decays every parameter.
     ValueError if the decay of the learning rate has no end.
     """
+    check_optimizer(config)
     learning_rate = _learning_rate(config)
     adamw = optax.adamw(
         learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
@@ -225,6 +226,13 @@ def make_optimizer(
     if config.clip_norm <= 0:
         raise ValueError(f"optimizer.clip_norm {config.clip_norm} is not positive; None: no limit")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
+
+
+def check_optimizer(config: schema.OptimizerConfig, name: str = "optimizer") -> None:
+    """ValueError for a rate that is not finite or below 0, and for other numbers not finite."""
+    for field, least in (("learning_rate", 0), ("eps", 0), ("final_fraction", 0)):
+        finite.checked(getattr(config, field), f"{name}.{field}", least=least)
+    finite.check_fields(config, name)
 
 
 def _learning_rate(config: schema.OptimizerConfig) -> Callable[[Any], jax.Array]:

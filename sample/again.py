@@ -16,9 +16,11 @@ import numpy as np
 from etils import epath
 from tyro.conf import Positional, arg
 
+from ldm_jax import finite
 from ldm_jax.runtime import flags, reading, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, write
+from ldm_jax.sample.draw import refuse_lost
 from ldm_jax.sample.request import Call, Request
 from ldm_jax.schema import serialize
 
@@ -90,7 +92,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     run = exported.read(what)[0] if what.options.from_export is not None else None
     with hosts.together():
         (made,) = generate.made(what, [call], run)
-        write.part(out, what, made, settings)
+        refuse_lost(write.part(out, what, made, settings), what)
     LOG.info(f"{out / name}.png: {compared(out, options.image, name, kept)}")
     return 0
 
@@ -128,7 +130,9 @@ def restored(kind: type, kept: dict[str, Any], options: Options) -> Any:
     given["out"], given["overwrite"] = options.out, options.overwrite
     if options.model is not None:
         given["model"] = options.model
-    return kind(**given)
+    asked = kind(**given)
+    finite.check_fields(asked)
+    return asked
 
 
 def confirmed(asked: Any, hashes: dict[str, str], image: str) -> Any:

@@ -41,14 +41,17 @@ def draw(what: Request) -> int:
     written = what.count - sum(len(call.wanted) for call in left)
     if options.resume:
         LOG.info(f"{written} of {what.count} images are in {out} already")
+    lost: list[str] = []
     try:
         with hosts.together():
             for part in generate.made(what, left, run) if left else ():
-                write.part(out, what, part, settings)
+                lost += write.part(out, what, part, settings)
                 written += len(part.call.wanted)
         with hosts.together():
             if jax.process_index() == 0:
                 write.finish(out, what, calls)
+        with hosts.together():
+            refuse_lost(lost, what)
     except KeyboardInterrupt:
         write.remove_drafts(out)
         LOG.info(f"{written} of {what.count} images are in {out}; go on with --resume")
@@ -59,6 +62,19 @@ def draw(what: Request) -> int:
     if what.problems:
         raise ValueError("; ".join(what.problems))
     return 0
+
+
+def refuse_lost(names: list[str], what: Request) -> None:
+    """FloatingPointError for images that were drawn and not written, as they are not finite."""
+    if not names:
+        return
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    dtype = what.options.dtype
+    hint = "" if dtype == "float32" else f", or --dtype float32 instead of {dtype}"
+    raise FloatingPointError(
+        f"{len(names)} of {what.count} images are not finite (NaN or infinity) and are not written:"
+        f" {', '.join(names[:5])}{more}; try a smaller --guidance-scale{hint}"
+    )
 
 
 def missing(

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from ldm_jax import finite
 from ldm_jax.data import transforms
 from ldm_jax.runtime import reading
 from ldm_jax.sample.options import Options
@@ -92,4 +93,6 @@ def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> 
             f"--init-latents {options.init_latents} holds {x_T.shape}, needed is"
             f" {(first + count, *shape)}"
         )
-    return x_T[first : first + count].astype(np.float32)
+    x_T = x_T[first : first + count].astype(np.float32)
+    finite.check_array(x_T, "x_T", f"--init-latents {options.init_latents}")
+    return x_T

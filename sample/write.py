@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ldm_jax import finite
 from ldm_jax.runtime import flags, images, reading, storage
 from ldm_jax.sample import hosts
 from ldm_jax.sample.generate import Made
@@ -178,12 +179,23 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def part(out: epath.Path, request: Request, made: Made, settings: list[dict[str, Any]]) -> None:
+def part(
+    out: epath.Path, request: Request, made: Made, settings: list[dict[str, Any]]
+) -> list[str]:
     """Files of the images of one call; the PNGs last, so that whoever sees one has the others.
 
-    Every process writes its own images, the first one the latents of all.
+    Every process writes its own images, the first one the latents of all. An image that is not
+    finite is not written, nor are the latents of its call: returns the names of those images.
     """
-    if request.options.save_latents and jax.process_index() == 0:
+    sound = images.finite_images(made.image)
+    if made.previews is not None:
+        sound &= images.finite_images(made.previews)
+    lost = [request.names[place] for place in made.places[~sound]]
+    for name in lost:  # nor is one left there from before
+        for path in (out / f"{name}.png", out / "previews" / f"{name}.png"):
+            path.unlink(missing_ok=True)
+    keeps_latents = request.options.save_latents and finite.is_finite(made.latent)
+    if keeps_latents and jax.process_index() == 0:
         path = latents_path(out, made.call)
         path.parent.mkdir(exist_ok=True)
         draft = path.parent / f".{path.name}.part"
@@ -191,11 +203,14 @@ def part(out: epath.Path, request: Request, made: Made, settings: list[dict[str,
             np.save(file, made.latent.astype(np.float32))
         draft.replace(path)
     if made.previews is not None:
-        for place, shown in zip(made.places, images.to_uint8(made.previews), strict=True):
+        previews = images.to_uint8(made.previews[sound])
+        for place, shown in zip(made.places[sound], previews, strict=True):
             strip = images.grid(shown, len(shown))
             images.save_png(out / "previews" / f"{request.names[place]}.png", strip)
-    for place, picture in zip(made.places, images.to_uint8(made.image), strict=True):
+    pictures = images.to_uint8(made.image[sound])
+    for place, picture in zip(made.places[sound], pictures, strict=True):
         images.save_png(out / f"{request.names[place]}.png", picture, settings[place])
+    return lost
 
 
 def latents_path(out: epath.Path, call: Call) -> epath.Path:
@@ -204,8 +219,18 @@ def latents_path(out: epath.Path, call: Call) -> epath.Path:
 
 
 def finish(out: epath.Path, request: Request, calls: list[Call]) -> None:
-    """Grid and arrays, from the files of the images, a few in memory at a time."""
-    write_grid(out, request)
+    """Grid and arrays, from the files of the images, a few in memory at a time.
+
+    Where images are missing, as they are not finite, the grid has gaps and there are no arrays.
+    """
+    there = [name for name in request.names if (out / f"{name}.png").exists()]
+    old = ("grid.png", "samples.npz", *("latents.npy",) * request.options.overwrite)
+    for name in old:
+        (out / name).unlink(missing_ok=True)
+    if there:
+        write_grid(out, request, set(there))
+    if len(there) < request.count:
+        return
     if request.options.npz:
         write_npz(out, request)
     if request.options.save_latents and (out / "latents").exists():
@@ -223,12 +248,16 @@ def read_picture(out: epath.Path, name: str) -> np.ndarray:
     return images.read_png(out / f"{name}.png")
 
 
-def write_grid(out: epath.Path, request: Request) -> None:
-    """grid.png of the first images, a row for each of its labels, or a square."""
+def write_grid(out: epath.Path, request: Request, there: set[str]) -> None:
+    """grid.png of the first images, a row for each of its labels, or a square.
+
+    there: the names of the images that have been written; the others are left white.
+    """
     table = grid_of(request)
-    first, columns = read_picture(out, request.names[0]), table.shape[1]
+    names = [request.names[i] if i >= 0 else "" for i in table.flat]
+    first, columns = read_picture(out, min(there)), table.shape[1]
     blank = np.full_like(first, 255)
-    shown = [blank if i < 0 else read_picture(out, request.names[i]) for i in table.flat]
+    shown = [read_picture(out, name) if name in there else blank for name in names]
     if request.left is not None:
         left = images.to_uint8(request.left[: len(table)])
         left = left[:, None] if left.ndim == 4 else left

@@ -1,6 +1,7 @@
 """Gradients, optimizer, moving average and skipped steps, against values worked out apart."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,10 @@ def test_optimizer_uses_its_learning_rate():
         (OptimizerConfig(schedule="linear", warmup_steps=9, decay_steps=9), "not 9"),
         (OptimizerConfig(decay_steps=100), "decay_steps 100 has no effect"),
         (OptimizerConfig(clip_norm=0.0), "clip_norm 0.0"),
+        (OptimizerConfig(learning_rate=-1e-4), "optimizer.learning_rate -0.0001 is not a finite"),
+        (OptimizerConfig(learning_rate=math.nan), "optimizer.learning_rate nan is not a finite"),
+        (OptimizerConfig(learning_rate=math.inf), "optimizer.learning_rate inf is not a finite"),
+        (OptimizerConfig(weight_decay=math.nan), "optimizer.weight-decay nan is not a finite"),
     ],
 )
 def test_make_optimizer_refuses(config, message):

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from ldm_jax import sharding
+from ldm_jax import finite, sharding
 
 Place = Callable[[str, np.ndarray], Any]  # our path, host array -> leaf of the tree
 
@@ -86,12 +86,15 @@ def from_torch(
     place: takes each array as soon as it is made, so that one tensor at a time is on the host;
         None keeps NumPy arrays.
     Raises ValueError, which begins with `where` (the file) and lists missing, unknown and wrongly
-    shaped tensors, before anything is read.
+    shaped tensors, before anything is read; or names a tensor that is not finite as `dtype`.
     """
     refuse(misfits(entries, state_dict, shapes), f"{where} does not fit the config")
     flat: dict[str, Any] = {}
     for entry in entries:
-        for path, x in _entry_to_ours(entry, state_dict[entry.torch], dtype).items():
+        tensor = _cast(state_dict[entry.torch], dtype)
+        if isinstance(tensor, np.ndarray):
+            finite.check_array(tensor, entry.torch, where)
+        for path, x in _entry_to_ours(entry, tensor).items():
             flat[path] = x if place is None else place(path, x)
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -116,8 +119,8 @@ def refuse(problems: list[str], what: str) -> None:
         raise ValueError(f"{what}: {'; '.join(problems[:20])}{more}")
 
 
-def _entry_to_ours(entry: Entry, tensor: Any, dtype: Any) -> dict[str, Any]:
-    x = entry.layout.to_ours(_cast(tensor, dtype))
+def _entry_to_ours(entry: Entry, tensor: Any) -> dict[str, Any]:
+    x = entry.layout.to_ours(tensor)
     if len(entry.ours) == 1:
         return {entry.ours[0]: x}
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -161,7 +164,11 @@ class Pending:
         parts = self._parts
         if shapes:
             parts = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts]
-        parts = [_cast(x, self.dtype) for x in parts]
+        cast = [_cast(x, self.dtype) for x in parts]
+        for before, after in zip(parts, cast, strict=True):
+            if isinstance(after, np.ndarray) and after.dtype != before.dtype:
+                finite.check_array(after, self._entry.torch, "the model")
+        parts = cast
         return self._entry.layout.to_torch(parts[0] if len(parts) == 1 else parts)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -171,7 +178,8 @@ class Pending:
 def _cast(x: Any, dtype: Any):
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype)
-    return np.asarray(x).astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # what overflows is named by whoever asked for the type
+        return np.asarray(x).astype(dtype, copy=False)
 
 
 def placer(shapes: dict, mesh: Mesh | None) -> Place:

@@ -41,9 +41,10 @@ def to_pixels(image: jax.Array) -> jax.Array:
     """Images [B, H, W, 1 or 3], uint8 or float in [-1, 1] -> float32 pixels [B, H, W, 3] in 0..255.
 
     Floats are clipped and rounded to the 256 values of a file, as `images.to_uint8` does: features
-    of images that were saved are the same.
+    of images that were saved are the same. Infinity becomes NaN, which no figure hides.
     """
     if image.dtype != jnp.uint8:
+        image = jnp.where(jnp.isinf(image), jnp.nan, image)
         image = jnp.rint((jnp.clip(image.astype(jnp.float32), -1, 1) + 1) * 127.5)
     image = image.astype(jnp.float32)
     return jnp.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image

@@ -9,6 +9,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from ldm_jax import finite
+
 T = TypeVar("T")
 
 Dir = Annotated[str, arg(metavar="DIR")]
@@ -50,6 +52,8 @@ class Process(Common):
 def parse(argv: Sequence[str], program: str, description: str, *parts: Any) -> list[Any]:
     """Parse argv into an instance of each part; a wrong option ends with exit code 2.
 
+    ValueError for a number that is not finite.
+
     parts: dataclasses, or instances of them, which hold the defaults.
     """
     fields = []
@@ -66,6 +70,8 @@ def parse(argv: Sequence[str], program: str, description: str, *parts: Any) -> l
         config=(tyro.conf.AvoidSubcommands,),
     )
     values = [getattr(parsed, f"part{i}") for i in range(len(parts))]
+    for value in values:
+        finite.check_fields(value)
     return [_as(part, x) if isinstance(part, type) else x for part, x in zip(parts, values)]
 
 

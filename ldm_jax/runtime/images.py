@@ -20,6 +20,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from ldm_jax import finite
 from ldm_jax.runtime import reading, storage
 
 # Every reader now: Pillow loads those that it lacks when it first meets their format, and a thread
@@ -47,8 +48,23 @@ def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255, clipped and rounded (the reference truncates)."""
-    return np.rint((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+    """[-1, 1] -> 0..255, clipped and rounded (the reference truncates).
+
+    FloatingPointError for NaN and infinity, which would become black and white.
+    """
+    image = np.asarray(image, np.float32)
+    if not finite.is_finite(image):
+        sound = finite_images(image if image.ndim == 4 else image[None])
+        raise FloatingPointError(
+            f"{(~sound).sum()} of {len(sound)} images are not finite (NaN or infinity), the first"
+            f" of them number {np.argmin(sound)}: no picture is made of them"
+        )
+    return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def finite_images(image: np.ndarray) -> np.ndarray:
+    """Tell which images of an array [N, ...] hold neither NaN nor infinity, bool [N]."""
+    return np.array([finite.is_finite(x) for x in image], bool)
 
 
 def grid(

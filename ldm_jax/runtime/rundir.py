@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import schema, seeds, sharding
+from ldm_jax import finite, schema, seeds, sharding
 from ldm_jax.runtime import checkpoint, processes, storage
 from ldm_jax.schema import serialize
 
@@ -132,13 +132,14 @@ def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text())
-        version, _ = values.pop("format"), float(values["scale"])
+        version, scale = values.pop("format"), values["scale"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged ({error}); copy it from the run again") from error
     if version > FORMAT:
         raise ValueError(
             f"{path}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
         )
+    finite.checked(scale, f"{path}: scale", nonzero=True)
     return values
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -82,7 +83,8 @@ def typed(value: Any, hint: Any, where: str) -> Any:
         if type(config) is hint:
             return config
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and math.isfinite(value):
             return float(value)
     elif type(value) is hint:
         return value

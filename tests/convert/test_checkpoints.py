@@ -348,3 +348,12 @@ def test_lightning_checkpoints(loaded, name, zipped, tmp_path, capsys, shown):
     assert f"{beside} optimizer_states, lr_schedulers" in capsys.readouterr().err
     assert same(found.params, loaded[name][0].params)
     assert found.latent_scale == loaded[name][0].latent_scale
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("-inf")])
+def test_a_latent_scale_of_nothing_is_refused(tmp_path, scale):
+    path = tmp_path / "model.ckpt"
+    with pytest.raises(ValueError, match=r"model\.ckpt: scale_factor .* is not a finite number"):
+        compvis.checkpoints._take_scale(path, scale, {})
+    with pytest.raises(ValueError, match=r"model\.ckpt: scale_factor .* is not a finite number"):
+        compvis.checkpoints._take_scale(path, 0.18, {"scale_factor": np.float32(scale)})

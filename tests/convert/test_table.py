@@ -29,6 +29,33 @@ def shapes():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("a.weight", np.nan, np.float32),
+        ("b.qkv.weight", -np.inf, np.float32),
+        ("c.bias", 1e5, np.float16),
+        ("a.weight", np.inf, ml_dtypes.bfloat16),
+    ],
+)
+def test_a_tensor_that_is_not_finite_is_named(name, value, dtype):
+    """Also one that overflows in the type asked for."""
+    given = tensors()
+    given[name].flat[1] = value
+    with pytest.raises(
+        ValueError, match=rf"unet\.bin: {name} is not finite: 1 of .*{dtype.__name__}"
+    ):
+        table.from_torch(ENTRIES, given, shapes(), dtype=dtype, where="unet.bin")
+
+
+def test_a_tensor_that_overflows_when_written_is_named():
+    given = tensors()
+    given["c.bias"][2] = 1e5
+    params = table.from_torch(ENTRIES, given, shapes())
+    with pytest.raises(ValueError, match=r"c\.bias is not finite: 1 of its 4 .* float16"):
+        table.to_torch(ENTRIES, params, dtype=np.float16)
+
+
 def test_there_and_back():
     params = table.from_torch(ENTRIES, tensors(), shapes())
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes())

@@ -370,6 +370,23 @@ def test_parts_of_a_command_line_come_back_as_they_are():
     assert common == flags.Common(compilation_cache=False)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--guidance-scale", "nan"),
+        ("--guidance-scale", "inf"),
+        ("--eta", "-inf"),
+        ("--guidance-interval", "0 nan"),
+        ("--perceptual-weight", "nan"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(option, value):
+    parts = (class2img.Options, digits.get_config("first_stage").loss)
+    argv = ["--out", "o", "--model", "m", option, *value.split()]
+    with pytest.raises(ValueError, match=rf"{option} -?(nan|inf) is not a finite number"):
+        flags.parse(argv, "p", "About.", *parts)
+
+
 def test_flags_override_fields_and_keep_the_kind_of_a_union():
     argv = (
         "--workdir runs/a --unet.model-channels 64 --unet.channel-mult 1 2 2 --cond.dropout 0.5"

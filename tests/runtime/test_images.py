@@ -18,6 +18,17 @@ def test_to_uint8_clips_and_rounds():
     assert (images.to_uint8(every / 127.5 - 1) == every).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_pixel_is_made_of_what_is_not_finite(value):
+    pictures = np.zeros((4, 2, 3, 1), np.float32)
+    pictures[2, 1, 1] = pictures[3, 0, 0] = value
+    assert images.finite_images(pictures).tolist() == [True, True, False, False]
+    with pytest.raises(FloatingPointError, match=r"2 of 4 images are not finite .* number 2"):
+        images.to_uint8(pictures)
+    with pytest.raises(FloatingPointError, match="1 of 1 images"):
+        images.to_uint8(pictures[2])
+
+
 def test_grid_lays_images_row_by_row():
     pictures = np.stack([np.full((2, 3, 1), 10 * i, np.uint8) for i in range(5)])
     sheet = images.grid(pictures, 3, scale=2, pad=1)

@@ -130,6 +130,10 @@ def test_latents_keep_every_bit_of_the_scale(tmp_path):
     ("text", "message"),
     [
         ('{"format": 2, "scale": 1.0}', "latents.json: format 2 is newer than 1"),
+        ('{"format": 1, "scale": 0}', "latents.json: scale 0 is not a finite number other than 0"),
+        ('{"format": 1, "scale": NaN}', "latents.json: scale nan is not a finite number"),
+        ('{"format": 1, "scale": -Infinity}', "latents.json: scale -inf is not a finite number"),
+        ('{"format": 1, "scale": "1"}', "latents.json: scale '1' is not a finite number"),
         ('{"format": 1}', "latents.json: is damaged .'scale'"),
         ('{"format": 1, "sca', "latents.json: is damaged"),
         ("[1]", "latents.json: is damaged"),

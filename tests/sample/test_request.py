@@ -1,12 +1,14 @@
 """What is asked of a program: keys of every seed and number, options out of range refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import recipes
 import task_models
 
 from ldm_jax import sampling
-from ldm_jax.sample import request, text2img, variations, write
+from ldm_jax.sample import draw, generate, inputs, request, text2img, variations, write
 from ldm_jax.sample.options import Options, open_model
 
 LARGEST = 2**64 - 1
@@ -63,6 +65,49 @@ def test_seeds_of_a_path_out_of_range_are_refused():
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=rf"--seeds {seed} is not in 0\.\.2\*\*64 - 1"):
             variations.check(variations.Options(model="", out="", seeds=(3, seed)))
+
+
+def made_of(what, image):
+    """All images of a request, as the program gives them."""
+    (call,) = request.calls_of(what)
+    latent = image[..., :1]
+    return generate.Made(call, call.places[call.wanted], image, latent, image[:, None])
+
+
+def test_an_image_that_is_not_finite_is_no_picture(tmp_path, monkeypatch):
+    what = asked(4, npz=True, save_latents=True, preview=1, overwrite=True)
+    what = dataclasses.replace(
+        what, options=dataclasses.replace(what.options, out=str(tmp_path / "out"))
+    )
+    good = np.zeros((4, 4, 4, 3), np.float32)
+    monkeypatch.setattr(draw.program, "program_of", lambda *arguments: None)
+    monkeypatch.setattr(generate, "made", lambda what, *rest: [made_of(what, good)])
+    draw.draw(what)
+    everything = sorted(path.name for path in (tmp_path / "out").iterdir())
+    wanted = ["a.png", "b.png", "c.png", "d.png", "grid.png", "latents.npy", "previews"]
+    assert everything == [*wanted, "samples.npz"]
+    bad = good.copy()
+    bad[0, 1, 2] = np.nan
+    bad[2, 0, 0, 1] = np.inf
+    monkeypatch.setattr(generate, "made", lambda what, *rest: [made_of(what, bad)])
+    with pytest.raises(FloatingPointError, match=r"2 of 4 images are not finite .*written: a, c;"):
+        draw.draw(what)  # over the others, of which nothing is left
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["b.png", "d.png", "grid.png", "previews"]
+    assert sorted(x.name for x in (tmp_path / "out/previews").iterdir()) == ["b.png", "d.png"]
+    monkeypatch.setattr(generate, "made", lambda what, *rest: [made_of(what, bad * np.nan)])
+    with pytest.raises(FloatingPointError, match="4 of 4 images"):
+        draw.draw(what)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_noise_that_is_not_finite_is_refused(tmp_path):
+    x_T = np.zeros((3, 2, 2, 1), np.float32)
+    x_T[1, 0, 0, 0] = np.nan
+    np.save(tmp_path / "x.npy", x_T)
+    options = Options(model="", out="", init_latents=str(tmp_path / "x.npy"))
+    with pytest.raises(ValueError, match=r"--init-latents .*x\.npy: x_T is not finite"):
+        inputs.start_latents(options, 3, (2, 2, 1))
 
 
 def test_a_picture_of_before_keeps_the_seed_that_it_was_drawn_with(tmp_path):

@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import data, schema, sharding
+from ldm_jax import data, finite, schema, sharding
 from ldm_jax.models import quantize
 from ldm_jax.runtime import images
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.autoencoder import reconstruction
 
 
@@ -53,7 +54,9 @@ def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: An
 
     def draw(params: dict, path: epath.Path) -> None:
         pictures = np.concatenate([image, np.asarray(reconstruct(params, image), np.float32)])
-        if jax.process_index() == 0:
+        if not finite.is_finite(pictures):
+            LOG.warning("%s is not written: its images are not finite (NaN or infinity)", path)
+        elif jax.process_index() == 0:
             sheet = images.grid(
                 images.to_uint8(pictures),
                 config.num_samples,

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import data, latents, loading, schema, sharding
+from ldm_jax import data, finite, latents, loading, schema, sharding
 from ldm_jax.data import cache
 from ldm_jax.models import attention, autoencoder
 from ldm_jax.runtime import rundir
@@ -110,6 +110,7 @@ def scale_of(
     """{"scale", "how"}: the given scale, or 1 / std over sampled latents of training images."""
     given = config.first_stage.scale
     if given is not None:
+        finite.checked(given, "first_stage.scale", nonzero=True)
         return {"scale": given, "how": "first_stage.scale of the config"}
     batches = max(1, round(config.first_stage.scale_images / config.batch_size))
     key = jax.random.fold_in(root, SCALE)

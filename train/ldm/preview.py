@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, conditioning, data, latents, sampling, schema, sharding
+from ldm_jax import bundle, conditioning, data, finite, latents, sampling, schema, sharding
 from ldm_jax.runtime import images, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.train.frozen import Frozen
 
 
@@ -54,7 +55,11 @@ def make(
     def draw(params: dict, path: epath.Path) -> None:
         batch = _conditions(config, held_out, count)
         params = {**frozen.arguments, **params}
-        pictures = images.to_uint8(run(params, batch, keys))
+        drawn = np.asarray(run(params, batch, keys))
+        if not finite.is_finite(drawn):
+            LOG.warning("%s is not written: its images are not finite (NaN or infinity)", path)
+            return
+        pictures = images.to_uint8(drawn)
         if jax.process_index() == 0:
             columns = int(np.ceil(np.sqrt(count)))
             images.save_png(

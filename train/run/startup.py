@@ -33,6 +33,9 @@ def check(config: schema.BaseTrainConfig, mesh: Mesh) -> None:
     """ValueError for fields that every recipe has and that do not fit each other or the mesh."""
     if config.steps < 1:
         raise ValueError(f"--steps {config.steps}: give at least 1")
+    for name in ("optimizer", "disc_optimizer"):
+        if getattr(config, name, None) is not None:
+            train_state.check_optimizer(getattr(config, name), name)
     profiling.window(config.profile, config.steps)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     train_state.check_spikes(config.spikes)

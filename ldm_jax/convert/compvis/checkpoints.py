@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, conditioning, schema
+from ldm_jax import bundle, conditioning, finite, schema
 from ldm_jax.convert import table, text_tables
 from ldm_jax.convert.compvis import conditions, model_yaml, single_file, tables
 from ldm_jax.convert.compvis.yaml_options import first_stage_config, unet_config
@@ -314,7 +314,7 @@ def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) 
         LOG.info(f"{path.name}: its own latent scale is {scale:g}")
     if scale is None:
         raise ValueError(f"{path}: its YAML says scale_by_std, but it has no scale_factor")
-    return scale
+    return finite.checked(scale, f"{path}: scale_factor", nonzero=True)
 
 
 # --- choice of tensors ---------------------------------------------------------------

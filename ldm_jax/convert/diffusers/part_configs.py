@@ -7,7 +7,7 @@ single value in all supported models is checked, one without effect is ignored.
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_jax import schema
+from ldm_jax import finite, schema
 
 FIRST_STAGE_CLASSES = ("AutoencoderKL", "VQModel")
 
@@ -133,7 +133,7 @@ def first_stage_config(
         "mid_attention": values["mid_block_add_attention"],
         "z_channels": z,
     }
-    scale = float(values["scaling_factor"])
+    scale = finite.checked(values["scaling_factor"], f"{where}: scaling_factor", nonzero=True)
     if not quantized:
         return schema.AutoencoderKLConfig(**fields, embed_dim=z), scale
     width = values["vq_embed_dim"]

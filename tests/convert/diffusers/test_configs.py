@@ -159,6 +159,8 @@ def test_a_unet_we_cannot_build_is_refused(options, complaint):
     ("options", "complaint"),
     [
         (kl_options(_class_name="AutoencoderTiny"), "_class_name AutoencoderTiny"),
+        (kl_options(scaling_factor=0), "scaling_factor 0 is not a finite number other than 0"),
+        (kl_options(scaling_factor=float("nan")), "scaling_factor=nan"),
         (kl_options(shift_factor=0.1), "shift_factor=0.1"),
         (kl_options(use_quant_conv=False), "use_quant_conv=False"),
         (kl_options(latents_mean=[0.0]), "latents_mean=[0.0]"),
