@@ -1,4 +1,4 @@
-r"""Your own pictures at 64x64, on a laptop: the folder is the only thing to say.
+r"""Your own pictures at 64x64, on a laptop: the folder is the only option.
 
     ldm-train own:first_stage --workdir runs/own_first_stage --data.source.path PICTURES
     ldm-train own --workdir runs/own --data.source.path PICTURES \
@@ -7,7 +7,7 @@ r"""Your own pictures at 64x64, on a laptop: the folder is the only thing to say
     ldm-train own:class ...      # PICTURES/CLASS/NAME.jpg; sampled by class2img --labels 0 1
     ldm-train own:captions ...   # NAME.txt beside NAME.jpg; sampled by text2img --prompt "..."
 
-Grey or RGB, and how many classes, is found in the folder. Needs 2 GB of memory. Halves of the
+Grey or RGB, and the number of classes, are read from the folder. Needs 2 GB of memory. Half of the
 pictures are mirrored: `--data.no-flip` where left and right matter, as in letters. On a GPU widen
 it: `--model.channels 128`, `--unet.model-channels 128`. Never below 64: GroupNorm has 32 groups,
 and a group of one channel takes the channel's mean away, so that flat areas come out grey.

@@ -5,8 +5,8 @@ r"""Photos that come with scikit-learn and scikit-image: first stages in minutes
     ldm-train photos --workdir runs/photos_ldm --first-stage.path runs/photos_kl_f4
     ldm-sample unconditional --model runs/photos_ldm --out runs/samples
 
-`first_stage` is `kl_f4`; `kl_f8`, `vq_f4` and `vq_f8` differ in nothing but latents and what comes
-of them. `--loss.disc-factor 0` trains without the discriminator.
+`first_stage` is `kl_f4`; `kl_f8`, `vq_f4` and `vq_f8` differ only in their latents and in options
+that depend on these. `--loss.disc-factor 0` trains without the discriminator.
 """
 
 from ldm_jax import schema
@@ -35,7 +35,7 @@ def get_config(stage: str = "ldm") -> schema.TrainConfig:
 def kl(factor: int) -> schema.AutoencoderTrainConfig:
     """KL latents; errors are summed over an image."""
     model = schema.AutoencoderKLConfig(
-        channels=64,  # with 32 a GroupNorm's groups are single channels, which lose their means
+        channels=64,  # with 32, a GroupNorm's groups are single channels, which lose their means
         channel_mult=WIDTHS[factor],
         num_res_blocks=1,
         z_channels=CHANNELS[factor],

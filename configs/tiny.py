@@ -1,4 +1,4 @@
-"""The smallest models that use every part: what tests run, seconds on a CPU. Not for pictures.
+"""The smallest models that use every part, for tests: seconds on a CPU. Not for pictures.
 
 ldm-train tiny:first_stage --workdir runs/tiny_first_stage
 ldm-train tiny:class --workdir runs/tiny --first-stage.path runs/tiny_first_stage

@@ -1,8 +1,8 @@
-"""An image once more, from what its PNG says: `ldm-sample again IMAGE.png --out DIR`.
+"""Repeat an image from the settings in its PNG: `ldm-sample again IMAGE.png --out DIR`.
 
-A PNG is data from anywhere. Of its settings only those count that shape the picture (SHAPING), each
-of the type that the command line would ask for; nothing of it says what is written where. Input
-files must be those whose hashes it holds.
+A PNG is untrusted data. Of its settings only those that shape the picture (SHAPING) are used, each
+checked for the type on the command line; none of them decides what is written, or where. Input
+files must have the hashes in the PNG.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ SHAPING = frozenset(
         *("clip", "clip_tokenizer", "query_image", "database", "neighbours", "include_query"),
     )
 )
-"""Options of all tasks that a PNG may say."""
+"""Options of all tasks that a PNG may set."""
 MAX_BATCH = 4096
-"""Most rows of a program that a PNG may ask for."""
+"""Largest batch of a program that a PNG may ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
     out: flags.Dir = "again"
     """Folder for the new one; made if missing."""
     model: Annotated[str | None, arg(metavar="PATH")] = None
-    """Where the model is now; default: where it was."""
+    """Present path of the model; default: the path in the PNG."""
     overwrite: bool = False
     """Write into a folder that already holds images."""
 
@@ -76,7 +76,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
         asked = confirmed(asked, facts["files"], options.image)
     size, index = facts["call"]
     LOG.info(f"{options.image}: {kept['task']} by the model {asked.model}")
-    if write.made_with()["device"] != facts["made_with"].get("device"):  # as many rows on each
+    if write.made_with()["device"] != facts["made_with"].get("device"):  # as many images on each
         size = -(-size // jax.device_count()) * jax.device_count()
         asked = dataclasses.replace(asked, batch_size=size)
     if hasattr(task, "writing_below"):
@@ -107,16 +107,16 @@ FACTS = {
 
 
 def facts_of(kept: dict[str, Any]) -> dict[str, Any]:
-    """What a PNG says beside options. ValueError names what is not of its type or range."""
+    """Facts of a PNG beside options. ValueError names one of a wrong type or range."""
     facts = {name: serialize.typed(kept.get(name), hint, name) for name, hint in FACTS.items()}
-    size, row = facts["call"]
-    if not 0 <= row < size <= MAX_BATCH:
-        raise ValueError(f"call {[size, row]} is no row of a batch of at most {MAX_BATCH}")
+    size, place = facts["call"]
+    if not 0 <= place < size <= MAX_BATCH:
+        raise ValueError(f"call {[size, place]} is no place in a batch of at most {MAX_BATCH}")
     return facts
 
 
 def restored(kind: type, kept: dict[str, Any], options: Options) -> Any:
-    """Options of a task that shape the picture as they were, the others at their defaults.
+    """Options of a task: those that shape the picture from the PNG, the others at their defaults.
 
     ValueError for a value of another type than the command line takes.
     """
@@ -136,7 +136,7 @@ def restored(kind: type, kept: dict[str, Any], options: Options) -> Any:
 
 
 def confirmed(asked: Any, hashes: dict[str, str], image: str) -> Any:
-    """`asked`, whose input files all are as they were when the image was made.
+    """`asked`, after a check that all input files are unchanged since the image was made.
 
     ValueError names a file that has changed, is gone, or has no hash in the PNG. The program of
     --from-export is code: without a hash, as in older pictures, the picture is drawn without it.
@@ -155,7 +155,7 @@ def confirmed(asked: Any, hashes: dict[str, str], image: str) -> Any:
 
 
 def place_of(what: Request, index: int, image: str) -> int:
-    """Which image of a request has a number. ValueError if none has."""
+    """Place in a request of the image with a number. ValueError if there is none."""
     place = index - what.options.first_index
     if not 0 <= place < what.count:
         raise ValueError(f"{image}: is number {index}, and its settings draw {what.count} images")
@@ -163,7 +163,7 @@ def place_of(what: Request, index: int, image: str) -> int:
 
 
 def compared(out: epath.Path, original: str, name: str, kept: dict[str, Any]) -> str:
-    """How the new image differs from the old one, for people."""
+    """Text on the difference between the new image and the old one."""
     old, new = (write.read_picture(epath.Path(f).parent, epath.Path(f).stem).astype(int)
                 for f in (original, out / f"{name}.png"))  # fmt: skip
     if old.shape == new.shape and (old == new).all():

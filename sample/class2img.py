@@ -31,7 +31,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError if the model knows no such classes."""
+    """The request of the options. ValueError if the model has no such classes."""
     model, mesh, options = open_model(options)
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig):

@@ -31,7 +31,7 @@ class Options:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the weights written."""
     check: bool = False
-    """Only see whether names and shapes fit, both ways; reads no weights and writes nothing."""
+    """Only check that names and shapes fit, both ways; reads no weights and writes nothing."""
     step: int | None = None
     """Training step of a run to take the weights of; default: the newest."""
     ema: bool = True
@@ -39,12 +39,12 @@ class Options:
     config: flags.OptionalFile = None
     """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
     variant: Annotated[str | None, arg(metavar="NAME")] = None
-    """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
-    where its tensors do not tell."""
+    """Variant of the weights in a diffusers folder, as `fp16`; or kind of a single file, as `v2-v`,
+    where its tensors leave it open."""
     tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
     overwrite: bool = False
-    """Replace what lies at the target, if it is a model in the format asked for."""
+    """Replace the target, if it is a model in the format asked for."""
 
 
 def convert(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""From a request to files: what every sampling task does when it knows what to draw."""
+"""From a request to files: the common part of all sampling tasks."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, program, write
 from ldm_jax.sample.request import Call, Request, calls_of
 
-# facts of a PNG that may differ from those of a list that goes on with it
+# facts of a PNG that may differ when a list goes on
 CHANGES = ("made_with", "progress")
 TERMS = {"call": "batch size and place in it", "index": "number", "files": "sha256 of files"}
 
@@ -18,8 +18,8 @@ TERMS = {"call": "batch size and place in it", "index": "number", "files": "sha2
 def draw(what: Request) -> int:
     """Writes the images of a request, batch by batch, then grid and arrays; or exports its program.
 
-    With --resume, batches whose images are all there are left out, and the result is as if nothing
-    had been interrupted. ValueError, when all is done, for what the request could not read.
+    With --resume, batches whose images all exist are left out, and the result is that of an
+    uninterrupted run. ValueError, after all images, for inputs that could not be read.
     """
     options, run, size = what.options, None, None
     if options.export is not None:

@@ -1,4 +1,4 @@
-"""What tasks share that begin with images of the user: files, and what to draw in them."""
+"""Shared parts of the tasks that start from images of the user: files, prompts and labels."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Options(Options):
     width: int | None = None
     """Pixels to which the images are scaled and cut; default: as they are."""
     prompt: flags.Texts = ()
-    """What to draw, for a model of text; default: the empty text."""
+    """Text to draw, for a model of text; default: the empty text."""
     negative_prompt: flags.Text = ""
-    """What guidance leads away from; default: the empty text."""
+    """Text that guidance leads away from; default: the empty text."""
     labels: flags.Ids = ()
     """Class ids, for a model of classes; default: no class in particular."""
     num_images: int = 1
@@ -37,24 +37,24 @@ class Options(Options):
 
 
 class Asked(NamedTuple):
-    """What a model is asked to draw."""
+    """Conditions that a model is asked to draw, n of them."""
 
     batch: dict[str, np.ndarray]
-    """Input of `conditioning.from_batch`, arrays [n, ...] for the n that are asked for."""
+    """Input of `conditioning.from_batch`, arrays [n, ...]."""
     names: list[str]
-    """Of each, for files; empty for nothing in particular."""
+    """Part of a file name for each; empty for nothing in particular."""
     labels: list[str]
-    """Of each, for people."""
+    """Label of each in the grid."""
     scale: float
     """Guidance; 1 is without."""
     alone: Sequence[dict] = ()
-    """Of each, the options that ask for it alone."""
+    """Options that ask for each one alone."""
 
 
 def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
     """The prompts or labels of the options, or nothing in particular.
 
-    ValueError for those that the model does not know.
+    ValueError for those that the model cannot read.
     """
     cond, text = model.config.cond, schema.text_of(model.config.cond)
     is_class = isinstance(cond, schema.ClassCondConfig)
@@ -101,16 +101,16 @@ def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
 
 
 class Pairs(NamedTuple):
-    """Which image goes with what is asked, for every picture to be made."""
+    """The image and the condition of every picture to be drawn, N of them."""
 
     image: np.ndarray
     """Index of its image, int [N]."""
     asked: np.ndarray
-    """Index of what is asked, int [N]."""
+    """Index of its condition in `Asked`, int [N]."""
     names: list[str]
     """File names without ending, [N]."""
     details: list[dict]
-    """What belongs into each PNG beside the options, [N]."""
+    """Settings of each PNG beside the options, [N]."""
     row_labels: list[str]
     """Labels of the grid's rows, one for each pair."""
 

@@ -1,4 +1,4 @@
-"""Programs of plans in files, without weights: --export and --from-export."""
+"""Programs of requests in files, without weights: --export and --from-export."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from ldm_jax.sample.request import Call, Request
 
 
 def facts_of(request: Request) -> dict[str, Any]:
-    """What a program depends on beside the model and the shapes of its arguments."""
+    """Facts that a program depends on beside the model and the shapes of its arguments."""
     options = request.options
     names = ("steps", "solver", "spacing", "guidance_rescale", "guidance_interval")
     names += ("dynamic_threshold", "quantize_x0", "dtype", "preview")

@@ -17,18 +17,18 @@ DONATED = ("x_T", "init")  # as large as the latents and images that come out
 
 
 class Made(NamedTuple):
-    """What one call of the program drew, of the images that are wanted.
+    """Images that one call of the program drew and that are wanted.
 
-    Of several processes each has its own images, see `hosts.own`, and all latents.
+    Each of several processes has its own images, see `hosts.own`, and all latents.
     """
 
     call: Call
     places: np.ndarray
-    """Of the images in the request, int [n]."""
+    """Places of the images in the request, int [n]."""
     image: np.ndarray
     """float32 [n, H, W, c], about -1..1."""
     latent: np.ndarray
-    """float32 [m, h, w, c], what decoding takes: of all m wanted images, also those of others."""
+    """float32 [m, h, w, c], unscaled, of all m wanted images, also those of other processes."""
     previews: np.ndarray | None
     """float32 [n, P, H, W, c]: predicted images on the way, with --preview."""
 
@@ -38,9 +38,9 @@ def made(
 ) -> Iterator[Made]:
     """Images of the request, call by call (default: all of them); one program for all.
 
-    run: what is compiled, as of `exported.read`; default: the program of the request.
+    run: the function to compile, as of `exported.read`; default: the program of the request.
     The arrays of `request.batch` are arguments of the program, as are seed, scale, eta and start:
-    others compile nothing anew. A call is dispatched before the one before it is fetched.
+    other values do not recompile. A call is dispatched before the previous one is fetched.
     """
     options, calls = request.options, calls_of(request) if calls is None else calls
     batch, mode = batch_of(request), progress.resolved(options)
@@ -99,7 +99,7 @@ def batch_of(request: Request) -> dict[str, np.ndarray]:
 
 
 def ready(array: jax.Array) -> jax.Array:
-    """The array, when it is computed; Ctrl-C is heard while the device works."""
+    """Wait for the array in Python, so that Ctrl-C works while the device computes."""
     while not array.is_ready():
         time.sleep(0.002)
     return array

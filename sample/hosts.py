@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ldm_jax.runtime import processes
 
 SECONDS = 60
-"""Until a file of another process is seen: directories of a network file system are cached."""
+"""Seconds to wait for a file of another process: network file systems cache directories."""
 
 
 def own(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ def own(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What one process refuses inside, all refuse; and none leaves before all have come."""
+    """Raise in every process if one raises inside; no process leaves before all have come."""
     if jax.process_count() == 1:
         yield
         return

@@ -26,7 +26,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
     model, mesh, options = open_model(options)
@@ -58,7 +58,6 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
         raise ValueError(
-            f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes"
-            " models of text,"
-            " of classes, or without condition"
+            f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes models"
+            " of text, of classes, or without condition"
         )

@@ -42,7 +42,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     model, mesh, options = open_model(options)
     beside = check_model(model, options)
     what = editing.asked(model, options)
@@ -86,16 +86,15 @@ def mask_of(options: Options, which: int) -> list[str]:
 
 
 def check_model(model: bundle.LatentDiffusion, options: Options) -> bool:
-    """Whether the model sees image and mask. ValueError if it needs something else."""
+    """True if the model sees image and mask. ValueError if it needs another condition."""
     cond = model.config.cond
     beside = cond.concat if isinstance(cond, schema.HybridCondConfig) else cond
     if isinstance(beside, schema.InpaintCondConfig):
         return True
     if not isinstance(beside, schema.ClassCondConfig | schema.TextCondConfig | None):
         raise ValueError(
-            f"{options.model}: is trained with {conditioning.name_of(beside)}; {NAME} takes"
-            " models of"
-            " image and mask, of text, of classes, or without condition"
+            f"{options.model}: is trained with {conditioning.name_of(beside)}; {NAME} takes models"
+            " of image and mask, of text, of classes, or without condition"
         )
     return False
 

@@ -45,7 +45,7 @@ def open_image(path: str, channels: int) -> Image.Image:
 
 
 def open_mask(path: str) -> Image.Image:
-    """A mask file in mode L, 255 = hole; see `transforms.decode_mask`. ValueError names it."""
+    """A mask file in mode L, 255 = masked; see `transforms.decode_mask`. ValueError names it."""
     return _decoded(path, transforms.decode_mask)
 
 

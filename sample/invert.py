@@ -1,8 +1,8 @@
 """From images to their noise: `ldm-sample invert --model RUN --out DIR --images a.png`.
 
 DDIM inversion (Song et al. 2021, section 4.3; Dhariwal and Nichol 2021, appendix F), with any
-solver that draws no noise. `x_T.npy` is what `--init-latents` of the other tasks takes; the same
-settings then give the image again, and another prompt or label gives what it becomes.
+solver that draws no noise. `--init-latents` of the other tasks takes `x_T.npy`; the same settings
+then give the image again, another prompt or label a changed one.
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ class Options(editing.Options):
     num_images: int = 1
     """One: an image has one noise for each prompt or label."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance, both ways; 1 is without. Guidance bends the way, so that it takes
-    more steps to come back."""
+    """Classifier-free guidance, both ways; 1 is without. Guidance curves the trajectory, so that
+    the way back needs more steps."""
 
 
 def main(options: Options) -> int:
-    """Writes x_T.npy, the image that sampling makes of it, and how far that is from the original.
+    """Write x_T.npy, the image sampled from it, and its distance from the original.
 
-    inversion.json has for every image `image_psnr` (against the original), `first_stage_psnr` (what
-    encoding and decoding alone reach), `latent_psnr` (the way there and back alone), all in dB, and
-    mean and standard deviation of its noise, 0 and 1 where the model knows such images.
+    inversion.json has for every image `image_psnr` (against the original), `first_stage_psnr`
+    (encoding and decoding alone), `latent_psnr` (inversion and sampling alone), all in dB, and mean
+    and standard deviation of its noise, near 0 and 1 for images like the training data.
     """
     inversion = invert(options)
     if options.export is not None:
@@ -72,20 +72,20 @@ def main(options: Options) -> int:
 
 
 class Inversion(NamedTuple):
-    """Images, and what is known of them when their noise has been found."""
+    """Result of the inversion of images."""
 
     request: Request
-    """Samples them again."""
+    """Request that samples them again from their noise."""
     image: np.ndarray
     """float32 [N, H, W, c] in [-1, 1]."""
     alone: np.ndarray
-    """What the first stage alone makes of them."""
+    """Images encoded and decoded by the first stage alone."""
     z: np.ndarray
     """Their unscaled latents [N, h, w, c]."""
 
 
 def request(options: Options) -> Request:
-    """What is drawn: the images again, from their noise. ValueError as of `invert`."""
+    """The request that draws the images again, from their noise. ValueError as of `invert`."""
     return invert(options).request
 
 
@@ -129,7 +129,7 @@ def invert(options: Options) -> Inversion:
 
 
 def check(options: Options) -> None:
-    """ValueError for options that have no meaning on the way back, before anything is read."""
+    """ValueError for options without meaning in an inversion, before anything is read."""
     if options.num_images != 1:
         raise ValueError(
             f"--num-images {options.num_images}: an image has one noise; give 1, or more --labels"
@@ -141,7 +141,7 @@ def check(options: Options) -> None:
         what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
         known = ", ".join(name for name in solvers.SOLVERS if not solvers.make(name).noisy)
         raise ValueError(
-            f"{what} draws new noise at every step, which no way leads back from; use one of"
+            f"{what} draws new noise at every step and cannot be inverted; use one of"
             f" {known}, with --eta 0"
         )
 
@@ -151,17 +151,16 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig | schema.TextCondConfig | None):
         raise ValueError(
-            f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes"
-            " models of text,"
-            " of classes, or without condition"
+            f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes models"
+            " of text, of classes, or without condition"
         )
 
 
 def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Levels:
     """The sampler's levels from image to noise.
 
-    They begin at the noise of timestep 0 also where the sampler's own end in none; a step that
-    sampling takes from there to there is left out.
+    They begin at the noise of timestep 0, also where the sampler's own end in no noise; a step
+    without a change of level is left out.
     """
     own = model.config.sampling
     offset = own.steps_offset if options.spacing == own.spacing else 1
@@ -174,7 +173,7 @@ def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Leve
 
 
 def keep(params: dict, z: jax.Array) -> jax.Array:
-    """Instead of decoding: noise shows nothing."""
+    """Replace decoding: an image of noise is of no use."""
     del params
     return z
 
@@ -182,7 +181,7 @@ def keep(params: dict, z: jax.Array) -> jax.Array:
 def encoded(
     model: bundle.LatentDiffusion, mesh: Any, options: Options, image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(Unscaled latents, the posterior's mode; what the first stage alone makes of the images)."""
+    """(Unscaled latents, the posterior's mode; the images decoded from them)."""
 
     def run(params, image):
         z = latents.encode(model.first_stage, params, image, 1.0)
@@ -201,7 +200,7 @@ def encoded(
 
 
 def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
-    """ValueError if the way left the numbers."""
+    """ValueError if the noise is not finite."""
     if not np.isfinite(x_T).all():
         raise ValueError(
             f"the noise is not finite: --solver {options.solver} does not lead back here; use ddim"
@@ -210,7 +209,7 @@ def refuse_overflow(x_T: np.ndarray, options: Options) -> None:
 
 
 def errors_of(inversion: Inversion, out: epath.Path) -> list[dict[str, float]]:
-    """Of every image, as in `main`, from the images and latents in the folder `out`."""
+    """Figures of every image, as in `main`, from the images and latents in the folder `out`."""
     latent, errors = np.load(out / "latents.npy"), []
     for i, name in enumerate(inversion.request.names):
         shown, again = images.to_uint8(inversion.image[i]), write.read_picture(out, name)
@@ -228,6 +227,6 @@ def errors_of(inversion: Inversion, out: epath.Path) -> list[dict[str, float]]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, peak: float) -> float:
-    """That of `metrics.pixels` for two [h, w, c] with values in a range of `peak`; 100 at most."""
+    """PSNR of two [h, w, c] with values in a range of `peak`; at most 100."""
     one, other = (x[None].astype(np.float32) * (pixels.RANGE / peak) for x in (a, b))
     return min(100.0, float(pixels.psnr(one, other)[0]))

@@ -43,7 +43,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     if not options.boxes:
         raise ValueError("give --boxes FILE.json")
     names = None if options.class_names is None else boxes.read_names(options.class_names)

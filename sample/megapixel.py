@@ -3,8 +3,8 @@
 Three ways, for models of semantic maps, small images, text, classes, or of neither:
 
     (no flag)         the whole image at once: UNet and decoder are convolutional
-    --window, --tile  overlapping windows, blended at every step; decoding tile by tile. For memory,
-                      and so that the UNet sees what it was trained on
+    --window, --tile  overlapping windows, blended at every step; decoding tile by tile. Saves
+                      memory, and the UNet sees the size that it was trained on
     --space N         one image over N devices, with the pixels of one device
 """
 
@@ -37,8 +37,8 @@ class Options(editing.Options):
     """Images larger than those a model was trained on. Sizes are in pixels of the result."""
 
     height: int | None = None
-    """Pixels; default: the training size, or as --maps and --images say. Small --images are scaled
-    to cover what makes this height and width, and cut at their centre."""
+    """Pixels; default: the training size, or that of --maps and --images. Small --images are scaled
+    to cover the size that gives this height and width, and cut at their centre."""
     width: int | None = None
     """Pixels; default: as of height."""
     images: flags.Files = ()
@@ -64,7 +64,7 @@ class Options(editing.Options):
     """Height and width of the tiles that are decoded one after another, overlaps included, or one
     number for both. Default: decode in one pass."""
     tile_levels: int = 2
-    """How many of the decoder's highest resolutions are tiled; the others run whole."""
+    """Number of the decoder's highest resolutions that are tiled; the others run whole."""
     space: int = 1
     """Devices that share an image, split along its height; -1: all."""
     batch_size: int | None = None
@@ -78,7 +78,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn, and how. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     check(options)
     mesh = sharding.make_mesh(schema.MeshConfig())
     if options.space != 1:
@@ -118,7 +118,7 @@ def check(options: Options) -> None:
     for name in ("stride", "at_once", "tie_clip"):
         if getattr(options, name) and not options.window:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is of windows: give --window too")
+            raise ValueError(f"--{flag} is an option of windows: give --window too")
     for flag, (low, high) in (
         ("--window-clip", options.window_clip),
         ("--tie-clip", options.tie_clip or (0.1, 1)),
@@ -131,7 +131,8 @@ def check(options: Options) -> None:
         raise ValueError("--height and --width are those of --maps; leave them out")
 
 
-# --- how -----------------------------------------------------------------------------------------
+# --- windows, tiles and devices
+# -----------------------------------------------------------------------------------------
 
 
 def way(
@@ -143,7 +144,7 @@ def way(
     wrap_model = decode = None
     if options.window:
         cut = windows_of(model, options)
-        windows.windowed(lambda x, t, cond: x, **cut)  # refuses what is impossible now
+        windows.windowed(lambda x, t, cond: x, **cut)  # refuses impossible sizes at once
         wrap_model = lambda net: windows.windowed(net, **cut)  # noqa: E731
         count = windows.count(*shape[:2], cut["window"], cut["stride"])
         LOG.info(f"{count} windows at every step, {min(options.at_once or count, count)} at a time")
@@ -215,20 +216,21 @@ def pair(flag: str, values: tuple[int, ...]) -> tuple[int, int]:
     return values if len(values) == 2 else values * 2
 
 
-# --- what ----------------------------------------------------------------------------------------
+# --- conditions
+# ----------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
     """Arrays and labels of every image."""
 
     batch: dict[str, np.ndarray]
-    """What `conditioning.from_batch` reads, a row for every image."""
+    """Input of `conditioning.from_batch`, [N, ...] for N images."""
     shape: tuple[int, int, int]
-    """Of the latent."""
+    """(h, w, c) of the latent."""
     names: list[str]
-    """Of every image, for files."""
+    """File name of every image."""
     details: list[dict]
-    """Of every image, for its PNG."""
+    """Settings of every image for its PNG."""
     row_labels: list[str]
     """Labels of the grid's rows."""
     scale: float
@@ -236,7 +238,7 @@ class Inputs(NamedTuple):
 
 
 def inputs_for(model: bundle.LatentDiffusion, options: Options) -> Inputs:
-    """What the options ask of the model. ValueError for what it does not know."""
+    """The inputs of the options. ValueError for inputs that the model cannot read."""
     cond = model.config.cond
     if isinstance(cond, schema.SemanticCondConfig):
         refuse(options, "maps", "palette")
@@ -248,9 +250,8 @@ def inputs_for(model: bundle.LatentDiffusion, options: Options) -> Inputs:
         refuse(options, "prompt", "negative_prompt", "labels")
         return from_prompts_or_labels(model, options)
     raise ValueError(
-        f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes"
-        " models of semantic"
-        " maps, small images, text, classes, or without condition"
+        f"{options.model}: is trained with {conditioning.name_of(cond)}; {NAME} takes models"
+        " of semantic maps, small images, text, classes, or without condition"
     )
 
 
@@ -266,7 +267,7 @@ def refuse(options: Options, *known: str) -> None:
 
 
 def from_prompts_or_labels(model: bundle.LatentDiffusion, options: Options) -> Inputs:
-    """Of prompts, labels, or nothing in particular."""
+    """Inputs from prompts, labels, or nothing in particular."""
     what = editing.asked(model, options)
     shape = latent_shape(model, options.height, options.width)
     every = np.repeat(np.arange(len(what.names)), options.num_images).tolist()
@@ -280,7 +281,7 @@ def from_prompts_or_labels(model: bundle.LatentDiffusion, options: Options) -> I
 
 
 def from_maps(model: bundle.LatentDiffusion, options: Options) -> Inputs:
-    """Of segmentation maps."""
+    """Inputs from segmentation maps."""
     if not options.maps:
         raise ValueError("give --maps FILE.png")
     colours = None if options.palette is None else semantic.read_palette(options.palette)
@@ -293,7 +294,7 @@ def from_maps(model: bundle.LatentDiffusion, options: Options) -> Inputs:
 
 
 def from_images(model: bundle.LatentDiffusion, options: Options) -> Inputs:
-    """Of small images, and a prompt for all of them where the model reads one."""
+    """Inputs from small images, and a prompt for all of them where the model reads one."""
     if len(options.prompt) > 1:
         raise ValueError(f"{len(options.prompt)} of --prompt: one goes with all --images")
     latent_shape(model, options.height, options.width)
@@ -310,7 +311,7 @@ def from_images(model: bundle.LatentDiffusion, options: Options) -> Inputs:
 
 
 def from_files(options: Options, name: str, batch: dict, shape: tuple, scale: float) -> Inputs:
-    """Of the files that the option `name` holds."""
+    """Inputs from the files of the option `name`."""
     paths = getattr(options, name)
     every = [path for path in paths for _ in range(options.num_images)]
     details = [{"asked": path, name: [path]} for path in every]

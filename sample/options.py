@@ -1,4 +1,4 @@
-"""Options of every sampling task, and what is asked of a model before it samples."""
+"""Options of every sampling task, and the checks of a model before it samples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class Options:
     solver: Annotated[str, arg(metavar="NAME")] = "ddim"
     """Name of a solver; an unknown one is answered with the list."""
     spacing: Annotated[str | None, arg(metavar="NAME")] = None
-    """Which timesteps are visited; default: as the model's own sampler, `leading` in the reference.
-    `trailing` gives any number; an unknown one is answered with the list."""
+    """Spacing of the timesteps; default: that of the model's own sampler, `leading` in the
+    reference. `trailing` gives any number; an unknown one is answered with the list."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
     guidance_scale: float = 1.5
@@ -41,8 +41,8 @@ class Options:
     """Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); the others cost half.
     Default: all of them."""
     dynamic_threshold: float | None = None
-    """Percentile, as 99.5, of the predicted x0 beyond which it is cut (Saharia et al. 2022); for
-    models of pixels, or high guidance scales. Default: no cut."""
+    """Percentile, as 99.5, beyond which the predicted x0 is clipped (Saharia et al. 2022); for
+    models of pixels, or high guidance scales. Default: no clipping."""
     quantize_x0: bool = False
     """The predicted x0 becomes codes of the first stage at every step; VQ models only."""
     seed: int = 0
@@ -60,15 +60,16 @@ class Options:
     config: flags.OptionalFile = None
     """YAML of a checkpoint file; default: NAME.yaml or config.yaml beside it."""
     variant: Annotated[str | None, arg(metavar="NAME")] = None
-    """Variant of the weights in a diffusers folder, as `fp16`; or what a single file is, as `v2-v`,
-    where its tensors do not tell."""
+    """Variant of the weights in a diffusers folder, as `fp16`; or kind of a single file, as `v2-v`,
+    where its tensors leave it open."""
     tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
     init_latents: flags.OptionalFile = None
-    """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image
-    image i starts from latent i."""
+    """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image i
+    starts from latent i."""
     save_latents: bool = False
-    """Write latents.npy: the final latents after division by the scale, what decoding takes."""
+    """Write latents.npy: the final latents divided by the latent scale, as the first stage
+    decodes."""
     npz: bool = False
     """Write samples.npz too: arr_0 uint8 [N, H, W, c], as evaluation suites read it."""
     preview: int = 0
@@ -79,9 +80,9 @@ class Options:
     """Go on with a list that was interrupted: keep the images that are there, if their settings are
     the same."""
     progress: Literal["auto", "steps", "images", "none"] = "auto"
-    """What the bars count. A program that reports its steps is not kept in the compilation cache:
-    auto is steps on a CPU, where compiling is the smaller part, else images; none without a
-    terminal."""
+    """Unit of the progress bars. A program that reports its steps is not kept in the compilation
+    cache: auto is steps on a CPU, where compiling is the smaller part, else images; none without
+    a terminal."""
     export: flags.OptionalFile = None
     """File for the compiled sampler's program without weights, for batches of --batch-size. Draws
     nothing then."""
@@ -97,7 +98,7 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
     """(bundle placed on all devices, mesh, options with the model's own solver settings).
 
     mesh: default: one that splits batches over all devices.
-    Refuses what cannot work before weights are read.
+    Refuses impossible options before weights are read.
     """
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images}: give at least 1")

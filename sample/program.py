@@ -42,9 +42,9 @@ def program_of(
 
 
 def compiled(request: Request, run: Callable, arguments: tuple) -> Callable:
-    """`run` compiled for arguments like these, which takes a while and says so."""
-    # Images stay where they are drawn. Latents are small: every process gets all of them, and what
-    # they start from can then not be reused for them.
+    """Compile `run` for arguments like these, with log lines, as it takes a while."""
+    # Images stay on the devices that draw them. Latents are small: every process gets all of them,
+    # and then the buffers of their inputs, of another layout, cannot be donated to them.
     alone = jax.process_count() == 1
     split = sharding.batch_sharding(request.mesh)
     out = (split, split if alone else sharding.replicated(request.mesh))
@@ -65,7 +65,7 @@ def compiled(request: Request, run: Callable, arguments: tuple) -> Callable:
 
 
 def planned(program: Any) -> str:
-    """What the compiler plans to hold on each device, for people; empty where it does not tell."""
+    """Text on the memory that the compiler plans on each device; empty where it gives none."""
     memory = program.memory_analysis()
     if memory is None:
         return ""
@@ -132,10 +132,10 @@ def make_run(
         null = conditioning.null_like(*arguments) if guided else None
         init, mask = batch.get("init"), batch.get("init_mask")
         if init is not None:
-            # a sample of the posterior, as in the reference; what is kept is its mode
+            # a sample of the posterior, as in the reference; the kept part is its mode
             draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if mask is None else None
             init = encode(init, keys=draws)
-        if mask is not None:  # a latent pixel is kept if all that it stands for is
+        if mask is not None:  # a latent pixel is kept only if all its pixels are
             mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
         z = sample(params, cond, keys, null, scale, eta, batch.get("x_T"), start, init, mask)
         z, x0 = z if trace is not None else (z, None)
@@ -161,7 +161,7 @@ def _check_guidance(options: Options, guided: bool) -> None:
 
 
 def _trace_step(step: Callable[[], None] | None, kept: bool, x: jax.Array, denoised: Any) -> Any:
-    """A `trace` of `make_sampler`: tells the host, and keeps the predicted x0."""
+    """A `trace` of `make_sampler`: calls the host, and returns the predicted x0."""
     del x
     if step is not None:
         jax.debug.callback(step)

@@ -12,19 +12,19 @@ from ldm_jax.sample.options import Options
 
 
 class Bars(NamedTuple):
-    """Functions to call."""
+    """Functions that advance the bars."""
 
     images: Callable[[int], None]
-    """When this many images are done."""
+    """Called with the number of images done."""
     step: Callable[[], None] | None
-    """At every step of the solver, from inside the program; None: nobody wants to know."""
+    """Called at every step of the solver, from inside the program; None: without a bar."""
 
 
 def resolved(options: Options) -> str:
-    """What `auto` means here: steps are worth a bar where they take long, and someone is there.
+    """Mode of `auto` here: a bar of steps where they take long and stderr is a terminal.
 
-    A program from a file reports no steps. Several processes run one program, whoever has a
-    terminal, so that what is in it cannot depend on that.
+    A program from a file reports no steps. Several processes must run the same program, which
+    therefore cannot depend on whether one of them has a terminal.
     """
     images = "images" if options.from_export is not None else "steps"
     if options.progress == "steps":

@@ -4,7 +4,7 @@
     a.csv      columns of prompt, negative_prompt, seed, guidance_scale, num_images
     a.jsonl    one object per line with these names
 
-What is left out or empty is as on the command line. A bad line is named, and the others are read.
+Columns left out or empty are as on the command line. A bad line is named, the others are read.
 """
 
 import csv
@@ -24,7 +24,7 @@ NAMES = {int: "a whole number", float: "a number"}
 
 
 class Prompt(NamedTuple):
-    """A prompt and what goes with it."""
+    """A prompt and its settings."""
 
     prompt: str
     negative_prompt: str
@@ -35,7 +35,7 @@ class Prompt(NamedTuple):
 
 
 def read(path: str, default: Prompt) -> tuple[list[Prompt], list[str]]:
-    """(prompts, what is wrong with the other lines, each with its file and line).
+    """(prompts, faults of the other lines, each with its file and line).
 
     ValueError if no line can be read, or the file is none of prompts.
     """
@@ -62,7 +62,9 @@ def read(path: str, default: Prompt) -> tuple[list[Prompt], list[str]]:
 def lines_of(path: str) -> tuple[list[str], list[str]]:
     """(lines, problems): a line that is not UTF-8 is empty, and among the problems."""
     lines, problems = [], []
-    data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Excel's mark of UTF-8
+    data = (
+        epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    )  # byte-order mark, which Excel writes
     for number, line in enumerate(data.splitlines(), 1):
         try:
             lines.append(line.decode())
@@ -126,7 +128,7 @@ def read_csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def header_of(path: str, number: int, cells: list[str]) -> list[str]:
-    """Names of the columns. ValueError for one that is not known, twice there, or missing."""
+    """Names of the columns. ValueError for one that is unknown, duplicate, or missing."""
     names = [cell.strip() for cell in cells]
     wrong = [name for i, name in enumerate(names) if name not in COLUMNS or name in names[:i]]
     if wrong or "prompt" not in names:
@@ -138,7 +140,7 @@ def header_of(path: str, number: int, cells: list[str]) -> list[str]:
 
 
 def prompt_of(values: dict[str, Any], default: Prompt) -> Prompt:
-    """The prompt of a line's values. ValueError says what is wrong with it."""
+    """The prompt of a line's values. ValueError names their fault."""
     unknown = [name for name in values if name not in COLUMNS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not one of {', '.join(COLUMNS)}")

@@ -1,4 +1,4 @@
-"""What a task asks for: arrays, names and settings of every image, before anything is computed."""
+"""Request of a task: arrays, names and settings of every image, before anything is computed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,21 +19,21 @@ class Request:
     task: str
     """As on the command line."""
     options: Options
-    """With all that the model decides filled in."""
+    """Options of the task, the model's defaults filled in."""
     model: bundle.LatentDiffusion
     mesh: Any
     shape: tuple[int, int, int]
     """(h, w, c) of the latent."""
     guided: bool
-    """Whether the program guides at all."""
+    """The program samples with guidance."""
     batch: dict[str, np.ndarray]
-    """What `conditioning.from_batch` and `make_run` read: host arrays, [N, ...] for N images."""
+    """Input of `conditioning.from_batch` and `make_run`: host arrays, [N, ...] for N images."""
     names: list[str]
     """File names without ending."""
     details: list[dict[str, Any]]
-    """Of each image: facts for people, and the options that with num_images=1 draw it alone."""
+    """Settings of each image: facts, and the options that with num_images=1 draw it alone."""
     alone: bool = True
-    """Whether they do; if not, an image is one of all that the options draw."""
+    """`details` draw an image alone; False: an image is one of all that the options draw."""
     row_labels: Sequence[str] = ()
     """Labels of the grid's rows; none for a square of images."""
     row_lengths: Sequence[int] | None = None
@@ -56,11 +56,11 @@ class Request:
     levels: solvers.Levels | None = None
     """Others than those of the options; see `sampling.make_sampler`."""
     program: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What `wrap_model` and `decode` depend on: with other values, another program."""
+    """Values that `wrap_model` and `decode` depend on: with others it is another program."""
     finish: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     """(places, images [n, H, W, c]) -> the images as they are written."""
     problems: tuple[str, ...] = ()
-    """What could not be read, and is not among the images; reported when they are done."""
+    """Inputs that could not be read, and are not among the images; reported at the end."""
 
     @property
     def count(self) -> int:

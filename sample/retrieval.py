@@ -25,7 +25,7 @@ from ldm_jax.sample.request import Request
 
 NAME = "retrieval"
 NEIGHBOURS = 10  # the reference's --knn
-INDEX = ".ldm_jax_clip.npz"  # hidden, so that it is none of the folder's images
+INDEX = ".ldm_jax_clip.npz"  # hidden: not listed among the folder's images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,14 @@ def writing_below(options: Options, out: str) -> Options:
 
 
 class Neighbours(NamedTuple):
-    """What the model is conditioned on, for each text or image."""
+    """Condition of the model for each text or image, Q of them."""
 
     context: np.ndarray
     """Embeddings of length 1, float32 [Q, tokens, d]."""
     files: list[list[str]]
     """Neighbours, the nearest first."""
     cosines: np.ndarray
-    """Of these, [Q, k]."""
+    """Cosines of the neighbours, [Q, k]."""
 
 
 def main(options: Options) -> int:
@@ -89,7 +89,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options, the model or the folder do not allow."""
+    """The request of the options. ValueError for options that model or folder do not allow."""
     options = check(options)
     model, mesh, options = open_model(options)
     towers = load_clip(options, mesh)
@@ -114,8 +114,8 @@ def request(options: Options) -> Request:
 
 
 def check(options: Options) -> Options:
-    """Options with the number of neighbours; ValueError for what cannot work, before anything is
-    read."""
+    """Options with the number of neighbours; ValueError for impossible options, before anything
+    is read."""
     if not options.clip:
         raise ValueError("give --clip FOLDER, the CLIP model that the model was trained with")
     if not options.prompt and not options.query_image:
@@ -154,7 +154,7 @@ def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) ->
         queries.append(neighbours.embed_texts(towers, options.prompt))
     if options.query_image:
         for path in options.query_image:
-            open_image(path, 3)  # refuses what is no image
+            open_image(path, 3)  # refuses files that are no images
         made, _ = neighbours.embed_images(
             towers, options.query_image, batch_size=options.index_batch, mesh=mesh
         )
@@ -199,7 +199,7 @@ def load_clip(options: Options, mesh: jax.sharding.Mesh) -> clip_folder.CLIP:
 def shown(
     options: Options, nearest: Neighbours, channels: int, side: tuple[int, int]
 ) -> np.ndarray:
-    """What stands in the grid before the images: float32 [Q, n, H, W, c] in [-1, 1].
+    """Pictures before the images in the grid: float32 [Q, n, H, W, c] in [-1, 1].
 
     The image asked for, white for a text, where there is any image; then the neighbours.
     """
@@ -220,12 +220,12 @@ def picture(path: str, channels: int, side: tuple[int, int]) -> np.ndarray:
 
 
 def names_of(options: Options) -> list[str]:
-    """Of every text and image, for people."""
+    """Label of every text and image in the grid."""
     return [*options.prompt, *(epath.Path(path).name for path in options.query_image)]
 
 
 def details_of(options: Options, nearest: Neighbours) -> list[dict]:
-    """Of every image, for its PNG."""
+    """Settings of every image for its PNG."""
     alone = [{"prompt": [text], "query_image": []} for text in options.prompt]
     alone += [{"prompt": [], "query_image": [path]} for path in options.query_image]
     details = []

@@ -40,7 +40,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     if not options.maps:
         raise ValueError("give --maps FILE.png")
     colours = None if options.palette is None else read_palette(options.palette)
@@ -85,7 +85,7 @@ def check(model: bundle.LatentDiffusion, options: Options, maps: list[np.ndarray
 def read_map(path: str, colours: dict[tuple[int, ...], int] | None = None) -> np.ndarray:
     """Class ids, int32 [H, W], of a grey or palette image, or with `colours` of one in colours.
 
-    ValueError names the file, and what about it is no map.
+    ValueError names the file, and its fault.
     """
     try:
         data = reading.read_bytes(path)
@@ -97,7 +97,7 @@ def read_map(path: str, colours: dict[tuple[int, ...], int] | None = None) -> np
             kind, mode = image.format, image.mode
             grey = mode in ("1", "L", "P", "I") or mode.startswith("I;")
             values = np.asarray(image if grey and colours is None else image.convert("RGB"))
-    except Exception as error:  # see `transforms`: Pillow raises whatever it stumbles on
+    except Exception as error:  # Pillow raises errors of many classes, see `transforms`
         raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
     if kind in LOSSY:
         raise ValueError(f"{path}: is {kind}, whose compression changes class ids; give a PNG")
@@ -120,7 +120,7 @@ def read_map(path: str, colours: dict[tuple[int, ...], int] | None = None) -> np
 
 
 def read_palette(path: str) -> dict[tuple[int, ...], int]:
-    """{(red, green, blue): class id} from a JSON file. ValueError says what is wrong with it."""
+    """{(red, green, blue): class id} from a JSON file. ValueError names its fault."""
     try:
         data = json.loads(epath.Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -35,11 +35,11 @@ class Options(Options):
     """Pixels of the small image; default: as it is."""
     noise_level: int | None = None
     """Noise added to the small image, by the upscaler only: 0..350 in the published one, where more
-    invents more; default: 20."""
+    noise invents more detail; default: 20."""
     prompt: flags.Text = ""
-    """What the images show, read by the upscaler only."""
+    """Text on the content of the images, read by the upscaler only."""
     negative_prompt: flags.Text = ""
-    """What guidance leads away from, in the upscaler only."""
+    """Text that guidance leads away from, in the upscaler only."""
     num_images: int = 1
     """Images per small image."""
     guidance_scale: float | None = None
@@ -54,7 +54,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     model, mesh, options = open_model(options)
     options = with_defaults(model, options)
     channels = model.config.first_stage.in_channels
@@ -87,7 +87,7 @@ def upscaler(model: bundle.LatentDiffusion) -> schema.UpscaleCondConfig | None:
 
 
 def with_defaults(model: bundle.LatentDiffusion, options: Options) -> Options:
-    """Options with what the kind of model decides; ValueError for what the model cannot use."""
+    """Options with the defaults of the kind of model; ValueError for those that it cannot use."""
     concat, cond = upscaler(model), model.config.cond
     if concat is None:
         if not isinstance(cond, schema.SuperResCondConfig):
@@ -129,12 +129,12 @@ def latent_shape(
 
 
 def inputs(model: bundle.LatentDiffusion, options: Options, low: np.ndarray) -> dict[str, Any]:
-    """What the conditioning reads, from small images [N, h, w, c] in [-1, 1]."""
+    """Input of the conditioning, from small images [N, h, w, c] in [-1, 1]."""
     count = len(low)
     if upscaler(model) is None:
         return {"low_res": low}
     text = text2img.tokenize(model.tokenizer, [options.prompt], options.negative_prompt, count)
-    # folds 0 and 1 are what the sampler splits an image's key into, 2 is make_run's
+    # the sampler splits an image's key into two (folds 0 and 1), make_run folds in 2: take another
     keys = jax.vmap(jax.random.fold_in, (0, None))(
         sampling.keys_of(options.seed, options.first_index + np.arange(count)), 3
     )

@@ -23,12 +23,12 @@ class Options(Options):
     """Images of a text, by a text-conditional model."""
 
     prompt: flags.Texts = ()
-    """What to draw; each gets num_images images and a row of the grid."""
+    """Texts to draw; each gets num_images images and a row of the grid."""
     prompt_file: flags.OptionalFile = None
     """Text file with one prompt per line, or .csv or .jsonl with prompt, negative_prompt, seed,
     guidance_scale and num_images for each; drawn after those of --prompt."""
     negative_prompt: flags.Text = ""
-    """What guidance leads away from; default: the empty text."""
+    """Text that guidance leads away from; default: the empty text."""
     height: int | None = None
     """Pixels; default: the size the model was trained at."""
     width: int | None = None
@@ -45,7 +45,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     entries, problems = read_prompts(options)
     model, mesh, options = open_model(options)
     check_model(model, options)
@@ -85,7 +85,7 @@ def request(options: Options) -> Request:
 
 
 def read_prompts(options: Options) -> tuple[list[prompts.Prompt], list[str]]:
-    """(prompts of --prompt and --prompt-file, what is wrong with lines of the latter)."""
+    """(prompts of --prompt and --prompt-file, faults of lines of the latter)."""
     default = prompts.Prompt(
         "", options.negative_prompt, None, options.guidance_scale, options.num_images
     )
@@ -118,8 +118,8 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     if isinstance(cond, schema.HybridCondConfig):
         raise ValueError(
             f"{options.model}: takes an image beside the text"
-            f" ({conditioning.name_of(cond.concat)}), which"
-            " text2img does not give; use a model of text alone"
+            f" ({conditioning.name_of(cond.concat)}), which text2img does not give; use a model of"
+            " text alone"
         )
     if not isinstance(cond, schema.TextCondConfig):
         kind = conditioning.name_of(cond)

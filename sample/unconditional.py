@@ -23,7 +23,7 @@ class Options(Options):
     width: int | None = None
     """Pixels; default: the size the model was trained at."""
     guidance_scale: float = 1.0
-    """There is nothing to guide: 1."""
+    """Must be 1: without a condition there is no guidance."""
 
 
 def main(options: Options) -> int:
@@ -32,7 +32,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError if there is something to guide, or the model needs a condition."""
+    """The request of the options. ValueError for guidance, or a model that needs a condition."""
     if options.guidance_scale != 1:
         raise ValueError(
             f"--guidance-scale {options.guidance_scale}: without a condition there is nothing to"

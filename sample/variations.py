@@ -1,7 +1,7 @@
 """Paths between images, and variations of one: `ldm-sample variations --seeds 3 8 --labels 7`.
 
-Noise, class and text are interpolated on the sphere (slerp), so that what the model sees between
-two of them is as likely as they are.
+Noise, class and text are interpolated on the sphere (slerp), so that inputs between two of them
+have the norm of typical ones.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from ldm_jax.sample.options import Options, check_labels, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "variations"
-# solvers that draw noise at every step, of which a path would be as rough
+# solvers that draw noise at every step: a path would be as rough as the noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Options(Options):
     """Images on the way from one seed, class or prompt to the next, or near one image."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="SEED ...", help_behavior_hint="")] = ()
-    """Seeds whose first images the path passes; one is kept all along. Default: --seed."""
+    """Seeds whose first images lie on the path; a single one is kept fixed. Default: --seed."""
     labels: flags.Ids = ()
-    """Class ids that the path passes; one is kept all along."""
+    """Class ids on the path; a single one is kept fixed."""
     prompt: flags.Texts = ()
-    """Texts that the path passes; one is kept all along."""
+    """Texts on the path; a single one is kept fixed."""
     negative_prompt: flags.Text = ""
-    """What guidance leads away from; default: the empty text."""
+    """Text that guidance leads away from; default: the empty text."""
     strength: float | None = None
     """Instead of a path, the first image of a seed and others near it: 0 is the image itself, 1 is
     the seed's next images. Each label or prompt is a row."""
@@ -49,7 +49,7 @@ def main(options: Options) -> int:
 
 
 def request(options: Options) -> Request:
-    """What is drawn. ValueError for what the options or the model do not allow."""
+    """The request of the options. ValueError for options that the model does not allow."""
     check(options)
     model, mesh, options = open_model(options)
     scale = options.guidance_scale
@@ -93,7 +93,7 @@ class Leg:
 
 
 def check(options: Options) -> None:
-    """ValueError for options that say no path, before anything is read."""
+    """ValueError for options without a path, before anything is read."""
     for seed in options.seeds:
         seeds.checked(seed, "--seeds")
     if options.labels and options.prompt:
@@ -228,9 +228,9 @@ def noise_of(seed: int, index: int, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def slerp(a: np.ndarray, b: np.ndarray, t: float, axis: int | None = -1) -> np.ndarray:
-    """From a (t = 0) to b (t = 1) along a great circle, float32; the norm goes evenly.
+    """From a (t = 0) to b (t = 1) along a great circle, float32; the norm is interpolated linearly.
 
-    axis: that of the vectors; None: each array is one. Parallel vectors are passed straight.
+    axis: that of the vectors; None: each array is one. Parallel vectors are interpolated linearly.
     """
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     norms = [np.sqrt(np.sum(x * x, axis=axis, keepdims=True)) for x in (a64, b64)]

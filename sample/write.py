@@ -1,6 +1,6 @@
 """Images with their settings inside, grids and arrays, in the folder that --out names.
 
-OUT/NAME.png            as soon as its batch is done; whole, or not there
+OUT/NAME.png            as soon as its batch is done; complete, or missing
 OUT/previews/NAME.png   with --preview
 OUT/latents/00000.npy   with --save-latents: of one batch, until all are in latents.npy
 OUT/grid.png, samples.npz, latents.npy
@@ -33,12 +33,12 @@ COLUMNS = 40
 """Most images in a row of the grid."""
 FORMAT = 2
 """Format of the settings in a PNG; those of November 2026 have no number."""
-# options that say what is written and shown, but not what an image looks like
+# options about output and display, which do not change an image
 OUTPUT = (
     "out", "save_latents", "npz", "overwrite", "resume", "export", "export_platforms",
 )  # fmt: skip
 
-# files of which an image takes a line, or what can be made again
+# files of which an image uses one line, or that can be made again
 LISTS = ("prompt_file", "index_file")
 
 
@@ -69,7 +69,7 @@ def _open_out(options: Options) -> epath.Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
-    # permissions say too little: of root, of file systems, of buckets
+    # tried by writing: permissions do not tell for root, some file systems, and buckets
     probe = out / f".writable{jax.process_index()}"
     try:
         probe.write_bytes(b"")
@@ -85,7 +85,7 @@ def _open_out(options: Options) -> epath.Path:
 
 
 def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]:
-    """What the PNG of each image carries: enough to draw it again, and alone.
+    """Settings in the PNG of each image: enough to draw it again, and alone.
 
     The task, the options that matter to this image, its number under its seed, "call" (size of the
     program's batch, and its place in it), "files" ({path: sha256} of what it was made from)
@@ -126,7 +126,7 @@ def settings_of(request: Request, calls: Iterable[Call]) -> list[dict[str, Any]]
 
 
 def read_settings(path: epath.PathLike) -> dict[str, Any]:
-    """The settings in a PNG, those of older formats as this one says them.
+    """The settings in a PNG, those of older formats converted to this one.
 
     ValueError if the file carries none, or those of a newer format.
     """
@@ -153,14 +153,14 @@ def input_files(kind: type, values: Mapping[str, Any]) -> list[str]:
 
 @functools.cache
 def file_options(kind: type) -> tuple[str, ...]:
-    """Names of the options of a task that say which files it reads."""
+    """Names of the options of a task that hold input files."""
     hints = typing.get_type_hints(kind, include_extras=True)
     files = [name for name, hint in hints.items() if hint in (flags.Files, flags.OptionalFile)]
     return tuple(name for name in files if name not in (*OUTPUT, *LISTS))
 
 
 def made_with() -> dict[str, str]:
-    """What else the last bit of an image may depend on."""
+    """Software and device that the last bit of an image may depend on."""
     device = jax.devices()[0]
     return {
         "ldm_jax": importlib.metadata.version("ldm_jax"),
@@ -182,16 +182,16 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
 def part(
     out: epath.Path, request: Request, made: Made, settings: list[dict[str, Any]]
 ) -> list[str]:
-    """Files of the images of one call; the PNGs last, so that whoever sees one has the others.
+    """Write the files of one call's images; the PNGs last, so that a PNG marks complete files.
 
     Every process writes its own images, the first one the latents of all. An image that is not
-    finite is not written, nor are the latents of its call: returns the names of those images.
+    finite is not written, nor are the latents of its call; returns the names of these images.
     """
     sound = images.finite_images(made.image)
     if made.previews is not None:
         sound &= images.finite_images(made.previews)
     lost = [request.names[place] for place in made.places[~sound]]
-    for name in lost:  # nor is one left there from before
+    for name in lost:  # remove an earlier one too
         for path in (out / f"{name}.png", out / "previews" / f"{name}.png"):
             path.unlink(missing_ok=True)
     keeps_latents = request.options.save_latents and finite.is_finite(made.latent)
@@ -238,7 +238,7 @@ def finish(out: epath.Path, request: Request, calls: list[Call]) -> None:
 
 
 def remove_drafts(out: epath.Path) -> None:
-    """What was being written when it was interrupted."""
+    """Remove the drafts of interrupted writes."""
     for draft in (*out.glob(".*.part"), *out.glob("*/.*.part")):
         draft.unlink()
 
@@ -307,7 +307,7 @@ def write_npz(out: epath.Path, request: Request) -> None:
 
 
 def write_latents(out: epath.Path, request: Request, calls: list[Call]) -> None:
-    """latents.npy, float32 [N, h, w, c], of the files of the calls, which go."""
+    """Join the calls' files into latents.npy, float32 [N, h, w, c], and remove them."""
     draft = out / ".latents.npy.part"
     with draft.open("wb") as file:
         write_header(file, (request.count, *request.shape), np.float32)
@@ -318,12 +318,12 @@ def write_latents(out: epath.Path, request: Request, calls: list[Call]) -> None:
 
 
 def has_latents(out: epath.Path, call: Call) -> bool:
-    """Whether those of a call have been written."""
+    """True if the latents of a call have been written."""
     return latents_path(out, call).exists() or (out / "latents.npy").exists()
 
 
 def read_latents(out: epath.Path, call: Call) -> np.ndarray:
-    """Those of a call, also if all were in one file before and the list goes on."""
+    """Latents of a call, also from latents.npy of a finished list that goes on."""
     path = latents_path(out, call)
     if path.exists():
         return np.load(path)
@@ -331,6 +331,6 @@ def read_latents(out: epath.Path, call: Call) -> np.ndarray:
 
 
 def write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Of an .npy file whose values follow."""
+    """Write the header of an .npy file whose values follow."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)

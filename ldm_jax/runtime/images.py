@@ -110,7 +110,7 @@ def read_settings(path: Any) -> dict:
     try:
         with open_picture(data, ("PNG",)) as image:
             text = image.info.get("ldm_jax")
-    except Exception as error:  # see `transforms`: Pillow raises whatever it stumbles on
+    except Exception as error:  # Pillow raises errors of many classes, see `transforms`
         raise ValueError(f"{path}: is not a PNG, or a broken one ({error})") from error
     if not isinstance(text, str):
         raise ValueError(f"{path}: carries no ldm_jax settings; it was not written by ldm-sample")

@@ -27,18 +27,18 @@ PAPER = 50_000  # samples of a figure in the paper
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(extraction.Options):
-    """What is drawn, and how."""
+    """Options of samples that `ldm-eval` draws."""
 
     model: flags.Path = ""
     """Run, diffusers folder or checkpoint that samples are drawn from, of any task: classes take
     turns, other conditions are those of --data."""
     data: flags.Path = ""
-    """Where captions, maps, masks and small images come from: a run or a folder of images.
-    Default: the model's own run."""
+    """Source of captions, maps, masks and small images: a run or a folder of images. Default: the
+    model's own run."""
     data_split: Literal["train", "eval"] = "eval"
-    """Of a run's data."""
+    """Split of a run's data."""
     captions: Literal["none", "sidecar", "metadata"] = "none"
-    """Where a folder's captions lie: NAME.txt beside NAME.png, or metadata.jsonl."""
+    """Captions of a folder: NAME.txt beside NAME.png (sidecar), or metadata.jsonl."""
     labels: Literal["balanced", "data"] = "balanced"
     """Classes in turn, or those of --data in its order."""
     count: int | None = None
@@ -48,19 +48,19 @@ class Options(extraction.Options):
     solver: Annotated[str, arg(metavar="NAME")] = "ddim"
     """Name of a solver."""
     spacing: Annotated[str | None, arg(metavar="NAME")] = None
-    """Which timesteps are visited; default: as the model's own sampler."""
+    """Spacing of the timesteps; default: that of the model's own sampler."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 samples without it."""
     guidance_rescale: float = 0.0
-    """As of ldm-sample."""
+    """As in ldm-sample."""
     guidance_interval: Annotated[tuple[float, float] | None, arg(metavar="LOWEST HIGHEST")] = None
-    """As of ldm-sample."""
+    """As in ldm-sample."""
     dynamic_threshold: float | None = None
-    """As of ldm-sample."""
+    """As in ldm-sample."""
     quantize_x0: bool = False
-    """As of ldm-sample."""
+    """As in ldm-sample."""
     seed: int = 0
     """Sample number i depends on (seed, i) alone, and on its condition."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -80,7 +80,7 @@ class Options(extraction.Options):
 
 
 class Given(NamedTuple):
-    """Samples that are there or can be drawn: their number, size, what they are, and features."""
+    """Samples in files or to be drawn: their number, size, facts, and features."""
 
     count: int
     shape: tuple[int, int, int]
@@ -125,7 +125,9 @@ def drawn(
     run = program.make_run(model, asked, guided, model.latent_shape)
 
     def numbered(params: dict, batch: dict, numbers: jax.Array) -> jax.Array:
-        keys = sampling.keys_of(options.seed, numbers)  # in the program: of all processes
+        keys = sampling.keys_of(
+            options.seed, numbers
+        )  # inside the program: `numbers` are split over all processes
         return run(params, batch, keys, options.guidance_scale, options.eta)[0]
 
     jitted = jax.jit(numbered, out_shardings=sharding.batch_sharding(mesh))
@@ -146,9 +148,9 @@ def _conditions(
     how: image_sets.Preparation,
     count: int,
 ) -> image_sets.ImageSet | None:
-    """Records that samples are conditioned on; None where classes take turns, or nothing is asked.
+    """Records that samples are conditioned on; None for classes in turn and without condition.
 
-    ValueError if the records lack what the model is conditioned on.
+    ValueError if the records lack the model's condition.
     """
     cond = model.config.cond
     if cond is None or (isinstance(cond, schema.ClassCondConfig) and options.labels == "balanced"):
@@ -172,7 +174,7 @@ def _conditions(
 def _check_batch(
     image_set: image_sets.ImageSet, model: bundle.LatentDiffusion, options: Options
 ) -> None:
-    """ValueError if a record lacks what `conditioning.from_batch` reads."""
+    """ValueError if a record lacks an array that `conditioning.from_batch` reads."""
     split = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     batch, _ = next(image_set.batches(1, 0, split))
     latent = (1, *model.latent_shape)
@@ -189,9 +191,8 @@ def _check_batch(
         held = ", ".join(sorted(batch))
         raise ValueError(
             f"{options.data or options.model}: {conditioning.name_of(model.config.cond)}"
-            f" needs {error} of"
-            f" every record, and these have {held}: give --data with them, or draw the samples with"
-            " ldm-sample --npz and give them as --samples"
+            f" needs {error} of every record, and these have {held}: give --data with them, or draw"
+            " the samples with ldm-sample --npz and give them as --samples"
         ) from error
 
 

@@ -20,7 +20,7 @@ from ldm_jax.runtime import checkpoint, flags, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate.image_sets import ImageSet
 
-PART = 1024  # images of a part at least; what an interrupted run loses at most
+PART = 1024  # images of a part at least, which an interrupted run may lose
 Outputs = dict[str, np.ndarray]
 
 
@@ -38,12 +38,12 @@ class Options:
     layer: str = "2048"
     """Inception layer of FID, KID, precision and recall: 64, 192, 768 or 2048."""
     preprocess: Literal["torch_fidelity", "pytorch_fid"] = "torch_fidelity"
-    """How pixels reach Inception: both resize to 299 without antialiasing, pytorch_fid with pixel
+    """Preprocessing for Inception: both resize to 299 without antialiasing, pytorch_fid with pixel
     centres aligned."""
     clip: flags.Dir = ""
     """Folder of a CLIPModel of transformers: FD in CLIP features, CLIP score."""
     random_seed: int = 0
-    """Of the weights of random features."""
+    """Seed of the weights of random features."""
     batch_size: int = 32
     """Images per call, over all devices."""
     overwrite: bool = False
@@ -51,7 +51,7 @@ class Options:
 
 
 class Opened(NamedTuple):
-    """What the options ask for."""
+    """The networks of the options, and the mesh."""
 
     network: features.Network
     mesh: Any
@@ -61,7 +61,7 @@ class Opened(NamedTuple):
 def opened(options: Options) -> Opened:
     """The feature network and a mesh of all devices.
 
-    ValueError and FileNotFoundError name the file that is wanted, with its checksum.
+    ValueError and FileNotFoundError name the file that is needed, with its checksum.
     """
     mesh = sharding.make_mesh(schema.MeshConfig())
     if options.batch_size < 1 or options.batch_size % mesh.devices.size:
@@ -93,7 +93,7 @@ def opened(options: Options) -> Opened:
 
 
 def about(network: features.Network) -> dict[str, Any]:
-    """What has to be known of a network to repeat a figure."""
+    """Facts of a network that repeat a figure."""
     return {"features": network.name, "feature_weights": network.digest, **network.details}
 
 
@@ -139,7 +139,7 @@ def kept(
     options: Options,
     what: str,
 ) -> Outputs:
-    """What `produce` gives for `count` images, in parts that a later run goes on after.
+    """Outputs of `produce` for `count` images, kept in parts so that a later run can go on.
 
     produce(first) yields (arrays of a batch, its number of images) from batch `first` on; arrays
     whose name begins with "total_" are summed, the others have a value for each image. They must be
@@ -185,7 +185,7 @@ def _begin(folder: epath.Path, settings: dict[str, Any], options: Options) -> in
 
 
 def _prepare_folder(folder: epath.Path, settings: dict[str, Any], options: Options) -> int:
-    """Makes the folder ready; the first batch that is missing in it."""
+    """Prepare the folder; returns the first batch that is missing in it."""
     meta, done = folder / "settings.json", 0
     if meta.exists():
         before = json.loads(meta.read_text())
@@ -218,7 +218,7 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
 
 
 def _write_part(path: epath.Path, outputs: Outputs) -> None:
-    """Under another name first, so that a part is whole or not there."""
+    """Write a part under another name first, so that it is whole or missing."""
     if jax.process_index() != 0:
         return
     buffer = io.BytesIO()

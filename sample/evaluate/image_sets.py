@@ -16,7 +16,7 @@ from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.sample import inputs
 from ldm_jax.schema import serialize
 
-NOT_SAMPLES = ("grid.png",)  # what ldm-sample and ldm-eval write beside them
+NOT_SAMPLES = ("grid.png",)  # written beside samples by ldm-sample and ldm-eval
 
 
 class ImageSet(NamedTuple):
@@ -24,8 +24,8 @@ class ImageSet(NamedTuple):
 
     batches(size, first, sharding): (batch, count) from batch number `first` on; batch is a dict of
     global arrays [size, ...], "image" among them: uint8, or float32 in [-1, 1]; the last batch is
-    filled up, and `count` of it are meant.
-    about: what decides which images these are, and how they were prepared; JSON values.
+    filled up, and only the first `count` count.
+    about: identity of the images and their preparation; JSON values.
     caption(i): of image number i, or None.
     """
 
@@ -38,7 +38,7 @@ class ImageSet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How a folder's images are cut and resized; None: as the training run of the model did."""
+    """Crop and resize of a folder's images; None: as in the training run of the model."""
 
     size: int | None = None
     crop: Literal["center", "none"] | None = None
@@ -62,12 +62,12 @@ def opened(
     captions: Literal["none", "sidecar", "metadata"] = "none",
     flag: str,
 ) -> ImageSet:
-    """Images at a path: of a run, its data; of a folder, prepared as the data `base` and `how` say;
-    of an .npz, as they are. Without a path, the data `base`.
+    """Images at a path: of a run, its data; of a folder, prepared by `base` and `how`; of an .npz,
+    as they are. Without a path, the data `base`.
 
     split: of a run's data; a folder is taken whole. limit: the first so many.
     tokenizer: makes tokens of captions; captions: where a folder has them.
-    ValueError names `flag` and what is there instead.
+    ValueError names `flag` and the kind of path found.
     """
     if path and path.endswith(".npz"):
         return images_from_npz(path, limit)
@@ -104,7 +104,7 @@ def images_from_data(
 
     A FID against images resized in another way measures the filters too.
     """
-    # `train=False`: in order and without chance, also for the split that trains
+    # train=False: in order and without augmentation, also for the training split
     stream = lambda size: data.Stream(source, config, size, 0, False, tokenizer)  # noqa: E731
     source = data.open_source(config, split)
     if tokenizer is not None and "caption" not in source.features:

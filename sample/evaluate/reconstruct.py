@@ -31,19 +31,19 @@ class Options(extraction.Options):
     data: flags.Path = ""
     """Run, folder of images, or .npz with arr_0; default: the data of the model's own run."""
     split: Literal["train", "eval"] = "eval"
-    """Of a run's data; held out by default."""
+    """Split of a run's data; held out by default."""
     count: int | None = None
     """The first so many images; default: all."""
     size: int | None = None
     """Pixels that images are resized to; default: as in the model's training."""
     crop: Literal["center", "none"] | None = None
-    """How images are cut to squares; default: as in training."""
+    """Crop of images to squares; default: as in training."""
     resize: Literal["area", "bicubic"] | None = None
     """Filter; default: as in training."""
     posterior: Literal["mode", "sample"] = "mode"
     """Latent of a KL first stage that is decoded."""
     seed: int = 0
-    """Of the posterior's samples: number i depends on (seed, i) alone."""
+    """Seed of the posterior's samples: number i depends on (seed, i) alone."""
     lpips_vgg: flags.File = ""
     """VGG16 of torchvision, vgg16-397923af.pth; or `random`, for random features. Default: no
     LPIPS."""
@@ -56,13 +56,13 @@ class Options(extraction.Options):
 
 
 class Stage(NamedTuple):
-    """A first stage to look at."""
+    """A first stage to evaluate."""
 
     module: Any
     params: dict
     config: schema.FirstStageModelConfig
     data: schema.DataConfig | None
-    """Of its run."""
+    """Data config of its run."""
 
 
 def main(options: Options) -> int:
@@ -113,7 +113,7 @@ def open_stage(options: Options, mesh: Any) -> Stage:
     else:
         params, model = loading.load_first_stage(path, step=options.step)
     if isinstance(model, schema.IdentityFirstStageConfig):
-        raise ValueError(f"{options.model}: diffuses pixels and has no first stage to look at")
+        raise ValueError(f"{options.model}: diffuses pixels and has no first stage to evaluate")
     kernels = bundle.kernels(mesh)
     module = autoencoder.from_config(
         model, dtype=jnp.dtype(options.dtype), attention=kernels["attention"]
@@ -202,7 +202,7 @@ def _batches(
     first: int,
     out: epath.Path,
 ) -> Iterator[tuple[extraction.Outputs, int]]:
-    """What `run` gives for the batches from `first` on, on the host."""
+    """Outputs of `run` for the batches from `first` on, on the host."""
     split, size = sharding.batch_sharding(opened.mesh), options.batch_size
     for i, (batch, count) in enumerate(given.batches(size, first, split), first):
         numbers = features.place(np.arange(i * size, (i + 1) * size, dtype=np.int32), split)

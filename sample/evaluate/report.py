@@ -45,11 +45,11 @@ TITLES = {
     "usage": "Codes used",
     "perplexity": "Perplexity",
 }
-"""Of the columns of a table, in their order; `r_` is of reconstructions (the paper's Table 8)."""
+"""Titles of the columns of a table, in order; `r_` is of reconstructions (the paper's Table 8)."""
 
 
 class Reference(NamedTuple):
-    """What samples are compared with: statistics, and features where there are images."""
+    """Reference of samples: statistics, and features where there are images."""
 
     features: gaussian.Gaussian
     spatial: gaussian.Gaussian | None
@@ -58,7 +58,7 @@ class Reference(NamedTuple):
 
 
 def reference_of(outputs: dict[str, np.ndarray]) -> Reference:
-    """Of the features of a set of images."""
+    """Reference of the features of a set of images."""
     spatial = outputs.get("spatial")
     return Reference(
         gaussian.from_features([outputs["features"]]),
@@ -68,7 +68,7 @@ def reference_of(outputs: dict[str, np.ndarray]) -> Reference:
 
 
 def reference_of_file(saved: gaussian.Saved, network: features.Network, path: str) -> Reference:
-    """Of a file of statistics. ValueError if they are of another network, as far as it tells."""
+    """Reference of a file of statistics. ValueError if it names another network."""
     made_with, digest = saved.meta.get("features"), saved.meta.get("feature_weights")
     if made_with is None:
         LOG.info(
@@ -185,7 +185,7 @@ def write(
 
 
 def table(figures: dict[str, float], facts: dict[str, Any]) -> str:
-    """A Markdown table of one row: what was measured, then every figure that has a title."""
+    """A Markdown table of one row: the facts, then every figure that has a title."""
     cells = {"Model": facts.get("name", ""), "N": facts.get("count", "")}
     cells |= {TITLES[name]: _shown(name, figures) for name in TITLES if name in figures}
     cells |= {name: facts[name] for name in ("Sampler", "Reference") if name in facts}
@@ -205,6 +205,6 @@ def _plain(value: float) -> float | str:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes: Python, ourselves, jax, NumPy, and Pillow, whose filters resize."""
+    """Versions that affect figures: Python, ldm_jax, jax, NumPy, and Pillow, which resizes."""
     names = ("ldm-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
     return {"python": sys.version.split()[0]} | {n: importlib.metadata.version(n) for n in names}

@@ -24,15 +24,16 @@ class Options(drawing.Options):
     """Instead of --model: folder of images, or .npz with arr_0, taken as they are."""
     reference: flags.Path = ""
     """Run, folder of images, .npz of images, or .npz of statistics (of `ldm-eval statistics`,
-    pytorch-fid or the ADM suite). Default: what the model's own run trains on, prepared alike."""
+    pytorch-fid or the ADM suite). Default: the training data of the model's own run, prepared
+    alike."""
     reference_split: Literal["train", "eval"] = "train"
-    """Of a run's data."""
+    """Split of a run's data."""
     reference_count: int | None = None
     """The first so many; default: all."""
     size: int | None = None
     """Pixels that a folder's images are resized to; default: the model's training size."""
     crop: Literal["center", "none"] | None = None
-    """How a folder's images are cut to squares; default: as in training."""
+    """Crop of a folder's images to squares; default: as in training."""
     resize: Literal["area", "bicubic"] | None = None
     """Filter; default: as in training."""
 
@@ -118,7 +119,8 @@ def _reference_features(
     saved: gaussian.Saved | None,
     folder: epath.Path,
 ) -> report.Reference | None:
-    """Features of the reference; of saved statistics those of the images beside them, if any."""
+    """Reference with its features; saved statistics have those of the images beside them, if
+    any."""
     if saved is not None:
         described = report.reference_of_file(saved, opened.network, options.reference)
         if saved.images is None:

@@ -19,15 +19,15 @@ class Options(extraction.Options):
     suite read."""
 
     data: flags.Path
-    """Run whose data are meant, folder of images, or .npz with arr_0."""
+    """Run, whose data are used; folder of images; or .npz with arr_0."""
     split: Literal["train", "eval"] = "train"
-    """Of a run's data."""
+    """Split of a run's data."""
     count: int | None = None
     """The first so many images; default: all."""
     size: int | None = None
     """Pixels that a folder's images are resized to; default: as the run's training does."""
     crop: Literal["center", "none"] | None = None
-    """How a folder's images are cut to squares; default: center."""
+    """Crop of a folder's images to squares; default: center."""
     resize: Literal["area", "bicubic"] | None = None
     """Filter; default: bicubic, or that of the run."""
 

@@ -181,7 +181,7 @@ def test_small_images_are_enlarged_window_by_window(tmp_path):
         ("--window 16 --stride 18", "a stride larger than the window leaves gaps"),
         ("--window 16 --at-once 0", "at_once=0"),
         ("--window 16 --window-clip 0 1", "--window-clip 0 1: give two positive weights"),
-        ("--stride 8", "--stride is of windows: give --window too"),
+        ("--stride 8", "--stride is an option of windows: give --window too"),
         ("--space 4 --window 16", "--space 4 with --window"),
         ("--space 4 --tile 16", "--space 4 with --tile"),
         ("--space 4 --height 20", "the height 20 cannot be split among so many: take 16 or 24"),
