@@ -209,7 +209,7 @@ def test_a_program_runs_only_if_its_hash_is_known(asked_by, tmp_path, shown, cap
         ({"model": ["a"]}, r"model: \['a'\] is not a str"),
         ({"files": ["a"]}, r"files: \['a'\] is not a dict"),
         ({"call": [10**12, 0]}, "call .* is no place in a batch of at most 4096"),
-        ({"call": [4, 4]}, r"call \[4, 4\] is no row"),
+        ({"call": [4, 4]}, r"call \[4, 4\] is no place"),
         ({"call": 4}, "call: 4 is not a tuple"),
         ({"index": None}, "index: None is not a int"),
         ({"made_with": None}, "made_with: None is not a dict"),
