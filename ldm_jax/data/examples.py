@@ -289,7 +289,8 @@ def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | N
 def check_limit(count: int, name: str, config: schema.DataConfig) -> None:
     """RuntimeError if `count` undecodable records are too many; `name` is the last of them."""
     if count > config.max_bad_records:
+        limit = config.max_bad_records
+        more = f", or raise data.max_bad_records ({limit})" if limit else ""
         raise RuntimeError(
-            f"{count} records cannot be decoded, the last: {name}; repair or remove them, or raise "
-            f"data.max_bad_records ({config.max_bad_records})"
+            f"{count} records cannot be decoded, the last: {name}; repair or remove them{more}"
         )

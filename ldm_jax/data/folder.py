@@ -6,6 +6,7 @@ The folder may lie in a bucket (`gs://`, `s3://`), as `etils.epath` reads them.
 import json
 import os
 import posixpath
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,20 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 class FolderSource:
     """Every image below a folder, sorted by path; files beside them are listed once, at the start.
 
+    is_output: tells which images, by their paths below the folder, are no records, as what a
+    command wrote beside them; those are in `left_out`.
     FileNotFoundError and ValueError name the folder or file and the remedy.
     """
 
-    def __init__(self, config: schema.FolderConfig, split: str):
+    def __init__(
+        self,
+        config: schema.FolderConfig,
+        split: str,
+        is_output: Callable[[str], bool] = lambda name: False,
+    ):
         root, files = config.path, find_files(config.path)
+        left_out = {name for name in files if _is_image(name) and is_output(name)}
+        self.left_out, files = sorted(left_out), files - left_out
         images = _images(root, files, config)
         self.folders = sorted({posixpath.basename(posixpath.dirname(f)) for f in images} - {""})
         classes = None
@@ -35,6 +45,7 @@ class FolderSource:
             images = _part(images, config, split)
         elif split == "eval":
             root, files = config.eval_path, find_files(config.eval_path)
+            files = {name for name in files if not (_is_image(name) and is_output(name))}
             images = _images(root, files, config)
 
         self._root = _path(root)
@@ -123,15 +134,17 @@ def _path(root: str) -> Path | epath.Path:
 def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str]:
     """The images among `files`, sorted, without segmentation maps and masks."""
     maps = tuple(s for s in (_png(config.segmentation_suffix), _png(config.mask_suffix)) if s)
-    images = sorted(
-        f for f in files if posixpath.splitext(f)[1].lower() in SUFFIXES and not f.endswith(maps)
-    )
+    images = sorted(f for f in files if _is_image(f) and not f.endswith(maps))
     if not images:
         raise FileNotFoundError(
             f"no image in {root} (looked for {' '.join(sorted(SUFFIXES))}):"
             " add some, or give another --data.source.path"
         )
     return images
+
+
+def _is_image(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
 def _part(images: list[str], config: schema.FolderConfig, split: str) -> list[str]:

@@ -165,6 +165,7 @@ def _conditions(
         limit=count,
         tokenizer=model.tokenizer,
         captions=options.captions,
+        repeat=True,
         flag="--data",
     )
     _check_batch(image_set, model, options)

@@ -11,12 +11,16 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import data, schema
+from ldm_jax.data import packed
+from ldm_jax.data.folder import FolderSource
 from ldm_jax.metrics import features
 from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import inputs
 from ldm_jax.schema import serialize
 
-NOT_SAMPLES = ("grid.png",)  # written beside samples by ldm-sample and ldm-eval
+OUTPUTS = ("grid.png", "reconstructions.png")
+"""What ldm-sample and ldm-eval write beside images; see `folder_source`."""
 
 
 class ImageSet(NamedTuple):
@@ -60,32 +64,37 @@ def opened(
     limit: int | None = None,
     tokenizer: Any = None,
     captions: Literal["none", "sidecar", "metadata"] = "none",
+    repeat: bool = False,
     flag: str,
 ) -> ImageSet:
     """Images at a path: of a run, its data; of a folder, prepared by `base` and `how`; of an .npz,
     as they are. Without a path, the data `base`.
 
-    split: of a run's data; a folder is taken whole. limit: the first so many.
+    split: of a run's data; a folder is taken whole. limit: the first so many, of which there must
+    be as many; with `repeat`, as for what samples are conditioned on, they begin anew instead, and
+    the next record replaces one that cannot be read.
     tokenizer: makes tokens of captions; captions: where a folder has them.
     ValueError names `flag` and the kind of path found.
     """
     if path and path.endswith(".npz"):
         return images_from_npz(path, limit)
-    config = config_of(path) if path else base
+    config, source = config_of(path) if path else base, None
     if config is None and path:
         folder = checkpoint.absolute(path)
         if not folder.is_dir():
             raise ValueError(f"{flag} {path}: is no run, folder of images or .npz")
-        source = schema.FolderConfig(str(folder), eval_path=str(folder), captions=captions)
+        kept = schema.FolderConfig(str(folder), eval_path=str(folder), captions=captions)
         base = base or schema.DataConfig(size=_size(how, path, flag))
-        config = dataclasses.replace(base, source=source)
+        config = dataclasses.replace(base, source=kept)
+        source = None if packed.is_packed(str(folder)) else folder_source(kept, split)
     elif config is None or config.source == schema.SyntheticConfig():  # as of a converted model
         raise ValueError(
             f"give {flag}, a run, a folder of images or an .npz: {path or 'the model'} does not say"
             " what it was trained on"
         )
     given = {name: x for name, x in dataclasses.asdict(how).items() if x is not None}
-    return images_from_data(dataclasses.replace(config, **given), split, limit, tokenizer)
+    config = dataclasses.replace(config, **given)
+    return images_from_data(config, split, limit, tokenizer, source=source, repeat=repeat)
 
 
 def _size(how: Preparation, path: str, flag: str) -> int:
@@ -99,20 +108,33 @@ def images_from_data(
     split: Literal["train", "eval"],
     limit: int | None = None,
     tokenizer: Any = None,
+    *,
+    source: Any = None,
+    repeat: bool = False,
 ) -> ImageSet:
     """Records of a split in their order, cut at the centre, resized as in training, not mirrored.
 
-    A FID against images resized in another way measures the filters too.
+    A FID against images resized in another way measures the filters too. source: default: that of
+    the config. limit, repeat: as of `opened`. RuntimeError names a record that cannot be read, when
+    its turn comes.
     """
+    # a stream is endless, and replaces what cannot be read: here neither is wanted
+    strict = config if repeat else dataclasses.replace(config, max_bad_records=0)
     # train=False: in order and without augmentation, also for the training split
-    stream = lambda size: data.Stream(source, config, size, 0, False, tokenizer)  # noqa: E731
-    source = data.open_source(config, split)
+    stream = lambda size: data.Stream(source, strict, size, 0, False, tokenizer)  # noqa: E731
+    source = data.open_source(config, split) if source is None else source
     if tokenizer is not None and "caption" not in source.features:
         raise ValueError(
             "the model is asked with texts, but the data have no captions: give --captions, or"
             " --data with a run whose data have some"
         )
-    count = len(source) if limit is None else limit
+    facts = left_out(source)
+    if repeat:
+        count = len(source) if limit is None else limit
+    else:
+        where = getattr(config.source, "path", "") or getattr(config.source, "name", "the data")
+        count = limited(len(source), limit, where)
+        source = First(source, count)
     shape = (config.size, config.size, config.channels)
 
     def batches(size: int, first: int, sharding: Any) -> Iterator:
@@ -121,36 +143,96 @@ def images_from_data(
                 yield batch, min(size, count - step * size)
 
     about = {"data": serialize.to_dict(config), "split": split, "images": count}
+    about |= facts
     caption = stream(1).caption if "caption" in source.features else None
     return ImageSet(count, shape, batches, about, caption)
 
 
+class First:
+    """The first records of a source, as a source: what fills a batch up comes from them too."""
+
+    def __init__(self, source: data.Source, count: int):
+        self._source, self._count = source, count
+        self.features, self.num_classes = source.features, source.num_classes
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[index]
+
+    def describe(self, index: int) -> str:
+        """Path or name of a record."""
+        return self._source.describe(index)
+
+
 def images_from_folder(path: str, limit: int | None = None) -> ImageSet:
-    """Image files of a folder as they are, all of one size, grids left out."""
+    """Image files below a folder as they are, all of one size; see `folder_source`."""
     folder = checkpoint.absolute(path)
-    names = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in names)
-    files = [f for f in files if f.name not in NOT_SAMPLES][:limit]
-    if not files:
-        raise ValueError(f"{path}: holds no images")
-    first = _pixels(files[0])
+    source = folder_source(schema.FolderConfig(str(folder), eval_path=str(folder)), "eval")
+    count = limited(len(source), limit, path)
+    first = _pixels(source, 0)
 
     def read(indices: range) -> np.ndarray:
-        pictures = [_pixels(files[i]) for i in indices]
+        pictures = [_pixels(source, i) for i in indices]
         for i, image in zip(indices, pictures):
             if image.shape != first.shape:
                 raise ValueError(
-                    f"{files[i]}: is {_size_of(image.shape)}, but {files[0].name} is"
+                    f"{source.describe(i)}: is {_size_of(image.shape)}, but {source.describe(0)} is"
                     f" {_size_of(first.shape)}: a set has images of one size"
                 )
         return np.stack(pictures)
 
-    about = {"folder": str(folder), "images": len(files)}
-    return _images_from_reader(len(files), first.shape, read, about)
+    about = {"folder": str(folder), "images": count, **left_out(source)}
+    return _images_from_reader(count, first.shape, read, about)
 
 
-def _pixels(path: epath.Path) -> np.ndarray:
-    return np.asarray(inputs.open_image(str(path), 3))
+def _pixels(source: FolderSource, index: int) -> np.ndarray:
+    return np.asarray(inputs.open_image(source.describe(index), 3))
+
+
+def folder_source(config: schema.FolderConfig, split: str) -> FolderSource:
+    """The images of a folder that is given to be measured: this one rule for every option.
+
+    Those of `folder.SUFFIXES` at any depth, but not what ldm-sample and ldm-eval write beside
+    their images: `OUTPUTS`, and what lies in a folder `previews`. ValueError if none is left.
+    """
+    try:
+        source = FolderSource(config, split, is_output)
+    except FileNotFoundError as error:
+        raise ValueError(f"{config.path}: holds no images: {error}") from error
+    if source.left_out:
+        LOG.info(
+            f"{config.path}: {len(source.left_out)} images are left out, as ldm-sample and ldm-eval"
+            f" write them beside others: {', '.join(source.left_out[:3])}"
+            + ", ..."
+            * (len(source.left_out) > 3)
+        )
+    return source
+
+
+def is_output(name: str) -> bool:
+    """Tell whether a path below a folder is that of a grid or a preview."""
+    *folders, last = name.split("/")
+    return last in OUTPUTS or "previews" in folders
+
+
+def left_out(source: Any) -> dict[str, int]:
+    """{"left_out": number} of the images that `folder_source` left out; {} where there are none."""
+    count = len(getattr(source, "left_out", ()))
+    return {"left_out": count} if count else {}
+
+
+def limited(count: int, limit: int | None, path: str) -> int:
+    """How many images of a finite set are meant: the first `limit`, or all.
+
+    ValueError if there are fewer: an image that is counted twice makes every figure wrong.
+    """
+    if limit is None:
+        return count
+    if not 1 <= limit <= count:
+        raise ValueError(f"{path}: holds {count} images, and the first {limit} are asked for")
+    return limit
 
 
 def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
@@ -164,7 +246,7 @@ def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
         raise ValueError(
             f"{path}: arr_0 is {dtype} {shape}; images are uint8 [N, H, W, 3], 0 to 255"
         )
-    count = shape[0] if limit is None else min(limit, shape[0])
+    count = limited(shape[0], limit, path)
 
     def read(indices: range) -> np.ndarray:
         pictures = _npy_slice(file, shape, indices)

@@ -145,8 +145,6 @@ def _files(options: Options, opened: extraction.Opened) -> drawing.Given:
         image_set = image_sets.images_from_folder(path, options.count)
     else:
         raise ValueError(f"--samples {path}: is no folder of images or .npz")
-    if options.count is not None and image_set.count < options.count:
-        raise ValueError(f"--samples {path}: holds {image_set.count} images, not {options.count}")
 
     def produce(first: int, out: epath.Path) -> Iterator:
         del out

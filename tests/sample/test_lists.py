@@ -105,7 +105,7 @@ def stopped(command, tmp_path_factory):
         if arguments[2].places[0] > 0:
             (out / "latents" / ".00004.npy.part").write_bytes(b"half")
             raise KeyboardInterrupt
-        part(*arguments)
+        return part(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "part", interrupted)
