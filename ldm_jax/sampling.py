@@ -170,6 +170,7 @@ def make_sampler(
         _check_call(cond, keys, null, guidance_scale, guidance_rescale, guidance_interval)
         finite.check_known(guidance_scale, "guidance_scale")
         finite.check_known(eta, "eta")
+        # two keys an image: the noise it starts from is independent of the noise of its steps
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
         denoise = denoiser(params, cond, null, guidance_scale)
@@ -184,7 +185,7 @@ def make_sampler(
             make_solver(eta), denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
         )
         latent, traced = out if trace is not None else (out, None)
-        if mask is not None and init is not None:
+        if mask is not None and init is not None:  # outside, the solver leaves the model's guess
             latent = solvers.composite(latent, init, mask)
         result = model.decode(latent, params) if decode else latent
         return result if trace is None else (result, traced)

@@ -340,6 +340,7 @@ def data_parallel_gradients(
         if cut < 0:
             return jax.lax.pmean(grad, BATCH)
         sent = grad.astype(dtype)
+        # first within fsdp: the sum over `data`, which may cross slices, is then of shards only
         shard = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=cut, tiled=True)
         return jax.lax.psum(shard, "data").astype(grad.dtype) / devices
 

@@ -54,7 +54,7 @@ class GanState:
 
 def create(params: dict, tx: optax.GradientTransformation, ema: schema.EMAConfig) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
+    zero = jnp.zeros((), jnp.int32)  # copied below: no buffer of a donated state may occur twice
     return TrainState(
         zero, params, init_ema(ema, params), tx.init(params), jnp.copy(zero), _no_skips(1)
     )
@@ -97,6 +97,7 @@ def _no_skips(networks: int) -> dict:
 def step_keys(key: jax.Array, step: jax.Array | int, names: Sequence[str]) -> dict[str, jax.Array]:
     """{name: key of this step}. A key depends on its own name, not on the others asked for."""
     key = jax.random.fold_in(key, step)
+    # crc32, not hash(), which differs between processes
     return {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names}
 
 
@@ -196,6 +197,7 @@ def keep_or_skip(
 
     taken = sound & (norms_n > 0)
     count = usual["count"] + taken
+    # a plain mean at first, until 1 / count falls to the rate of the moving average
     rate = jnp.maximum(1 - config.decay, 1 / jnp.maximum(count, 1).astype(norms_n.dtype))
     mean = usual["mean"] + jnp.where(taken, rate * (norms_n - usual["mean"]), 0.0)
     return kept.replace(

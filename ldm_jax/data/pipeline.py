@@ -55,9 +55,8 @@ class Batches:
             )
         )
         if config.workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # Grain reads absl flags, which only absl programs have parsed
+            # Grain's workers read absl flags, which only absl programs have parsed
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=buffer)
             ahead = ahead.mp_prefetch(options)
@@ -105,7 +104,7 @@ class _LocalExamples(grain.MapDataset):
         self._batch_size, self._first_step, self._pieces = batch_size, first_step, pieces
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return sys.maxsize  # endless, but Grain asks for a length
 
     def __getitem__(self, index: int | slice) -> list[Made]:
         if isinstance(index, slice):
@@ -156,10 +155,9 @@ def _assemble(
         values = np.stack([example[name] for example in examples])
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
+            # the examples of a shard are adjacent in `values`
             start, stop, _ = index[0].indices(stream.batch_size)
-            return values[
-                place[start] : place[start] + stop - start
-            ]  # a shard's examples are adjacent
+            return values[place[start] : place[start] + stop - start]
 
         return jax.make_array_from_callback((stream.batch_size, *values.shape[1:]), sharding, shard)
 

@@ -29,7 +29,7 @@ VMEM_BYTES = 100 * 2**20
 PRECISIONS = (None, "default", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)
 """Precisions of matrix products that the kernels have."""
 LOG2_E = math.log2(math.e)
-FAR = -1e30  # a logit whose weight is zero
+FAR = -1e30  # a logit whose weight is zero; finite, since the kernel subtracts peaks: no inf - inf
 
 
 class Tiling(NamedTuple):
@@ -208,6 +208,7 @@ def _backward(tiling: Tiling, q_bcq, k_bck, g_bcq, k_bkc, v_bkc, out_bcq, lse_bn
     kt_spec = pl.BlockSpec((None, channels, tiling.block_k), lambda b, j, i: (b, 0, j))
     row_spec = pl.BlockSpec((None, tiling.heads, tiling.block_q), lambda b, j, i: (b, 0, i))
     part_spec = pl.BlockSpec((None, None, channels, tiling.block_q), lambda b, j, i: (j, b, 0, i))
+    # each block of keys gives a part of dq; several of them are summed below, in float32
     part = q_bcq.dtype if blocks_k == 1 else jnp.float32
     dq_jbcq, dk_bck, dv_bck = _call(
         tiling,
@@ -243,6 +244,8 @@ def _backward_kernel(tiling, q_ref, kt_ref, g_ref, k_ref, v_ref, out_ref, lse_re
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     dq_sum[...] = jnp.zeros_like(dq_sum)
+    # dlogits = weights (dweights - sum over keys of weights dweights), and that sum is out . g,
+    # which needs no pass over all keys (Dao et al. 2022, FlashAttention, appendix B)
     for n, head in enumerate(heads):
         product_dq = out_ref[head].astype(jnp.float32) * g_ref[head].astype(jnp.float32)
         inner_ref[n : n + 1] = jnp.sum(product_dq, axis=0, keepdims=True)

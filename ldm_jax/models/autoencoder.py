@@ -190,6 +190,7 @@ class Decoder(nn.Module):
         if stop is not None:
             return x
         x = nn.silu(group_norm(x.shape[-1], 1e-6, name="conv_norm_out", dtype=self.dtype)(x))
+        # input of conv_out, whose gradient alone the adaptive weight of the adversarial loss needs
         self.sow("intermediates", LAST_FEATURES, x)
         return conv(x.shape[-1], self.out_channels, name="conv_out", **num)(x)
 
@@ -235,6 +236,7 @@ class AutoencoderKL(nn.Module):
     def posterior(self, h):
         """(mean, logvar), as of `encode`, from the encoder's output."""
         mean, logvar = jnp.split(self.quant_conv(h).astype(jnp.float32), 2, axis=-1)
+        # the reference's bounds (DiagonalGaussianDistribution): exp stays finite in float32
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z, train=False):

@@ -43,6 +43,7 @@ def nearest(codebook_nc: jax.Array, z: jax.Array) -> jax.Array:
     chunk = min(CHUNK, len(codebook_nc))
     missing = -len(codebook_nc) % chunk
     # |z - e|^2 without |z|^2, which is the same for every code
+    # (padding codes are infinitely far)
     norms_n = jnp.pad(jnp.sum(codebook_nc**2, -1), (0, missing), constant_values=jnp.inf)
     codebook_nc = jnp.pad(codebook_nc, ((0, missing), (0, 0)))
     chunks = (
@@ -54,6 +55,7 @@ def nearest(codebook_nc: jax.Array, z: jax.Array) -> jax.Array:
     def closer(best, some):
         distance_p, index_p = best
         codes_nc, norms_n, first = some
+        # highest: in bfloat16 or TF32 passes, a TPU or GPU would choose other codes than a CPU
         products_pn = jnp.einsum("pc,nc->pn", z_pc, codes_nc, precision=jax.lax.Precision.HIGHEST)
         distance_pn = norms_n[None] - 2 * products_pn
         here_p = jnp.min(distance_pn, axis=-1)

@@ -117,6 +117,7 @@ class UNet(nn.Module):
 
         h = nn.silu(group_norm(x.shape[-1], 1e-5, name="conv_norm_out", dtype=self.dtype)(x))
         out = conv(x.shape[-1], self.out_channels, zero=True, name="conv_out", **num)(h)
+        # float32 in any compute type: guidance and solvers subtract nearly equal predictions
         return out.astype(jnp.float32)
 
     def _embed(self, t_b, label):
@@ -127,7 +128,7 @@ class UNet(nn.Module):
             timestep_embedding(t_b, self.model_channels)
         )
         if self.num_classes is not None:
-            init = nn.initializers.normal(1.0)
+            init = nn.initializers.normal(1.0)  # torch's Embedding starts as N(0, 1)
             embed = nn.Embed(
                 self.num_classes,
                 width,
@@ -141,7 +142,9 @@ class UNet(nn.Module):
         return emb
 
     def _resnet(self) -> Make:
-        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
+        block = (
+            nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        )  # 3: train, a bool
         return functools.partial(
             block,
             scale_shift_norm=self.scale_shift_norm,

@@ -119,7 +119,7 @@ def restore(source: epath.PathLike | Manager, abstract: Any, step: int | None = 
 
     def read() -> tuple[dict[str, Any], dict[str, Any]]:
         meta = read_meta(folder)
-        if str(meta["step"]) != folder.name:
+        if str(meta["step"]) != folder.name:  # copied or renamed by hand
             raise _damaged(folder, ValueError(f"its meta is that of step {meta['step']}"))
         if sorted(wanted) != sorted(meta["checksums"]):
             raise ValueError(

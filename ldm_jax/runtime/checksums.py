@@ -48,6 +48,7 @@ def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _total(facts: Mapping[str, tuple[int, int]]) -> int:
+    # weighted by path, so that exchanged arrays are seen; odd weights lose no bit modulo 2**32
     return sum((zlib.crc32(n.encode()) | 1) * bits for n, (_, bits) in facts.items()) % 2**32
 
 

@@ -79,7 +79,10 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> LazyTensor:
 
 
 def _check_tiling(file: File, by_name: dict[str, LazyTensor], start: int) -> None:
-    """ValueError unless the tensors lie one after another, up to the end of the file."""
+    """ValueError unless the tensors lie one after another, up to the end of the file.
+
+    The format demands it: a file with gaps or overlaps is damaged, or hides data.
+    """
     spans = sorted((*x.spans[0], name) for name, x in by_name.items())
     for begin, count, name in spans:
         if begin != start:

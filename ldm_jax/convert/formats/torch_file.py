@@ -77,7 +77,7 @@ def _read_zip(file: File) -> Any:
             "a zip archive with compression, which torch.save never uses:"
             " unpack it and pack it again with `zip -0 -r`"
         )
-    swapped = False
+    swapped = False  # little-endian in files of older versions of torch, which do not say it
     if f"{root}byteorder" in entries:
         order = _content(file, entries[f"{root}byteorder"], 16)
         swapped = tensors.is_swapped(order.decode("ascii").strip())
@@ -89,7 +89,7 @@ def _read_zip(file: File) -> Any:
             raise ValueError(f"storage {key!r} is missing from the zip archive")
         if numel * dtype.itemsize > entry.size:
             raise ValueError(f"storage {key!r} has {entry.size} bytes, too few for its {numel}")
-        whole = numel * dtype.itemsize == entry.size
+        whole = numel * dtype.itemsize == entry.size  # else the CRC covers more than the storage
         return Storage(dtype, numel, entry.start, entry.crc if whole and entry.crc else None)
 
     pickled = io.BytesIO(_content(file, entries[f"{root}data.pkl"], unpickle.MAX_BYTES))

@@ -41,8 +41,7 @@ class Pickles:
         self.seek, self.tell = handle.seek, handle.tell
 
     def read(self, count: int) -> bytes:
-        """Read at most the rest of the file: a pickle may claim any length, and a buffer of it is
-        made."""
+        """Read at most the rest of the file: a pickle may claim any length for its buffer."""
         return self.handle.read(max(0, min(count, self.end - self.tell())))
 
     def readline(self) -> bytes:
