@@ -54,7 +54,7 @@ class LatentDiffusion:
 
         batch: {name: [B, ...] array}, see `conditioning.from_batch`; `prompts` makes the batch of a
         model of text. params: as `self.params`, an argument under jit.
-        ValueError names what is missing, misspelt, no array, or out of range.
+        ValueError names an array that is missing, misspelt, no array, or out of range.
         """
         conditioning.check_batch(self.config.cond, batch)
         params = self.params if params is None else params
@@ -145,7 +145,7 @@ def build(
 def kernels(mesh: Mesh | None, name: str = "auto") -> dict[str, Callable]:
     """`attention` and `convolution` of `build` for the mesh's devices, or for the default device.
 
-    name: the attention, as of `attention.choose`.
+    name: the attention, see `attention.choose`.
     """
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     return {

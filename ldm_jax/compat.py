@@ -233,8 +233,8 @@ class FlaxAutoencoderKL(nn.Module):
 
         A name like "owner/name" is looked up in the cache of huggingface_hub; nothing is
         downloaded. Flax weights are taken first, with `from_pt` torch's; the parameters keep the
-        file's type. `local_files_only` and `use_safetensors` are there for old calls.
-        FileNotFoundError names what was looked for.
+        file's type. `local_files_only` and `use_safetensors` are accepted for old
+        calls. FileNotFoundError names the files that were looked for.
         """
         del local_files_only, use_safetensors
         folder = _folder(pretrained_model_name_or_path, revision, cache_dir)

@@ -47,7 +47,7 @@ def make_schedule(
 ) -> Schedule:
     """A noise schedule of T timesteps (`make_beta_schedule`).
 
-    Our "scaled_linear" is what the reference calls "linear" and our "linear" its "sqrt_linear".
+    Our "scaled_linear" is the reference's "linear", our "linear" its "sqrt_linear".
     Betas default to 8.5e-4 and 0.012; "cosine" (Nichol and Dhariwal 2021, eq. 17) has none.
     ValueError on a bad argument.
     """

@@ -101,7 +101,7 @@ def make_sampler(
     start: the first level that runs.
     init: [B, h, w, c], a scaled latent that sampling starts from, noised with x_T to the level
     `start`: 0 ignores it (x_T alone), the number of levels returns it unchanged.
-    mask: [B, h, w, 1], 1 where the picture is made anew; elsewhere `init` is kept: see
+    mask: [B, h, w, 1], 1 where the image is drawn; elsewhere `init` is kept: see
     `solvers.masked`.
     Prompt, seed, guidance scale, eta, start, init and mask are traced: a new one never recompiles.
 
@@ -116,10 +116,10 @@ def make_sampler(
     dynamic_threshold: percentile in (0, 100] of `denoising.dynamic_threshold`, which brings the
     predicted x0 into [-threshold_limit, threshold_limit] (scaled latents have a std of about 1).
     quantize_x0: the predicted x0 becomes codes of the first stage, which must be a VQ one.
-    wrap_model: model(x, t, cond) -> the same; what it returns is guided. For example
+    wrap_model: model(x, t, cond) -> such a model, to which guidance is applied. For example
     `lambda model: windows.windowed(model, stride=(32, 32))`. In cond, `kv_cache` has been made of
     `context` and is read in its place: the examples of both go together.
-    remat: a backward pass computes each step again instead of keeping what is in it.
+    remat: a backward pass computes each step again instead of keeping its activations.
     levels: others than those of `steps` and `spacing`, as `solvers.inverted`, which lead from a
     scaled latent, given as x_T, to its noise.
 

@@ -33,7 +33,7 @@ def save(
     folder with every component, tokenizer and scheduler; "compvis", a .safetensors or .ckpt file,
     as `path` ends, with its YAML beside it.
     dtype: that of the weights; default: the parameters' own. ValueError for parameters that are not
-    the model's, or not finite, and for what the format cannot hold.
+    the model's, or not finite, and for a model that the format cannot hold.
     """
     path = checkpoint.absolute(path)
     if params is not None:
@@ -67,7 +67,8 @@ def check_params(model: bundle.LatentDiffusion, params: bundle.Params) -> None:
 
 
 def check(model: bundle.LatentDiffusion, to: Format) -> int:
-    """Number of tensors that `save` would write; ValueError for what the format cannot hold.
+    """Number of tensors that `save` would write; ValueError for a model that the format cannot
+    hold.
 
     The parameters may be ShapeDtypeStructs.
     """

@@ -133,7 +133,7 @@ def slices(devices: Iterable[jax.Device], process_is_slice: bool = False) -> lis
 
 
 def _filled(sizes: list[int], total: int) -> list[int]:
-    """With -1 replaced by what is left of `total`, if that is a whole number."""
+    """Replace -1 by the rest of `total`, if that is a whole number."""
     given = math.prod(size for size in sizes if size != -1)
     return [total // given if size == -1 and total % given == 0 else size for size in sizes]
 

@@ -95,7 +95,7 @@ def _no_skips(networks: int) -> dict:
 
 
 def step_keys(key: jax.Array, step: jax.Array | int, names: Sequence[str]) -> dict[str, jax.Array]:
-    """{name: key of this step}. A key depends on its own name, not on the others asked for."""
+    """{name: key of this step}. A key depends on its own name, not on the other names."""
     key = jax.random.fold_in(key, step)
     # crc32, not hash(), which differs between processes
     return {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names}

@@ -38,7 +38,7 @@ def made(
 ) -> Iterator[Made]:
     """Images of the request, call by call (default: all of them); one program for all.
 
-    run: the function to compile, as of `exported.read`; default: the program of the request.
+    run: the function to compile, see `exported.read`; default: the program of the request.
     The arrays of `request.batch` are arguments of the program, as are seed, scale, eta and start:
     other values do not recompile. A call is dispatched before the previous one is fetched.
     """

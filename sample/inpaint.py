@@ -27,7 +27,7 @@ NAME = "inpaint"
 
 @dataclasses.dataclass(frozen=True)
 class Options(editing.Options):
-    """Images of which the masked part is drawn anew, or that are continued beyond their edges."""
+    """Images whose masked part is drawn by the model, or that are continued beyond their edges."""
 
     masks: flags.Files = ()
     """Mask files as large as the images, white where to draw, or in any colour on a transparent

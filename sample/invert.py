@@ -90,7 +90,7 @@ def request(options: Options) -> Request:
 
 
 def invert(options: Options) -> Inversion:
-    """Finds the noise of the images. ValueError for what the options or the model do not allow."""
+    """Find the noise of the images. ValueError for options that the model does not allow."""
     check(options)
     model, mesh, options = open_model(options)
     check_model(model, options)

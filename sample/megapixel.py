@@ -40,7 +40,7 @@ class Options(editing.Options):
     """Pixels; default: the training size, or that of --maps and --images. Small --images are scaled
     to cover the size that gives this height and width, and cut at their centre."""
     width: int | None = None
-    """Pixels; default: as of height."""
+    """Pixels; default: as for height."""
     images: flags.Files = ()
     """Small images, for a model of super-resolution."""
     maps: flags.Files = ()

@@ -48,7 +48,7 @@ class Options:
     seed: int = 0
     """0 to 2**64 - 1. Image number i depends on (seed, i) alone."""
     first_index: int = 0
-    """Number of the first image: 8 goes on where 8 images of the same seed have ended."""
+    """Number of the first image: 8 continues after 8 images of the same seed."""
     batch_size: int = 16
     """Most images per call of the compiled sampler, over all devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -77,8 +77,7 @@ class Options:
     overwrite: bool = False
     """Write into a folder that already holds samples."""
     resume: bool = False
-    """Go on with a list that was interrupted: keep the images that are there, if their settings are
-    the same."""
+    """Continue an interrupted list: keep its finished images, if their settings are the same."""
     progress: Literal["auto", "steps", "images", "none"] = "auto"
     """Unit of the progress bars. A program that reports its steps is not kept in the compilation
     cache: auto is steps on a CPU, where compiling is the smaller part, else images; none without

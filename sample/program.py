@@ -91,7 +91,7 @@ def make_run(
     `batch` may hold
     x_T: [B, h, w, c], the noise to start from.
     init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`.
-    init_mask: [B, H, W, 1], 1 where `init` is drawn anew; elsewhere it is kept.
+    init_mask: [B, H, W, 1], 1 where the image is drawn; elsewhere `init` is kept.
 
     wrap_model: model -> model, inside of guidance, as `windows.windowed`.
     decode: decode(params of the first stage, unscaled latents) -> images; default: the first stage

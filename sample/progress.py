@@ -38,9 +38,9 @@ def resolved(options: Options) -> str:
 
 @contextlib.contextmanager
 def bars(mode: str, images: int, done: int, steps: int) -> Iterator[Bars]:
-    """Bars for `images` of which `done` stand already, and for `steps` in all calls together.
+    """Bars for `images`, of which `done` are finished, and for `steps` in all calls together.
 
-    mode: as of `resolved`.
+    mode: see `resolved`.
     """
     with contextlib.ExitStack() as stack:
         hidden = mode == "none" or jax.process_index() != 0

@@ -39,7 +39,7 @@ class Request:
     row_lengths: Sequence[int] | None = None
     """Images in each row; default: as many in all."""
     left: np.ndarray | None = None
-    """[rows, H, W, c] in [-1, 1], images that stand in the grid before the others of their row; or
+    """[rows, H, W, c] in [-1, 1], images before the others of their row in the grid; or
     several for each, [rows, n, H, W, c]."""
     seeds: np.ndarray | None = None
     """uint64 [N]; default: the options' for all."""

@@ -46,8 +46,8 @@ class Options(Options):
     neighbours: int | None = None
     """Images of --database beside the text or image itself; default: 10, or 0 without a folder."""
     include_query: bool = True
-    """The embedding of the text or image stands before those of its neighbours;
-    --no-include-query leaves it out."""
+    """Put the embedding of the text or image before those of its neighbours; --no-include-query
+    leaves it out."""
     index_file: flags.OptionalFile = None
     """File with the embeddings of --database, made where there is none; default: a hidden file in
     that folder."""
@@ -66,7 +66,7 @@ class Options(Options):
 
 
 def writing_below(options: Options, out: str) -> Options:
-    """Options that write no index but below `out`; the one of the folder is read if it is there."""
+    """Options that write an index only below `out`; the folder's own is read if it exists."""
     if options.database is None or epath.Path(options.database, INDEX).exists():
         return options
     return dataclasses.replace(options, index_file=os.path.join(out, INDEX))

@@ -38,7 +38,7 @@ class Encode:
     """Write the latents of a data set once; a run reads them with --cache.path."""
 
     workdir: flags.Dir
-    """Folder for the latents, made or gone on with; may be gs://..."""
+    """Folder for the latents, new or to be continued; may be gs://..."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pack:
     """Pack a folder of images into few large files, which network storage reads faster."""
 
     workdir: flags.Dir
-    """Folder for the packed images, made or gone on with; may be gs://..."""
+    """Folder for the packed images, new or to be continued; may be gs://..."""
     records_per_shard: int = 4096
     """Images in a file at most."""
 
@@ -60,7 +60,7 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The folder that a config may look at before its options are parsed."""
+    """The folder that a config may read before its options are parsed."""
 
     path: Annotated[str, arg(name="data.source.path")] = ""
 

@@ -78,7 +78,7 @@ class Kind:
     check_classes: Callable[[Any, int], None] = lambda config, num_classes: None
     """check_classes(config, num_classes): ValueError if data of so many classes do not fit it."""
     in_turn: Callable[[Any, int], dict[str, Any] | None] = lambda config, count: None
-    """in_turn(config, count): a batch that needs no data, as every class in turn; None: data."""
+    """in_turn(config, count): a batch without data, as of every class in turn; None: needs data."""
 
 
 def where_dropped(dropped: Dropped, null: jax.Array, given: jax.Array) -> jax.Array:

@@ -141,7 +141,7 @@ def from_batch(
     class: `label` [B] int; id num_classes.
     text, layout: `tokens` [B, L] int; `null_tokens` [B, L], the empty or a negative prompt.
     embedding: `embedding` [B, l, c]; zeros, or `null_embedding` [B, l, c].
-    inpaint: `image` [B, H, W, c] in [-1, 1], `mask` [B, H, W, 1], 1 where it is drawn anew; zeros.
+    inpaint: `image` [B, H, W, c] in [-1, 1], `mask` [B, H, W, 1], 1 where it is drawn; zeros.
     superres: `image`, made small here, or `low_res` [B, h, w, c] as large as the latent; zeros.
     semantic: `segmentation` [B, H, W] int; zeros.
     depth: `depth` [B, h, w, 1] as large as the latent, in any unit; zeros.

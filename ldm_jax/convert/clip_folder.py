@@ -68,9 +68,9 @@ def load(
 ) -> CLIP:
     """The model in a folder of transformers' CLIPModel.
 
-    variant: as of `diffusers.load`. tokenizer: another folder than this one.
+    variant: see `diffusers.load`. tokenizer: another folder with a tokenizer.
     dtype: compute type; float32 is exact, whatever the device.
-    place: as of `table.from_torch`; default: onto the default device.
+    place: see `table.from_torch`; default: onto the default device.
     Raises ValueError or FileNotFoundError that name the file and its fault.
     """
     folder = checkpoint.absolute(folder)

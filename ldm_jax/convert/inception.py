@@ -49,7 +49,7 @@ def shapes() -> dict:
 def load(path: str | os.PathLike) -> tuple[dict, str]:
     """(parameters as host arrays, SHA-256 of the file) of the published PyTorch file.
 
-    FileNotFoundError and ValueError say which file is wanted, and what is wrong with this one.
+    FileNotFoundError and ValueError name the file that is needed, and the fault of this one.
     """
     if not str(path) or not os.path.exists(path):
         raise FileNotFoundError(

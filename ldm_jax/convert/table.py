@@ -178,7 +178,7 @@ class Pending:
 def _cast(x: Any, dtype: Any):
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype)
-    with np.errstate(over="ignore"):  # what overflows is named by whoever asked for the type
+    with np.errstate(over="ignore"):  # callers check for overflow, and name the tensor
         return np.asarray(x).astype(dtype, copy=False)
 
 

@@ -63,8 +63,7 @@ def _peak(module: hlo.Module, name: str) -> list[Buffer]:
 
 
 def _holdings(module: hlo.Module, ops: list[hlo.Op]) -> dict[str, tuple[Buffer, ...]]:
-    """The buffers that each op's result lies in, an entry per array of its shape if it can be
-    told."""
+    """The buffers of each op's result, an entry per array of its shape where that is known."""
     held: dict[str, tuple[Buffer, ...]] = {}
     for op in ops:
         given = [held.get(name, ()) for name in op.operands]

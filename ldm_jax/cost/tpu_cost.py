@@ -307,7 +307,7 @@ def _transfers(module, computation, op, runs: int) -> list[Transfer]:
     transfers = []
     for name in _fused(module, op):
         inner = module.computations[name]
-        # a collective beside other ops stands in every fusion from its start to its end
+        # an asynchronous collective occurs in every fusion from its start to its end
         starts = any(ASYNC_START in other.attributes for other in inner.values())
         for held in inner.values():
             if held.opcode not in COLLECTIVES or ("chain_id=" in held.attributes and not starts):

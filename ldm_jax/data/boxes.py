@@ -23,7 +23,7 @@ MODIFIERS = (
     "depiction",
     "inside",
 )  # bits: a class id grows by 1, 2, 4, 8 times the number of classes
-SUITCASE = "/m/01s55n"  # stands last in the reference's order of OpenImages' classes
+SUITCASE = "/m/01s55n"  # the last in the reference's order of OpenImages' classes
 
 # The 80 "things" of COCO 2017 in the order of its annotation files, counted from 0.
 _COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,

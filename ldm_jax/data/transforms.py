@@ -55,8 +55,8 @@ def _of_known_range(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         kind = "floats" if image.mode == "F" else "whole numbers"
         raise ValueError(
-            f"the image holds {kind} of 32 bits, of which nobody says what is black and what is"
-            " white: save it with 8 or 16 bits"
+            f"the image holds {kind} of 32 bits, whose black and white are not defined: save"
+            " it with 8 or 16 bits"
         )
     return image
 

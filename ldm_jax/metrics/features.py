@@ -27,7 +27,7 @@ class Network(NamedTuple):
     digest: of the weights, in hexadecimal.
     details: layer, preprocessing and whatever else decides about the figures; JSON values.
     The features that distances are taken in are called "features"; Inception gives "spatial" and
-    "logits" besides.
+    "logits" too.
     """
 
     name: str
@@ -53,7 +53,7 @@ def to_pixels(image: jax.Array) -> jax.Array:
 def extractor(network: Network, mesh: Mesh) -> Callable[[jax.Array], dict[str, jax.Array]]:
     """run(images [B, H, W, c]) -> features on every device: `to_pixels`, then the network.
 
-    The batch is split over the mesh, the parameters lie on every device.
+    The batch is split over the mesh, the parameters are replicated.
     """
     params = sharding.place(
         network.params, jax.tree.map(lambda _: sharding.replicated(mesh), network.params)

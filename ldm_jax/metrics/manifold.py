@@ -1,6 +1,6 @@
 """Precision, recall and memorisation of samples from k nearest neighbours in a feature space.
 
-Distances are computed for `ROWS` rows at a time: 50 000 against 50 000 never lie in memory at once.
+Distances are computed for `ROWS` rows at a time: 50 000 against 50 000 are never in memory at once.
 """
 
 from collections.abc import Iterator

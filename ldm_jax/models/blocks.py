@@ -1,4 +1,4 @@
-"""Layers and residual blocks that the UNet and the autoencoders are made of.
+"""Layers and residual blocks of the UNet and the autoencoders.
 
 Arrays are [batch, height, width, channels]. `conv`, `dense` and `group_norm` make the layers of
 Flax with the initialization of the reference, which is PyTorch's default:
@@ -224,7 +224,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block of the UNet, told the time (`openaimodel.ResBlock`).
+    """Residual block of the UNet, with the time embedding (`openaimodel.ResBlock`).
 
     Starts as its skip connection. `resample` changes the resolution of both branches.
     """

@@ -285,8 +285,8 @@ def embed_text(text: CLIPText, params: dict, ids_bl: jax.Array, end_id: int) -> 
     """Ids [B, l] in the space of CLIP's images: [B, projection_dim] float32, of any length.
 
     params: those of `text`, which gives its last layer, and `text_projection/kernel`.
-    end_id: the token whose first occurrence stands for the whole text; 2, as configs of old say it,
-    is the highest id of each text (transformers, `modeling_clip.py`).
+    end_id: the token whose first occurrence is pooled for the whole text; 2, as in old configs,
+    means the highest id of each text (transformers, `modeling_clip.py`).
     """
     states_blc = text.apply({"params": {"text_model": params["text_model"]}}, ids_bl)
     end_b = jnp.argmax(ids_bl if end_id == 2 else ids_bl == end_id, axis=1)

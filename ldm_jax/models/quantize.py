@@ -128,7 +128,7 @@ def update_averages(averages: Assigned, batch: Assigned, decay: float) -> Assign
 
 
 def codebook_from(averages: Assigned, epsilon: float = 1e-5) -> jax.Array:
-    """The codebook [n, c]: means of what was assigned, with Laplace smoothing of the counts."""
+    """The codebook [n, c]: means of the assigned latents, with Laplace smoothing of the counts."""
     count_n, sum_nc = averages
     total = jnp.sum(count_n)
     smooth_n = (count_n + epsilon) / (total + len(count_n) * epsilon) * total

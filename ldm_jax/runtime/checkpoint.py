@@ -35,7 +35,7 @@ class DamagedError(ValueError):
 
 
 def manager(run: epath.PathLike, max_to_keep: int | None = None, max_failed: int = 0) -> Manager:
-    """Writer of RUN/checkpoints, in the background; `close()` waits for what is under way.
+    """Writer of RUN/checkpoints, in the background; `close()` waits for the write under way.
 
     Reports the folders that an interrupted write left in the run, and removes them. `max_failed`
     saves in a row may fail before `save` raises.
@@ -173,7 +173,7 @@ def save_snapshot(
 ) -> epath.Path:
     """Writes weights and the model section of the config (as JSON values) to RUN/snapshots/STEP.
 
-    A snapshot that is there already stays: a run that resumes makes the same one again. ValueError
+    An existing snapshot stays: a run that resumes would write the same one again. ValueError
     if a weight is not finite.
     """
     folder = absolute(run) / "snapshots" / str(step)
@@ -199,7 +199,7 @@ def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, d
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path with `~` expanded and made absolute, as Orbax asks for; gs:// stays what it is."""
+    """The path with `~` expanded and made absolute, as Orbax needs it; gs:// is left as it is."""
     path = epath.Path(path).expanduser()
     return path if path.is_absolute() else path.absolute()  # absolute() would break gs://
 

@@ -66,7 +66,7 @@ def parse(value: str) -> Place:
 def join(place: Place) -> None:
     """Starts jax.distributed and waits for the others; nothing for one process.
 
-    RuntimeError if they cannot be joined. If they do not come within SECONDS, says so and exits.
+    RuntimeError if they cannot be joined. If they do not come within SECONDS, logs that and exits.
     """
     if place.processes == 1:
         return

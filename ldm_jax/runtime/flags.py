@@ -33,7 +33,7 @@ class Common:
     debug: FlagCreatePairsOff[bool] = False
     """Print the traceback of an error."""
     compilation_cache: FlagCreatePairsOff[bool] = True
-    """Compile everything anew, and keep no compiled program in JAX_COMPILATION_CACHE_DIR (default:
+    """Compile every program again, and keep none in JAX_COMPILATION_CACHE_DIR (default:
     ldm_jax in the user's cache folder)."""
     version: FlagCreatePairsOff[bool] = False
     """Print the versions of ldm_jax and JAX."""

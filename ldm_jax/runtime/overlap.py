@@ -1,4 +1,4 @@
-"""Work for the devices, one piece ahead of what the host does with the results."""
+"""Work for the devices, one piece ahead of the host's work on the results."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

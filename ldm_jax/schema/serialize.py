@@ -45,7 +45,7 @@ def from_dict(values: Any, where: str = "config") -> Any:
 def typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as `hint` asks for; JSON has lists for tuples and may write 1.0 as 1.
 
-    ValueError names `where` the value stands.
+    ValueError names `where` the value is.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

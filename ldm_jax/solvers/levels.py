@@ -155,7 +155,7 @@ def _by_noise(spacing: Spacing, steps: int, schedule: Schedule, final: Final) ->
     """alphas_cumprod of levels spread over sigma / alpha, the noise level of k-diffusion.
 
     They reach timestep 0 as the last level, or as the end of the last step. A schedule that ends
-    in pure noise is begun at sigma / alpha = 4096 (alphas_cumprod 2^-24, as in diffusers).
+    in pure noise starts at sigma / alpha = 4096 (alphas_cumprod 2^-24, as in diffusers).
     """
     ends = np.maximum(schedule.alphas_cumprod[[-1, 0]], 2.0**-24)
     high, low = np.sqrt((1 - ends) / ends)

@@ -1,4 +1,4 @@
-"""UniPC (Zhao et al. 2023): a multistep predictor, corrected once the next output is there."""
+"""UniPC (Zhao et al. 2023): a multistep predictor, corrected when the next output is known."""
 
 import math
 

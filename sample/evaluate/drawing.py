@@ -230,7 +230,7 @@ def _batches(
 
 
 def _labels(model: bundle.LatentDiffusion, indices: np.ndarray, split: Any) -> dict[str, jax.Array]:
-    """Classes in turn."""
+    """Labels of all classes in turn."""
     cond = model.config.cond
     if cond is None:
         return {}
@@ -246,7 +246,7 @@ def _whole(image: jax.Array) -> np.ndarray:
 def _texts(
     opened: extraction.Opened, conditions: image_sets.ImageSet | None
 ) -> Callable[[np.ndarray], np.ndarray] | None:
-    """CLIP's embeddings of the captions of samples, where both are there."""
+    """CLIP's embeddings of the captions of samples, if the model and the data have them."""
     model = opened.clip
     if model is None or model.tokenizer is None or conditions is None or not conditions.caption:
         return None

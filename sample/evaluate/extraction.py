@@ -1,4 +1,4 @@
-"""The feature networks of `ldm-eval`, and features in numbered parts, after which a run goes on."""
+"""The feature networks of `ldm-eval`, and features kept in parts, so that a run can go on."""
 
 import dataclasses
 import io

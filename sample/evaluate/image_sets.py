@@ -262,7 +262,7 @@ def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
 
 
 def images_from_array(images: np.ndarray, about: dict[str, Any]) -> ImageSet:
-    """uint8 [N, H, W, c] that lie in memory."""
+    """A set of the images uint8 [N, H, W, c] in memory."""
     read = lambda indices: images[indices.start : indices.stop]  # noqa: E731
     return _images_from_reader(len(images), images.shape[1:], read, about)
 

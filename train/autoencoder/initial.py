@@ -20,7 +20,8 @@ class Given(NamedTuple):
     params: dict
     """Parameters of the autoencoder."""
     disc: dict | None
-    """{"params", "batch_stats"} of the discriminator; None: it starts anew, or there is none."""
+    """{"params", "batch_stats"} of the discriminator; None: it starts from fresh weights, or there
+    is none."""
     said: str
     """Log line about the discriminator; "" where the config has none."""
 

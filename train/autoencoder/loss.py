@@ -143,7 +143,7 @@ def make_train_step(
 ) -> step.Step:
     """step(state, batch, key) -> (state, metrics): `step.make_step` with codebook and adversary.
 
-    The discriminator learns after the autoencoder and sees its reconstructions by then.
+    The discriminator is updated after the autoencoder, on its new reconstructions.
     """
     tx, disc_tx, _ = make_optimizers(config)
     learn = make_discriminator_update(config, mesh, disc_tx) if disc_tx is not None else None

@@ -129,7 +129,8 @@ def make_nll(config: schema.AutoencoderTrainConfig) -> Callable:
 def find_perceptual(config: schema.AutoencoderTrainConfig, workdir: epath.PathLike) -> dict:
     """Host parameters of LPIPS: from the run's `frozen/`, at the first start from the given files.
 
-    {} where its weight is 0. Only reads. FileNotFoundError and ValueError name the files wanted.
+    {} where its weight is 0. Only reads. FileNotFoundError and ValueError name the files that are
+    needed.
     """
     loss = config.loss
     if not loss.perceptual_weight:

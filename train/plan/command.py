@@ -206,7 +206,7 @@ def read(path: Path) -> tuple[Target, Result]:
 def compiled(
     target: Target, root: Path, options: PlanOptions, child: Sequence[str] = CHILD
 ) -> Result:
-    """The result of a target, from `root` if it is there.
+    """The result of a target, from `root` if it is kept there.
 
     A result that does not fit and a crash of the compiler are kept too; a stopped compiler is not.
     """

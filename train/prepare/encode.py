@@ -138,7 +138,7 @@ def describe(
 def open_cache(
     path: epath.Path, config: schema.LatentDiffusionTrainConfig, meta: dict[str, Any]
 ) -> None:
-    """Starts a cache, or goes on with one that was started with the same settings.
+    """Start a cache, or continue one with the same settings.
 
     ValueError if the folder holds something else; OSError if it cannot be written.
     """

@@ -87,7 +87,7 @@ def describe(
 
 
 def open_folder(path: epath.Path, meta: dict[str, Any]) -> None:
-    """Starts a packed folder, or goes on with one that was started with the same images.
+    """Start a packed folder, or continue one of the same images.
 
     ValueError if the folder holds something else; OSError if it cannot be written.
     """

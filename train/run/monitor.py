@@ -31,7 +31,7 @@ def compile_step(
 ) -> tuple[Callable, float]:
     """(`step` compiled ahead of the loop, operations of the model in one step); logs its cost.
 
-    step: as of `step.make_step`. model_step(): the same without remat and with plain
+    step: see `step.make_step`. model_step(): the same without remat and with plain
     attention, whose operations count where a peak is known to compare them with.
     """
     LOG.info("compiling the training step ...")

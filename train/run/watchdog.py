@@ -365,7 +365,7 @@ def this_start() -> tuple[int, int, int]:
 def watching(
     run: epath.PathLike, config: schema.WatchConfig, index: int, count: int, attempt: int
 ) -> Iterator[Watch]:
-    """A watch over the block; one that is off (`timeout` 0) still tells the supervisor of errors.
+    """A watch over the block; one that is off (`timeout` 0) still reports errors to the supervisor.
 
     ValueError for times that contradict each other.
     """

@@ -277,7 +277,7 @@ def with_layer_of_file(
 ) -> Mapping[str, Any]:
     """The `model` section with the layer as our first files say it: counted in the file's blocks.
 
-    model: as of `model_yaml.model_options`.
+    model: see `model_yaml.model_options`.
     """
     text = schema.text_of(config.cond)
     encoder = None if text is None else text.encoder

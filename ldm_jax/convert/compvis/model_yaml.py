@@ -46,7 +46,7 @@ FIXED = {
     "num_timesteps_cond": 1,
     "use_positional_encodings": False,
 }
-# Options that do not change what the model computes.
+# Options without an effect on the model's output.
 IGNORED = (
     *("channels", "ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "use_ema"),
     *("log_every_t", "monitor", "reset_ema", "reset_num_ema_updates", "scheduler_config"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm_jax import schema
 
-# Options that do not change what the model computes.
+# Options without an effect on the model's output.
 UNET_IGNORED = ("image_size", "legacy", "use_checkpoint", "use_fp16")
 FIRST_STAGE_IGNORED = ("ckpt_path", "ignore_keys", "image_key", "lossconfig", "monitor")
 KL_IGNORED = ("ema_decay", "learn_logvar")

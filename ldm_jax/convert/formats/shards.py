@@ -56,7 +56,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _same(path: Path, listed: set[str], present: set[str], index: str) -> None:
-    """ValueError unless the file holds what the index says; so no tensor stands in two files."""
+    """ValueError unless the file holds the tensors of the index; so no tensor is in two files."""
     for what, names in (("lacks", listed - present), ("also holds", present - listed)):
         if names:
             some = ", ".join(name[:200] for name in sorted(names)[:5])

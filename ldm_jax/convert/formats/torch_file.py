@@ -104,7 +104,7 @@ def _content(file: File, entry: zip_file.Entry, limit: int) -> bytes:
     if entry.size > limit:
         raise ValueError(f"an entry of {entry.size} bytes where {limit} are the most")
     data = file.read(entry.start, entry.size)
-    if entry.crc and zlib.crc32(data) != entry.crc:  # torch can be told to write 0 for all
+    if entry.crc and zlib.crc32(data) != entry.crc:  # 0: written without CRCs, an option of torch
         raise ValueError("its data.pkl or byteorder is damaged (CRC-32)")
     return data
 
@@ -178,7 +178,7 @@ def _check_legacy(stream: unpickle.Pickles, file: File) -> None:
 
 
 def _identity(identity: Any) -> tuple[np.dtype, str, int, Any]:
-    """dtype, key, number of elements and view of the storage that a persistent id stands for."""
+    """dtype, key, number of elements and view of the storage of a persistent id."""
     kind, storage_type, key, _, numel, *view = identity
     module, _, name = storage_type.name.rpartition(".")
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:

@@ -1,7 +1,7 @@
 """Unpickling without Python's objects: a machine that builds plain containers and runs no code.
 
-Names in a pickle are never imported. A few are known and stand for functions of ours; a class that
-is not known becomes an `Opaque`, whose arguments and state are dropped; a call of any other
+Names in a pickle are never imported. A few are known and replaced by functions of ours; a class
+that is not known becomes an `Opaque`, whose arguments and state are dropped; a call of any other
 function is refused. Opcodes are read by the standard library's pickletools (protocols 0 to 5).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 # checkpoint with its optimizer takes about 1 MiB and 150 000 steps.
 MAX_BYTES = 64 * 2**20
 MAX_STEPS = 2_000_000
-MAX_LINE = 2**16  # of the opcodes that are text, where no length is said
+MAX_LINE = 2**16  # of the textual opcodes, which have no length field
 
 REMEDY = "if you trust the file, load it once with torch and save its state_dict as safetensors"
 
@@ -55,8 +55,8 @@ def load(
 ) -> Any:
     """The object pickled at the stream's position, which moves behind it.
 
-    functions: "module.name" -> what to call for it, beside those of plain containers.
-    persistent_load: the object that a persistent id (a tuple) stands for.
+    functions: "module.name" -> function to call, beside those of plain containers.
+    persistent_load: persistent id (a tuple) -> its object.
     Raises ValueError for calls of other functions and for what exceeds the limits, and ValueError,
     LookupError or TypeError for damage.
     """

@@ -100,7 +100,7 @@ def _entry(file: File, handle, directory: bytes, position: int) -> tuple[str, En
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
-    """The values (size, packed size, start); those that say unknown stand in the extra field."""
+    """The values (size, packed size, start); those marked unknown are in the extra field."""
     large = []
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
