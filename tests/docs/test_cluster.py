@@ -12,6 +12,7 @@ import pytest
 import yaml
 from launchers import CLUSTER, Room
 
+from ldm_jax import schema, sharding
 from ldm_jax.runtime import checkpoint, cli, flags, rundir
 from ldm_jax.train import main
 from ldm_jax.train.run import supervisor
@@ -59,6 +60,25 @@ def test_a_recipe_is_documented_and_names_what_it_lacks(room, recipe):
         code, said = run(room, recipe, VENV="/nowhere")
         assert (code, "/nowhere/bin/ldm-train: not there" in said) == (1, True)
     assert not list(room.folder.glob("*.calls"))
+
+
+def test_the_examples_of_the_page_fit_their_devices():
+    """Arguments are read, meshes and batches fit, and no path that the config needs is missing."""
+    page = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    commands = dict(re.findall(r"docs/cluster/([\w.]+) +(\w+ --.*)", page))
+    added = {"slurm.sbatch": [], "gke_jobset.sh": ["--mesh.dcn-data", "4"]}
+    size = {"slurm.sbatch": (16, 1), "gke_jobset.sh": (64, 4)}  # devices, slices
+    for recipe, arguments in commands.items():
+        argv = [*arguments.split(), "--workdir", "x", "--restart", "on-failure", *added[recipe]]
+        _, config = parsed(argv)
+        inner, outer = sharding.mesh_sizes(config.mesh, *size[recipe])
+        assert config.batch_size % (inner[0] * outer[0] * inner[1] * outer[1]) == 0
+        assert config.first_stage.path
+        text = schema.text_of(config.cond)
+        assert text is None or text.trainable or text.path
+        source = config.data.source
+        assert getattr(source, "path", None) or getattr(source, "data_dir", None)
+    assert commands.keys() == size.keys()
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (cli.INTERRUPTED, True)])
