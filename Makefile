@@ -10,7 +10,7 @@ DEMO := runs/demo
 STAGE := first_stage
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-all lint
+.PHONY: help demo test test-all lint docs
 
 help:
 	@echo 'make demo      train both stages on handwritten digits, sample, measure: $(DEMO)/'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test      the tests, without the slow ones'
 	@echo 'make test-all  every test'
 	@echo 'make lint      ruff: rules and format; mypy: types of the public surface'
+	@echo 'make docs      the documentation site: build/site/index.html'
 	@echo 'PYTHON=python3.12 selects the interpreter, VENV=.venv-3.12 where its packages go'
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -43,3 +44,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

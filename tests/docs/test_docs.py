@@ -1,21 +1,26 @@
 """The scripts of docs/ run as they are, on the tiny config."""
 
+import ast
 import dataclasses
+import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import task_models
 import text_model
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import sampling, saving, schema
-from ldm_jax.configs import tiny
+from ldm_jax import bundle, sampling, saving, schema
+from ldm_jax.configs import digits, folder, tiny
 from ldm_jax.runtime import checkpoint, rundir
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -104,3 +109,94 @@ def test_the_page_on_python_runs_as_it_is(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("runs", "copy.safetensors", "copy.yaml")
     }
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch) -> Path:
+    """A folder, the current one, whose runs/demo/ldm is a tiny model of ten classes."""
+    context = task_models.CONTEXT
+    cond = schema.ClassCondConfig(num_classes=10, embed_dim=context["context_dim"])
+    saving.save(task_models.make(cond, **context), tmp_path / "runs" / "demo" / "ldm")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_lines_of_the_readme_run_as_they_are(demo):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == 10
+    exec(code, {})
+    assert np.asarray(Image.open(demo / "digits.png")).shape == (16 + 4, 10 * (16 + 2) + 2, 3)
+
+
+def test_the_notebook_runs_as_it_is(demo):
+    cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        shown = tree.body.pop()
+        assert isinstance(shown, ast.Expr)  # every cell ends in what it shows
+        exec(compile(tree, "cell", "exec"), names)
+        value = eval(compile(ast.Expression(shown.value), "cell", "eval"), names)
+        kinds = {kind for each in cell["outputs"] for kind in each.get("data", ())}
+        assert kinds == {"image/png" if isinstance(value, Image.Image) else "text/plain"}
+    guided = (names["cond"], names["keys"], names["null"], 1.5)
+    before, after = (names["sample"](p, *guided) for p in (names["model"].params, names["taught"]))
+    moved = np.abs(after - before).mean(axis=(1, 2, 3))
+    assert np.isfinite(moved).all()
+    assert moved[0] > 1e-3
+    assert names["losses"][-1] < names["losses"][0]
+
+
+def test_the_config_of_super_resolution_fits_the_demo():
+    config = script("superres_digits").get_config()
+    stage = digits.get_config("first_stage").model
+    bundle.check(bundle.model_config(config, stage), image_channels=1)
+
+
+def test_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_to_files(name):
+    """Those of docs/ are checked by `make docs`."""
+    text = (ROOT / name).read_text()
+    links = re.findall(r"\]\(([^)\s#]+)", text) + re.findall(r"^\[\w+\]: (\S+)", text, re.M)
+    assert links
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+NAMES = re.compile(
+    r"`(?:ldm_jax\.)?((?:train\.)?[a-z_]+(?:\.\w+)+)(?=[`(\[ ])"
+)  # as in `diffusion.q_sample`
+FILES = (".py", ".json", ".md", ".png", ".yaml", ".npy", ".npz")
+
+
+def follow(value, parts) -> bool:
+    """Tell whether attributes, modules or fields of a class lead from `value` along `parts`."""
+    for part in parts:
+        inner = f"{value.__name__}.{part}" if hasattr(value, "__path__") else ""
+        if hasattr(value, part):
+            value = getattr(value, part)
+        elif inner and importlib.util.find_spec(inner):
+            value = importlib.import_module(inner)
+        else:
+            return part in getattr(value, "__dataclass_fields__", {})
+    return True
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_functions_and_fields_that_a_page_names_exist(page):
+    configs = (folder.get_config("class"), tiny.get_config("gan"))
+    for name in set(NAMES.findall((DOCS / page).read_text())):
+        first, *rest = name.split(".")
+        places = [f"ldm_jax.{p}{first}" for p in ("", "convert.", "large.", "runtime.", "models.")]
+        places = [importlib.import_module(p) for p in places if importlib.util.find_spec(p)]
+        places += [bundle.LatentDiffusion] if first == "model" else []
+        places += [getattr(config, first) for config in configs if hasattr(config, first)]
+        if places and not name.endswith(FILES):
+            assert any(follow(place, rest) for place in places), f"{page}: {name} is not there"
