@@ -24,6 +24,7 @@ def euler() -> Solver:
 def euler_ancestral(eta: jax.Array | float = 1.0) -> Solver:
     """k-diffusion `sample_euler_ancestral`: Euler to less noise, then fresh noise up to the level.
 
-    `get_ancestral_step`'s sigma_up is DDIM's sigma for the same eta, in units of alpha.
+    With rho = sigma / alpha, `get_ancestral_step` has sigma_up = eta rho_next sqrt(1 - (rho_next /
+    rho)^2), which is DDIM's fresh noise for the same eta, in units of alpha_next.
     """
     return ddim(eta)._replace(noisy=True)

@@ -25,6 +25,7 @@ def unipc(order: int = 2) -> Solver:
         history, (base, before, weight) = carry
         denoised = denoise(x, level)
         now = denoised.x0
+        # weight 0: the first level, or a repeated one, where there is nothing to correct
         x = jnp.where(weight == 0, x, base + weight * (now - before))
         x = level.sigma_next / level.sigma * x - level.alpha_next * jnp.expm1(-level.h) * now
         _, known = remember(history, level.weights[1, :, :-1], now)
@@ -50,7 +51,7 @@ def _weights(levels: Levels, order: int) -> np.ndarray:
     out = np.zeros((len(levels.t), 2, order, order))
     for i, n, level, behind in histories(levels, order, math.inf):
         h = np.float64(level.h)
-        if h == 0:
+        if h == 0:  # a repeated level
             continue
         scale = -level.alpha_next * np.expm1(-h)
         r = -behind / h
