@@ -15,9 +15,8 @@ def count(jaxpr: Any, padded: bool = False) -> float:
     """Operations (a multiply-add is two) of a closed jaxpr, by all devices together.
 
     A `while` of unknown length counts once, a `cond` as its most expensive branch. Recomputation in
-    a
-    gradient counts again: for the operations that a model needs, count it without remat and with
-    plain attention.
+    a gradient counts again; to count the operations that a model needs, trace it without remat and
+    with plain attention.
     padded: matrix products as a TPU executes them, in whole tiles.
     """
     total = 0.0

@@ -189,7 +189,7 @@ def _walk(module, name: str, runs: int, chip: Chip, kernels: dict, total: Estima
                 hidden += _walk(module, inner, runs * (trips or 1), chip, kernels, total)
         elif op.opcode in ("call", "conditional", "async-start"):
             hidden += _walk_called(module, op, runs, chip, kernels, total)
-        elif op.opcode in ("copy-start", "slice-start"):
+        elif op.opcode in ("copy-start", "slice-start"):  # beside other ops: in no sum
             hidden += runs * _hbm_bytes(op.shape[:2]) / chip.memory_bandwidth
         elif op.opcode not in FREE and not op.opcode.endswith(hlo.DONE):
             _charge(module, computation, op, runs, chip, kernels, total)
@@ -312,6 +312,7 @@ def _transfers(module, computation, op, runs: int) -> list[Transfer]:
         for held in inner.values():
             if held.opcode not in COLLECTIVES or ("chain_id=" in held.attributes and not starts):
                 continue
+            # a fused all-reduce of which each chip keeps a part sends what a reduce-scatter does
             scatters = held.opcode == "all-reduce" and name.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scatters else held.opcode
             transfers.append(_between_chips(kind, held, inner, runs))
@@ -328,6 +329,7 @@ def _fused(module, op) -> list[str]:
 
 
 def _between_chips(kind: str, op: hlo.Op, computation: dict[str, hlo.Op], runs: int) -> Transfer:
+    # The shape of an asynchronous start lists operands, results and scalar contexts.
     arrays = [a for a in op.shape if a.dtype not in ("u32", "s32") or a.dims]
     results = arrays[-len(op.operands) :] if op.opcode.endswith("-start") else arrays
     given = [
@@ -337,6 +339,8 @@ def _between_chips(kind: str, op: hlo.Op, computation: dict[str, hlo.Op], runs: 
     size = sum(a.bytes for a in larger)
     if kind in ("collective-permute", "collective-broadcast"):
         return Transfer(kind, "chips", runs, 2, tuple(larger), size, size, op)
+    # On a ring of n chips each sends (n - 1) / n of the whole array; an all-reduce does so twice, as
+    # a reduce-scatter and an all-gather.
     n = group_size(op.attributes)
     moved = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
     return Transfer(kind, "chips", runs, n, tuple(larger), size, moved, op)

@@ -48,7 +48,7 @@ def decode(
         return latents.decode(first_stage, params, latent, scale)
     variables, start = {"params": params}, depth - _tiled_levels(first_stage, levels, depth)
     z = latent / scale
-    if isinstance(first_stage, autoencoder.AutoencoderVQ):
+    if isinstance(first_stage, autoencoder.AutoencoderVQ):  # which `decode` does first
         z, _ = first_stage.apply(variables, z, method="quantize")
     h = first_stage.apply(
         variables, z, method=lambda m, z: m.decoder(m.post_quant_conv(z), stop=start)
@@ -60,7 +60,8 @@ def decode(
             method = lambda m, h: m.decoder(h, start=i, stop=stop)  # noqa: E731
             return first_stage.apply(variables, h, method=method)
 
-        halo = 2 * (first_stage.num_res_blocks + 1) + (stop is None)  # and conv_out
+        # two 3x3 convolutions a residual block, a pixel each, and conv_out after the last level
+        halo = 2 * (first_stage.num_res_blocks + 1) + (stop is None)
         zoom = 1
         if i > 0:  # the convolution after upsampling
             halo, zoom = -(-(halo + 1) // 2), 2
@@ -202,7 +203,7 @@ def _run_tiled(run: Callable, x: jax.Array, tiles: Tiles, zoom_in: int, zoom_out
         return jax.lax.dynamic_update_slice(canvas, out, at), None
 
     out, measured = _outline(run_tile, tiles)
-    for name in measured:
+    for name in measured:  # in order: the input of a norm depends on the statistics of those before
         statistics[name] = measure(name)
     shape = (len(x), *(n * zoom_out for n in tiles.size), out.shape[-1])
     return jax.lax.scan(write, jnp.zeros(shape, out.dtype), tiles.places)[0]

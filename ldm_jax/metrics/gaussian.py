@@ -95,6 +95,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     values, vectors = np.linalg.eigh(a.cov)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     inner = root @ b.cov @ root
+    # symmetrized: rounding leaves `inner` slightly unsymmetric, and eigvalsh reads one triangle
     squares = np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0)
     rounding = squares.max() * len(squares) * np.finfo(np.float64).eps
     shared = np.sqrt(squares[squares > rounding]).sum()

@@ -30,7 +30,7 @@ def ssim(real: jax.Array, other: jax.Array, *, gaussian: bool = False) -> jax.Ar
             f"images of {real.shape[1]}x{real.shape[2]} are smaller than the {side}x{side} window"
             " of SSIM"
         )
-    factor = 1.0 if gaussian else side**2 / (side**2 - 1)
+    factor = 1.0 if gaussian else side**2 / (side**2 - 1)  # scikit-image's unbiased covariances
     # Covariances do not change under a shift, and float32 keeps their digits only near zero.
     shift_x, shift_y = (jnp.mean(i / RANGE, axis=(1, 2), keepdims=True) for i in (real, other))
     x, y = real / RANGE - shift_x, other / RANGE - shift_y
@@ -39,7 +39,7 @@ def ssim(real: jax.Array, other: jax.Array, *, gaussian: bool = False) -> jax.Ar
     var_y = factor * (_blur(y * y, window) - mean_y**2)
     cov = factor * (_blur(x * y, window) - mean_x * mean_y)
     mean_x, mean_y = mean_x + shift_x, mean_y + shift_y
-    c1, c2 = 0.01**2, 0.03**2
+    c1, c2 = 0.01**2, 0.03**2  # (K L)^2 of the paper, for values in 0..1
     same = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     return jnp.mean(same / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)), axis=(1, 2, 3))
 

@@ -171,8 +171,7 @@ def revive(
     """Codes idle for `after` steps or more move to latents of z [..., c], drawn without repeats.
 
     With fewer latents than such codes, the last ones stay as they are until a later step. The draw
-    depends on `key` and z
-    alone: every host and every mesh makes the same one.
+    depends on `key` and z alone: every host and every mesh makes the same one.
     """
     z_pc = jax.lax.stop_gradient(jnp.asarray(z, jnp.float32)).reshape(-1, z.shape[-1])
     dead_n = idle_n >= after

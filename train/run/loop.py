@@ -147,6 +147,7 @@ class Loop:
     @contextlib.contextmanager
     def paused(self, what: str, state: Any) -> Iterator[None]:
         """Begin when the devices have made `state`; the time inside does not count as steps."""
+        # the device may be steps behind: its training must not count as time of `what`
         jax.block_until_ready(state.step)
         self.monitor.catch_up()
         with self.watch.doing(what), self.clock.paused():
@@ -159,6 +160,7 @@ class Loop:
 
     def stops(self, step: int) -> bool:
         """True if the loop ends with this step: the last one, or a signal. Call once a step."""
+        # first, at every step and in every process: with several it is a collective agreement
         interrupted = self._stopping(step)
         if step == self.config.steps:
             self.exit_code = 0
@@ -176,7 +178,7 @@ class Loop:
                 meta["clock"] = self.clock.spent(orderly=final)
                 if checkpoint.save(self.manager, state, meta, final=final):
                     self.watch.saved(step)
-                self.stream.agree()
+                self.stream.agree()  # a collective: here, where all processes meet anyway
                 self.monitor.flush()
         if is_due(every.snapshot, step) or step == self.config.steps:
             with self.paused("saving", state):
