@@ -339,8 +339,8 @@ def _between_chips(kind: str, op: hlo.Op, computation: dict[str, hlo.Op], runs: 
     size = sum(a.bytes for a in larger)
     if kind in ("collective-permute", "collective-broadcast"):
         return Transfer(kind, "chips", runs, 2, tuple(larger), size, size, op)
-    # On a ring of n chips each sends (n - 1) / n of the whole array; an all-reduce does so twice, as
-    # a reduce-scatter and an all-gather.
+    # On a ring of n chips each sends (n - 1) / n of the whole array; an all-reduce does so twice,
+    # as a reduce-scatter and an all-gather.
     n = group_size(op.attributes)
     moved = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
     return Transfer(kind, "chips", runs, n, tuple(larger), size, moved, op)
