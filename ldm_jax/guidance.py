@@ -20,8 +20,9 @@ def classifier_free(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Make `guided(x, t_b)` of `model(x, t_b, cond)`: classifier-free guidance away from `null`.
 
-    guided = out(null) + scale (out(cond) - out(null)), Ho and Salimans 2022, eq. 6, where their
-    guidance strength w is scale - 1.
+        guided = out(null) + scale (out(cond) - out(null))
+
+    Ho and Salimans 2022, eq. 6, where their guidance strength w is scale - 1.
 
     cond and null: pytrees of the same structure whose leaves are [B, ...]; one call on both, each
     example's null before its cond, so that an example stays on its device.

@@ -10,8 +10,8 @@ from ldm_jax.solvers.loop import Solver
 def ddim(eta: jax.Array | float = 0.0, temperature: jax.Array | float = 1.0) -> Solver:
     """DDIM's eq. 12; eta = 0 is deterministic, 1 is ancestral DDPM sampling on the same levels.
 
-    x_next = alpha_next x0 + sqrt(sigma_next^2 - fresh^2) eps + fresh noise, where by eq. 16
-    fresh = eta (sigma_next / sigma) sqrt(1 - (alpha / alpha_next)^2).
+        x_next = alpha_next x0 + sqrt(sigma_next^2 - fresh^2) eps + fresh noise
+        fresh = eta (sigma_next / sigma) sqrt(1 - (alpha / alpha_next)^2)    (eq. 16)
 
     temperature scales the fresh noise, as in the reference. Both are scalars or [B], and may be
     traced.

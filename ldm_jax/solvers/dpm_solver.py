@@ -31,8 +31,10 @@ def dpmpp_2m() -> Solver:
 def dpmpp_2m_sde(eta: float = 1.0) -> Solver:
     """SDE-DPM-Solver++(2M), k-diffusion's `sample_dpmpp_2m_sde` ("midpoint").
 
-    x_next = sigma_next / sigma exp(-eta h) x + alpha_next (1 - exp(-(1 + eta) h)) D
-             + sigma_next sqrt(1 - exp(-2 eta h)) noise, with D of `dpmpp_2m`.
+        x_next = sigma_next / sigma exp(-eta h) x + alpha_next (1 - exp(-(1 + eta) h)) D
+                 + sigma_next sqrt(1 - exp(-2 eta h)) noise
+
+    with D of `dpmpp_2m`.
     """
 
     def weigh(level, behind):

@@ -25,7 +25,9 @@ def heun() -> Solver:
 def corrected(denoise: Callable, x: jax.Array, level: Any, denoised: Denoised) -> jax.Array:
     """Correct Euler's x at the next level to the mean slope of both ends (algorithm 1, line 8).
 
-    x_next / alpha_next = x / alpha + (rho_next - rho) (eps + eps_next) / 2, rho = sigma / alpha.
+    With rho = sigma / alpha,
+
+        x_next / alpha_next = x / alpha + (rho_next - rho) (eps + eps_next) / 2
     """
 
     def correct(x):

@@ -20,7 +20,7 @@ from ldm_jax.sample import inputs
 from ldm_jax.schema import serialize
 
 OUTPUTS = ("grid.png", "reconstructions.png")
-"""What ldm-sample and ldm-eval write beside images; see `folder_source`."""
+"""Files that ldm-sample and ldm-eval write beside images; see `folder_source`."""
 
 
 class ImageSet(NamedTuple):
@@ -224,7 +224,7 @@ def left_out(source: Any) -> dict[str, int]:
 
 
 def limited(count: int, limit: int | None, path: str) -> int:
-    """How many images of a finite set are meant: the first `limit`, or all.
+    """Number of images taken from a finite set: the first `limit`, or all.
 
     ValueError if there are fewer: an image that is counted twice makes every figure wrong.
     """
