@@ -142,6 +142,23 @@ def build(
     )
 
 
+def first_stage_alone(
+    config: schema.FirstStageModelConfig,
+    params: dict,
+    latent_scale: float,
+    size: int,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> LatentDiffusion:
+    """The bundle of a first stage with its parameters: it encodes and decodes, `unet` is None.
+
+    size: side of a training image in pixels.
+    """
+    whole = schema.LatentDiffusionConfig(first_stage=config, unet=None, size=size)
+    parts = {"unet": {}, "first_stage": params, "cond_stage": {}}
+    return build(whole, parts, latent_scale, dtype=dtype, **kernels(mesh))
+
+
 def kernels(mesh: Mesh | None, name: str = "auto") -> dict[str, Callable]:
     """`attention` and `convolution` of `build` for the mesh's devices, or for the default device.
 

@@ -32,8 +32,9 @@ def load(
 ) -> bundle.LatentDiffusion:
     """The model at a path: a run, a diffusers folder, or a checkpoint of CompVis or Stability.
 
-    A folder of diffusers may be a pipeline's, or a first stage's alone (`sd-vae-ft-mse`): a model
-    that encodes and decodes, whose `unet` is None.
+    A first stage alone (its run, a folder as `sd-vae-ft-mse`, a checkpoint as `vae-ft-mse.ckpt`)
+    gives a model that encodes and decodes, whose `unet` is None. Its latent scale is what the
+    folder or our own conversion says, else 1.
 
     A run gives its newest snapshot or checkpoint, or that of `step`. A checkpoint file is read with
     the YAML `config`, by default NAME.yaml or config.yaml beside it; without any, it must be Stable
@@ -63,7 +64,7 @@ def load(
             shapes_only=shapes_only,
         )
     elif kind == "first_stage":
-        model = _load_first_stage_alone(path, variant, mesh, dtype, param_dtype)
+        model = _load_first_stage_folder(path, variant, mesh, dtype, param_dtype)
     else:
         model = compvis.load(
             path,
@@ -96,7 +97,7 @@ def _check_options(path: epath.Path, kind: str, step: Any, config: Any, variant:
 KINDS = {
     "run": "a run",
     "diffusers": "a diffusers folder",
-    "first_stage": "a first stage alone",
+    "first_stage": "the folder of a first stage",
     "checkpoint": "a checkpoint file",
 }
 
@@ -165,12 +166,8 @@ def _load_run(
     run: epath.Path, step: int | None, ema: bool, mesh: Mesh | None, dtype: Any, param_dtype: Any
 ) -> bundle.LatentDiffusion:
     config = rundir.read_config(run)
-    if not isinstance(config, schema.LatentDiffusionTrainConfig):
-        stage = isinstance(config, schema.AutoencoderTrainConfig)
-        kind = "a first stage" if stage else "another recipe"
-        raise ValueError(
-            f"{run}: is a run of {kind}; --model takes the run of a latent diffusion model"
-        )
+    if isinstance(config, schema.AutoencoderTrainConfig):
+        return _load_first_stage_run(run, config, step, ema, mesh, dtype, param_dtype)
     trained, _ = weights(run, config, step, ema)
     kept, known = rundir.read_frozen(run, "first_stage"), rundir.read_latents(run)
     if kept is None or known is None:
@@ -197,18 +194,36 @@ def _load_run(
     return dataclasses.replace(model, tokenizer=kept_tokenizer(run, text.encoder.max_length))
 
 
-def _load_first_stage_alone(
+def _load_first_stage_run(
+    run: epath.Path,
+    config: schema.AutoencoderTrainConfig,
+    step: int | None,
+    ema: bool,
+    mesh: Mesh | None,
+    dtype: Any,
+    param_dtype: Any,
+) -> bundle.LatentDiffusion:
+    trained, _ = weights(run, config, step, ema)
+    known = rundir.read_latents(run)
+    scale = 1.0 if known is None else known["scale"]
+    params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype), trained["autoencoder"])
+    return bundle.first_stage_alone(
+        config.model, _placed_first_stage(params, mesh), scale, config.data.size, mesh, dtype
+    )
+
+
+def _load_first_stage_folder(
     folder: epath.Path, variant: str | None, mesh: Mesh | None, dtype: Any, param_dtype: Any
 ) -> bundle.LatentDiffusion:
-    params, first_stage = diffusers.load_first_stage(
-        folder, variant=variant, param_dtype=param_dtype
+    params, config = diffusers.load_first_stage(folder, variant=variant, param_dtype=param_dtype)
+    scale, size = diffusers.first_stage_scale(folder), diffusers.first_stage_size(folder)
+    return bundle.first_stage_alone(
+        config, _placed_first_stage(params, mesh), scale, size, mesh, dtype
     )
-    config = schema.LatentDiffusionConfig(
-        first_stage=first_stage, unet=None, size=diffusers.first_stage_size(folder)
-    )
-    placed = _placed({"unet": {}, "first_stage": params, "cond_stage": {}}, mesh)
-    scale = diffusers.first_stage_scale(folder)
-    return bundle.build(config, placed, scale, dtype=dtype, **bundle.kernels(mesh))
+
+
+def _placed_first_stage(params: dict, mesh: Mesh | None) -> dict:
+    return _placed({"first_stage": params}, mesh)["first_stage"]
 
 
 def _placed(params: dict, mesh: Mesh | None) -> dict:
@@ -272,7 +287,7 @@ def load_first_stage(
         params, _ = weights(path, config, step, ema=True)
         return params["autoencoder"], config.model
     if kind in ("diffusers", "first_stage"):
-        return diffusers.load_first_stage(path)
+        return diffusers.load_first_stage(path, variant=diffusers.sole_variant(path, "first_stage"))
     return compvis.load_first_stage_file(path, yaml_of(path))
 
 
@@ -286,7 +301,8 @@ def load_text_encoder(
     """
     path, kind = recognise(path)
     if kind == "diffusers":
-        params, encoder = diffusers.load_text_encoder(path)
+        variant = diffusers.sole_variant(path, "cond_stage")
+        params, encoder = diffusers.load_text_encoder(path, variant=variant)
         folder = path / "tokenizer"
         known = tokens.load_tokenizer(folder, max_length) if folder.exists() else None
         return params, encoder, known

@@ -10,7 +10,6 @@ from etils import epath
 
 from ldm_jax import bundle, finite, schema, sharding
 from ldm_jax.convert import compvis, table
-from ldm_jax.convert.compvis import model_yaml
 from ldm_jax.convert.diffusers import writer as diffusers_writer
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.schema import serialize
@@ -30,7 +29,8 @@ def save(
 
     params: parameters in place of `model.params`, as after training or merging.
     to: "ldm_jax", a run directory that samples and that training can start from; "diffusers", a
-    folder with every component, tokenizer and scheduler; "compvis", a .safetensors or .ckpt file,
+    folder with every component, tokenizer and scheduler, or the folder of a first stage alone;
+    "compvis", a .safetensors or .ckpt file,
     as `path` ends, with its YAML beside it.
     dtype: that of the weights; default: the parameters' own. ValueError for parameters that are not
     the model's, or not finite, and for a model that the format cannot hold.
@@ -39,7 +39,6 @@ def save(
     if params is not None:
         check_params(model, params)
         model = dataclasses.replace(model, params=params)
-    _unet_of(model)
     if to == "ldm_jax":
         save_run(model, path, dtype=dtype)
     elif to == "diffusers":
@@ -77,21 +76,24 @@ def check(model: bundle.LatentDiffusion, to: Format) -> int:
     if to == "diffusers":
         return diffusers_writer.check(model)
     model = compvis.as_written(model)
-    model_yaml.dumps(model.config, model.latent_scale)
+    compvis.yaml_text(model)
     return len(table.to_torch(compvis.model_entries(model), model.params, lazy=True))
 
 
 def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any = None) -> None:
     """Write a run directory with a snapshot of step 0: config, first stage, text encoder,
     tokenizer."""
-    model_config = model.config
+    model_config, unet = model.config, model.config.unet
+    if unet is None:
+        _save_first_stage_run(model, run, dtype)
+        return
     text = schema.text_of(model_config.cond)
     config = schema.LatentDiffusionTrainConfig(
         data=schema.DataConfig(
             size=model_config.size, channels=1 if model_config.first_stage.in_channels == 1 else 3
         ),
         first_stage=schema.FirstStageConfig(scale=model.latent_scale),
-        unet=_unet_of(model),
+        unet=unet,
         cond=model_config.cond,
         diffusion=model_config.diffusion,
         sampling=model_config.sampling,
@@ -110,11 +112,23 @@ def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any =
     checkpoint.save_snapshot(run, 0, trained, serialize.to_dict(model_config))
 
 
-def _unet_of(model: bundle.LatentDiffusion) -> schema.UNetConfig:
-    """Config of the UNet. ValueError for a first stage alone, which no format holds."""
-    if model.config.unet is None:
-        raise ValueError("the model is a first stage alone: formats are of whole models")
-    return model.config.unet
+def _save_first_stage_run(
+    model: bundle.LatentDiffusion, run: epath.PathLike, dtype: Any = None
+) -> None:
+    """The run of a first stage, with its latent scale in latents.json."""
+    first_stage = model.config.first_stage
+    if isinstance(first_stage, schema.IdentityFirstStageConfig):
+        raise ValueError("the identity is no first stage to save: it has no weights")
+    config = schema.AutoencoderTrainConfig(
+        data=schema.DataConfig(
+            size=model.config.size, channels=1 if first_stage.in_channels == 1 else 3
+        ),
+        model=first_stage,
+    )
+    run, _ = rundir.open_run(run, config)
+    rundir.write_latents(run, {"scale": model.latent_scale, "how": "as in the converted model"})
+    params = {"autoencoder": _host(model.params["first_stage"], dtype)}
+    checkpoint.save_snapshot(run, 0, params, serialize.to_dict(first_stage))
 
 
 def _host(tree: dict, dtype: Any) -> dict:

@@ -23,7 +23,8 @@ class Options:
     """Convert a model. SRC is read as every command reads --model; DST is written in full."""
 
     source: Annotated[str, Positional, arg(metavar="SRC")]
-    """Run directory, diffusers folder, CompVis .ckpt or .safetensors, or Stable Diffusion file."""
+    """Run directory, diffusers folder, CompVis .ckpt or .safetensors, or Stable Diffusion file; or
+    a first stage alone in one of these forms."""
     target: Annotated[str, Positional, arg(metavar="DST")]
     """New folder; with --to compvis a new .safetensors or .ckpt file, with its YAML beside it."""
     to: saving.Format
@@ -88,11 +89,16 @@ def refuse_target(options: Options, source: epath.Path, target: epath.Path) -> N
         return
     if not options.overwrite:
         raise ValueError(f"{held[0]}: exists; give another target, or --overwrite to replace it")
-    kind = {"ldm_jax": "run", "diffusers": "diffusers", "compvis": "checkpoint"}[options.to]
-    if target.exists() and (target.is_dir() != (kind != "checkpoint") or _kind(target) != kind):
+    kinds = {
+        "ldm_jax": ("run",),
+        "diffusers": ("diffusers", "first_stage"),
+        "compvis": ("checkpoint",),
+    }[options.to]
+    file = options.to == "compvis"
+    if target.exists() and (target.is_dir() == file or _kind(target) not in kinds):
         raise ValueError(
-            f"{target}: --overwrite replaces {loading.KINDS[kind]}, which this is not; remove it"
-            " yourself"
+            f"{target}: --overwrite replaces {loading.KINDS[kinds[0]]}, which this is not; remove"
+            " it yourself"
         )
 
 

@@ -126,6 +126,11 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
         variant=options.variant,
         tokenizer=options.tokenizer,
     )
+    if model.unet is None:
+        raise ValueError(
+            f"{options.model}: is a first stage alone, which encodes and decodes but cannot sample;"
+            " --model takes a latent diffusion model"
+        )
     timesteps = len(model.schedule.betas)
     if not 1 <= options.steps <= timesteps:
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")

@@ -93,6 +93,9 @@ def read_jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield number, ValueError(f"is not JSON ({error.msg} at column {error.colno})")
             continue
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; too deep
+            yield number, ValueError(f"is not JSON ({error})")
+            continue
         if isinstance(values, dict):
             yield number, values
         else:

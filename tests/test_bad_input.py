@@ -207,7 +207,7 @@ def test_model_that_is_no_latent_diffusion_model(refused, first_stage_run, tmp_p
     sample = f"ldm-sample class2img --out {tmp_path}/out --model"
     assert refused(f"{sample} {tmp_path}/gone") == f"{tmp_path}/gone: does not exist"
     assert refused(f"{sample} {tmp_path}").startswith(f"{tmp_path}: is not a run directory")
-    assert "is a run of a first stage" in refused(f"{sample} {first_stage_run}")
+    assert "is a first stage alone" in refused(f"{sample} {first_stage_run}")
     assert not (tmp_path / "out").exists()
 
 

@@ -85,13 +85,15 @@ def from_torch(
     shapes: nested dict of our modules' parameters (from `jax.eval_shape` of their `init`).
     place: takes each array as soon as it is made, so that one tensor at a time is on the host;
         None keeps NumPy arrays.
+    A 1x1 convolution may be saved as a dense layer, and the reverse.
     Raises ValueError, which begins with `where` (the file) and lists missing, unknown and wrongly
     shaped tensors, before anything is read; or names a tensor that is not finite as `dtype`.
     """
     refuse(misfits(entries, state_dict, shapes), f"{where} does not fit the config")
+    wanted = _torch_shapes(entries, shapes)
     flat: dict[str, Any] = {}
     for entry in entries:
-        tensor = _cast(state_dict[entry.torch], dtype)
+        tensor = _reshaped(_cast(state_dict[entry.torch], dtype), wanted[entry.torch])
         if isinstance(tensor, np.ndarray):
             finite.check_array(tensor, entry.torch, where)
         for path, x in _entry_to_ours(entry, tensor).items():
@@ -101,15 +103,34 @@ def from_torch(
 
 def misfits(entries: list[Entry], state_dict: Mapping[str, Any], shapes: dict) -> list[str]:
     """Faults that `from_torch` would refuse: missing, unknown and wrongly shaped tensors."""
-    wanted = {name: tuple(x.shape) for name, x in to_torch(entries, shapes).items()}
+    wanted = _torch_shapes(entries, shapes)
     problems = [f"missing {name}" for name in wanted if name not in state_dict]
     problems += [f"unknown {name}" for name in state_dict if name not in wanted]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, not {shape}"
         for name, shape in wanted.items()
-        if name in state_dict and tuple(state_dict[name].shape) != shape
+        if name in state_dict and _matrix(state_dict[name].shape) != _matrix(shape)
     ]
     return problems
+
+
+def _torch_shapes(entries: list[Entry], shapes: dict) -> dict[str, tuple[int, ...]]:
+    """The shape that each tensor of a checkpoint should have."""
+    return {name: tuple(x.shape) for name, x in to_torch(entries, shapes).items()}
+
+
+def _matrix(shape: Any) -> tuple[int, ...]:
+    """A shape without ones after its second axis: that of the dense layer of a 1x1 convolution."""
+    shape = tuple(shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    return x.reshape(shape)
 
 
 def refuse(problems: list[str], what: str) -> None:

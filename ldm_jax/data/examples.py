@@ -101,8 +101,8 @@ class Stream:
         return self.accept(self.made[index])
 
     def caption(self, index: int) -> str:
-        """The caption of the record that example `index` was made of."""
-        return self.source[self.made[index].record]["caption"]
+        """The caption of the record that example `index` was made of; of several the first."""
+        return caption_of(self.source[self.made[index].record], None)
 
     def accept(self, made: Made) -> Example:
         """The example; undecodable records met on the way are reported and counted, once each.
@@ -217,7 +217,8 @@ class MakeExample:
             if self.source.num_classes is not None:
                 example["label"] = _label(decoded.rest["label"], self.source.num_classes)
             if self.tokenizer is not None:
-                example["tokens"] = self.tokenizer.encode([decoded.rest["caption"]])[0]
+                text = caption_of(decoded.rest, rng)
+                example["tokens"] = self.tokenizer.encode([text])[0]
                 example["null_tokens"] = self.null_tokens
         return Made(example, decoded.bad, decoded.record)
 
@@ -254,6 +255,16 @@ class MakeExample:
             raise
         except ValueError as error:
             raise ValueError(f"{self.source.describe(index)}: {error}") from error
+
+
+def caption_of(record: dict[str, Any], rng: np.random.Generator | None) -> str:
+    """The caption of a record; of several, one that `rng` draws, or the first without it."""
+    texts = record["caption"]
+    if isinstance(texts, str):
+        return texts
+    if not texts:
+        raise ValueError("has no caption")
+    return texts[0 if rng is None else int(rng.integers(len(texts)))]
 
 
 def read(source: Source, index: int) -> dict[str, Any]:

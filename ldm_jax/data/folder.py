@@ -3,7 +3,6 @@
 The folder may lie in a bucket (`gs://`, `s3://`), as `etils.epath` reads them.
 """
 
-import json
 import os
 import posixpath
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import fsspec
 from etils import epath
 
 from ldm_jax import schema
+from ldm_jax.data import metadata
 from ldm_jax.runtime import reading
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -52,7 +52,9 @@ class FolderSource:
         self.classes = classes
         self._images = images
         self._labels = None if classes is None else _labels(root, images, classes)
-        self._captions = _metadata(root, images, files) if config.captions == "metadata" else None
+        self._captions = (
+            metadata.captions(root, images, files) if config.captions == "metadata" else None
+        )
         suffixes = {
             "caption": ".txt" if config.captions == "sidecar" else None,
             "segmentation": _png(config.segmentation_suffix),
@@ -170,12 +172,15 @@ def _class_name(root: str, image: str) -> str:
 
 
 def _labels(root: str, images: list[str], classes: list[str]) -> list[int]:
-    ids = {name: i for i, name in enumerate(classes)}
+    ids, names = {name: i for i, name in enumerate(classes)}, metadata.Names(classes)
+    labels = []
     for image in images:
-        if _class_name(root, image) not in ids:
+        name = names.find(_class_name(root, image))
+        if name is None:
             name = _class_name(root, image)
             raise ValueError(f"{os.path.join(root, image)}: no training image has class {name!r}")
-    return [ids[_class_name(root, image)] for image in images]
+        labels.append(ids[name])
+    return labels
 
 
 def _png(suffix: str | None) -> str | None:
@@ -184,40 +189,14 @@ def _png(suffix: str | None) -> str | None:
 
 def _beside(root: str, images: list[str], files: set[str], name: str, suffix: str) -> list[str]:
     """IMAGE + suffix of each image."""
-    paths = [posixpath.splitext(image)[0] + suffix for image in images]
-    missing = [path for path in paths if path not in files]
+    names = metadata.Names(files)
+    wanted = [posixpath.splitext(image)[0] + suffix for image in images]
+    paths = [names.find(path) for path in wanted]
+    missing = [path for path, found in zip(wanted, paths) if found is None]
     if missing:
         raise FileNotFoundError(
-            f"{os.path.join(root, missing[0])} is missing ({len(missing)} of {len(images)} images "
-            f"have no {name}): add it, or turn the {name} off in the data config"
+            f"{os.path.join(root, missing[0])} is missing ({len(missing)} of {len(images)} images"
+            f" have no {name}{metadata.listed(missing)}): add it, or turn the {name} off in the"
+            " data config"
         )
-    return paths
-
-
-def _metadata(root: str, images: list[str], files: set[str]) -> list[str]:
-    """Captions from every metadata.jsonl below `root`; `file_name` is relative to its folder."""
-    tables = sorted(f for f in files if posixpath.basename(f) == "metadata.jsonl")
-    if not tables:
-        raise FileNotFoundError(f"no metadata.jsonl in {root}: add one, or set captions to none")
-    captions = {}
-    for table in tables:
-        path = os.path.join(root, table)
-        for number, line in enumerate(reading.read_text(path).splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                file_name, text = entry["file_name"], entry["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"text is {text!r}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: each line is an object with file_name and text ({error!r})"
-                ) from error
-            captions[posixpath.normpath(posixpath.join(posixpath.dirname(table), file_name))] = text
-    for image in images:
-        if image not in captions:
-            raise ValueError(
-                f"{os.path.join(root, image)} is in no metadata.jsonl: add a line for it"
-            )
-    return [captions[image] for image in images]
+    return [path for path in paths if path is not None]

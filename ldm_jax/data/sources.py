@@ -3,7 +3,7 @@
 A record is a dict of
   image         encoded bytes, or uint8 [h, w, 3 or 1]
   label         int, the class id                                       (optional, as all below)
-  caption       str
+  caption       str, or a list of several, of which each example draws one
   segmentation  encoded bytes or integers [h, w]: the class of each pixel
   mask          encoded bytes (see `transforms.decode_mask`) or 0/1 [h, w] (1 = masked)
 or of a latent cache, see `cache.CacheSource`.

@@ -68,7 +68,8 @@ class TFDSSource:
         record = self._records[index]
         record = {name: record[key] for name, key in self._keys.items()}
         if "caption" in record:
-            record["caption"] = record["caption"].decode()
+            text = record["caption"]  # or a sequence of several
+            record["caption"] = text.decode() if isinstance(text, bytes) else _decoded(text)
         if "label" in record:
             record["label"] = int(record["label"])
         return record
@@ -76,6 +77,10 @@ class TFDSSource:
     def describe(self, index: int) -> str:
         """`name/config/version split record 17`, for messages."""
         return f"{self._name} record {index}"
+
+
+def _decoded(texts: Any) -> list[str]:
+    return [text.decode() for text in texts]
 
 
 def prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

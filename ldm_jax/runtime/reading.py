@@ -8,6 +8,7 @@ are read here, or inside `refusals`, so that every error of a reader becomes
 import contextlib
 import json
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -75,6 +76,14 @@ def read_text(path: epath.PathLike) -> str:
         raise ValueError(
             f"{os.fspath(path)}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a file's text, as editors count them.
+
+    `str.splitlines` also cuts at U+2028 and NEL, which stand inside captions and JSON texts.
+    """
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def read_json(path: epath.PathLike, remedy: str = "") -> Any:

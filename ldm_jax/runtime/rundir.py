@@ -256,7 +256,7 @@ def _parts(run: epath.PathLike) -> list[tuple[epath.Path, list[dict[str, Any]]]]
     if not folder.exists():
         return []
     paths = sorted(p for p in folder.iterdir() if p.suffix == ".jsonl" and p.stem.isdigit())
-    return [(p, [_record(p, line) for line in p.read_text().splitlines()]) for p in paths]
+    return [(p, [_record(p, line) for line in p.read_text().split("\n") if line]) for p in paths]
 
 
 def _record(path: epath.Path, line: str) -> dict[str, Any]:

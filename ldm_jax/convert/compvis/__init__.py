@@ -16,6 +16,7 @@ from ldm_jax.convert.compvis.checkpoints import (
     model_shapes,
     save,
     unet_state_dict,
+    yaml_text,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "model_shapes",
     "save",
     "unet_state_dict",
+    "yaml_text",
 ]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import bundle, conditioning, finite, schema
 from ldm_jax.convert import table, text_tables
-from ldm_jax.convert.compvis import conditions, model_yaml, single_file, tables
+from ldm_jax.convert.compvis import conditions, model_yaml, single_file, spellings, tables
 from ldm_jax.convert.compvis.yaml_options import first_stage_config, unet_config
 from ldm_jax.convert.formats import files, safetensors_file, torch_writer
 from ldm_jax.models import autoencoder, unet
@@ -47,11 +47,19 @@ IGNORED = (
         r"|cond_stage_model\.transformer\.text_projection\.weight",
     ),
     ("depth estimator", r"depth_model\..+"),
+    ("averaged weights of another part than the UNet", r"(first|cond)_stage_model\.model_ema\..+"),
 )
 """Tensors of a whole checkpoint that the model does not need: (content, pattern of names).
 
 Besides these: the copy that is not taken of the UNet's raw and averaged weights, and a second copy
 of the first stage under `cond_stage_model.` (inpainting_big)."""
+
+TRANSFORMERS_TEXT = COND_STAGE_PREFIX + "transformer.text_model."
+TEXT_ENCODERS = (
+    r"cond_stage_model\.model\.(token_embedding|positional_embedding|transformer|ln_final)\b",
+    r"cond_stage_model\.transformer\.text_model\.",
+)
+"""Names of OpenCLIP's and of OpenAI's text encoder, of which some files hold both."""
 
 
 # --- one part: names with that part's prefix on all of them or on none ---------------------------
@@ -84,7 +92,7 @@ def load_first_stage(config: Mapping[str, Any], state_dict: StateDict) -> tuple[
     state_dict: its tensors, all named with the prefix `first_stage_model.` or none.
     """
     model = autoencoder.from_config(first_stage_config(config))
-    tensors = _without_prefix(state_dict, FIRST_STAGE_PREFIX)
+    tensors, _ = spellings.common(_without_prefix(state_dict, FIRST_STAGE_PREFIX))
     return model, table.from_torch(tables.autoencoder(model), tensors, _first_stage_shapes(model))
 
 
@@ -156,6 +164,7 @@ def load(
     """The model of a checkpoint, without a tokenizer, which no checkpoint holds.
 
     path: a file that `files.open_state_dict` reads.
+        It may hold a first stage alone.
     yaml_path: its YAML; None for a single file of Stable Diffusion, recognised by its names and
         shapes; the rest is guessed and printed, and `variant` ("v2", "v2-v") overrides guesses.
     ema: take the averaged weights where there are both.
@@ -167,8 +176,15 @@ def load(
     """
     path = epath.Path(path)
     state_dict, info = files.open_state_dict(path)
-    tensors = _with_text_model(state_dict)
-    config, scale = _config(path, yaml_path, variant, tensors)
+    tensors, said = spellings.common(state_dict)
+    tensors, marked = spellings.markers(tensors, info.metadata)
+    for line in said:
+        LOG.info(f"{path.name}: {line}")
+    if is_first_stage_alone(tensors):
+        return _load_first_stage_alone(
+            path, tensors, info, yaml_path, ema, dtype, param_dtype, mesh, shapes_only
+        )
+    config, scale = _config(path, yaml_path, variant, tensors, marked)
     model = bundle.build(
         config,
         {},
@@ -198,13 +214,21 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
     if path.suffix not in (".safetensors", ".ckpt"):
         raise ValueError(f"{path}: is written as .safetensors or .ckpt: name it so")
     model = as_written(model)
-    text = model_yaml.dumps(model.config, model.latent_scale)
+    text = yaml_text(model)
     tensors = table.to_torch(model_entries(model), model.params, dtype=dtype, lazy=True)
+    if model.prediction == "v" and any(name.startswith(TRANSFORMERS_TEXT) for name in tensors):
+        tensors["v_pred"] = np.zeros(0, np.float32)  # as other programs mark version 1 with v
     if path.suffix == ".ckpt":
         torch_writer.write(path, tensors)
     else:
-        safetensors_file.write(path, tensors, {"format": "pt"})
+        safetensors_file.write(path, tensors, {"format": "pt", **_metadata(model)})
     path.with_suffix(".yaml").write_text(text)
+
+
+def _metadata(model: bundle.LatentDiffusion) -> dict[str, str]:
+    """What neither names nor shapes of a file tell, in the terms of Stability's specification."""
+    kind = {"eps": "epsilon", "v": "v"}.get(model.prediction)
+    return {} if model.unet is None or kind is None else {"modelspec.prediction_type": kind}
 
 
 def as_written(model: bundle.LatentDiffusion) -> bundle.LatentDiffusion:
@@ -228,27 +252,116 @@ def load_first_stage_file(
     yaml_path: the YAML of the first stage or of the model; None: from names and shapes.
     """
     path = epath.Path(path)
-    tensors, info = files.open_state_dict(path)
-    if any(name.startswith(FIRST_STAGE_PREFIX) for name in tensors):
+    state_dict, info = files.open_state_dict(path)
+    tensors, _ = spellings.common(state_dict)
+    config, _ = _first_stage_config(path, yaml_path, tensors)
+    first_stage = config.first_stage
+    return _first_stage_params(path, tensors, info, first_stage, ema), first_stage
+
+
+def is_first_stage_alone(tensors: StateDict) -> bool:
+    """Tell whether a state dict has a first stage, but neither a UNet nor a conditioning stage."""
+    others = (UNET_PREFIX, COND_STAGE_PREFIX, ema_name(UNET_PREFIX))
+    known = ("encoder.conv_in.weight", FIRST_STAGE_PREFIX + "encoder.conv_in.weight")
+    return any(name in tensors for name in known) and not any(
+        name.startswith(others) for name in tensors
+    )
+
+
+def _load_first_stage_alone(
+    path: epath.Path,
+    tensors: StateDict,
+    info: files.Info,
+    yaml_path: epath.PathLike | None,
+    ema: bool,
+    dtype: Any,
+    param_dtype: Any,
+    mesh: Mesh | None,
+    shapes_only: bool,
+) -> bundle.LatentDiffusion:
+    """`load` of a file that holds nothing else."""
+    config, scale = _first_stage_config(path, yaml_path, tensors)
+    module = autoencoder.from_config(config.first_stage)
+    place = table.placer({"first_stage": _first_stage_shapes(module)}, mesh)
+    params = _first_stage_params(
+        path,
+        tensors,
+        info,
+        config.first_stage,
+        ema,
+        param_dtype,
+        None if shapes_only else lambda name, x: place(f"first_stage/{name}", x),
+        shapes_only,
+    )
+    if scale == 1.0:
+        LOG.info(f"{path.name}: a first stage alone, which says no latent scale: it is 1")
+    return bundle.first_stage_alone(
+        config.first_stage, params, scale, config.size, mesh, jnp.dtype(dtype)
+    )
+
+
+def _first_stage_config(
+    path: epath.Path, yaml_path: epath.PathLike | None, tensors: StateDict
+) -> tuple[schema.LatentDiffusionConfig, float]:
+    """(config without a UNet, latent scale) of the first stage in a file."""
+    tensors = _first_stage_tensors(path, tensors)
+    if yaml_path is None:
+        shapes = {n: tuple(x.shape) for n, x in tensors.items()}
+        return schema.LatentDiffusionConfig(single_file.first_stage_config(shapes), unet=None), 1.0
+    values = model_yaml.read(yaml_path)
+    try:
+        return model_yaml.first_stage_alone_of(values)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{yaml_path}: {error}") from error
+
+
+def _first_stage_params(
+    path: epath.Path,
+    tensors: StateDict,
+    info: files.Info,
+    config: schema.FirstStageModelConfig,
+    ema: bool,
+    dtype: Any = np.float32,
+    place: table.Place | None = None,
+    shapes_only: bool = False,
+) -> dict:
+    module = autoencoder.from_config(config)
+    entries, shapes = tables.autoencoder(module), _first_stage_shapes(module)
+    taken = _taken(path, _first_stage_tensors(path, tensors), info, entries, ema)
+    if shapes_only:
+        taken = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), taken)
+    return table.from_torch(entries, taken, shapes, dtype=dtype, place=place, where=str(path))
+
+
+def _first_stage_tensors(path: epath.Path, tensors: StateDict) -> StateDict:
+    """Those of the first stage, without a prefix. ValueError if there are none."""
+    whole = any(name.startswith(FIRST_STAGE_PREFIX) for name in tensors)
+    if whole:
+        # the reference samples with the raw weights of a first stage within a model
+        averaged = (FIRST_STAGE_PREFIX + EMA_PREFIX, EMA_PREFIX)
         tensors = {
             name.removeprefix(FIRST_STAGE_PREFIX): x
             for name, x in tensors.items()
-            if name.startswith(FIRST_STAGE_PREFIX)
+            if name.startswith(FIRST_STAGE_PREFIX) and not name.startswith(averaged)
         }
     if "encoder.conv_in.weight" not in tensors:
         raise ValueError(f"{path}: holds no first stage (no tensor encoder.conv_in.weight)")
-    if yaml_path is None:
-        config = single_file.first_stage_config({n: tuple(x.shape) for n, x in tensors.items()})
-    else:
-        config = model_yaml.first_stage_of(model_yaml.read(yaml_path))
-    model = autoencoder.from_config(config)
-    entries, shapes = tables.autoencoder(model), _first_stage_shapes(model)
-    taken = _taken(path, tensors, info, entries, ema)
-    return table.from_torch(entries, taken, shapes, where=str(path)), config
+    return tensors
+
+
+def yaml_text(model: bundle.LatentDiffusion) -> str:
+    """The YAML that `save` writes. ValueError for what it cannot say."""
+    dumps = model_yaml.dumps_first_stage if model.config.unet is None else model_yaml.dumps
+    return dumps(model.config, model.latent_scale)
 
 
 def model_entries(model: bundle.LatentDiffusion) -> list[table.Entry]:
-    """The table of a whole model: names as in the file, paths as in `LatentDiffusion.params`."""
+    """The table of a whole model: names as in the file, paths as in `LatentDiffusion.params`.
+
+    A first stage alone has no prefix in the file.
+    """
+    if model.unet is None:
+        return table.prefixed(tables.autoencoder(model.first_stage), "", "first_stage/")
     return [
         *table.prefixed(tables.unet(model.unet), UNET_PREFIX, "unet/"),
         *table.prefixed(tables.autoencoder(model.first_stage), FIRST_STAGE_PREFIX, "first_stage/"),
@@ -261,14 +374,18 @@ def model_entries(model: bundle.LatentDiffusion) -> list[table.Entry]:
 def model_shapes(model: bundle.LatentDiffusion) -> dict:
     """Shapes of `LatentDiffusion.params`."""
     return {
-        "unet": _unet_shapes(model.unet),
+        "unet": {} if model.unet is None else _unet_shapes(model.unet),
         "first_stage": _first_stage_shapes(model.first_stage),
         "cond_stage": _cond_shapes(model.config.cond, model.cond_stage),
     }
 
 
 def _config(
-    path: epath.Path, yaml_path: epath.PathLike | None, variant: str | None, tensors: StateDict
+    path: epath.Path,
+    yaml_path: epath.PathLike | None,
+    variant: str | None,
+    tensors: StateDict,
+    marked: spellings.Markers,
 ) -> tuple[schema.LatentDiffusionConfig, float | None]:
     """(config, latent scale or None), with guesses printed."""
     if yaml_path is not None:
@@ -282,9 +399,12 @@ def _config(
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{yaml_path}: {error}") from error
         said = [f"{yaml_path}: read as {guess}" for guess in guesses]
+        if marked.by_names:
+            config = _marked(config, marked, said)
     else:
         try:
-            recognized = single_file.recognize(tensors, variant)
+            named = spellings.with_unet_names(tensors)
+            recognized = single_file.recognize(named, variant, marked.prediction)
             bundle.check(recognized.config, recognized.config.first_stage.in_channels)
         except (ValueError, LookupError) as error:
             raise ValueError(
@@ -293,18 +413,24 @@ def _config(
         config, scale = recognized.config, recognized.scale
         said = [f"{path.name}: {recognized.family}, by its names and shapes"]
         said += [f"{path.name}: a guess: {guess}" for guess in recognized.guesses]
+        if marked.by_names and config.diffusion.prediction == "v":
+            config = _marked(config, marked, said)
     for line in said:
         LOG.info(line)
     return config, scale
 
 
-def _with_text_model(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Add `text_model.` of transformers' names, which some files of Stable Diffusion 1 leave
-    out."""
-    if any("transformer.text_model." in name for name in tensors):
-        return tensors
-    short = r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
-    return {re.sub(short, r"\g<0>text_model.", name): x for name, x in tensors.items()}
+def _marked(
+    config: schema.LatentDiffusionConfig, marked: spellings.Markers, said: list[str]
+) -> schema.LatentDiffusionConfig:
+    """The config with what a file's markers say of it; `said` gets a line."""
+    snr = marked.zero_terminal_snr or config.diffusion.zero_terminal_snr
+    before = config.diffusion
+    diffusion = dataclasses.replace(before, prediction="v", zero_terminal_snr=snr)
+    more = ", to noise alone (--spacing trailing starts there)" if marked.zero_terminal_snr else ""
+    instead = f" (instead of {before.prediction})" if before.prediction != "v" else ""
+    said.append(f"it predicts v{instead}{more}: the file holds {' and '.join(marked.by_names)}")
+    return dataclasses.replace(config, diffusion=diffusion)
 
 
 def _take_scale(path: epath.Path, scale: float | None, tensors: dict[str, Any]) -> float:
@@ -357,6 +483,8 @@ def take(tensors: StateDict, entries: list[table.Entry], *, ema: bool = True) ->
     names = {entry.torch for entry in entries}
     copies = {ema_name(name): name for name in names if ema_name(name) in tensors}
     use = ema and bool(copies)
+    if copies and not use and not any(name in tensors for name in copies.values()):
+        raise ValueError("it holds averaged weights alone, and the raw ones are asked for")
     if use:
         unet_names = sorted(n for n in names if n.startswith(UNET_PREFIX)) or sorted(names)
         lacking = [f"missing {ema_name(n)}" for n in unet_names if ema_name(n) not in copies]
@@ -373,7 +501,7 @@ def take(tensors: StateDict, entries: list[table.Entry], *, ema: bool = True) ->
             counts["averaged weights"] += 1
         elif name not in names and _twin(name) in tensors:
             counts["second copy of the first stage"] += 1
-        elif (what := _ignored(name)) is not None:
+        elif (what := _ignored(name) or _second_text_encoder(name, names)) is not None:
             counts[what] += 1
         else:
             chosen[name] = x
@@ -388,6 +516,19 @@ def _twin(name: str) -> str | None:
     if not name.startswith(COND_STAGE_PREFIX):
         return None
     return FIRST_STAGE_PREFIX + name.removeprefix(COND_STAGE_PREFIX)
+
+
+def _second_text_encoder(name: str, names: set[str]) -> str | None:
+    """What a tensor is of a text encoder whose kind is not the one that is read."""
+    if name in names:
+        return None
+    kinds = [re.compile(kind) for kind in TEXT_ENCODERS]
+    read = [kind for kind in kinds if any(kind.match(entry) for entry in names)]
+    return (
+        "a second text encoder"
+        if read and any(k.match(name) for k in kinds if k not in read)
+        else None
+    )
 
 
 def _choice(has: bool, use: bool) -> str:

@@ -91,12 +91,45 @@ def dumps(config: schema.LatentDiffusionConfig, scale: float) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
+def dumps_first_stage(config: schema.LatentDiffusionConfig, scale: float) -> str:
+    """The YAML of a first stage alone, as `dumps`; the scale stands in our section."""
+    section = {"config": serialize.to_dict(config), "scale": float(scale)}
+    values = {
+        "model": first_stage_options(config.first_stage),
+        "ldm_jax": {"format": serialize.FORMAT, **section},
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def first_stage_options(config: schema.FirstStageModelConfig) -> dict[str, Any]:
+    """The `model` section of a first stage's own YAML."""
+    name = "VQModel" if isinstance(config, schema.AutoencoderVQConfig) else "AutoencoderKL"
+    params = yaml_options.first_stage_options(config)
+    return {"target": f"ldm.models.autoencoder.{name}", "params": params}
+
+
 def first_stage_of(values: Mapping[str, Any]) -> schema.FirstStageModelConfig:
     """The first stage in a YAML of its own (`AutoencoderKL`, `VQModel`) or of a whole model."""
+    return first_stage_alone_of(values)[0].first_stage
+
+
+def first_stage_alone_of(
+    values: Mapping[str, Any],
+) -> tuple[schema.LatentDiffusionConfig, float]:
+    """(config without a UNet, latent scale) of the first stage in a YAML, as `config_of`.
+
+    A YAML of the reference does not say the scale of a first stage alone: it is 1.
+    """
     params = conditions.params_of(values["model"])
     if "first_stage_config" in params:
         params = conditions.params_of(params["first_stage_config"])
-    return yaml_options.first_stage_config(params)
+    config = schema.LatentDiffusionConfig(yaml_options.first_stage_config(params), unet=None)
+    ours = values.get("ldm_jax")
+    if isinstance(ours, dict) and ours.get("format", 0) <= serialize.FORMAT and "scale" in ours:
+        exact = serialize.from_dict(ours.get("config"), "ldm_jax.config")
+        if first_stage_options(exact.first_stage) == values["model"]:
+            return exact, float(ours["scale"])
+    return config, 1.0
 
 
 def config_of(

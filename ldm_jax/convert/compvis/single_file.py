@@ -4,6 +4,7 @@ They determine everything except the number of attention heads, the schedule and
 type; those follow from the family of models, or are guesses where the family leaves them open.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
 LATENT_SIDE = {" upscaler": 128}  # of a training image; 64 in the others but 2-v
-VARIANTS = {"v2": ("eps", 64), "v2-v": ("v", 96)}
-"""(prediction, side of a training image's latent) of models with the same names and shapes."""
+VARIANTS = {"v2": "eps", "v2-v": "v", "eps": "eps", "v": "v"}
+"""What the UNet predicts, of models with the same names and shapes. The first two are of version 2
+(base; 768-v), the others also of models of version 1 that were fine-tuned to predict v."""
+SECOND_SIDE = {"eps": 64, "v": 96}
+"""Side of a training image's latent of version 2, by what it predicts."""
 
 
 class Recognized(NamedTuple):
@@ -28,11 +32,14 @@ class Recognized(NamedTuple):
     """One sentence per value that the file does not show."""
 
 
-def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Recognized:
+def recognize(
+    tensors: Mapping[str, Any], variant: str | None = None, prediction: str | None = None
+) -> Recognized:
     """The model of a Stable Diffusion single file.
 
     tensors: name -> anything with `.shape`, EMA names replaced by the raw ones.
     variant: one of `VARIANTS` for a file that could be either.
+    prediction: "eps" or "v", where the file has a marker that says it.
     Raises ValueError for a file that is none of versions 1 and 2, their inpainting models, the
     depth model, the x4 upscaler, and txt2img-1p4B.
     """
@@ -42,7 +49,7 @@ def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Recogni
     if missing:
         raise ValueError(f"it has no tensors named {', '.join(f'{p}*' for p in missing)}")
     first_stage = first_stage_config(parts[FIRST_STAGE])
-    text = _text(parts[COND_STAGE])
+    text = _text(parts[COND_STAGE], parts[UNET])
     bert = isinstance(text.encoder, schema.BERTTextConfig)
     second = not bert and text.encoder.activation == "gelu"
     upscales = "label_emb.weight" in parts[UNET]
@@ -56,13 +63,14 @@ def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Recogni
         blocks, layer = text.encoder.num_layers, text.encoder.layer
         guesses.append(f"its text is what the {layer} of the text encoder's {blocks} blocks gives")
     side = 32 if bert else LATENT_SIDE.get(what, 64)
-    if second and concat is None:
-        prediction, side = VARIANTS[_one_of(variant or "v2-v")]
-        diffusion = schema.DiffusionConfig(prediction=prediction)
-        if variant is None:
-            guesses.append("it predicts v (variant v2, the base model, predicts eps)")
-    elif variant is not None:
-        raise ValueError(f"variant={variant!r}: its tensors tell that it is {name}")
+    if bert or upscales:
+        if variant is not None:
+            raise ValueError(f"variant={variant!r}: its tensors tell that it is {name}")
+    else:
+        predicted, guess = _prediction(name, second and concat is None, variant, prediction)
+        diffusion = dataclasses.replace(diffusion, prediction=predicted)
+        guesses += guess
+        side = SECOND_SIDE[predicted] if second and concat is None else side
     size = side * first_stage.downsample
     guesses.append(f"it was trained on images of {size} pixels")
     cond = text if concat is None else schema.HybridCondConfig(text, concat)
@@ -70,10 +78,24 @@ def recognize(tensors: Mapping[str, Any], variant: str | None = None) -> Recogni
     return Recognized(config, 0.08333 if upscales else 0.18215, name, tuple(guesses))
 
 
-def _one_of(variant: str) -> str:
-    if variant not in VARIANTS:
+def _prediction(
+    name: str, second: bool, variant: str | None, marked: str | None
+) -> tuple[Any, list[str]]:
+    """(what the UNet predicts, guesses): as asked, as the file says, else as most of its family do.
+
+    second: whether it is version 2 without an image beside the text, of which both are published.
+    """
+    if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
-    return variant
+    if variant is not None:
+        if variant.startswith("v2") and not second:
+            raise ValueError(f"variant={variant!r}: its tensors tell that it is {name}")
+        return VARIANTS[variant], []
+    if marked is not None:
+        return marked, []
+    if second:
+        return "v", ["it predicts v (variant v2, the base model, predicts eps)"]
+    return "eps", ["it predicts eps (variant v is for a model that was trained to predict v)"]
 
 
 def _concat(extra: int, upscales: bool, first_stage: schema.FirstStageModelConfig):
@@ -93,10 +115,14 @@ def _concat(extra: int, upscales: bool, first_stage: schema.FirstStageModelConfi
     raise ValueError(f"its UNet takes {extra} channels beside the latent{labels}: no known model")
 
 
-def _text(shapes: Mapping[str, tuple]) -> schema.TextCondConfig:
-    if "model.ln_final.weight" in shapes:
+def _text(shapes: Mapping[str, tuple], unet: Mapping[str, tuple]) -> schema.TextCondConfig:
+    """The text encoder; where a file holds two, the one whose width the UNet takes."""
+    width = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
+    second = shapes.get("model.ln_final.weight")
+    first = shapes.get("transformer.text_model.final_layer_norm.weight")
+    if second is not None and (first is None or first[0] != width or second[0] == width):
         return schema.TextCondConfig(open_clip_text_config(shapes), trainable=False)
-    if "transformer.text_model.final_layer_norm.weight" in shapes:
+    if first is not None:
         return schema.TextCondConfig(clip_text_config(shapes), trainable=False)
     if "transformer.token_emb.weight" in shapes:
         return schema.TextCondConfig(bert_config(shapes), trainable=True)

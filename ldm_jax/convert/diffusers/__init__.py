@@ -8,6 +8,7 @@ from ldm_jax.convert.diffusers.folder import (
     load_first_stage,
     load_text_encoder,
     load_unet,
+    sole_variant,
 )
 from ldm_jax.convert.diffusers.writer import save
 
@@ -20,4 +21,5 @@ __all__ = [
     "load_text_encoder",
     "load_unet",
     "save",
+    "sole_variant",
 ]

@@ -1,6 +1,7 @@
 """Components of a diffusers folder: the names of their parameters, and their files."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -126,11 +127,27 @@ def weights(folder: epath.Path, variant: str | None = None) -> epath.Path:
     for name in [*(names(variant) if variant else []), *names(None)]:
         if (folder / name).exists():
             return folder / name
+    if variant is None and (others := variants(folder)):
+        raise FileNotFoundError(
+            f"{folder}: has weights of the variant {' and '.join(others)} alone (variant=None was"
+            f" asked for): give --variant {others[0]}, in Python variant={others[0]!r}"
+        )
     held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     raise FileNotFoundError(
         f"{folder}: has no weights of variant={variant}, of {', '.join(held) or 'no files'};"
         " variant is what stands before or after the suffix, fp16 in model.fp16.safetensors"
     )
+
+
+def variants(folder: epath.Path) -> list[str]:
+    """Variants that a component has weights of, as in NAME.fp16.safetensors."""
+    if not folder.is_dir():
+        return []
+    parts = (re.sub(r"-\d+-of-\d+", "", file.name).split(".") for file in folder.iterdir())
+    stems = {stem for stems in STEMS.values() for stem in stems}
+    plain = {*STEMS, "index", "json"}
+    kinds = (set(rest) - plain for stem, *rest in parts if stem in stems and plain & set(rest))
+    return sorted(set().union(*kinds))
 
 
 def check_variant(folders: list[epath.Path], variant: str | None) -> None:

@@ -98,16 +98,29 @@ def load_first_stage(
 
 def first_stage_scale(folder: epath.PathLike) -> float:
     """`scaling_factor` of a first stage: of its own folder, or of a pipeline's."""
-    return _first_stage(_component(folder, "first_stage"))[1]
+    options = read_json(_component(folder, "first_stage") / "config.json")
+    return float(options.get("scaling_factor", part_configs.KL_DEFAULTS["scaling_factor"]))
 
 
 def first_stage_size(folder: epath.PathLike) -> int:
     """Side in pixels of the images that a first stage was trained on, as far as it says."""
-    folder = _component(folder, "first_stage")
-    config, _ = _first_stage(folder)
-    size = read_json(folder / "config.json").get("sample_size")
-    fits = type(size) is int and 0 < size <= 2**16 and size % config.downsample == 0
+    options = read_json(_component(folder, "first_stage") / "config.json")
+    size, levels = options.get("sample_size"), len(options.get("block_out_channels", [0]))
+    fits = type(size) is int and 0 < size <= 2**16 and size % 2 ** (levels - 1) == 0
     return size if fits else 256
+
+
+def sole_variant(folder: epath.PathLike, kind: str) -> str | None:
+    """The variant of a component that has weights of one alone, for options that choose none.
+
+    kind: our name of the part, as in `LatentDiffusion.params`.
+    """
+    folder = _component(folder, kind)
+    others = components.variants(folder)
+    if len(others) != 1 or any((folder / name).exists() for name in components.names(None)):
+        return None
+    LOG.info(f"{folder}: takes the variant {others[0]}, the only weights that are there")
+    return others[0]
 
 
 def is_first_stage(folder: epath.Path) -> bool:
@@ -115,9 +128,8 @@ def is_first_stage(folder: epath.Path) -> bool:
     if not (folder / "config.json").exists():
         return False
     try:
-        return (
-            read_json(folder / "config.json").get("_class_name") in part_configs.FIRST_STAGE_CLASSES
-        )
+        name = part_configs.class_name(read_json(folder / "config.json"))
+        return name in part_configs.FIRST_STAGE_CLASSES
     except ValueError:
         return False
 
@@ -197,6 +209,9 @@ def _config(folder: epath.Path, index: Index) -> tuple[schema.LatentDiffusionCon
     scheduler = read_json(path)
     for option in scheduler_config.left_out(scheduler, index.pipeline):
         LOG.info(f"{path}: {option} is left out: our sampler does not clip")
+    if not scheduler_config.is_known(scheduler):
+        name = part_configs.class_name(scheduler)
+        LOG.info(f"{path}: {name} is no solver of ours: its noise schedule is taken; see --solver")
     return schema.LatentDiffusionConfig(
         first_stage=first,
         unet=net,

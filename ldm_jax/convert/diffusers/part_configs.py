@@ -4,10 +4,12 @@ Every option of a config's class is read: an option with a field of ours is tran
 single value in all supported models is checked, one without effect is ignored.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ldm_jax import finite, schema
+from ldm_jax.runtime.log import LOG
 
 FIRST_STAGE_CLASSES = ("AutoencoderKL", "VQModel")
 
@@ -95,6 +97,17 @@ IGNORED = (
     "split_head_dim",
     "use_memory_efficient_attention",
 )
+
+# Options that no class of diffusers has, and that compute nothing: averages during training (of
+# EMAModel), how the work is cut, notes.
+NOTHING = {
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step"),
+    *("use_ema_warmup", "gradient_checkpointing", "use_tiling", "use_slicing"),
+    *("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
+    *("notes", "note", "comment", "description", "author", "license"),
+}
+NEWEST = (0, 42)
+"""Version of diffusers whose options we know all of; a class of it or of before leaves others."""
 
 
 def class_name(options: Mapping[str, Any]) -> str:
@@ -265,19 +278,35 @@ def read(
 ) -> dict[str, Any]:
     """The options of `defaults`.
 
-    ValueError for a value that `fixed` does not allow, and for an unknown option that is on.
+    ValueError for a value that `fixed` does not allow, and for an option that is switched on and
+    that the class may have in a version that we do not know. What it does not have is named.
     """
     known = {*defaults, *fixed, *ignored}
+    others = [k for k, v in options.items() if k not in known and _is_on(k, v)]
+    left = [k for k in others if k in NOTHING or _version(options) <= NEWEST]
     refused = [
         f"{key}={value!r:.200}"
         for key, value in options.items()
         if (key in fixed and value not in fixed[key])
         or (key in defaults and not _plausible(key, value, defaults[key]))
-        or (key not in known and not key.startswith("_") and value not in (None, False))
+        or (key in others and key not in left)
     ]
     if refused:
         raise ValueError(f"{where}: not supported: {', '.join(refused)}")
+    if left:
+        said = ", ".join(f"{key}={options[key]!r:.80}" for key in left)
+        LOG.info(f"{where}: left out, as the class has no such option: {said}")
     return {key: options.get(key, default) for key, default in defaults.items()}
+
+
+def _is_on(key: str, value: Any) -> bool:
+    return not key.startswith("_") and value not in (None, False)
+
+
+def _version(options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Version of diffusers that wrote a config; a very new one where it does not say."""
+    found = re.match(r"(\d+)\.(\d+)", str(options.get("_diffusers_version", "")))
+    return (int(found[1]), int(found[2])) if found else (9**9,)
 
 
 def _plausible(key: str, value: Any, default: Any) -> bool:

@@ -32,6 +32,8 @@ CLASSES = {
     "LMSDiscreteScheduler": "linspace",
     "UniPCMultistepScheduler": "linspace",
 }
+# Options that the file of another class must have.
+SAID = {"beta_start", "beta_end", "beta_schedule"}
 # Classes that may end at alphas_cumprod[0], and whether they end at 1 by default.
 SET_ALPHA_TO_ONE = {"DDIMScheduler": True, "PNDMScheduler": False}
 # Classes with other default betas.
@@ -121,16 +123,17 @@ def _recognised(betas: np.ndarray, where: str) -> dict[str, Any]:
 def sampling_config(options: Mapping[str, Any], pipeline: str, where: str) -> schema.SamplingConfig:
     """Spacing of the timesteps in the pipeline; ValueError if it is unknown."""
     name = _known(options, where)
-    spacing = options.get("timestep_spacing", CLASSES[name])
+    spacing = options.get("timestep_spacing", CLASSES.get(name, "leading"))
     if spacing not in SPACINGS:
         raise ValueError(
             f"{where}: timestep_spacing={spacing!r} is not one of {', '.join(SPACINGS)}"
         )
-    to_one = options.get("set_alpha_to_one", SET_ALPHA_TO_ONE.get(name))
+    to_one = options.get("set_alpha_to_one", SET_ALPHA_TO_ONE.get(name, True))
+    has_choice = name in SET_ALPHA_TO_ONE or name not in CLASSES
     return schema.SamplingConfig(
         spacing=spacing,
         steps_offset=1 if pipeline in OFFSET_ONE else options.get("steps_offset", 0),
-        final="alphas_cumprod_0" if name in SET_ALPHA_TO_ONE and not to_one else "one",
+        final="alphas_cumprod_0" if has_choice and not to_one else "one",
     )
 
 
@@ -206,10 +209,23 @@ def low_res_scheduler_options(config: schema.UpscaleCondConfig) -> dict[str, Any
     }
 
 
+def is_known(options: Mapping[str, Any]) -> bool:
+    """Whether the scheduler is one that we have a solver for."""
+    return class_name(options) in CLASSES
+
+
 def _known(options: Mapping[str, Any], where: str) -> str:
+    """The class's name. ValueError for one that we do not have and that has no such schedule.
+
+    (LCMScheduler has one, of which all is said that its class might do otherwise; flow matching
+    has none.)
+    """
     name = class_name(options)
-    if name not in CLASSES:
-        raise ValueError(f"{where}: _class_name {name} is not one of {', '.join(CLASSES)}")
+    if name not in CLASSES and not options.keys() >= SAID and not options.get("trained_betas"):
+        raise ValueError(
+            f"{where}: _class_name {name} is not one of {', '.join(CLASSES)}, and its noise"
+            f" schedule is not said by {', '.join(sorted(SAID))}"
+        )
     return name
 
 

@@ -44,6 +44,8 @@ def save(
 ) -> None:
     """Writes the folder of the pipeline that samples this model, which must not be there yet.
 
+    Of a first stage alone it is that of the component.
+
     dtype: of the weights; None keeps that of the parameters.
     tokenizer: for a model of text that has none. The text encoder of Stable Diffusion 2 is written
     without its last layer, which is never read, as diffusers has it. A depth estimator is not part
@@ -54,6 +56,9 @@ def save(
     folder = checkpoint.absolute(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: is there already and not empty; choose another name")
+    if model.config.unet is None:
+        _save_first_stage(model, folder, dtype)
+        return
     config, params = text_tables.without_unread_layer(model.config, model.params)
     pipeline, options = _pipeline(config, model.latent_scale), _options(config, model.latent_scale)
     text, tokenizer = schema.text_of(config.cond), tokenizer or model.tokenizer
@@ -75,9 +80,30 @@ def save(
     _write_json(folder / INDEX, {"_class_name": pipeline.name, **VERSION, **index})
 
 
+def _save_first_stage(model: bundle.LatentDiffusion, folder: epath.Path, dtype: Any) -> None:
+    """The folder of a first stage alone: config.json and weights."""
+    options, tensors = _first_stage(model, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.write(folder / WEIGHTS["diffusers"], tensors, {"format": "pt"})
+    _write_json(folder / "config.json", options)  # last, as the index below
+
+
+def _first_stage(
+    model: bundle.LatentDiffusion, dtype: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config.json, tensors) of a first stage."""
+    config = model.config.first_stage
+    options = part_configs.first_stage_options(config, model.latent_scale, model.config.size)
+    entries = components.first_stage_part(config).entries(None)
+    params = model.params["first_stage"]
+    return VERSION | options, table.to_torch(entries, params, dtype=dtype, lazy=True)
+
+
 def check(model: bundle.LatentDiffusion) -> int:
     """Number of tensors that `save` would write; ValueError as there. The parameters may be
     shapes."""
+    if model.config.unet is None:
+        return len(_first_stage(model, None)[1])
     config, params = text_tables.without_unread_layer(model.config, model.params)
     pipeline = _pipeline(config, model.latent_scale)
     _options(config, model.latent_scale)

@@ -38,20 +38,17 @@ def read(
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """`folder / name`. ValueError if that is not a file of the folder itself.
+    """`folder / name`. ValueError if that name leads out of the folder.
 
-    A Hugging Face cache has symbolic links from snapshots/REVISION to blobs/ beside it; those are
-    inside too.
+    A link in the folder is followed wherever it goes, as whoever put it there meant, and as for a
+    file that is named by itself: into the blobs of a Hugging Face cache, or onto another disk.
     """
     if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
         raise ValueError(f"it names the file {name[:200]!r}, which is not one of its folder")
-    path, folder = folder / name, folder.resolve()
-    inside = [folder]
-    inside += [p.parent / "blobs" for p in (folder, *folder.parents) if p.name == "snapshots"]
+    path = folder / name
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: the index beside it names it")
-    if path.resolve().parent not in inside:
-        raise ValueError(f"{name} is a link to {path.resolve()}, out of its folder")
+        link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+        raise FileNotFoundError(f"{path}{link} is missing: the index beside it names it")
     return path
 
 

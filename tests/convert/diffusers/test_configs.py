@@ -307,7 +307,7 @@ def test_clipping_is_reported():
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        ({"_class_name": "LCMScheduler"}, "_class_name LCMScheduler"),
+        ({"beta_start": None}, "beta_start=None"),
         ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         ({"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000"),
         ({"beta_start": "x"}, "beta_start='x'"),
@@ -321,6 +321,57 @@ def test_a_scheduler_we_do_not_have_is_refused(changed, complaint):
     assert complaint in str(error.value)
     with pytest.raises(ValueError, match="timestep_spacing='karras'"):
         scheduler_config.sampling_config(DDIM | {"timestep_spacing": "karras"}, "LDM", "x")
+
+
+def test_a_scheduler_without_a_solver_of_ours_gives_its_schedule():
+    """As of Latent Consistency Models; flow matching has no such schedule."""
+    options = scheduler_config.scheduler_options(
+        schema.DiffusionConfig(), schema.SamplingConfig("trailing", 0, "alphas_cumprod_0")
+    )
+    lcm = options | {"_class_name": "LCMScheduler", "original_inference_steps": 50}
+    assert not scheduler_config.is_known(lcm)
+    assert scheduler_config.diffusion_config(lcm, "x") == schema.DiffusionConfig()
+    sampling = scheduler_config.sampling_config(lcm, "StableDiffusionPipeline", "x")
+    assert (sampling.spacing, sampling.final) == ("trailing", "alphas_cumprod_0")
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler is not one of .* beta_"):
+        scheduler_config.diffusion_config(flow, "x")
+
+
+def test_options_that_compute_nothing_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(part_configs.LOG, "info", said.append)
+    ema = {"decay": 0.9999, "use_ema_warmup": True, "notes": "of a friend"}
+    assert unet_config.unet_config(unet_options(**ema), "u/config.json") == schema.UNetConfig()
+    assert "u/config.json: left out, as the class has no such option: decay=0.9999" in said[0]
+    found, _ = part_configs.first_stage_config(kl_options(use_tiling=True), "v/config.json")
+    assert found == FIRST_STAGES["kl-f8"]
+    assert "use_tiling=True" in said[1]
+    older, newer = ({"_diffusers_version": v, "new_option": 3} for v in ("0.30.0.dev0", "0.43.0"))
+    unet_config.unet_config(unet_options(**older), "x")
+    with pytest.raises(ValueError, match="not supported: new_option=3"):
+        unet_config.unet_config(unet_options(**newer), "x")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("UNet2DConditionModel", (unet_config.UNET_DEFAULTS, unet_config.UNET_FIXED)),
+        ("UNet2DModel", (unet_config.PLAIN_UNET_DEFAULTS, unet_config.PLAIN_UNET_FIXED)),
+        ("AutoencoderKL", (part_configs.KL_DEFAULTS, part_configs.KL_FIXED)),
+        ("VQModel", (part_configs.VQ_DEFAULTS, part_configs.VQ_FIXED)),
+    ],
+)
+def test_no_option_of_a_class_is_taken_for_one_that_computes_nothing(name, known):
+    import inspect
+
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference here")
+    version = tuple(map(int, diffusers.__version__.split(".")[:2]))
+    if version > part_configs.NEWEST:
+        pytest.skip(f"diffusers {version} is newer than what we know")
+    options = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+    assert options <= set().union(*known, part_configs.IGNORED)
 
 
 def test_noise_of_the_upscaler_goes_there_and_back():

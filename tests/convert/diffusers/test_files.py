@@ -10,7 +10,7 @@ import pytest
 from diffusers_modules import FIRST_STAGES, made
 from flax import serialization
 
-from ldm_jax import schema
+from ldm_jax import loading, schema
 from ldm_jax.convert import diffusers
 from ldm_jax.convert.formats import safetensors_file
 
@@ -66,8 +66,13 @@ def test_msgpack_of_flax(vae, tmp_path):
 def test_variants_and_types(vae, tmp_path):
     half = {name: x.half().numpy() for name, x in vae[1].items()}
     safetensors_file.write(copied(vae, tmp_path) / "diffusion_pytorch_model.fp16.safetensors", half)
-    with pytest.raises(FileNotFoundError, match=r"variant=None, of .*model\.fp16\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"the variant fp16 alone .*give --variant fp16"):
         diffusers.load_first_stage(tmp_path)
+    # options without a variant (--first-stage.path, ldm-eval reconstruct) take the only one
+    assert diffusers.sole_variant(tmp_path, "first_stage") == "fp16"
+    half_params, _ = loading.load_first_stage(tmp_path)
+    same(half_params, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), vae[2]))
+    assert diffusers.sole_variant(vae[0], "first_stage") is None
     params, _ = diffusers.load_first_stage(tmp_path, variant="fp16", param_dtype=jnp.bfloat16)
     expected = jax.tree.map(lambda x: x.astype(np.float16).astype(ml_dtypes.bfloat16), vae[2])
     assert jax.tree.leaves(params)[0].dtype == jnp.bfloat16
