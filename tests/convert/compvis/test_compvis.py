@@ -7,6 +7,7 @@ import jax
 import meshes
 import numpy as np
 import pytest
+from compvis_options import UNET
 from reference import case, released
 
 from ldm_jax import conditioning
@@ -40,19 +41,6 @@ FIRST_STAGES = {
     "first_stage_vq-f8": (299, 67.72),
     "first_stage_vq-f8-n256": (299, 67.65),
     "first_stage_vq-f16": (343, 69.59),
-}
-
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "attention_resolutions": [2, 1],
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "num_heads": 8,
-    "use_spatial_transformer": True,
-    "context_dim": 16,
 }
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 import yaml
+from compvis_options import SD2, UPSCALER
 from families import FAMILIES, FIRST_STAGE, UNET
 from reference import released
 
@@ -228,20 +229,6 @@ def test_safe_dump_gives_what_plain_yaml_reads():
 
 # --- Stable Diffusion 2, and inpainting of 1: options as their published files write them ---------
 
-SD2 = {
-    **{"use_checkpoint": True, "use_fp16": True, "image_size": 32, "legacy": False},
-    **{"in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": 2},
-    **{"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4]},
-    **{"num_head_channels": 64, "use_spatial_transformer": True, "context_dim": 1024},
-    **{"use_linear_in_transformer": True, "transformer_depth": 1},
-}
-UPSCALER_UNET = {
-    name: x for name, x in SD2.items() if name not in ("use_fp16", "num_head_channels")
-}
-UPSCALER_UNET |= {"num_classes": 1000, "image_size": 128, "in_channels": 7, "num_heads": 8}
-UPSCALER_UNET |= {"model_channels": 256, "attention_resolutions": [2, 4, 8]}
-UPSCALER_UNET |= {"channel_mult": [1, 2, 2, 4], "disable_middle_self_attn": False}
-UPSCALER_UNET |= {"disable_self_attentions": [True, True, True, False]}
 MIDAS = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}}
 LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
@@ -297,7 +284,7 @@ SECOND = {
     "upscaler": (
         stability(
             "LatentUpscaleDiffusion",
-            UPSCALER_UNET,
+            UPSCALER,
             (1, 2, 4),
             conditioning_key="hybrid-adm",
             parameterization="v",

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from compvis_options import SD2, UNET, UPSCALER
 from reference import case, released
 
 from ldm_jax import schema
@@ -18,65 +19,16 @@ from ldm_jax.convert.compvis.yaml_options import (
     unet_options,
 )
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "attention_resolutions": [2, 1],
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "num_heads": 8,
-    "use_spatial_transformer": True,
-    "context_dim": 16,
-}
-# of Stability-AI/stablediffusion
-SD2 = {
-    "use_checkpoint": True,
-    "use_fp16": True,
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "attention_resolutions": [4, 2, 1],
-    "num_res_blocks": 2,
-    "channel_mult": [1, 2, 4, 4],
-    "num_head_channels": 64,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": True,
-    "transformer_depth": 1,
-    "context_dim": 1024,
-    "legacy": False,
-}
-UPSCALER = {
-    "use_checkpoint": True,
-    "num_classes": 1000,
-    "image_size": 128,
-    "in_channels": 7,
-    "out_channels": 4,
-    "model_channels": 256,
-    "attention_resolutions": [2, 4, 8],
-    "num_res_blocks": 2,
-    "channel_mult": [1, 2, 2, 4],
-    "disable_self_attentions": [True, True, True, False],
-    "disable_middle_self_attn": False,
-    "num_heads": 8,
-    "use_spatial_transformer": True,
-    "transformer_depth": 1,
-    "context_dim": 1024,
-    "use_linear_in_transformer": True,
-}
 DDCONFIG = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 64,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [32],
-    "dropout": 0.0,
+    **{
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 64,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+    },
+    **{"ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [32], "dropout": 0.0},
 }
 FIRST_STAGE = {"embed_dim": 4, "monitor": "val/rec_loss", "lossconfig": {}, "ddconfig": DDCONFIG}
 QUANTIZED = {"embed_dim": 3, "n_embed": 64, "ddconfig": DDCONFIG | {"double_z": False}}
