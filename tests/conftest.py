@@ -32,7 +32,20 @@ def pytest_addoption(parser):
     )
 
 
+# The files that take longest begin, so that no worker ends alone on one of them; the first two
+# compile different programs.
+LONGEST = (
+    *("train/test_multiprocess.py", "models/test_unet.py", "train/ldm/test_ldm.py"),
+    *("test_public.py", "train/run/test_resume.py", "convert/diffusers/test_diffusers.py"),
+    *("sample/test_convert.py", "test_landings.py", "convert/compvis/test_compvis.py"),
+    *("sample/test_img2img.py", "sample/test_text2img.py", "train/test_parallel.py"),
+    *("train/autoencoder/test_step.py", "sample/test_variations.py", "docs/test_docs.py"),
+)
+
+
 def pytest_collection_modifyitems(config, items):
+    ranks = {str(pathlib.Path(__file__).parent / name): i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
     if not config.getoption("one_of_each"):
         return
     seen, kept, left = set(), [], []

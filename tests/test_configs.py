@@ -24,8 +24,15 @@ STAGES = {
     "stable_diffusion": ("512", "1024", "first_stage"),
     "tiny": ("first_stage", "gan", "vq", *tiny.CONDITIONS),
 }
-# tracing a deep one takes seconds; imagenet's UNet is that of folder:class
-QUICK = {"first_stages": ("kl-f2", "vq-f4-noattn"), "imagenet": (), "stable_diffusion": ("512",)}
+# Tracing a deep one takes seconds. imagenet's UNet is that of folder:class; the first stages left
+# out have the layers of those here, and clip those of text.
+QUICK = {
+    "first_stages": ("kl-f2", "vq-f4-noattn"),
+    "folder": ("first_stage", "ldm", "class", "text"),
+    "imagenet": (),
+    "photos": ("first_stage", "ldm"),
+    "stable_diffusion": ("512",),
+}
 ALL = [
     pytest.param(
         name,

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -74,30 +73,24 @@ class Training:
             self.process.wait()
 
 
-def test_a_run_killed_twice_ends_as_if_never_interrupted(tmp_path, ldm_run, first_stage_run):
-    run = tmp_path / "run"
-    for step in (random.choice((4, 8)), random.choice((12, 16))):
-        assert Training(run, first_stage_run).send_at(step, signal.SIGKILL) == -signal.SIGKILL
-        assert step <= checkpoint.latest_step(run) < STEPS
-    assert resume(run, first_stage_run) == 0
-    assert_same_end(run, ldm_run)
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_stops_and_the_run_goes_on_elsewhere(
+def test_a_run_killed_then_stopped_and_moved_ends_as_if_never_interrupted(
     tmp_path, ldm_run, first_stage_run, number, monkeypatch
 ):
-    training = Training(tmp_path / "run", first_stage_run)
-    assert training.send_at(random.choice((4, 8, 12)), number) == cli.INTERRUPTED
-    stopped = checkpoint.latest_step(tmp_path / "run")
+    run, early = tmp_path / "run", random.choice((4, 8))
+    assert Training(run, first_stage_run).send_at(early, signal.SIGKILL) == -signal.SIGKILL
+    assert early <= checkpoint.latest_step(run) < STEPS
+    training = Training(run, first_stage_run)
+    assert training.send_at(random.choice((12, 16)), number) == cli.INTERRUPTED
+    stopped = checkpoint.latest_step(run)
     assert f"stopped at step {stopped}; run the same command again" in training.log.read_text()
-    assert [m["step"] for m in rundir.read_metrics(tmp_path / "run")] == list(range(1, stopped + 1))
+    assert [m["step"] for m in rundir.read_metrics(run)] == list(range(1, stopped + 1))
 
     moved = tmp_path / "else" / "where"
     moved.parent.mkdir()
-    (tmp_path / "run").rename(moved)
+    run.rename(moved)
     monkeypatch.setattr(loading, "load_first_stage", None)  # the run has its own copy
     assert int(loading.load(moved).params["unet"]["conv_in"]["bias"].shape[0]) == 32
     assert resume(moved, first_stage_run) == 0
@@ -107,12 +100,7 @@ def test_a_signal_saves_stops_and_the_run_goes_on_elsewhere(
 @pytest.fixture
 def half(tmp_path, ldm_run):
     """A copy of the run as it was at step 12."""
-    run = tmp_path / "half"
-    shutil.copytree(ldm_run, run)
-    for step in (16, 20, 24):
-        shutil.rmtree(_folder(run, step))
-    shutil.rmtree(run / "snapshots" / "24")
-    return run
+    return recipes.copy_until(ldm_run, 12, tmp_path / "half")
 
 
 @pytest.mark.slow
