@@ -14,7 +14,9 @@ from ldm_jax.solvers.multistep import multistep, table
 def dpmpp_2s() -> Solver:
     """DPM-Solver++(2S), algorithm 1 with r = 1/2: two calls of the model per level.
 
-    x_next = sigma_next / sigma x - alpha_next (exp(-h) - 1) m_half
+        x_next = sigma_next / sigma x - alpha_next (exp(-h) - 1) m_half
+
+    where m_half is x0 at the level halfway in lambda.
     """
     return midpoint("x0")
 
@@ -22,8 +24,10 @@ def dpmpp_2s() -> Solver:
 def dpmpp_2m() -> Solver:
     """DPM-Solver++(2M), algorithm 2.
 
-    x_next = sigma_next / sigma x - alpha_next (exp(-h) - 1) D
-    D = (1 + 1 / (2 r)) m_0 - 1 / (2 r) m_1
+        x_next = sigma_next / sigma x - alpha_next (exp(-h) - 1) D
+        D = (1 + 1 / (2 r)) m_0 - 1 / (2 r) m_1
+
+    where D extrapolates x0 to the middle of the step.
     """
     return dpmpp_2m_sde(eta=0.0)
 

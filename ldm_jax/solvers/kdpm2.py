@@ -12,7 +12,9 @@ from ldm_jax.solvers.loop import Solver
 def kdpm2() -> Solver:
     """DPM-Solver-2 (Lu et al. 2022a, algorithm 1), k-diffusion's `sample_dpm_2` without churn.
 
-    x_next = alpha_next / alpha x - sigma_next (exp(h) - 1) eps_half
+        x_next = alpha_next / alpha x - sigma_next (exp(h) - 1) eps_half
+
+    where eps_half is eps at the level halfway in log(alpha / sigma).
     """
     return midpoint("eps")
 
