@@ -65,7 +65,7 @@ def rescaled(guided: jax.Array, conditional: jax.Array, phi: jax.Array | float) 
     Lin et al. 2023, eq. 15-16.
     """
     axes = tuple(range(1, guided.ndim))
-    # An untrained network returns zeros: no division by a standard deviation of 0.
+    # an untrained network returns zeros, whose standard deviation is 0
     std = jnp.maximum(jnp.std(guided, axis=axes, keepdims=True), 1e-12)
     matched = guided * (jnp.std(conditional, axis=axes, keepdims=True) / std)
     phi = append_dims(phi, guided.ndim)

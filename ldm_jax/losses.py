@@ -72,6 +72,7 @@ def codebook(
 
 def psnr(mse: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB from the mean squared error of images in [-1, 1]."""
+    # 4 is the square of the range; equal images give 126 dB, not infinity, which JSON lacks
     return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12))
 
 

@@ -232,6 +232,7 @@ def slerp(a: np.ndarray, b: np.ndarray, t: float, axis: int | None = -1) -> np.n
 
     axis: that of the vectors; None: each array is one. Parallel vectors are interpolated linearly.
     """
+    # float64: in float32, arccos loses half of its digits for nearly parallel vectors
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     norms = [np.sqrt(np.sum(x * x, axis=axis, keepdims=True)) for x in (a64, b64)]
     one, other = (x / np.where(n > 0, n, 1) for x, n in zip((a64, b64), norms, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-ROWS = 2048
+ROWS = 2048  # against 50 000 in float64: 0.8 GB of distances
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

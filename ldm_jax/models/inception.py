@@ -16,7 +16,7 @@ from jax.lax import Precision
 
 SIDE = 299
 """Side of the images that the network was trained on."""
-CLASSES = 1008
+CLASSES = 1008  # TensorFlow's padded number, not torchvision's 1000
 LAYERS = ("64", "192", "768", "2048")
 """Layers that a Frechet distance may be taken in, named by their width."""
 Preprocess = Literal["torch_fidelity", "pytorch_fid"]

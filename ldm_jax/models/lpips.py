@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 """(channels over `width`, convolutions) of VGG16 between its poolings."""
 WIDTH = 64
+# ImageNet's mean and deviation for images in [-1, 1] (`ScalingLayer`)
 SHIFT = np.float32([-0.030, -0.088, -0.188])
 SCALE = np.float32([0.458, 0.448, 0.450])
-EPSILON = 1e-10
+EPSILON = 1e-10  # of `normalize_tensor`
 SMALLEST = 16
 """Pixels of the shorter side that survive four poolings."""
 

@@ -97,5 +97,6 @@ def histories(
 
 def span(level: Levels) -> np.float64:
     """alpha_next (sigma_next / alpha_next - sigma / alpha): change of x per unit of slope eps."""
+    # as in `levels`, alpha = 0 counts as 1e-15; expm1 keeps the digits of small steps
     noise = np.float64(level.sigma) / max(np.float64(level.alpha), 1e-15)
     return level.alpha_next * noise * np.expm1(-np.float64(level.h))

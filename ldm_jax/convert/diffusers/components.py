@@ -16,7 +16,7 @@ from ldm_jax.convert.formats import files
 from ldm_jax.models import autoencoder, bert, clip, unet
 from ldm_jax.runtime.log import LOG
 
-MOST_JSON = 2**24
+MOST_JSON = 2**24  # bytes; a config.json has a few kB
 TextConfig = schema.CLIPTextConfig | schema.BERTTextConfig
 
 # Names of weight files before variant and suffix, by suffix, the preferred first.

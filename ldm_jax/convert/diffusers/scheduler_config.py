@@ -13,7 +13,7 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_c
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 SPACINGS = ("leading", "trailing", "linspace")
 
-MOST_TIMESTEPS = 100_000
+MOST_TIMESTEPS = 100_000  # published models have 1000; tables are made of this length
 
 # Default spacing of each class.
 CLASSES = {

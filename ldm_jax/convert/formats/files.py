@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ldm_jax.convert.formats import flax_msgpack, safetensors_file, shards, tensors, torch_file
 from ldm_jax.convert.formats.tensors import LazyTensor
 
-MAX_NESTING = 8
+MAX_NESTING = 8  # of wrappers around a state dict; Lightning has one
 
 # Files often given instead of a checkpoint: first bytes, and a message.
 MISTAKES = (

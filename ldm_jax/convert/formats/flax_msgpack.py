@@ -11,6 +11,8 @@ import numpy as np
 from ldm_jax.convert.formats import tensors
 from ldm_jax.convert.formats.tensors import DTYPES, File, LazyTensor
 
+# Bounds on what a small file can make the recursive reader do; a UNet has a depth of about 8 and a
+# thousand arrays.
 MAX_DEPTH = 64
 MAX_NODES = 1_000_000
 MAX_TEXT = 2**16  # bytes of a name or of a plain value

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-MAX_RANK = 32
+MAX_RANK = 32  # NumPy's limit before version 2
+# Errors other than ValueError that readers meet in damaged files.
 DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
 # The names of NumPy and ml_dtypes; torch's, safetensors' and Flax's are mapped to them.

@@ -220,6 +220,7 @@ def _opaque(name: str) -> Callable[..., Opaque]:
     return lambda *args: Opaque(name)
 
 
+# Names of the standard library are refused unless known: any could run code when called.
 STANDARD = {*sys.stdlib_module_names, "__builtin__", "copy_reg", "commands"} - {"typing"}
 _BUILTINS = ("builtins", "__builtin__")
 NO_VALUE = (

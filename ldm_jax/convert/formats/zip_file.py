@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ldm_jax.convert.formats.tensors import File
 
-MAX_ENTRIES = 200_000
+MAX_ENTRIES = 200_000  # a checkpoint has one entry a tensor, some thousands
 MAX_DIRECTORY = 64 * 2**20  # bytes
 
 END = struct.Struct("<4s4H2IH")
@@ -17,7 +17,7 @@ END64_LOCATOR = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQ2H2I4Q")
 ENTRY = struct.Struct("<4s6H3I5H2I")
 LOCAL = struct.Struct("<4s5H3I2H")
-UNKNOWN16, UNKNOWN32 = 0xFFFF, 0xFFFFFFFF
+UNKNOWN16, UNKNOWN32 = 0xFFFF, 0xFFFFFFFF  # the value is in the zip64 fields
 
 
 class Entry(NamedTuple):
