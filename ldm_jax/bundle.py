@@ -40,6 +40,8 @@ class LatentDiffusion:
     config: schema.LatentDiffusionConfig
     tokenizer: Tokenizer | None = None
     """Tokenizer of a model of text; None also where it came without."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes by label; None where nobody named them."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -41,13 +41,22 @@ def decode(first_stage: Any, params: dict, latent: jax.Array, scale: Any) -> jax
     return image.astype(jnp.float32)
 
 
+ROUNDING = 1e-6
+"""Part of the mean square that the rounding of float32 moments may leave as a variance."""
+
+
 def std_from_moments(means: Sequence[float], mean_squares: Sequence[float]) -> float:
     """Standard deviation over equally large batches, in float64, from each one's two moments.
 
-    The reference uses one device's first batch; this is over all that were given.
+    The reference uses one device's first batch; this is over all that were given. ValueError for
+    moments that are not finite, and for latents that are all the same but for rounding.
     """
-    variance = float(np.mean(mean_squares, dtype=np.float64))
-    variance -= float(np.mean(means, dtype=np.float64)) ** 2
-    if not np.isfinite(variance) or variance <= 0:
-        raise ValueError(f"the latents' variance is {variance}: train the first stage longer")
+    square = float(np.mean(mean_squares, dtype=np.float64))
+    variance = square - float(np.mean(means, dtype=np.float64)) ** 2
+    if not np.isfinite(variance) or variance <= ROUNDING * square:
+        raise ValueError(
+            f"the latents' variance is {variance:.3g} beside a mean square of {square:.3g}: train"
+            " the first stage longer, unless the training images are all alike; or give"
+            " --first-stage.scale"
+        )
     return variance**0.5

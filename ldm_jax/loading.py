@@ -190,8 +190,14 @@ def _load_run(
         **bundle.kernels(mesh),
     )
     if text is None:
-        return model
+        return dataclasses.replace(model, classes=_classes(run, config.cond))
     return dataclasses.replace(model, tokenizer=kept_tokenizer(run, text.encoder.max_length))
+
+
+def _classes(run: epath.Path, cond: schema.CondConfig) -> tuple[str, ...] | None:
+    """Names of the classes that a run was trained on; None for another model, or an older run."""
+    known = rundir.read_data(run) if isinstance(cond, schema.ClassCondConfig) else None
+    return None if known is None or known["classes"] is None else tuple(known["classes"])
 
 
 def _load_first_stage_run(

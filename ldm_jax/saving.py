@@ -102,6 +102,8 @@ def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any =
     run, _ = rundir.open_run(run, config)
     rundir.write_frozen(run, "first_stage", params["first_stage"], model_config.first_stage)
     rundir.write_latents(run, {"scale": model.latent_scale, "how": "as in the converted model"})
+    if model.classes is not None:
+        rundir.write_data(run, {"classes": model.classes, "records": {}})
     trained = {"unet": params["unet"]}
     if text is not None and not text.trainable:
         rundir.write_frozen(run, "cond_stage", params["cond_stage"], text.encoder)

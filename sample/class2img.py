@@ -7,7 +7,14 @@ import numpy as np
 from ldm_jax import conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.options import Options, check_labels, latent_shape, open_model
+from ldm_jax.sample.options import (
+    Options,
+    label_ids,
+    label_name,
+    label_text,
+    latent_shape,
+    open_model,
+)
 from ldm_jax.sample.request import Request
 
 NAME = "class2img"
@@ -17,8 +24,9 @@ NAME = "class2img"
 class Options(Options):
     """Samples of a class-conditional model."""
 
-    labels: flags.Ids = ()
-    """Class ids; default: every class of the model (the first 10 if it has more)."""
+    labels: flags.Classes = ()
+    """Classes, by id, or by name where the run keeps names; default: every class of the model (the
+    first 10 if it has more)."""
     height: int | None = None
     """Height in pixels; default: the training size."""
     width: int | None = None
@@ -37,8 +45,8 @@ def request(options: Options) -> Request:
     if not isinstance(cond, schema.ClassCondConfig):
         kind = conditioning.name_of(cond)
         raise ValueError(f"{options.model}: is trained with {kind}, not with classes")
+    options = dataclasses.replace(options, labels=label_ids(model, options.labels))
     labels = options.labels or tuple(range(min(10, cond.num_classes)))
-    check_labels(cond, labels)
     every = np.repeat(np.asarray(labels, np.int32), options.num_images)
     return Request(
         NAME,
@@ -49,6 +57,10 @@ def request(options: Options) -> Request:
         guided=options.guidance_scale != 1,
         batch={"label": every},
         names=[f"{i:05d}_class{label}_seed{options.seed}" for i, label in enumerate(every)],
-        details=[{"label": label, "labels": [label]} for label in every.tolist()],
-        row_labels=[str(label) for label in labels],
+        details=[
+            {"label": label, "labels": [label]}
+            | ({"class": label_name(model, label)} if model.classes else {})
+            for label in every.tolist()
+        ],
+        row_labels=[label_text(model, label) for label in labels],
     )

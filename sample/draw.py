@@ -8,7 +8,7 @@ from etils import epath
 
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, program, write
-from ldm_jax.sample.request import Call, Request, calls_of
+from ldm_jax.sample.request import Call, Request, calls_of, scales_of
 
 # facts of a PNG that may differ when a list goes on
 CHANGES = ("made_with", "progress")
@@ -29,6 +29,7 @@ def draw(what: Request) -> int:
         run, size = exported.read(what)
     else:
         program.program_of(what, what.model)  # refuses options that the sampler cannot use
+    say_what_is_left_out(what)
     calls = calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)
@@ -75,6 +76,16 @@ def refuse_lost(names: list[str], what: Request) -> None:
         f"{len(names)} of {what.count} images are not finite (NaN or infinity) and are not written:"
         f" {', '.join(names[:5])}{more}; try a smaller --guidance-scale{hint}"
     )
+
+
+def say_what_is_left_out(what: Request) -> None:
+    """Warns of a guidance scale of 0: elsewhere it may mean "without guidance", which is 1 here."""
+    count = int((scales_of(what) == 0).sum()) if what.guided else 0
+    if count:
+        LOG.warning(
+            f"guidance scale 0 leaves out what is asked for, in {count} of {what.count} images: 1"
+            " samples with it, without guidance"
+        )
 
 
 def missing(

@@ -10,7 +10,7 @@ from etils import epath
 from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
-from ldm_jax.sample.options import Options, check_labels, check_tokenizer, null_batch
+from ldm_jax.sample.options import Options, check_tokenizer, label_ids, label_text, null_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Options(Options):
     """Text to draw, for a model of text; default: the empty text."""
     negative_prompt: flags.Text = ""
     """Text that guidance leads away from; default: the empty text."""
-    labels: flags.Ids = ()
-    """Class ids, for a model of classes; default: no class in particular."""
+    labels: flags.Classes = ()
+    """Classes, by id, or by name where the run keeps names; default: no class in particular."""
     num_images: int = 1
     """Images per pair of image and prompt or label."""
     guidance_scale: float | None = None
@@ -67,7 +67,7 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
             kind = conditioning.name_of(cond)
             raise ValueError(f"{flag}: {options.model} is trained with {kind}, not with {of}")
     if options.labels:
-        return _classes(cond, options)
+        return _classes(model, options)
     if text is not None and (options.prompt or options.negative_prompt):
         check_tokenizer(model, options.model)
         prompts = options.prompt or ("",)
@@ -86,18 +86,18 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
     return Asked(batch, [""], [""], 1.0)
 
 
-def _classes(cond: schema.ClassCondConfig, options: Options) -> Asked:
-    check_labels(cond, options.labels)
+def _classes(model: bundle.LatentDiffusion, options: Options) -> Asked:
+    cond, labels = model.config.cond, label_ids(model, options.labels)
     default = 1.5 if cond.null_class else 1.0
     scale = default if options.guidance_scale is None else options.guidance_scale
     if scale != 1 and not cond.null_class:
         raise ValueError(
             f"--guidance-scale {scale}: {options.model} has no null class; sample with 1"
         )
-    batch = {"label": np.asarray(options.labels, np.int32)}
-    names = [f"class{label}" for label in options.labels]
-    alone = [{"labels": [label]} for label in options.labels]
-    return Asked(batch, names, [str(label) for label in options.labels], scale, alone)
+    batch = {"label": np.asarray(labels, np.int32)}
+    names = [f"class{label}" for label in labels]
+    alone = [{"labels": [label]} for label in labels]
+    return Asked(batch, names, [label_text(model, label) for label in labels], scale, alone)
 
 
 class Pairs(NamedTuple):

@@ -59,7 +59,8 @@ def _decoded(path: str, decode: Callable[[bytes], Image.Image]) -> Image.Image:
     except transforms.UndecodableError as error:
         raise ValueError(f"{path}: is not an image, or a broken one ({error})") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        text = str(error)
+        raise ValueError(text if text.startswith(path) else f"{path}: {text}") from error
 
 
 def resized(

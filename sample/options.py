@@ -1,6 +1,7 @@
 """Options of every sampling task, and the checks of a model before it samples."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -175,13 +176,53 @@ def latent_shape(
     return (*sides, config.first_stage.embed_dim)
 
 
-def check_labels(cond: schema.ClassCondConfig, labels: Sequence[int]) -> None:
-    """ValueError for a label that the model does not know."""
-    for label in labels:
-        if not 0 <= label < cond.num_classes:
-            raise ValueError(
-                f"--labels {label} is not in 0..{cond.num_classes - 1}, the model's classes"
-            )
+def label_ids(model: bundle.LatentDiffusion, labels: Sequence[str | int]) -> tuple[int, ...]:
+    """--labels as ids: each an id, or the name of a class where the run keeps names.
+
+    ValueError for a class that the model does not know, and for a number that is one class's id and
+    another's name (`id:3` and `name:3` say which).
+    """
+    return tuple(_label_id(model, label) for label in labels)
+
+
+def _label_id(model: bundle.LatentDiffusion, label: str | int) -> int:
+    count, names = model.config.cond.num_classes, model.classes or ()
+    how, colon, text = str(label).partition(":")
+    if how not in ("id", "name") or not colon:
+        how, text = "", str(label)
+    number = int(text) if text.lstrip("+-").isdecimal() and how != "name" else None
+    named = names.index(text) if text in names and how != "id" else None
+    if isinstance(label, str) and None not in (number, named) and number != named:
+        raise ValueError(
+            f"--labels {label}: is the id of {label_name(model, number)!r}, and the name of class"
+            f" {named}: give id:{label} or name:{label}"
+        )
+    found = named if number is None else number
+    if found is not None and 0 <= found < count:
+        return found
+    if number is not None or how == "id":
+        raise ValueError(f"--labels {label} is not in 0..{count - 1}, the model's classes")
+    if not names:
+        raise ValueError(
+            f"--labels {label}: the model keeps no names of its classes: give ids of 0..{count - 1}"
+        )
+    close = difflib.get_close_matches(text, names, 1)
+    hint = f"is {close[0]!r} meant? " if close else ""
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20]))
+    more = ", ..." if len(names) > 20 else ""
+    raise ValueError(f"--labels {label}: is no class of the model; {hint}it has {shown}{more}")
+
+
+def label_name(model: bundle.LatentDiffusion, label: int) -> str:
+    """Name of a class, or its id where there is none."""
+    names = model.classes or ()
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def label_text(model: bundle.LatentDiffusion, label: int) -> str:
+    """Id and name of a class, for people."""
+    name = label_name(model, label)
+    return name if name == str(label) else f"{label} {name}"
 
 
 def null_batch(model: bundle.LatentDiffusion, path: str) -> dict[str, np.ndarray]:

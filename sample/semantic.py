@@ -74,8 +74,8 @@ def check(model: bundle.LatentDiffusion, options: Options, maps: list[np.ndarray
                 f"{path}: is {ids.shape[0]}x{ids.shape[1]} and {options.maps[0]} is"
                 f" {maps[0].shape[0]}x{maps[0].shape[1]} (height x width): give maps of one size"
             )
-        if ids.max() >= cond.num_classes:
-            y, x = np.argwhere(ids >= cond.num_classes)[0]
+        if ids.min() < 0 or ids.max() >= cond.num_classes:
+            y, x = np.argwhere((ids < 0) | (ids >= cond.num_classes))[0]
             raise ValueError(
                 f"{path}: holds class {ids[y, x]} (at row {y}, column {x}), but the model has"
                 f" {cond.num_classes}: 0..{cond.num_classes - 1}"

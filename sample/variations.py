@@ -15,7 +15,7 @@ from ldm_jax import bundle, conditioning, diffusion, sampling, schema, seeds, sh
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.options import Options, check_labels, open_model
+from ldm_jax.sample.options import Options, label_ids, label_text, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "variations"
@@ -28,8 +28,8 @@ class Options(Options):
 
     seeds: Annotated[tuple[int, ...], arg(metavar="SEED ...", help_behavior_hint="")] = ()
     """Seeds whose first images lie on the path; a single one is kept fixed. Default: --seed."""
-    labels: flags.Ids = ()
-    """Class ids on the path; a single one is kept fixed."""
+    labels: flags.Classes = ()
+    """Classes on the path, by id or by name; a single one is kept fixed."""
     prompt: flags.Texts = ()
     """Texts on the path; a single one is kept fixed."""
     negative_prompt: flags.Text = ""
@@ -60,6 +60,8 @@ def request(options: Options) -> Request:
     options = dataclasses.replace(
         options, guidance_scale=scale, seeds=options.seeds or (options.seed,)
     )
+    if isinstance(model.config.cond, schema.ClassCondConfig):
+        options = dataclasses.replace(options, labels=label_ids(model, options.labels))
     guided = scale != 1 and model.config.cond is not None
     stops, names, null = conditions(model, mesh, options, guided)
     path = legs(options, names)
@@ -162,9 +164,8 @@ def conditions(
         batch = text2img.tokenize(model.tokenizer, options.prompt, options.negative_prompt, 1)
         names = list(options.prompt)
     elif isinstance(cond, schema.ClassCondConfig) and options.labels:
-        check_labels(cond, options.labels)
         batch = {"label": np.asarray(options.labels, np.int32)}
-        names = [str(label) for label in options.labels]
+        names = [label_text(model, label) for label in options.labels]
         if cond.via == "label" and len(names) > 1:
             raise ValueError(f"{options.model}: adds class ids to the time; between ids is nothing")
         if cond.via == "label":

@@ -227,6 +227,17 @@ def test_semantic_map(channels):
     assert cond.concat.shape[-1] == conditioning.concat_channels(config, 4, 3)
 
 
+def test_classes_that_a_map_may_not_hold_are_refused():
+    """One-hot they are all zero."""
+    config = schema.SemanticCondConfig(num_classes=int(MAP.max()), stages=1)
+    with pytest.raises(ValueError, match=rf"holds class {MAP.max()}, but the model's classes are"):
+        conditioning.check_batch(config, {"segmentation": MAP})
+    with pytest.raises(ValueError, match="holds class -1, but"):
+        conditioning.check_batch(config, {"segmentation": np.full((1, 8, 8), -1)})
+    with pytest.raises(ValueError, match="is of type float32: give integers"):
+        conditioning.check_batch(config, {"segmentation": np.zeros((1, 8, 8), np.float32)})
+
+
 @pytest.mark.torch
 def test_semantic_map_is_halved_as_by_the_reference():
     torch = pytest.importorskip("torch", reason="torch is the reference here")

@@ -91,3 +91,17 @@ def test_std_from_moments_is_that_of_all_batches():
 def test_latents_without_variance_are_refused(squares):
     with pytest.raises(ValueError, match=r"variance is .*: train the first stage longer"):
         latents.std_from_moments([1.0], squares)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.2, 1e-3, -0.7])
+def test_latents_that_are_all_the_same_have_no_scale(value):
+    """Not that of their rounding, 1 / std = 34978."""
+    z = np.full((16, 8, 8, 4), value, np.float32)
+    moments = [(z.mean() * np.float32(1 + 1e-7), np.square(z).mean())] * 4
+    with pytest.raises(ValueError, match=r"variance is .* unless the training images are"):
+        latents.std_from_moments(*zip(*moments))
+
+
+def test_latents_that_hardly_vary_have_their_own_scale():
+    z = 1 + 0.01 * np.random.default_rng(0).standard_normal(10**5)
+    assert latents.std_from_moments([z.mean()], [np.square(z).mean()]) == pytest.approx(0.01, 0.02)

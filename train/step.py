@@ -106,7 +106,7 @@ def make_step(
         new = train_state.keep_or_skip(config.spikes, judged, [norm, *norms], new, state)
         return new, metrics | {
             "grad_norm": norm,
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": learning_rate(state.step - state.skips["count"]),  # updates made
             "bad_steps": new.bad_steps,
             "skipped_steps": new.skips["count"],
         }

@@ -98,6 +98,11 @@ def has_null(config: schema.CondConfig) -> bool:
     return kind_of(config).has_null(config)
 
 
+def map_ids(config: schema.CondConfig) -> int | None:
+    """Number of classes that a segmentation map may hold; None for another kind."""
+    return config.num_classes if isinstance(config, schema.SemanticCondConfig) else None
+
+
 def check_batch(config: schema.CondConfig, batch: Batch) -> None:
     """ValueError, in one sentence, for a batch that `from_batch` would misread or cannot read."""
     name, sizes = name_of(config), {}

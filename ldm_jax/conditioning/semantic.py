@@ -3,7 +3,9 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from ldm_jax import schema
@@ -45,6 +47,21 @@ def _check(
         )
 
 
+def _check_values(config: Config, batch: Batch) -> None:
+    ids = batch["segmentation"]
+    if isinstance(ids, jax.core.Tracer):
+        return
+    ids = np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"batch['segmentation'] is of type {ids.dtype}: give integers")
+    odd = ids[(ids < 0) | (ids >= config.num_classes)]
+    if odd.size:
+        raise ValueError(
+            f"batch['segmentation'] holds class {odd[0]}, but the model's classes are"
+            f" 0..{config.num_classes - 1}"
+        )
+
+
 KIND = Kind(
     name=lambda config: "segmentation map",
     example=_example,
@@ -53,4 +70,5 @@ KIND = Kind(
     module_input=lambda config: (1, 2**config.stages, 2**config.stages),
     concat_channels=lambda config, latent, image: config.out_channels or config.num_classes,
     check=_check,
+    check_values=_check_values,
 )

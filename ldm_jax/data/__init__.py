@@ -3,7 +3,7 @@
 from ldm_jax.data.examples import Stream, stream
 from ldm_jax.data.facts import facts_of
 from ldm_jax.data.pipeline import Batches, global_batch, prefetch
-from ldm_jax.data.sources import Source, arrays, open_source
+from ldm_jax.data.sources import Source, arrays, open_source, stamp
 
 __all__ = [
     "Batches",
@@ -14,5 +14,6 @@ __all__ = [
     "global_batch",
     "open_source",
     "prefetch",
+    "stamp",
     "stream",
 ]

@@ -43,6 +43,7 @@ class CacheSource:
         summary = meta["splits"][split]
         self.features = frozenset(summary["features"])
         self.num_classes = summary["num_classes"]
+        self.classes = None if meta.get("classes") is None else tuple(meta["classes"])
         self.latent_shape = tuple(summary["shape"])
         self._records = open_shards(path, split, summary["shards"], "ldm-train encode")
         if len(self._records) != summary["records"]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ldm_jax import schema, seeds
-from ldm_jax.data import cache, transforms
+from ldm_jax.data import cache, tokens, transforms
 from ldm_jax.data.record_cache import RecordCache
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.runtime import processes, storage
@@ -26,11 +26,13 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Made(NamedTuple):
-    """An example, its record, and (index, reason) of records before it that cannot be decoded."""
+    """An example, its record, (index, reason) of records before it that cannot be decoded, and the
+    end of its caption that the text encoder has no room for."""
 
     example: Example
     bad: tuple[tuple[int, str], ...]
     record: int
+    lost: str = ""
 
 
 class Stream:
@@ -50,6 +52,7 @@ class Stream:
         seed: int,
         train: bool,
         tokenizer: Any = None,
+        num_ids: int | None = None,
     ):
         self.source, self.config, self.batch_size = source, config, batch_size
         # encoded once, before threads start: a fast tokenizer's first call sets its padding
@@ -61,10 +64,11 @@ class Stream:
         records = grain.MapDataset.range(len(source))
         if train and config.shuffle:
             records = records.shuffle(seed=shuffle_seed)  # `repeat` reshuffles in every epoch
-        make = MakeExample(source, config, train, tokenizer, null)
+        make = MakeExample(source, config, train, tokenizer, null, num_ids)
         self.made = records.repeat().random_map(make, seed=example_seed)
         self._bad: set[int] = set()
         self._agreed: set[int] = set()
+        self._cut: set[int] = set()
         self._lock = threading.Lock()
 
     @property
@@ -117,7 +121,22 @@ class Stream:
                 name = self.source.describe(index)
                 LOG.warning("%s cannot be decoded; the next one replaces it (%s)", name, reason)
                 check_limit(len(self._bad), name, self.config)
+        if made.lost:
+            self._say_lost(made)
         return made.example
+
+    def _say_lost(self, made: Made) -> None:
+        """Warns of the first caption that the text encoder cuts, and of the 10th, the 100th, ..."""
+        with self._lock:
+            before = len(self._cut)
+            self._cut.add(made.record)
+            count = len(self._cut)
+        if count > before and count in (10**n for n in range(10)):
+            name = self.source.describe(made.record)
+            LOG.warning(
+                "%s: the caption is longer than the text encoder's tokens; left out: %r%s",
+                *(name, made.lost, f" ({count} captions so far)" if count > 1 else ""),
+            )
 
 
 def stream(
@@ -128,13 +147,15 @@ def stream(
     split: Literal["train", "eval"] = "train",
     tokenizer: Any = None,
     cached: str = "",
+    num_ids: int | None = None,
 ) -> Stream:
     """The examples of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
 
     With a `tokenizer` (`tokens.load_tokenizer`) captions become `tokens` int32 [L], and every
     example has `null_tokens` int32 [L], those of the empty text. With `cached`, the path of a
     latent cache of the same data, examples have `mean` and `logvar` [h, w, z] instead of `image`;
-    order, mirroring and all else stay. Errors as from `sources.open_source`; ValueError also for a
+    order, mirroring and all else stay. `num_ids` is the number of classes of segmentation maps: a
+    pixel of another is a ValueError. Errors as from `sources.open_source`; ValueError also for a
     value out of range, for a tokenizer without captions, and for a cache of other data.
     """
     check(config, batch_size, seed)
@@ -146,7 +167,7 @@ def stream(
             "text conditioning needs captions, but the data have none: set"
             " data.source.captions of a folder, or data.source.caption_key of a TFDS dataset"
         )
-    return Stream(source, config, batch_size, seed, split == "train", tokenizer)
+    return Stream(source, config, batch_size, seed, split == "train", tokenizer, num_ids)
 
 
 def check(config: schema.DataConfig, batch_size: int, seed: int) -> None:
@@ -196,9 +217,10 @@ class MakeExample:
         train: bool,
         tokenizer: Any = None,
         null_tokens: np.ndarray | None = None,
+        num_ids: int | None = None,
     ):
         self.source, self.config, self.train = source, config, train
-        self.tokenizer, self.null_tokens = tokenizer, null_tokens
+        self.tokenizer, self.null_tokens, self.num_ids = tokenizer, null_tokens, num_ids
         self.kept = RecordCache(config.keep_mib * 2**20 // max(1, config.workers))
 
     def __call__(self, index: int, rng: np.random.Generator) -> Made:
@@ -216,11 +238,14 @@ class MakeExample:
                 example = transforms.to_example(decoded.images, self.config, rng)
             if self.source.num_classes is not None:
                 example["label"] = _label(decoded.rest["label"], self.source.num_classes)
+            if self.num_ids is not None:
+                _check_ids(example["segmentation"], self.num_ids)
+            lost = ""
             if self.tokenizer is not None:
                 text = caption_of(decoded.rest, rng)
-                example["tokens"] = self.tokenizer.encode([text])[0]
+                example["tokens"], lost = _tokens(self.tokenizer, text)
                 example["null_tokens"] = self.null_tokens
-        return Made(example, decoded.bad, decoded.record)
+        return Made(example, decoded.bad, decoded.record, lost)
 
     def _decode(self, index: int) -> Decoded:
         """Record `index`, or the next one in the source's order that can be decoded."""
@@ -278,6 +303,22 @@ def _label(label: int, num_classes: int) -> np.ndarray:
             f"label {label} is not in 0..{num_classes - 1}: does the split have labels?"
         )
     return np.int32(label)
+
+
+def _tokens(tokenizer: Any, caption: str) -> tuple[np.ndarray, str]:
+    """(tokens, the end of the caption that is left out), which only our tokenizers tell."""
+    if isinstance(tokenizer, tokens.Tokenizer):
+        return tokenizer.cut(caption)
+    return tokenizer.encode([caption])[0], ""
+
+
+def _check_ids(segmentation: np.ndarray, num_ids: int) -> None:
+    odd = segmentation[(segmentation < 0) | (segmentation >= num_ids)]
+    if odd.size:
+        raise ValueError(
+            f"the segmentation holds class {odd[0]}, but cond.num_classes is {num_ids}: its classes"
+            f" are 0..{num_ids - 1}; set it to more, or give such pixels another class"
+        )
 
 
 def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | None) -> Spec:

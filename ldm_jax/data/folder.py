@@ -3,6 +3,8 @@
 The folder may lie in a bucket (`gs://`, `s3://`), as `etils.epath` reads them.
 """
 
+import hashlib
+import json
 import os
 import posixpath
 from collections.abc import Callable
@@ -49,7 +51,7 @@ class FolderSource:
             images = _images(root, files, config)
 
         self._root = _path(root)
-        self.classes = classes
+        self.classes = None if classes is None else tuple(classes)
         self._images = images
         self._labels = None if classes is None else _labels(root, images, classes)
         self._captions = (
@@ -84,9 +86,29 @@ class FolderSource:
             )
         return record
 
+    def stamp(self, first: int, last: int) -> str:
+        """See `sources.Source`: of the files, by name, size and time of change, and the texts."""
+        digest = hashlib.sha256()
+        for i in range(first, last):
+            files = [self._images[i], *(paths[i] for paths in self._beside.values())]
+            known: list[Any] = [[name, *file_stamp(self._root / name)] for name in files]
+            known.append(None if self._labels is None else self._labels[i])
+            known.append(None if self._captions is None else self._captions[i])
+            digest.update(json.dumps(known).encode())
+        return digest.hexdigest()
+
     def describe(self, index: int) -> str:
         """The path of the image."""
         return str(self._root / self._images[index])
+
+
+def file_stamp(path: epath.PathLike) -> tuple[int, int]:
+    """(bytes, time of the last change): what a file that was edited or replaced has not kept."""
+    if "://" in os.fspath(path):
+        status = epath.Path(path).stat()
+        return status.length, status.mtime
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def find_files(root: str) -> set[str]:

@@ -16,6 +16,7 @@ from flax import serialization
 
 from ldm_jax import schema
 from ldm_jax.data import cache
+from ldm_jax.data.folder import file_stamp
 
 FORMAT = 1  # of pack.json; a reader refuses a newer one
 KEPT = ("class_from_folder", "captions", "segmentation_suffix", "mask_suffix")
@@ -30,8 +31,9 @@ class PackedSource:
         refuse_other(config, meta)
         summary = meta["splits"][split]
         self.features = frozenset(summary["features"])
-        self.num_classes = None if meta["classes"] is None else len(meta["classes"])
-        self._split = split
+        self.classes = None if meta["classes"] is None else tuple(meta["classes"])
+        self.num_classes = None if self.classes is None else len(self.classes)
+        self._split, self._shards = split, summary["shards"]
         self._records = cache.open_shards(config.path, split, summary["shards"], "ldm-train pack")
         if len(self._records) != summary["records"]:
             raise ValueError(
@@ -46,6 +48,11 @@ class PackedSource:
         record = serialization.msgpack_restore(self._records[index])
         del record["file"]
         return record
+
+    def stamp(self, first: int, last: int) -> str:
+        """See `sources.Source`: of all the shards, whose records move if one is packed again."""
+        names = cache.shard_names(self._split, self._shards)
+        return json.dumps([[n, *file_stamp(f"{self._path}/{n}")] for n in names])
 
     def describe(self, index: int) -> str:
         """Packed folder, number, and the path that the image had."""

@@ -45,7 +45,7 @@ class PhotosSource:
     """
 
     features = frozenset({"image"})
-    num_classes = None
+    num_classes = classes = None
 
     def __init__(self, config: schema.PhotosConfig, split: str):
         if not 1 <= config.crop <= BAND or config.stride < 1:

@@ -27,6 +27,8 @@ class Source(Protocol):
     """Keys of every record."""
     num_classes: int | None
     """Labels are below this; None without labels."""
+    classes: tuple[str, ...] | None
+    """Their names by label; None where the data name none."""
 
     def __len__(self) -> int: ...
 
@@ -34,6 +36,15 @@ class Source(Protocol):
 
     def describe(self, index: int) -> str:
         """Path or name of a record, for messages."""
+
+    # Optional: `stamp(first, last) -> str`, another one when the records first..last - 1 are other
+    # ones than before, without reading them.
+
+
+def stamp(source: Source, first: int, last: int) -> str:
+    """The source's own `stamp`; "" for records that cannot change under one name."""
+    own = getattr(source, "stamp", None)
+    return "" if own is None else own(first, last)
 
 
 def open_source(config: schema.DataConfig, split: Literal["train", "eval"]) -> Source:

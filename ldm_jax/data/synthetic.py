@@ -36,6 +36,7 @@ class SyntheticSource:
         self._length = config.num_images if split == "train" else max(1, config.num_images // 4)
         self._size = config.size
         self.num_classes = config.num_classes
+        self.classes = tuple(_shape_name(label) for label in range(config.num_classes))
 
     def __len__(self) -> int:
         return self._length

@@ -42,13 +42,14 @@ class TFDSSource:
                 f" ({type(text).__name__}): set caption_key"
             )
         self.features = frozenset(self._keys)
-        self.num_classes = None
+        self.num_classes = self.classes = None
         if config.label_key is not None:
             self.num_classes = getattr(features[config.label_key], "num_classes", None)
             if self.num_classes is None:
                 raise ValueError(
                     f"{config.name}: feature {config.label_key!r} holds no class: set label_key"
                 )
+            self.classes = tuple(features[config.label_key].names)
         still_encoded = {
             key: tfds.decode.SkipDecoding()
             for key, feature in features.items()

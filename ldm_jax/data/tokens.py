@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -50,19 +51,27 @@ class FileTokenizer:
 
     def lost(self, text: str) -> str:
         """The end of `text` that `encode` cuts off, from its first incomplete word; "" if none."""
+        return self.cut(text)[1]
+
+    def cut(self, text: str) -> tuple[np.ndarray, str]:
+        """(the row of `encode`, the end of `text` that is `lost`)."""
         encoding = self._backend.encode(text)
-        if not encoding.overflowing:
-            return ""
-        rest = encoding.overflowing[0]
-        first = rest.special_tokens_mask.index(0)
-        word, offsets = rest.word_ids[first], rest.offsets[first]
-        kept = zip(encoding.word_ids, encoding.offsets)
-        start, _ = next((o for w, o in kept if w == word), offsets)
-        return text[start:]
+        ids = np.asarray(encoding.ids, np.int32)
+        return ids, _overflow(text, encoding) if encoding.overflowing else ""
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes the tokenizer's files to `folder`, for transformers and `load_tokenizer`."""
         _write(self._files, folder)
+
+
+def _overflow(text: str, encoding: Any) -> str:
+    """From the first word that is not whole in `encoding` on."""
+    rest = encoding.overflowing[0]
+    first = rest.special_tokens_mask.index(0)
+    word, offsets = rest.word_ids[first], rest.offsets[first]
+    kept = zip(encoding.word_ids, encoding.offsets)
+    start, _ = next((o for w, o in kept if w == word), offsets)
+    return text[start:]
 
 
 class ByteTokenizer:
@@ -85,6 +94,10 @@ class ByteTokenizer:
         """The end of `text` that `encode` cuts off; "" if none."""
         whole = text.encode()[: self.max_length].decode(errors="ignore")
         return text[len(whole) :]
+
+    def cut(self, text: str) -> tuple[np.ndarray, str]:
+        """(the row of `encode`, the end of `text` that is `lost`)."""
+        return self.encode([text])[0], self.lost(text)
 
     def save(self, folder: epath.PathLike) -> None:
         """Write to `folder` the files from which `load_tokenizer` makes the same tokenizer."""

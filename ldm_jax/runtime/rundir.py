@@ -1,6 +1,7 @@
 """Plain files of a run directory, written whole or in numbered parts, so that it may be on gs://.
 
-    config.json  latents.json  metrics/000123.jsonl  samples/STEP.png (STEP.txt)  frozen/NAME/
+    config.json  data.json  latents.json  frozen/NAME/
+    metrics/000123.jsonl  samples/STEP.png (STEP.txt)
 
 Process 0 writes; every process calls.
 """
@@ -22,7 +23,7 @@ from ldm_jax import finite, schema, seeds, sharding
 from ldm_jax.runtime import checkpoint, processes, storage
 from ldm_jax.schema import serialize
 
-FORMAT = 1  # of latents.json; a reader refuses a newer one
+FORMAT = 1  # of latents.json and data.json; a reader refuses a newer one
 
 
 def is_run(path: epath.PathLike) -> bool:
@@ -140,6 +141,32 @@ def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
             f"{path}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
         )
     finite.checked(scale, f"{path}: scale", nonzero=True)
+    return values
+
+
+def write_data(run: epath.PathLike, values: Mapping[str, Any]) -> None:
+    """Writes {"classes": names by label or None, "records": {split: count}} of the data."""
+    text = json.dumps({"format": FORMAT, **values}, indent=2, ensure_ascii=False) + "\n"
+    write_text(epath.Path(run) / "data.json", text)
+    processes.barrier("data")
+
+
+def read_data(run: epath.PathLike) -> dict[str, Any] | None:
+    """What `write_data` wrote, or None. ValueError if it is damaged or of a newer format."""
+    path = epath.Path(run) / "data.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        version, classes = values.pop("format"), values["classes"]
+        if classes is not None and not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"classes {classes!r}"[:80])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: is damaged ({error}); remove it") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{path}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
+        )
     return values
 
 

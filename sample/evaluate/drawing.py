@@ -17,6 +17,7 @@ from ldm_jax import bundle, conditioning, sampling, schema, sharding
 from ldm_jax.metrics import features
 from ldm_jax.models import clip
 from ldm_jax.runtime import flags, images, rundir
+from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import options as sample_options
 from ldm_jax.sample import program
 from ldm_jax.sample.evaluate import extraction, image_sets
@@ -106,6 +107,11 @@ def drawn(
     base = base or schema.DataConfig(size=config.size, channels=1 if grey else 3)
     conditions = _conditions(options, model, base, how, count)
     guided = options.guidance_scale != 1 and config.cond is not None
+    if guided and options.guidance_scale == 0:
+        LOG.warning(
+            "--guidance-scale 0 leaves out the condition in all images: 1 samples with it, without"
+            " guidance"
+        )
     weights = rundir.params_hash(jax.device_get(model.params))
     sampler = {
         name: getattr(asked, name)

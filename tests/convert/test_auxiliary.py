@@ -77,6 +77,18 @@ def test_last_layers_saved_without_dropout(params, tensors, published, tmp_path)
     assert max_difference(auxiliary.load_lpips(published[0], tmp_path / "lin.pth"), params) == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_last_layers_of_another_version_are_refused(tensors, published, tmp_path, dtype):
+    """lpips/weights/v0.0/vgg.pth, of which the sums tell: names and shapes are the same."""
+    lin = {n: x for n, x in tensors.items() if n.startswith("lin")}
+    for i, total in enumerate(auxiliary.LPIPS_0_0):
+        x = lin[f"lin{i}.model.1.weight"]
+        lin[f"lin{i}.model.1.weight"] = np.full(x.shape, total / x.size, dtype)
+    torch_writer.write(tmp_path / "vgg.pth", lin)
+    with pytest.raises(ValueError, match=r"holds the last layers of LPIPS 0\.0, not .*LPIPS 0\.1"):
+        auxiliary.load_lpips(published[0], tmp_path / "vgg.pth")
+
+
 def test_a_missing_file_says_which_one_is_wanted(published, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file is given for VGG16 .*397923af\.pth from"):
         auxiliary.load_lpips("", published[1])

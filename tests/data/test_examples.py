@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax import data, schema
-from ldm_jax.data import examples
+from ldm_jax.data import examples, tokens
 from ldm_jax.runtime import reading, storage
 
 SYNTHETIC = schema.SyntheticConfig(num_images=13, size=16)
@@ -387,3 +387,37 @@ def test_label_out_of_range():
     stream[2]
     with pytest.raises(ValueError, match=r"train record 3: label 3 is not in 0..2: does the split"):
         stream[3]
+
+
+def test_a_map_with_more_classes_than_the_model_is_refused():
+    """Their one-hot vectors would be all zero."""
+    config = dataclasses.replace(PLAIN, shuffle=False)
+    whole = data.stream(config, batch_size=4, seed=0, num_ids=5)  # background and four shapes
+    assert max(whole[i]["segmentation"].max() for i in range(4)) == 4
+    stream = data.stream(config, batch_size=4, seed=0, num_ids=4)
+    stream[2]
+    with pytest.raises(ValueError, match=r"record 3: the segmentation holds class 4, but"):
+        stream[3]
+
+
+def test_captions_that_the_text_encoder_cuts_are_said(caplog):
+    """The first one, with what is lost, and then fewer and fewer, each record once."""
+    source = dataclasses.replace(SYNTHETIC, num_images=40)
+    config = dataclasses.replace(PLAIN, source=source, shuffle=False)
+    tokenizer = tokens.load_tokenizer("bytes", 8)
+    stream = data.stream(config, batch_size=4, seed=0, tokenizer=tokenizer)
+    for i in (*range(40), *range(40)):
+        np.testing.assert_array_equal(
+            stream[i]["tokens"], tokenizer.encode([stream.source[i % 40]["caption"]])[0]
+        )
+    assert len(caplog.messages) == 2
+    captions = [stream.source[i]["caption"] for i in range(40)]
+    first = next(i for i, caption in enumerate(captions) if len(caption) > 8)
+    assert caplog.messages[0] == (
+        f"synthetic train record {first}: the caption is longer than the text encoder's tokens;"
+        f" left out: {captions[first][8:]!r}"
+    )
+    assert caplog.messages[1].endswith(" (10 captions so far)")
+    caplog.clear()
+    data.stream(config, batch_size=4, seed=0, tokenizer=tokens.load_tokenizer("bytes", 60))[0]
+    assert not caplog.messages

@@ -21,7 +21,7 @@ def sample(*flags):
 def made(ldm_run, tmp_path_factory, quick_compilation):
     """A folder with 2 images of classes 3 and 1 each, their latents and arrays."""
     out = tmp_path_factory.mktemp("class2img") / "out"
-    flags = ["--labels", 3, 1, "--num-images", 2, "--seed", 5, "--eta", 0.5]
+    flags = ["--labels", 3, "triangle", "--num-images", 2, "--seed", 5, "--eta", 0.5]
     code = sample("--model", ldm_run, "--out", out, *flags, *FAST, "--npz", "--save-latents")
     assert code == 0
     return out
@@ -53,6 +53,7 @@ def test_settings_in_the_png_make_the_image_again(made, ldm_run, tmp_path, capsy
     one = made / "00002_class1_seed5.png"
     kept = images.read_settings(one)
     assert (kept["index"], kept["label"], kept["task"]) == (2, 1, "class2img")
+    assert (kept["labels"], kept["class"]) == ([1], "triangle")
     assert kept["model"] == str(ldm_run)
     assert main.sample(["again", str(one), "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().err.endswith(f"equal to {one}, pixel for pixel\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ldm_jax import export, schema
 from ldm_jax.runtime import cli, images
-from ldm_jax.sample import generate, img2img, main, program, progress, request
+from ldm_jax.sample import draw, generate, img2img, main, program, progress, request
 from ldm_jax.sample.options import Options
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -196,3 +197,15 @@ def test_a_guided_request_is_guided(what):
     plain = latents(dataclasses.replace(what, guided=False), 1.0)
     assert np.abs(three - one).max() > 1e-3
     np.testing.assert_allclose(one, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scales", "count"), [((0.0, 7.5), 1), ((0.0, 0.0), 2), ((1.0, 7.5), 0)])
+def test_a_guidance_scale_of_0_is_warned_of(scales, count, caplog):
+    """It drops what is asked for; turbo models' cards mean 1 by it."""
+    asked = types.SimpleNamespace(guided=True, scales=np.array(scales), count=2)
+    draw.say_what_is_left_out(asked)
+    left_out = f"leaves out what is asked for, in {count} of 2 images: 1 samples with it"
+    assert [left_out in line for line in caplog.messages] == [True] * (count > 0)
+    caplog.clear()
+    draw.say_what_is_left_out(types.SimpleNamespace(guided=False))
+    assert not caplog.messages

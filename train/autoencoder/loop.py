@@ -17,7 +17,7 @@ from ldm_jax.train.autoencoder.loss import (
     make_eval_step,
     make_train_step,
 )
-from ldm_jax.train.run import startup
+from ldm_jax.train.run import dataset, startup
 from ldm_jax.train.run.loop import Loop, averaged, ended, plain
 from ldm_jax.train.run.watchdog import Watch
 
@@ -38,12 +38,14 @@ def train(
     shapes, shardings = abstract_state(config, mesh)
     perceptual = reconstruction.find_perceptual(config, workdir)
     given = initial.find(config, workdir, shapes)
+    known = dataset.check(workdir, stream, eval_stream, labels=False)
     run = startup.open_run(workdir, config)  # only now is anything written
     reconstruction.keep_perceptual(config, run, perceptual)
     perceptual = sharding.place(perceptual, sharding.by_rules(perceptual, sharding.RULES, mesh))
 
     manager = checkpoint.manager(run, config.max_to_keep, config.max_failed_saves)
     state = startup.resume(run, manager, shapes, shardings)
+    dataset.keep(run, known, resumed=state is not None)
     if state is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
         if given is not None:

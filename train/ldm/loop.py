@@ -14,7 +14,7 @@ from ldm_jax.schema import serialize
 from ldm_jax.train import frozen
 from ldm_jax.train.ldm import preview
 from ldm_jax.train.ldm.loss import abstract_state, init_state, make_eval_step, make_train_step
-from ldm_jax.train.run import startup
+from ldm_jax.train.run import dataset, startup
 from ldm_jax.train.run.loop import Loop, averaged, ended, plain
 from ldm_jax.train.run.watchdog import Watch
 from ldm_jax.train_state import TrainState
@@ -36,14 +36,18 @@ def train(
         seed=config.seed,
         tokenizer=given.tokenizer,
         cached=config.cache.path,
+        num_ids=conditioning.map_ids(config.cond),
     )
     stream, held_out = open_stream(), open_stream(split="eval")
     check(config, given.first_stage, stream, mesh)
+    labels = "label" in conditioning.needs(config.cond)
+    known = dataset.check(workdir, stream, held_out, labels=labels)
     run = startup.open_run(workdir, config)  # only now is anything written
     fixed = frozen.prepare(config, run, mesh, stream, given)
 
     manager = checkpoint.manager(run, config.max_to_keep, config.max_failed_saves)
     state = startup.resume(run, manager, *abstract_state(config, mesh))
+    dataset.keep(run, known, resumed=state is not None)
     if state is None:
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
     startup.report(config, mesh, state, stream)

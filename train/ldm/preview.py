@@ -36,6 +36,11 @@ def make(
         **bundle.kernels(mesh, config.attention),
     )
     guided = config.cond is not None and config.cond.dropout > 0 and config.sample_guidance != 1
+    if guided and config.sample_guidance == 0:
+        LOG.warning(
+            "sample_guidance 0 leaves out the condition in the sample grids: 1 draws with it,"
+            " without guidance"
+        )
     sample = sampling.make_sampler(model, config.sample_steps)
     scale = config.sample_guidance if guided else 1.0
     count = config.num_samples

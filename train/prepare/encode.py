@@ -20,13 +20,14 @@ import tqdm
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, data, schema, sharding
+from ldm_jax import bundle, conditioning, data, schema, sharding
 from ldm_jax.data import cache, examples
 from ldm_jax.models import autoencoder
 from ldm_jax.runtime import checkpoint, overlap, processes, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.schema import serialize
 from ldm_jax.train.frozen import first_stage
+from ldm_jax.train.prepare import shards
 
 SPLITS = ("train", "eval")
 
@@ -54,16 +55,18 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
         for split, source in sources.items()
         for shard in cache.shards(split, len(source), config.cache.records_per_shard)
     ][jax.process_index() :: jax.process_count()]
-    due = [(split, shard) for split, shard in mine if not (path / shard.name).exists()]
-    total = sum(shard.last - shard.first for _, shard in due)
-    LOG.info(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} records to encode")
+    due = shards.find_due(path, sources, mine, "records to encode", needs_summary=False)
+    shards.begin_again(path / "cache.json", due, _json(meta))
+    total = sum(one.shard.last - one.shard.first for one in due)
     began, bad = time.perf_counter(), {split: set() for split in SPLITS}
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for split, shard in due:
-            read = Reader(config, sources[split], split == "train")
-            broken = records_of(config, read, shard, functools.partial(run, placed), bad[split])
-            for _ in cache.write_shard(path / shard.name, broken):
+        for one in due:
+            read = Reader(config, sources[one.split], one.split == "train")
+            encode_batch = functools.partial(run, placed)
+            records = records_of(config, read, one.shard, encode_batch, bad[one.split])
+            for _ in cache.write_shard(path / one.shard.name, records):
                 bar.update()
+            shards.write(path, one)
     if total:
         rate = total / (time.perf_counter() - began)
         LOG.info(
@@ -109,7 +112,7 @@ def describe(
             f" {model.downsample} pixels a side; the data have {config.data.channels} and"
             f" {config.data.size}"
         )
-    model_config = bundle.model_config(config, model)
+    model_config, classes = bundle.model_config(config, model), sources["train"].classes
     side = model_config.size // model.downsample
     moments = cache.MOMENTS if isinstance(model, schema.AutoencoderKLConfig) else ("mean",)
     return {
@@ -118,6 +121,7 @@ def describe(
         "first_stage": rundir.params_hash(params),
         "model": serialize.to_dict(model),
         "data": serialize.to_dict(config.data),
+        "classes": classes if classes is None else list(classes),
         "seed": config.seed,
         "views": config.cache.views,
         "dtype": config.cache.dtype,
@@ -150,6 +154,7 @@ def open_cache(
         before, now = (
             {k: v for k, v in x.items() if k not in ("complete", "data")} for x in (known, meta)
         )
+        before.setdefault("classes", now["classes"])  # older versions kept none
         for name in now:
             if before.get(name) != now[name]:
                 raise ValueError(
@@ -218,7 +223,9 @@ class Reader:
         self.flips = 2 if train and config.data.flip else 1
         # each record is read once, for all its views: a record cache would be useless
         images = dataclasses.replace(config.data, flip=False, keep_mib=0)
-        self._make = examples.MakeExample(source, images, train)
+        self._make = examples.MakeExample(
+            source, images, train, num_ids=conditioning.map_ids(config.cond)
+        )
 
     def __call__(self, index: int) -> Read:
         made = [

@@ -19,8 +19,9 @@ from etils import epath
 from ldm_jax import schema
 from ldm_jax.data import cache, examples, packed, transforms
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.runtime import checkpoint, processes, rundir, storage
+from ldm_jax.runtime import checkpoint, processes, rundir
 from ldm_jax.runtime.log import LOG
+from ldm_jax.train.prepare import shards
 
 SPLITS = ("train", "eval")
 
@@ -46,18 +47,19 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = 40
 
     every = [(s, shard) for s in SPLITS for shard in cache.shards(s, len(sources[s]), per_shard)]
     mine = every[jax.process_index() :: jax.process_count()]
-    due = [(split, shard) for split, shard in mine if not summary_path(path, shard).exists()]
-    total = sum(shard.last - shard.first for _, shard in due)
-    LOG.info(f"{len(mine) - len(due)} of {len(mine)} shards are there; {total} images to pack")
+    due = shards.find_due(path, sources, mine, "images to pack", needs_summary=True)
+    shards.begin_again(path / "pack.json", due, _json(meta))
+    total = sum(one.shard.last - one.shard.first for one in due)
     began, bad = time.perf_counter(), 0
     with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for split, shard in due:
+        for one in due:
             left_out: list[list[str]] = []
-            records = records_of(Reader(config, sources[split], split), shard, left_out, bad)
-            for _ in cache.write_shard(path / shard.name, records):
+            read = Reader(config, sources[one.split], one.split)
+            records = records_of(read, one.shard, left_out, bad)
+            for _ in cache.write_shard(path / one.shard.name, records):
                 bar.update()
             bad += len(left_out)
-            write_summary(path, shard, left_out)
+            write_summary(path, one, left_out)
     if total:
         LOG.info(f"{total} images in {time.perf_counter() - began:.1f} s")
     processes.barrier("packed")
@@ -69,11 +71,12 @@ def describe(
     config: schema.DataConfig, sources: dict[str, FolderSource], per_shard: int
 ) -> dict[str, Any]:
     """pack.json of a folder that is to be packed."""
+    classes = sources["train"].classes
     return {
         "format": packed.FORMAT,
         "complete": False,
         "source": dataclasses.asdict(config.source),
-        "classes": sources["train"].classes,
+        "classes": classes if classes is None else list(classes),
         "channels": config.channels,
         "splits": {
             split: {
@@ -169,22 +172,17 @@ def records_of(
         examples.check_limit(before + len(left_out), name, read.config)
 
 
-def summary_path(path: epath.Path, shard: cache.Shard) -> epath.Path:
-    """File that marks a complete shard."""
-    return path / f"{epath.Path(shard.name).stem}.json"
-
-
-def write_summary(path: epath.Path, shard: cache.Shard, left_out: list[list[str]]) -> None:
+def write_summary(path: epath.Path, due: shards.Due, left_out: list[list[str]]) -> None:
     """Write the summary of a complete shard, in the process that wrote it."""
-    values = {"records": shard.last - shard.first - len(left_out), "left_out": left_out}
-    storage.write_whole(summary_path(path, shard), _json(values).encode())
+    count = due.shard.last - due.shard.first - len(left_out)
+    shards.write(path, due, records=count, left_out=left_out)
 
 
 def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.Shard]]) -> None:
     """Process 0 writes pack.json and left_out.txt from the summaries. ValueError for no image."""
     counts, names = dict.fromkeys(SPLITS, 0), []
     for split, shard in every:
-        summary = json.loads(summary_path(path, shard).read_text())
+        summary = json.loads(shards.summary_path(path, shard).read_text())
         counts[split] += summary["records"]
         names += [f"{split}\t{file}\t{reason}\n" for file, reason in summary["left_out"]]
     empty = [split for split, count in counts.items() if not count]

@@ -269,6 +269,19 @@ def test_a_skipped_step_leaves_every_device_as_it_was():
     assert (int(spiked.bad_steps), int(spiked.skips["count"])) == (2, 2)
 
 
+def test_the_logged_rate_is_that_of_the_update(quick_compilation):
+    """Which a skipped step does not bring on: the warm-up goes on where it stood."""
+    mesh = recipes.mesh_of()
+    state, _ = recipes.steps(CONFIG, mesh, 0)
+    batch = recipes.batch_of(CONFIG, mesh, 0)
+    spoiled = {**batch, "image": _spoiled(batch["image"])}
+    rates = []
+    for given in (spoiled, spoiled, batch, batch):
+        state, metrics = recipes.step_of(CONFIG, mesh)(state, given, jax.random.key(0))
+        rates.append(float(metrics["learning_rate"]))
+    assert rates == pytest.approx([5e-4, 5e-4, 5e-4, 1e-3])
+
+
 def test_too_many_bad_steps_stop_with_one_line(tmp_path, poison, first_stage_run, capsys):
     poison(range(5, 100))
     flags = ldm_flags(first_stage_run, "--workdir", str(tmp_path / "run"), "--max-bad-steps", "3")

@@ -1,0 +1,92 @@
+"""Shards that `ldm-train encode` and `pack` write: which are due, and what says that one is whole.
+
+FOLDER/train-00000-of-00003.json    {"stamp": of its records, see `data.stamp`, ...}
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from ldm_jax import data
+from ldm_jax.data import cache
+from ldm_jax.runtime import storage
+from ldm_jax.runtime.log import LOG
+
+
+class Due(NamedTuple):
+    """A shard that is to be written."""
+
+    split: str
+    shard: cache.Shard
+    stamp: str
+    """That of its records as they are now."""
+
+
+def find_due(
+    path: epath.Path,
+    sources: Mapping[str, data.Source],
+    shards: Sequence[tuple[str, cache.Shard]],
+    what: str,
+    *,
+    needs_summary: bool,
+) -> list[Due]:
+    """Those of `shards` that are not there, or whose records have changed since; says how many.
+
+    One that has changed is removed, so that it is due until it is written again. A shard
+    of an older version says nothing of its records: it is taken as it is, and compared from now on.
+    needs_summary: a shard without one is due.
+    """
+    due, changed, older = [], 0, 0
+    for split, shard in shards:
+        one = Due(split, shard, data.stamp(sources[split], shard.first, shard.last))
+        known = read(path, shard)
+        if not (path / shard.name).exists() or (known is None and needs_summary):
+            due.append(one)
+        elif known is None or "stamp" not in known:
+            older += 1
+            write(path, one, **(known or {}))
+        elif known["stamp"] != one.stamp:
+            changed += 1
+            (path / shard.name).unlink()
+            summary_path(path, shard).unlink()
+            due.append(one)
+    total = sum(one.shard.last - one.shard.first for one in due)
+    LOG.info(
+        f"{len(shards) - len(due)} of {len(shards)} shards are there; {total} {what}"
+        + (f"; files of {changed} shards have changed since they were written" if changed else "")
+        + (f"; {older} shards of an older version are taken as they are" if older else "")
+    )
+    return due
+
+
+def begin_again(file: epath.Path, due: Sequence[Due], text: str) -> None:
+    """Says in the folder's own file that it is not complete, where shards of it are due."""
+    if due:
+        storage.write_whole(file, text.encode())
+
+
+def summary_path(path: epath.Path, shard: cache.Shard) -> epath.Path:
+    """The file that says that a shard is whole."""
+    return path / f"{epath.Path(shard.name).stem}.json"
+
+
+def read(path: epath.Path, shard: cache.Shard) -> dict[str, Any] | None:
+    """What `write` wrote; None without it. ValueError if it is damaged."""
+    file = summary_path(path, shard)
+    if not file.exists():
+        return None
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise TypeError("no object")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: is damaged ({error}); remove it and run again") from error
+    return values
+
+
+def write(path: epath.Path, due: Due, **values: Any) -> None:
+    """Every process writes those of its own shards, when they are whole."""
+    text = json.dumps({"stamp": due.stamp, **values}, indent=2) + "\n"
+    storage.write_whole(summary_path(path, due.shard), text.encode())
