@@ -102,11 +102,11 @@ def report_on(folder: epath.Path) -> int:
     means = np.stack([train[train_labels == c].mean(axis=0) for c in labels]).astype(np.uint8)
     values = int(np.prod(model.latent_shape))
     report = {
-        "generated": {**row(generated, labels), "psnr": psnr(held, decoded)},
+        "generated": row(generated, labels),
         "held_out": row(held, held_labels, same=True),
         "training": row(train[some], train_labels[some]),
         "class_means": row(means, labels),
-        "reconstructed": row(decoded, held_labels),
+        "reconstructed": {**row(decoded, held_labels), "psnr": psnr(held, decoded)},
         "pca": {"components": values, "psnr": psnr(held, project(train, held, values))},
         "latent_values": values,
         "samples": len(generated),
@@ -207,18 +207,19 @@ def tell(folder: epath.Path, report: dict) -> int:
     print(f"{'':15}" + "".join(f"{name:>14}" for name in FIGURES))
     for kind in ("generated", "held_out", "training", "class_means", "reconstructed"):
         print(f"{kind:15}" + "".join(f"{report[kind][name]:14.3f}" for name in FIGURES))
-    generated = report["generated"]
+    generated, reconstructed = report["generated"], report["reconstructed"]
     print(
-        f"reconstruction of held-out digits: {generated['psnr']:.1f} dB with"
+        f"reconstruction of held-out digits: {reconstructed['psnr']:.1f} dB with"
         f" {report['latent_values']} latent values; PCA with {report['pca']['components']}"
         f" components: {report['pca']['psnr']:.1f} dB"
     )
     pictures = ("samples.png", "reconstructions.png", "trajectory.png", "losses.png")
     print(f"look at {', '.join(str(folder / name) for name in pictures)}; {folder / 'report.json'}")
+    reached = {**generated, "psnr": reconstructed["psnr"]}
     missed = [
-        f"{name} {generated[name]:.3f} below {least}"
+        f"{name} {reached[name]:.3f} below {least}"
         for name, least in TARGETS.items()
-        if generated[name] < least
+        if reached[name] < least
     ]
     excess = generated["memorisation"] - report["held_out"]["memorisation"]
     if excess > 0.10:

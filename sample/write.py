@@ -12,7 +12,7 @@ import json
 import math
 import typing
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import finite
-from ldm_jax.runtime import flags, images, reading, storage
+from ldm_jax.data.folder import SUFFIXES
+from ldm_jax.runtime import flags, images, reading, rundir, storage
 from ldm_jax.sample import hosts
 from ldm_jax.sample.generate import Made
 from ldm_jax.sample.options import Options
@@ -59,6 +60,7 @@ def _open_out(options: Options) -> epath.Path:
         raise ValueError("--resume keeps what --overwrite replaces: give one of them")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
+    refuse_foreign(out)
     keeps = options.overwrite or options.resume
     if out.exists() and not keeps and any(out.glob("*.png")):
         raise ValueError(
@@ -79,6 +81,39 @@ def _open_out(options: Options) -> epath.Path:
             f"--out {out} cannot be written: {error.strerror}; give another folder"
         ) from error
     return out
+
+
+def refuse_foreign(out: epath.Path) -> None:
+    """ValueError for a run, and for a folder with pictures in it, or below, that are not ours.
+
+    Samples that are written into a training set would be trained on.
+    """
+    if not out.is_dir():
+        return
+    if rundir.is_run(out):
+        raise ValueError(f"--out {out} is a run; give another folder")
+    for path in pictures_in(out):
+        if path.parent.name == "previews":  # the only ones that are written without settings
+            continue
+        try:
+            images.read_settings(path)
+        except ValueError as error:
+            name = path.relative_to(out)
+            raise ValueError(
+                f"--out {out} holds pictures that ldm-sample did not write ({name}); give another"
+                " folder"
+            ) from error
+
+
+def pictures_in(folder: epath.Path, depth: int = 2) -> Iterator[epath.Path]:
+    """Image files in a folder and in `depth` levels of folders below it, by name."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in SUFFIXES:
+            yield path
+        elif depth and path.is_dir():
+            yield from pictures_in(path, depth - 1)
 
 
 # --- settings -------------------------------------------------------------------------------------

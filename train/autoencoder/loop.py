@@ -51,6 +51,8 @@ def train(
         if given is not None:
             state = initial.start(config, state, shardings, given)
             LOG.info(f"starts from {config.init_from}; trains {config.train_only}")
+        else:
+            state = startup.begin(run, state, shardings)
     startup.report(config, mesh, state, stream)
     if ended(config, run, state):
         return 0

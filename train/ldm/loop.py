@@ -49,7 +49,7 @@ def train(
     state = startup.resume(run, manager, *abstract_state(config, mesh))
     dataset.keep(run, known, resumed=state is not None)
     if state is None:
-        state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
+        state = startup.begin(run, *init_state(config, jax.random.fold_in(root, INIT), mesh))
     startup.report(config, mesh, state, stream)
     if ended(config, run, state):
         return 0

@@ -8,6 +8,8 @@ import socket
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -70,6 +72,34 @@ def resume(run: epath.Path, manager: Manager, shapes: Any, shardings: Any) -> An
     if state is not None:
         rundir.drop_metrics_after(run, int(state.step))
     return state
+
+
+def begin(run: epath.Path, state: Any, shardings: Any) -> Any:
+    """The fresh state; of a run that a conversion or `ldm_jax.save` made, with its weights.
+
+    These have a snapshot of step 0, and no checkpoint. ValueError if the weights do not fit.
+    """
+    steps = checkpoint.snapshot_steps(run)
+    if steps and steps[-1] > 0:
+        LOG.warning(
+            f"the run has no checkpoint, and begins anew at step 0; its snapshots, the last of step"
+            f" {steps[-1]}, stay until the same steps are reached"
+        )
+    if 0 not in steps:
+        return state
+    given, _ = checkpoint.load_snapshot(run, 0)
+    host = {}
+    for part, fresh in state.params.items():
+        weights = given.get(part, jax.device_get(fresh))  # no snapshot of a model has a logvar
+        if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, fresh):
+            raise ValueError(f"{run}/snapshots/0: its {part} is not that of the config")
+        host[part] = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), weights, fresh)
+    LOG.info(f"starts from the weights in {run}/snapshots/0")
+    average = {part: host[part] for part in state.ema_params}
+    return state.replace(
+        params=sharding.place(host, shardings.params),
+        ema_params=sharding.place(average, shardings.ema_params),
+    )
 
 
 def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.Stream) -> None:

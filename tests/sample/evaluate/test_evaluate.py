@@ -293,10 +293,10 @@ def test_dark_images_before_bright_ones_are_no_archive_of_0_to_1(tmp_path):
     images[79] = 200
     path = str(npz(tmp_path / "dark.npz", images))
     for limit in (None, 8):
-        assert image_sets.of_npz(path, limit).count == (limit or 80)
-    assert image_sets.of_npz(path)._replace(about={}).shape == (4, 4, 3)
+        assert image_sets.images_from_npz(path, limit).count == (limit or 80)
+    assert image_sets.images_from_npz(path)._replace(about={}).shape == (4, 4, 3)
     with pytest.raises(ValueError, match="its 79 images hold nothing above 1"):
-        image_sets.of_npz(str(npz(tmp_path / "zeros.npz", images[:79])))
+        image_sets.images_from_npz(str(npz(tmp_path / "zeros.npz", images[:79])))
 
 
 def test_fewer_images_than_features_are_warned_about(drawn, ldm_run, tmp_path, capsys):

@@ -1,28 +1,54 @@
-"""What a run says of itself at its start."""
+"""Where a run begins: at fresh weights, or at those that a conversion put there."""
 
-import dataclasses
-
+import jax
+import numpy as np
 import pytest
+import recipes
 
-from ldm_jax import schema
-from ldm_jax.configs import own, tiny
+from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime.log import LOG
+from ldm_jax.train import ldm
 from ldm_jax.train.run import startup
 
+CONFIG = recipes.ldm_config()
 
-@pytest.mark.parametrize(
-    ("config", "option"),
-    [
-        (own.get_config("first_stage"), None),
-        (own.get_config("ldm"), None),
-        (tiny.get_config("first_stage"), "--model.channels 32 with --model.channel-mult 1 1"),
-        (
-            dataclasses.replace(own.get_config("ldm"), unet=schema.UNetConfig(model_channels=32)),
-            "--unet.model-channels 32 with --unet.channel-mult 1 2 4 4",
-        ),
-    ],
-)
-def test_groups_of_one_channel_are_warned_of(config, option, caplog):
-    startup.warn_of_single_channels(config)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (option is not None)
-    assert all(f"warning: {option}: GroupNorm has 32 groups" in line for line in said)
+
+@pytest.fixture
+def fresh():
+    """(state, shardings) before the first step, on one device."""
+    mesh = recipes.mesh_of()
+    state, (_, shardings) = recipes.start(CONFIG, mesh), ldm.abstract_state(CONFIG, mesh)
+    return state, shardings
+
+
+def test_a_converted_model_trains_on(fresh, tmp_path, caplog):
+    """Its snapshot is of step 0, in any type of the weights."""
+    caplog.set_level("INFO", logger=LOG.name)
+    state, shardings = fresh
+    given = jax.tree.map(lambda x: (2 * np.asarray(x)).astype(np.float16), state.params)
+    checkpoint.save_snapshot(tmp_path, 0, given, {})
+    found = startup.begin(tmp_path, state, shardings)
+    wanted = jax.tree.map(np.float32, given)
+    recipes.assert_same_bits(found.params, wanted)
+    recipes.assert_same_bits(found.ema_params, {part: wanted[part] for part in state.ema_params})
+    assert int(found.step) == 0
+    assert caplog.messages == [f"starts from the weights in {tmp_path}/snapshots/0"]
+
+
+def test_without_a_snapshot_the_weights_are_fresh(fresh, tmp_path):
+    assert startup.begin(tmp_path, *fresh) is fresh[0]
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(fresh, tmp_path, caplog):
+    checkpoint.save_snapshot(tmp_path, 12, fresh[0].params, {})
+    assert startup.begin(tmp_path, *fresh) is fresh[0]
+    assert "has no checkpoint, and begins anew at step 0; its snapshots, the last of step 12" in (
+        caplog.text
+    )
+
+
+def test_weights_of_another_model_are_refused(fresh, tmp_path):
+    cond = {**jax.device_get(fresh[0].params)["cond_stage"], "more": np.zeros(3)}
+    checkpoint.save_snapshot(tmp_path, 0, {"cond_stage": cond}, {})
+    with pytest.raises(ValueError, match="snapshots/0: its cond_stage is not that of the config"):
+        startup.begin(tmp_path, *fresh)
