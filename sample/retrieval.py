@@ -152,6 +152,7 @@ def find(towers: clip_folder.CLIP, options: Options, mesh: jax.sharding.Mesh) ->
     queries = []
     if options.prompt:
         queries.append(neighbours.embed_texts(towers, options.prompt))
+        text2img.say_lost(towers.tokenizer, options.prompt, ())
     if options.query_image:
         for path in options.query_image:
             open_image(path, 3)  # refuses files that are no images

@@ -6,6 +6,8 @@ import numpy as np
 
 from ldm_jax import schema
 from ldm_jax.bundle import LatentDiffusion
+from ldm_jax.data.tokens import Tokenizer
+from ldm_jax.runtime.log import LOG
 
 
 def prompts(
@@ -15,7 +17,7 @@ def prompts(
 
     negative: texts that guidance leads away from, one for all or as many as `texts`.
     ValueError if the model reads no text, came without a tokenizer, or the numbers differ;
-    TypeError for anything but texts.
+    TypeError for anything but texts. The log tells of words that the text encoder has no room for.
     """
     if schema.text_of(model.config.cond) is None:
         raise ValueError("the model is not conditioned on text and reads no prompts")
@@ -32,5 +34,10 @@ def prompts(
         raise ValueError(
             f"{len(texts)} prompts and {len(negative)} negative ones: give as many, or one text"
         )
+    if isinstance(model.tokenizer, Tokenizer):  # one of the user's own need not tell
+        for text in dict.fromkeys([*texts, *negative]):
+            lost = model.tokenizer.lost(text)
+            if lost:
+                LOG.warning("prompt %r... is cut off; left out: %r", text[:24], lost)
     encode = model.tokenizer.encode
     return {"tokens": encode(list(texts)), "null_tokens": encode(list(negative))}

@@ -12,7 +12,7 @@ from etils import epath
 
 from ldm_jax import data, schema
 from ldm_jax.data import packed
-from ldm_jax.data.folder import FolderSource
+from ldm_jax.data.folder import FolderSource, file_stamp
 from ldm_jax.metrics import features
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.runtime.log import LOG
@@ -136,6 +136,9 @@ def images_from_data(
     else:
         where = getattr(config.source, "path", "") or getattr(config.source, "name", "the data")
         count = limited(len(source), limit, where)
+    stamp = data.stamp(source, 0, min(count, len(source)))  # features of other files are not kept
+    facts |= {"stamp": stamp} if stamp else {}
+    if not repeat:
         source = First(source, count)
     shape = (config.size, config.size, config.channels)
 
@@ -186,6 +189,7 @@ def images_from_folder(path: str, limit: int | None = None) -> ImageSet:
         return np.stack(pictures)
 
     about = {"folder": str(folder), "images": count, **left_out(source)}
+    about["stamp"] = source.stamp(0, count)
     return _images_from_reader(count, first.shape, read, about)
 
 
@@ -259,7 +263,7 @@ def images_from_npz(path: str, limit: int | None = None) -> ImageSet:
     def read(indices: range) -> np.ndarray:
         return _npy_slice(file, shape, indices)
 
-    about = {"npz": str(file), "images": count}
+    about = {"npz": str(file), "images": count, "stamp": file_stamp(file)}
     return _images_from_reader(count, shape[1:], read, about)
 
 

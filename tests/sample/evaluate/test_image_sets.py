@@ -105,3 +105,24 @@ def test_a_folder_without_images_is_refused(tmp_path, read):
         images.save_png(tmp_path / name, picture(3))
     with pytest.raises(ValueError, match="holds no images"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [as_given, as_trained])
+def test_features_of_a_set_are_not_those_of_a_replaced_image(folder, read):
+    """What `extraction.kept` compares before it goes on with the features that it finds."""
+    before = [read(folder).about, read(folder, 2).about]
+    assert before == [read(folder).about, read(folder, 2).about]
+    images.Image.fromarray(picture(7)).save(folder / "d.webp")
+    assert read(folder).about != before[0]
+    assert read(folder, 2).about == before[1]  # the first two are still the same
+    (folder / "a.png").rename(folder / "aa.png")
+    assert read(folder, 2).about != before[1]
+
+
+def test_features_of_an_archive_are_not_those_of_another_under_its_name(tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, arr_0=np.full((2, 4, 4, 3), 200, np.uint8))
+    before = image_sets.images_from_npz(str(path)).about
+    assert image_sets.images_from_npz(str(path)).about == before
+    np.savez(path, arr_0=np.full((2, 4, 4, 3), 100, np.uint8))
+    assert image_sets.images_from_npz(str(path)).about != before
