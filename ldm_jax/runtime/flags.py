@@ -20,7 +20,7 @@ Text = Annotated[str, arg(metavar="TEXT")]
 Files = Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")]
 Ids = Annotated[tuple[int, ...], arg(metavar="ID ...", help_behavior_hint="")]
-Classes = Annotated[tuple[str, ...], arg(metavar="CLASS ...", help_behavior_hint="")]
+Classes = Annotated[tuple[str | int, ...], arg(metavar="CLASS ...", help_behavior_hint="")]
 OptionalDir = Annotated[str | None, arg(metavar="DIR")]
 OptionalFile = Annotated[str | None, arg(metavar="FILE")]
 OPTIONAL = {int | None: "INT", float | None: "FLOAT", str | None: "STR"}
