@@ -129,7 +129,7 @@ def test_label_and_maps_belong_to_the_image():
     ("fields", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
-        ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"seed": -1}, "seed -1 is not in 0..2**64 - 1"),
         ({"config": dataclasses.replace(CONFIG, read_ahead=0)}, "data.read_ahead is 0"),
         ({"config": dataclasses.replace(CONFIG, workers=-2)}, "data.workers is -2"),
         ({"config": dataclasses.replace(CONFIG, keep_mib=-1)}, "data.keep_mib is -1"),
