@@ -39,9 +39,9 @@ def train(
         num_ids=conditioning.map_ids(config.cond),
     )
     stream, held_out = open_stream(), open_stream(split="eval")
-    check(config, given.first_stage, stream, mesh)
     labels = "label" in conditioning.needs(config.cond)
     known = dataset.check(workdir, stream, held_out, labels=labels)
+    check(config, given.first_stage, stream, mesh)
     run = startup.open_run(workdir, config)  # only now is anything written
     fixed = frozen.prepare(config, run, mesh, stream, given)
 
