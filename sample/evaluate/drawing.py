@@ -170,6 +170,7 @@ def _conditions(
         how,
         limit=count,
         tokenizer=model.tokenizer,
+        num_ids=conditioning.map_ids(cond),
         captions=options.captions,
         repeat=True,
         flag="--data",

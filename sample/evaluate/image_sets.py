@@ -65,6 +65,7 @@ def opened(
     *,
     limit: int | None = None,
     tokenizer: Any = None,
+    num_ids: int | None = None,
     captions: Literal["none", "sidecar", "metadata"] = "none",
     repeat: bool = False,
     flag: str,
@@ -75,7 +76,8 @@ def opened(
     split: of a run's data; a folder is taken whole. limit: the first so many, of which there must
     be as many; with `repeat`, as for what samples are conditioned on, they begin anew instead, and
     the next record replaces one that cannot be read.
-    tokenizer: makes tokens of captions; captions: where a folder has them.
+    tokenizer: makes tokens of captions; captions: where a folder has them. num_ids: classes that
+    segmentation maps may hold.
     ValueError names `flag` and the kind of path found.
     """
     if path and path.endswith(".npz"):
@@ -96,7 +98,7 @@ def opened(
         )
     given = {name: x for name, x in dataclasses.asdict(how).items() if x is not None}
     config = dataclasses.replace(config, **given)
-    return images_from_data(config, split, limit, tokenizer, source=source, repeat=repeat)
+    return images_from_data(config, split, limit, tokenizer, num_ids, source=source, repeat=repeat)
 
 
 def _size(how: Preparation, path: str, flag: str) -> int:
@@ -110,6 +112,7 @@ def images_from_data(
     split: Literal["train", "eval"],
     limit: int | None = None,
     tokenizer: Any = None,
+    num_ids: int | None = None,
     *,
     source: Any = None,
     repeat: bool = False,
@@ -123,7 +126,9 @@ def images_from_data(
     # a stream is endless, and replaces what cannot be read: here neither is wanted
     strict = config if repeat else dataclasses.replace(config, max_bad_records=0)
     # train=False: in order and without augmentation, also for the training split
-    stream = lambda size: data.Stream(source, strict, size, 0, False, tokenizer)  # noqa: E731
+    stream = lambda size: data.Stream(  # noqa: E731
+        source, strict, size, 0, False, tokenizer, num_ids
+    )
     source = data.open_source(config, split) if source is None else source
     if tokenizer is not None and "caption" not in source.features:
         raise ValueError(

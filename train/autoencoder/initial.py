@@ -29,39 +29,47 @@ class Given(NamedTuple):
 def find(
     config: schema.AutoencoderTrainConfig, workdir: epath.PathLike, shapes: GanState
 ) -> Given | None:
-    """The weights of `init_from`; None without it, or in a run that has a checkpoint.
+    """The weights of `init_from`, or of a run that a conversion made, at its snapshot of step 0.
 
-    Only reads. A discriminator that does not fit the config's is left out, and reported.
-    ValueError if the autoencoder is of another model, or if only the decoder should train and there
-    is nothing to start from.
+    None without either, or in a run that has a checkpoint. Only reads. A discriminator that does
+    not fit the config's is left out, and reported. ValueError if the autoencoder is of another
+    model, or if only the decoder should train and there is nothing to start from.
     """
     if checkpoint.latest_step(workdir) is not None:
         return None
-    if not config.init_from:
+    path = config.init_from
+    if 0 in checkpoint.snapshot_steps(workdir):
+        if path:
+            raise ValueError(
+                f"--init-from {path}: {workdir} has weights of its own (snapshots/0); leave the"
+                " option out, or use another --workdir"
+            )
+        path = str(workdir)
+    if not path:
         if config.train_only == "decoder":
             raise ValueError(
                 "--train-only decoder: give --init-from, the first stage whose latents stay"
             )
         return None
-    params, model = loading.load_first_stage(config.init_from)
+    params, model = loading.load_first_stage(path)
     wanted, given = _shapes(shapes.params["autoencoder"]), _shapes(params)
     odd = [n for n in sorted(wanted.keys() | given.keys()) if wanted.get(n) != given.get(n)]
     if odd:
         raise ValueError(
-            f"--init-from {config.init_from}: is another first stage ({model}) than this config's:"
+            f"--init-from {path}: is another first stage ({model}) than this config's:"
             f" {len(odd)} arrays differ, as {odd[0]}: {given.get(odd[0], 'not there')} instead of"
             f" {wanted.get(odd[0], 'nothing')}; set --model to fit"
         )
-    return Given(params, *_discriminator(config, shapes))
+    return Given(params, *_discriminator(config, shapes, path))
 
 
 def _discriminator(
-    config: schema.AutoencoderTrainConfig, shapes: GanState
+    config: schema.AutoencoderTrainConfig, shapes: GanState, path: epath.PathLike
 ) -> tuple[dict | None, str]:
     """({"params", "batch_stats"} or None, log line about it)."""
     if config.discriminator is None:
         return None, ""
-    path, kind = loading.recognise(config.init_from)
+    path, kind = loading.recognise(path)
     if kind in ("diffusers", "first_stage"):
         given, about = None, f"{path} is a diffusers folder, which holds none"
     else:

@@ -50,9 +50,7 @@ def train(
         state, _ = init_state(config, jax.random.fold_in(root, INIT), mesh)
         if given is not None:
             state = initial.start(config, state, shardings, given)
-            LOG.info(f"starts from {config.init_from}; trains {config.train_only}")
-        else:
-            state = startup.begin(run, state, shardings)
+            LOG.info(f"starts from {config.init_from or run}; trains {config.train_only}")
     startup.report(config, mesh, state, stream)
     if ended(config, run, state):
         return 0

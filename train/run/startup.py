@@ -71,6 +71,11 @@ def resume(run: epath.Path, manager: Manager, shapes: Any, shardings: Any) -> An
     state = checkpoint.resume(manager, sharding.with_shardings(shapes, shardings))
     if state is not None:
         rundir.drop_metrics_after(run, int(state.step))
+    elif (last := max(checkpoint.snapshot_steps(run), default=0)) > 0:
+        LOG.warning(
+            "the run has no checkpoint, and begins anew at step 0; its snapshots, the last of step"
+            f" {last}, stay until the same steps are reached"
+        )
     return state
 
 
@@ -79,13 +84,7 @@ def begin(run: epath.Path, state: Any, shardings: Any) -> Any:
 
     These have a snapshot of step 0, and no checkpoint. ValueError if the weights do not fit.
     """
-    steps = checkpoint.snapshot_steps(run)
-    if steps and steps[-1] > 0:
-        LOG.warning(
-            f"the run has no checkpoint, and begins anew at step 0; its snapshots, the last of step"
-            f" {steps[-1]}, stay until the same steps are reached"
-        )
-    if 0 not in steps:
+    if 0 not in checkpoint.snapshot_steps(run):
         return state
     given, _ = checkpoint.load_snapshot(run, 0)
     host = {}

@@ -126,3 +126,14 @@ def test_features_of_an_archive_are_not_those_of_another_under_its_name(tmp_path
     assert image_sets.images_from_npz(str(path)).about == before
     np.savez(path, arr_0=np.full((2, 4, 4, 3), 100, np.uint8))
     assert image_sets.images_from_npz(str(path)).about != before
+
+
+def test_maps_with_more_classes_than_the_model_are_refused():
+    config = schema.DataConfig(source=schema.SyntheticConfig(num_images=8, size=8), size=8)
+    for num_ids, message in ((5, None), (3, "the segmentation holds class 3, but")):
+        image_set = image_sets.images_from_data(config, "train", 8, num_ids=num_ids)
+        if message is None:
+            assert len(means(image_set)) == 8
+        else:
+            with pytest.raises(ValueError, match=message):
+                means(image_set)

@@ -1,13 +1,16 @@
 """Where a run begins: at fresh weights, or at those that a conversion put there."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import recipes
 
-from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train import ldm
+from ldm_jax.train import autoencoder, ldm
+from ldm_jax.train.autoencoder import initial
 from ldm_jax.train.run import startup
 
 CONFIG = recipes.ldm_config()
@@ -40,8 +43,13 @@ def test_without_a_snapshot_the_weights_are_fresh(fresh, tmp_path):
 
 
 def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(fresh, tmp_path, caplog):
-    checkpoint.save_snapshot(tmp_path, 12, fresh[0].params, {})
-    assert startup.begin(tmp_path, *fresh) is fresh[0]
+    state, shardings = fresh
+    manager = checkpoint.manager(tmp_path)
+    assert startup.resume(tmp_path, manager, state, shardings) is None
+    assert not caplog.messages
+    checkpoint.save_snapshot(tmp_path, 12, state.params, {})
+    assert startup.resume(tmp_path, manager, state, shardings) is None
+    assert startup.begin(tmp_path, state, shardings) is state
     assert "has no checkpoint, and begins anew at step 0; its snapshots, the last of step 12" in (
         caplog.text
     )
@@ -52,3 +60,18 @@ def test_weights_of_another_model_are_refused(fresh, tmp_path):
     checkpoint.save_snapshot(tmp_path, 0, {"cond_stage": cond}, {})
     with pytest.raises(ValueError, match="snapshots/0: its cond_stage is not that of the config"):
         startup.begin(tmp_path, *fresh)
+
+
+def test_a_converted_first_stage_trains_on(tmp_path):
+    """With its codes: through what `--init-from` does."""
+    config = recipes.first_stage_config()
+    shapes, _ = autoencoder.abstract_state(config, recipes.mesh_of())
+    assert initial.find(config, tmp_path, shapes) is None
+    rundir.open_run(tmp_path, config)
+    given = recipes.filled(shapes.params)
+    checkpoint.save_snapshot(tmp_path, 0, given, {})
+    found = initial.find(config, tmp_path, shapes)
+    recipes.assert_same_bits(found.params, given["autoencoder"])
+    other = dataclasses.replace(config, init_from="elsewhere")
+    with pytest.raises(ValueError, match=r"--init-from elsewhere: .* has weights of its own"):
+        initial.find(other, tmp_path, shapes)
