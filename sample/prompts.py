@@ -62,9 +62,8 @@ def read(path: str, default: Prompt) -> tuple[list[Prompt], list[str]]:
 def lines_of(path: str) -> tuple[list[str], list[str]]:
     """(lines, problems): a line that is not UTF-8 is empty, and among the problems."""
     lines, problems = [], []
-    data = (
-        epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    )  # byte-order mark, which Excel writes
+    # Excel writes a byte-order mark
+    data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.splitlines(), 1):
         try:
             lines.append(line.decode())

@@ -13,9 +13,8 @@ from ldm_jax import schema
 
 Encode = Callable[[jax.Array], jax.Array]  # image_bhwc -> scaled latent, the posterior's mode
 Batch = Mapping[str, Any]  # name -> [B, ...] array
-Dropped = (
-    jax.Array | bool
-)  # [B] bool or one bool: True where the null condition replaces the given one
+# [B] bool or one bool: True where the null condition replaces the given one
+Dropped = jax.Array | bool
 
 
 class Cond(NamedTuple):

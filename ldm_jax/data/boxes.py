@@ -17,12 +17,8 @@ import numpy as np
 from etils import epath
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-MODIFIERS = (
-    "group",
-    "occluded",
-    "depiction",
-    "inside",
-)  # bits: a class id grows by 1, 2, 4, 8 times the number of classes
+# bits: a class id grows by 1, 2, 4, 8 times the number of classes
+MODIFIERS = ("group", "occluded", "depiction", "inside")
 SUITCASE = "/m/01s55n"  # the last in the reference's order of OpenImages' classes
 
 # The 80 "things" of COCO 2017 in the order of its annotation files, counted from 0.

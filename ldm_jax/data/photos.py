@@ -60,9 +60,8 @@ class PhotosSource:
             for photo, path in enumerate(PHOTOS)
             for left, top in _corners(region(photo, *_size(*path), split), config.crop, stride)
         ]
-        if (
-            split != "train"
-        ):  # not shuffled later: mixed here, so that any part of them shows every photo
+        # not shuffled later: mixed here, so that any part of them shows every photo
+        if split != "train":
             order = np.random.default_rng(0).permutation(len(self._crops))
             self._crops = [self._crops[i] for i in order]
 

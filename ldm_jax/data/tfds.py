@@ -11,9 +11,8 @@ import tensorflow_datasets as tfds
 
 from ldm_jax import schema
 
-OURS = re.compile(
-    r"sklearn_digits(/|:|$)"
-)  # builders defined in this package, prepared on first use
+# builders defined in this package, prepared on first use
+OURS = re.compile(r"sklearn_digits(/|:|$)")
 
 
 class TFDSSource:

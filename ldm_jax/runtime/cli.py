@@ -14,12 +14,8 @@ import jax
 
 from ldm_jax.runtime import cluster, flags, log
 
-CLEAR = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-    ImportError,
-)  # their message is one line for the user
+# errors whose message is one line for the user
+CLEAR = (ValueError, OSError, FloatingPointError, ImportError)
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
 UNREAD = 141  # 128 + SIGPIPE: the reader of stdout has closed it, as `| head` does
 

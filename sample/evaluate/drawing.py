@@ -131,9 +131,8 @@ def drawn(
     run = program.make_run(model, asked, guided, model.latent_shape)
 
     def numbered(params: dict, batch: dict, numbers: jax.Array) -> jax.Array:
-        keys = sampling.keys_of(
-            options.seed, numbers
-        )  # inside the program: `numbers` are split over all processes
+        # inside the program, because `numbers` are split over all processes
+        keys = sampling.keys_of(options.seed, numbers)
         return run(params, batch, keys, options.guidance_scale, options.eta)[0]
 
     jitted = jax.jit(numbered, out_shardings=sharding.batch_sharding(mesh))

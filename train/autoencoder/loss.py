@@ -242,9 +242,8 @@ def make_eval_step(
     loss = make_loss(config, mesh, perceptual)
 
     def evaluate(frozen: dict, params: dict, batch: dict) -> dict:
-        key = train_state.example_keys(
-            jax.random.key(0), config.batch_size
-        )  # required, but the mode draws nothing
+        # required, but the posterior's mode draws nothing
+        key = train_state.example_keys(jax.random.key(0), config.batch_size)
         examples = {"batch": {"image": batch["image"]}, "keys": dict.fromkeys(DRAWS, key)}
         _, metrics = loss(frozen, params, examples, False)
         latents = metrics.pop("examples", None)

@@ -88,9 +88,8 @@ class Monitor:
         self.lines: list[dict] = []
         self.last_time, self.last_step = time.perf_counter(), first_step
         self.board = None
-        self.board_type = (
-            summary_writer() if self.main else None
-        )  # imported here, not between two steps
+        # a slow import: now rather than between two steps
+        self.board_type = summary_writer() if self.main else None
         self.bad_steps = self.skipped_steps = 0
         """Steps in a row without a finite loss, as of the last metrics fetched."""
         self.fetched_step = first_step

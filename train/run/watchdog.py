@@ -157,8 +157,8 @@ class Watch:
     def _watch(self) -> None:
         last = time.monotonic()
         while True:
-            # a suspended machine or stopped process has seen no signs meanwhile: do not count that
-            # time
+            # the time in which the machine was suspended or the process stopped does not count: the
+            # others may have given signs that this process could not see
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * self.config.every), now
             try:
@@ -173,8 +173,8 @@ class Watch:
     def check(self, elapsed: float) -> tuple[str, bool] | None:
         """One round: a sign of life, the others' and this main thread's.
 
-        Returns (reason to exit, True if a restart may help), or None. `elapsed`:
-        seconds since the last round.
+        Returns (reason to exit, True if a restart may help), or None. `elapsed`: seconds since the
+        last round.
         """
         self.beats += 1
         self._show()
@@ -240,9 +240,8 @@ class Watch:
         me = f"process {self.index}" if self.count > 1 else "this process"
         message = f"ldm-train: {why}; {me} leaves with code {LOST}"
         LOG.info(message, extra=log.ONLY_FILE)
-        sys.stderr.write(
-            f"\n{message}\n"
-        )  # in every process: the first may be the one that is gone
+        # in every process, unlike the log: the first process may be the one that is gone
+        sys.stderr.write(f"\n{message}\n")
         sys.stderr.flush()
         logs.flush(2.0)  # storage may hang
         self.state, self.why, self.retry = "lost", why, retry
@@ -268,9 +267,8 @@ class Watch:
 
     def _write(self) -> None:
         there = self.written or (self.run / "config.json").exists()
-        if (
-            there and not self.replaced
-        ):  # else the newer start would mistake this for a still newer one
+        # a newer start would mistake this file for that of a still newer one
+        if there and not self.replaced:
             write(self.run, f"{self.index}.json", self._beat())
             self.written = True
 
@@ -347,9 +345,8 @@ def tell(**values: Any) -> None:
         pass  # the pipe is full: a later line repeats it
     except OSError:
         _pipe = None
-        os.kill(
-            os.getpid(), signal.SIGTERM
-        )  # else the user's next start would write into the run beside this one
+        # else the user's next start would write into the run beside this one
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def this_start() -> tuple[int, int, int]:
