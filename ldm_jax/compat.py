@@ -21,6 +21,7 @@ from ldm_jax.convert import table
 from ldm_jax.convert.diffusers import part_configs, tables
 from ldm_jax.convert.formats import files, safetensors_file
 from ldm_jax.models import attention, autoencoder, blocks
+from ldm_jax.runtime import reading
 
 CONFIG = "config.json"
 TORCH = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -208,7 +209,7 @@ class FlaxAutoencoderKL(nn.Module):
         if not isinstance(config, Mapping):
             where = epath.Path(config)
             where = where / CONFIG if where.is_dir() else where
-            config = json.loads(where.read_text())
+            config = reading.read_object(where)
         # refuses the options that the Flax class could not build either
         part_configs.first_stage_config({**config, "_class_name": "AutoencoderKL"}, str(where))
         options = {name: config[name] for name in FIELDS if name in config}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import schema
+from ldm_jax.schema import sizes as config_sizes
 
 ScheduleKind = Literal["scaled_linear", "linear", "cosine", "sqrt"]
 Prediction = Literal["eps", "x0", "v"]
@@ -94,6 +95,7 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 
 def from_config(config: schema.DiffusionConfig) -> Schedule:
     """The schedule of a config. ValueError when it and the prediction exclude each other."""
+    config_sizes.check(config, "diffusion")
     if config.zero_terminal_snr and config.prediction == "eps":
         raise ValueError(
             "zero_terminal_snr=True with prediction='eps': at the last level the noise says"

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -209,11 +208,15 @@ def _write(path: epath.Path, index: Index, mark: dict[str, str]) -> None:
 
 def _read(path: epath.Path, mark: dict[str, str], folder: str) -> Index:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            meta = json.loads(str(arrays["meta"]))
+        with reading.refusals(path):
+            arrays = reading.read_npz(path)
+            meta = reading.parse_json(str(arrays["meta"]), "its meta")
             index = Index(arrays["files"], arrays["embeddings"])
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: is no index of images ({error}); rebuild it") from error
+            if not isinstance(meta, dict) or index.files.shape != index.embeddings.shape[:1]:
+                raise ValueError("its names and embeddings do not fit")
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: is no index of images ({why}); rebuild it") from error
     if meta.get("format") != FORMAT:
         raise ValueError(
             f"{path}: is of format {meta.get('format')}, known is {FORMAT}; rebuild it"

@@ -87,8 +87,12 @@ def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> 
     """--init-latents as float32 [count, h, w, c]; ValueError if the file holds no such latents."""
     if options.init_latents is None:
         return None
-    x_T = np.load(options.init_latents)
+    x_T = reading.read_npy(options.init_latents)
     first = options.first_index
+    if x_T.dtype.kind not in "fiu" or not np.isfinite(x_T).all():
+        raise ValueError(
+            f"--init-latents {options.init_latents}: holds {x_T.dtype}, not finite numbers alone"
+        )
     if x_T.shape[1:] != shape or len(x_T) < first + count:
         raise ValueError(
             f"--init-latents {options.init_latents} holds {x_T.shape}, needed is"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ldm_jax import seeds
+from ldm_jax.runtime import reading
 
 COLUMNS = ("prompt", "negative_prompt", "seed", "guidance_scale", "num_images")
 LARGEST = {int: 10**30, float: decimal.Decimal(sys.float_info.max)}
@@ -62,8 +63,7 @@ def read(path: str, default: Prompt) -> tuple[list[Prompt], list[str]]:
 def lines_of(path: str) -> tuple[list[str], list[str]]:
     """(lines, problems): a line that is not UTF-8 is empty, and among the problems."""
     lines, problems = [], []
-    # Excel writes a byte-order mark
-    data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = reading.read_bytes(path).removeprefix(b"\xef\xbb\xbf")  # of Excel's UTF-8
     for number, line in enumerate(data.splitlines(), 1):
         try:
             lines.append(line.decode())

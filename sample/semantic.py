@@ -1,7 +1,6 @@
 """Segmentation map to image: `ldm-sample semantic --model PATH --out DIR --maps street.png`."""
 
 import dataclasses
-import json
 
 import numpy as np
 from etils import epath
@@ -121,10 +120,7 @@ def read_map(path: str, colours: dict[tuple[int, ...], int] | None = None) -> np
 
 def read_palette(path: str) -> dict[tuple[int, ...], int]:
     """{(red, green, blue): class id} from a JSON file. ValueError names its fault."""
-    try:
-        data = json.loads(epath.Path(path).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--palette {path}: is not JSON: {error}") from error
+    data = reading.read_json(path, "give --palette a JSON file")
     if not isinstance(data, list | dict) or not data:
         raise ValueError(f"--palette {path}: give a list of [red, green, blue], or {{id: colour}}")
     colours = {}

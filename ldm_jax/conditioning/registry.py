@@ -22,6 +22,7 @@ from ldm_jax.conditioning import (
     upscale,
 )
 from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes
+from ldm_jax.schema import sizes as config_sizes
 
 KINDS: dict[type, Kind] = {
     schema.ClassCondConfig: class_label.KIND,
@@ -61,6 +62,8 @@ def build(
 
     `remat` recomputes the layers of a text encoder that trains in the backward pass.
     """
+    if config is not None:
+        config_sizes.check(config, "cond")
     return kind_of(config).build(config, dtype, remat)
 
 

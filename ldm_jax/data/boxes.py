@@ -8,13 +8,14 @@ id of the vocabulary. Two more tokens at the end give the part of the whole pict
 import csv
 import difflib
 import io
-import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+
+from ldm_jax.runtime import reading
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 # bits: a class id grows by 1, 2, 4, 8 times the number of classes
@@ -91,11 +92,11 @@ def read_names(path: epath.PathLike) -> dict[str, int]:
         return {name: i for i, name in enumerate(COCO)}
     path = epath.Path(path)
     if path.suffix == ".csv":
-        rows = [row for row in csv.reader(io.StringIO(_text(path))) if len(row) == 2]
+        rows = [row for row in csv.reader(io.StringIO(reading.read_text(path))) if len(row) == 2]
         rows.sort(key=lambda row: (row[0] == SUITCASE, row[0]))
         labels = [(name, i) for i, (_, name) in enumerate(rows)]
     else:
-        data = _json(path)
+        data = reading.read_json(path)
         if not isinstance(data, list | dict):
             raise ValueError(f"{path}: give a list of class names, or an object of name and id")
         labels = (
@@ -122,7 +123,7 @@ def read_layout(path: epath.PathLike, names: dict[str, int] | None = None) -> li
     ValueError names the file, the number of the object (from 1) and its fault.
     """
     path = epath.Path(path)
-    data = _json(path)
+    data = reading.read_json(path)
     objects = data.get("objects") if isinstance(data, dict) else None
     if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
         raise ValueError(
@@ -198,17 +199,3 @@ def _numbers(value: object, count: int) -> bool:
         and len(value) == count
         and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
     )
-
-
-def _text(path: epath.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text") from error
-
-
-def _json(path: epath.Path) -> object:
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error

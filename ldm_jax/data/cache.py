@@ -9,7 +9,6 @@ cache shuffles as one over the images does. Shards appear whole, under their fin
 
 import contextlib
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from etils import epath
 from flax import serialization
 
 from ldm_jax import schema
-from ldm_jax.runtime import storage
+from ldm_jax.runtime import reading, storage
 from ldm_jax.schema import serialize
 
 FORMAT = 1  # of cache.json; a reader refuses a newer one
@@ -107,16 +106,20 @@ def peek(path: epath.PathLike) -> dict[str, Any] | None:
     file = epath.Path(path) / "cache.json"
     if not file.exists():
         return None
-    try:
-        values = json.loads(file.read_text())
-        version, _, _ = values["format"], values["complete"], values["first_stage"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: is damaged ({error}); encode into another folder") from error
-    if version > FORMAT:
-        raise ValueError(
-            f"{file}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
-        )
+    with reading.refusals(file, "encode into another folder"):
+        values = reading.read_object(file, "encode into another folder")
+        reading.check_format(values["format"], FORMAT, str(file))
+        _, _, splits = values["complete"], values["first_stage"], values["splits"]
+        check_splits(splits)
     return values
+
+
+def check_splits(splits: Any) -> None:
+    """ValueError, or another of `reading.DAMAGE`, unless each has numbers of records and shards."""
+    for split, says in splits.items():
+        for name in ("records", "shards"):
+            if name in says and (type(says[name]) is not int or says[name] < 0):
+                raise ValueError(f"{name} of {split} are {says[name]!r:.40}, which is no count")
 
 
 def check(path: epath.PathLike, data: schema.DataConfig, first_stage: str | None = None) -> None:
@@ -148,9 +151,10 @@ def refuse_other(
 # --- shards ---------------------------------------------------------------------------------------
 
 
-def shard_names(split: str, count: int) -> list[str]:
-    """File names of all shards of a split."""
-    return [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
+def shard_names(split: str, count: int, number: int | None = None) -> list[str]:
+    """File names of all shards of a split, or of the first so many."""
+    number = count if number is None else number
+    return [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(number)]
 
 
 def open_shards(
@@ -166,7 +170,10 @@ def open_shards(
             f"{path}: ArrayRecord files are read by index, from a file system only: mount the"
             " bucket (gcsfuse, mountpoint-s3) or copy the folder, and give its path there"
         )
-    paths = [str(epath.Path(path) / name) for name in shard_names(split, count)]
+    # as many as there are, and one more: a number in a file is not yet a number of files
+    there = sum(1 for _ in epath.Path(path).glob(f"{split}-*.array_record"))
+    names = shard_names(split, count, min(count, there + 1))
+    paths = [str(epath.Path(path) / name) for name in names]
     missing = [p for p in paths if not epath.Path(p).exists()]
     if missing:
         raise FileNotFoundError(

@@ -17,6 +17,7 @@ from flax import serialization
 from ldm_jax import schema
 from ldm_jax.data import cache
 from ldm_jax.data.folder import file_stamp
+from ldm_jax.runtime import reading
 
 FORMAT = 1  # of pack.json; a reader refuses a newer one
 KEPT = ("class_from_folder", "captions", "segmentation_suffix", "mask_suffix")
@@ -80,15 +81,11 @@ def peek(path: epath.PathLike) -> dict[str, Any] | None:
     file = epath.Path(path) / "pack.json"
     if not file.exists():
         return None
-    try:
-        values = json.loads(file.read_text())
-        version, _, _, _ = (values[name] for name in ("format", "complete", "source", "splits"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: is damaged ({error}); pack into another folder") from error
-    if version > FORMAT:
-        raise ValueError(
-            f"{file}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
-        )
+    with reading.refusals(file, "pack into another folder"):
+        values = reading.read_object(file, "pack into another folder")
+        reading.check_format(values["format"], FORMAT, str(file))
+        _, _, splits = (values[name] for name in ("complete", "source", "splits"))
+        cache.check_splits(splits)
     return values
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ldm_jax.runtime import reading
+
 CONFIG = "tokenizer_config.json"
 # Files of both tokenizers, as transformers writes them; a folder is complete with one of SETS.
 FILES = (
@@ -136,7 +138,7 @@ def load_tokenizer(
 
 
 def _read(folder: epath.Path) -> dict[str, bytes]:
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = {name: reading.read_bytes(folder / name) for name in FILES if (folder / name).is_file()}
     bytes_only = BYTES.encode() in files.get(CONFIG, b"")
     if not bytes_only and not any(files.keys() >= set(names) for names in SETS):
         raise FileNotFoundError(
@@ -193,4 +195,7 @@ def _padded_with(files: dict[str, bytes], pad_id: int) -> dict[str, bytes]:
 
 
 def _json(files: dict[str, bytes], name: str) -> dict:
-    return json.loads(files.get(name, b"{}"))
+    values = reading.parse_json(files.get(name, b"{}"), name)
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} holds no object of names and values")
+    return values

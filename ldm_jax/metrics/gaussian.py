@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from ldm_jax.runtime import reading
+
 FORMAT = 1  # of the JSON in a file of statistics; a reader refuses a newer one
 
 
@@ -151,32 +153,29 @@ def write(
 def read(path: epath.PathLike) -> Saved:
     """A .npz of `write`, pytorch-fid or the ADM suite. ValueError names what it lacks."""
     path = epath.Path(path)
-    with path.open("rb") as file:
-        try:
-            archive = np.load(file, allow_pickle=False)
-            held = set(archive.files)
-        except (ValueError, OSError, AttributeError, EOFError) as error:
-            raise ValueError(f"{path}: is no .npz archive ({error})") from error
-        if not {"mu", "sigma"} <= held:
-            raise ValueError(
-                f"{path}: holds {', '.join(sorted(held)) or 'nothing'}, and no statistics (mu,"
-                " sigma): write them with `ldm-eval statistics`"
-            )
-        meta = json.loads(str(archive["ldm_jax"])) if "ldm_jax" in held else {}
-        if meta.get("format", 0) > FORMAT:
-            raise ValueError(
-                f"{path}: format {meta['format']} is newer than {FORMAT}; install a newer ldm_jax"
-            )
+    arrays = reading.read_npz(path, "write it with `ldm-eval statistics`")
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ValueError(
+            f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}, and no statistics (mu,"
+            " sigma): write them with `ldm-eval statistics`"
+        )
+    text = str(arrays["ldm_jax"]) if "ldm_jax" in arrays else "{}"
+    meta = reading.parse_json(text, f"{path}: its ldm_jax")
+    with reading.refusals(path, "write it with `ldm-eval statistics`"):
+        reading.check_format(meta.get("format", 0), FORMAT, str(path))
         count = meta.get("count")
-        spatial = None
-        if {"mu_s", "sigma_s"} <= held:
-            spatial = _gaussian(path, archive["mu_s"], archive["sigma_s"], count)
-        features = _gaussian(path, archive["mu"], archive["sigma"], count)
-        return Saved(features, spatial, archive["arr_0"] if "arr_0" in held else None, meta)
+        if count is not None and (type(count) is not int or count < 2):
+            raise ValueError(f"statistics of {count!r:.40} images")
+    spatial = None
+    if {"mu_s", "sigma_s"} <= arrays.keys():
+        spatial = _gaussian(path, arrays["mu_s"], arrays["sigma_s"], count)
+    features = _gaussian(path, arrays["mu"], arrays["sigma"], count)
+    return Saved(features, spatial, arrays.get("arr_0"), meta)
 
 
 def _gaussian(path: epath.Path, mean: np.ndarray, cov: np.ndarray, count: int | None) -> Gaussian:
-    mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+    with reading.refusals(path):
+        mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
         raise ValueError(f"{path}: a mean of {mean.shape} with a covariance of {cov.shape}")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):

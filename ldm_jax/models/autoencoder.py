@@ -27,6 +27,7 @@ from ldm_jax.models.blocks import (
     numerics,
 )
 from ldm_jax.models.quantize import VectorQuantizer
+from ldm_jax.schema import sizes as config_sizes
 
 LAST_FEATURES = "last_features"  # of the decoder, among the intermediates
 
@@ -363,6 +364,7 @@ def from_config(
     precision: PrecisionLike = None,
 ) -> FirstStage:
     """The first stage that `config` describes; the other arguments are `AutoencoderKL`'s."""
+    config_sizes.check(config, "first_stage")
     fields = dataclasses.asdict(config)
     execution = {"dtype": dtype, "attention": attention, "remat": remat, "precision": precision}
     match config:

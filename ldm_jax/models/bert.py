@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from ldm_jax import schema
 from ldm_jax.models.blocks import dense, numerics
 from ldm_jax.models.self_attention import SelfAttention, check_length, layer_norm
+from ldm_jax.schema import sizes as config_sizes
 
 
 class BERTText(nn.Module):
@@ -117,4 +118,5 @@ def from_config(
     precision: PrecisionLike = None,
 ) -> BERTText:
     """The encoder that `config` describes; the other arguments are `BERTText`'s."""
+    config_sizes.check(config, "text encoder")
     return BERTText(**dataclasses.asdict(config), dtype=dtype, remat=remat, precision=precision)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from ldm_jax import schema
 from ldm_jax.models.blocks import numerics
 from ldm_jax.models.self_attention import Make, SelfAttention, check_length, layer_norm
+from ldm_jax.schema import sizes as config_sizes
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Subtracted from the red, green and blue of an image in [0, 1] before the image transformer."""
@@ -275,6 +276,7 @@ def text_from_config(
     precision: PrecisionLike = None,
 ) -> CLIPText:
     """The text transformer of `config`. ValueError if it has no such layer or heads."""
+    config_sizes.check(config, "text encoder")
     _check_heads(config.width, config.num_heads)
     if config.num_layers < {"last": 1, "penultimate": 2}[config.layer]:
         raise ValueError(f"{config.num_layers} layers have no {config.layer} one")
@@ -302,6 +304,7 @@ def vision_from_config(
     precision: PrecisionLike = None,
 ) -> CLIPVision:
     """The image transformer of `config`. ValueError if heads or patches do not divide its sizes."""
+    config_sizes.check(config, "image encoder")
     _check_heads(config.width, config.num_heads)
     if config.image_size % config.patch_size:
         raise ValueError(

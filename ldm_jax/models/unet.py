@@ -28,6 +28,7 @@ from ldm_jax.models.blocks import (
 from ldm_jax.models.convolution import ConvolutionFunction
 from ldm_jax.models.convolution import xla as xla_convolution
 from ldm_jax.models.transformer import AttentionBlock, SpatialTransformer
+from ldm_jax.schema import sizes as config_sizes
 
 Make = Callable[..., nn.Module]  # a block with all but channels, resample and name filled in
 
@@ -317,6 +318,7 @@ def from_config(
     convolution: ConvolutionFunction = xla_convolution,
 ) -> UNet:
     """The UNet of `config`; the other arguments are `UNet`'s."""
+    config_sizes.check(config, "unet")
     return UNet(
         **dataclasses.asdict(config),
         dtype=dtype,

@@ -7,15 +7,17 @@ are read here, or inside `refusals`, so that every error of a reader becomes
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 MAX_DEPTH = 100
@@ -133,3 +135,99 @@ def _is_deeper(values: Any, levels: int) -> bool:
 def _kind(value: Any) -> str:
     names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def check_format(version: Any, newest: int, where: str) -> None:
+    """ValueError unless the `format` that a file says is a number, and known to this version."""
+    if type(version) is not int:
+        raise ValueError(f"{where}: format {version!r:.40} is no number: is it one of ldm_jax?")
+    if version > newest:
+        raise ValueError(
+            f"{where}: format {version} is newer than {newest}; install a newer ldm_jax"
+        )
+
+
+# --- arrays of NumPy ------------------------------------------------------------------------------
+
+DEFLATED = 1100
+"""Most times that deflate packs anything smaller."""
+
+
+def read_npy(path: epath.PathLike) -> np.ndarray:
+    """The array of an .npy file. ValueError names the file if it holds less, or Python objects."""
+    with refusals(path, "give an .npy of numbers, as np.save writes it"), opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return _array(file, size)
+
+
+def read_npz(
+    path: epath.PathLike, remedy: str = "", names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """{name: array} of an .npz, of all its arrays or of those `names` that it has.
+
+    ValueError as of `read_npy`.
+    """
+    found = {}
+    with refusals(path, remedy), npz(path) as archive:
+        for name in array_names(archive):
+            if names is None or name in names:
+                with npz_entry(archive, name) as (entry, size):
+                    found[name] = _array(entry, size)
+    return found
+
+
+@contextlib.contextmanager
+def npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
+    """The archive that an .npz is."""
+    with opened(path) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"is no .npz archive ({error})") from error
+        with archive:
+            yield archive
+
+
+def array_names(archive: zipfile.ZipFile) -> list[str]:
+    """Names of the arrays of an .npz, as np.savez was given them."""
+    return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+
+
+@contextlib.contextmanager
+def npz_entry(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[Any, int]]:
+    """(handle, bytes) of an array in an .npz. ValueError if it says more bytes than it can have."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > DEFLATED * (info.compress_size + 1):
+        raise ValueError(f"{name} says {info.file_size} bytes, packed in {info.compress_size}")
+    try:
+        with archive.open(info) as entry:
+            yield entry, info.file_size
+    except RuntimeError as error:  # encrypted
+        raise ValueError(f"{name}: {error}") from error
+
+
+def npy_header(entry: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether by columns, dtype) of an array of `size` bytes, whose values follow.
+
+    ValueError unless these are as many as it says.
+    """
+    version = np.lib.format.read_magic(entry)
+    readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if version[0] not in readers:
+        raise ValueError(f"an array of .npy version {version[0]}; known are 1 and 2")
+    shape, by_columns, dtype = readers[version[0]](entry)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which only a pickle could be")
+    held = size - entry.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"an array said to be {dtype} {shape} has {held} bytes")
+    return shape, by_columns, dtype
+
+
+def _array(entry: Any, size: int) -> np.ndarray:
+    shape, by_columns, dtype = npy_header(entry, size)
+    data = bytearray(size - entry.tell())
+    if entry.readinto(data) != len(data):
+        raise ValueError(f"an array of {dtype} {shape} ends early")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import finite, schema, seeds, sharding
-from ldm_jax.runtime import checkpoint, processes, storage
+from ldm_jax.runtime import checkpoint, processes, reading, storage
 from ldm_jax.schema import serialize
 
 FORMAT = 1  # of latents.json and data.json; a reader refuses a newer one
@@ -29,7 +29,7 @@ FORMAT = 1  # of latents.json and data.json; a reader refuses a newer one
 def is_run(path: epath.PathLike) -> bool:
     """True if a run was started there (config.json of a diffusers folder has no format number)."""
     try:
-        values = json.loads((epath.Path(path) / "config.json").read_text())
+        values = reading.read_json(epath.Path(path) / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "format" in values and "config" in values
@@ -72,7 +72,8 @@ def open_run(workdir: epath.PathLike, config: schema.TrainConfig) -> tuple[epath
 def read_config(run: epath.PathLike) -> schema.TrainConfig:
     """The config of a run. ValueError if the file is not one, or of a newer format."""
     path = epath.Path(run) / "config.json"
-    return serialize.from_json(path.read_text(), str(path))
+    with reading.refusals(path):
+        return serialize.from_json(reading.read_text(path), str(path))
 
 
 def root_key(workdir: epath.PathLike, config: schema.TrainConfig) -> jax.Array:
@@ -131,16 +132,10 @@ def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
     path = epath.Path(run) / "latents.json"
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text())
-        version, scale = values.pop("format"), values["scale"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); copy it from the run again") from error
-    if version > FORMAT:
-        raise ValueError(
-            f"{path}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
-        )
-    finite.checked(scale, f"{path}: scale", nonzero=True)
+    with reading.refusals(path, "copy it from the run again"):
+        values = reading.read_object(path, "copy it from the run again")
+        reading.check_format(values.pop("format"), FORMAT, str(path))
+        finite.checked(values["scale"], f"{path}: scale", nonzero=True)
     return values
 
 

@@ -140,6 +140,8 @@ def from_json(text: str, where: str = "config.json") -> Any:
         raise ValueError(f"{where}: is damaged, not JSON ({error})") from error
     if not isinstance(values, dict) or "format" not in values:
         raise ValueError(f"{where}: not a config written by ldm_jax (it has no format number)")
+    if type(values["format"]) is not int:
+        raise ValueError(f"{where}: format {values['format']!r:.40} is no number")
     if values["format"] > FORMAT:
         raise ValueError(
             f"{where}: format {values['format']} is newer than {FORMAT}; install a newer ldm_jax"

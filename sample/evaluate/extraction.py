@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ldm_jax import schema, seeds, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
-from ldm_jax.runtime import checkpoint, flags, rundir
+from ldm_jax.runtime import checkpoint, flags, reading, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample.evaluate.image_sets import ImageSet
 
@@ -188,7 +188,7 @@ def _prepare_folder(folder: epath.Path, settings: dict[str, Any], options: Optio
     """Prepare the folder; returns the first batch that is missing in it."""
     meta, done = folder / "settings.json", 0
     if meta.exists():
-        before = json.loads(meta.read_text())
+        before = reading.read_object(meta, "remove it and run again")
         names = sorted(n for n in before | settings if before.get(n) != settings.get(n))
         if names and not options.overwrite:
             pairs = [(n, _short(before.get(n)), _short(settings.get(n))) for n in names]
@@ -229,11 +229,7 @@ def _write_part(path: epath.Path, outputs: Outputs) -> None:
 
 
 def _read_part(path: epath.Path) -> Outputs:
-    try:
-        with path.open("rb") as file, np.load(file) as archive:
-            return dict(archive)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); remove it and run again") from error
+    return reading.read_npz(path, "remove it and run again")
 
 
 def _count(outputs: Outputs) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +13,7 @@ from ldm_jax import data, schema
 from ldm_jax.data import packed
 from ldm_jax.data.folder import FolderSource, file_stamp
 from ldm_jax.metrics import features
-from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime import checkpoint, reading, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import inputs
 from ldm_jax.schema import serialize
@@ -288,34 +287,27 @@ def _images_from_reader(count: int, shape: tuple, read: Callable, about: dict) -
 
 
 def _npy_header(path: epath.Path) -> tuple[tuple[int, ...], np.dtype]:
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            if "arr_0.npy" not in archive.namelist():
-                held = ", ".join(archive.namelist()) or "nothing"
-                raise ValueError(f"{path}: holds no arr_0 but {held}")
-            with archive.open("arr_0.npy") as entry:
-                return _read_header(entry)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: is no .npz archive ({error})") from error
-
-
-def _read_header(entry: Any) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(entry)
-    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read[version[0]](entry)
-    if fortran:
-        raise ValueError("arr_0 is stored column by column; save it with np.ascontiguousarray")
+    with reading.refusals(path, "give an .npz of images"), reading.npz(path) as archive:
+        names = reading.array_names(archive)
+        if "arr_0" not in names:
+            raise ValueError(f"holds no arr_0 but {', '.join(names)[:200] or 'nothing'}")
+        with reading.npz_entry(archive, "arr_0") as (entry, size):
+            shape, by_columns, dtype = reading.npy_header(entry, size)
+    if by_columns:
+        raise ValueError(
+            f"{path}: arr_0 is stored column by column; save it with np.ascontiguousarray"
+        )
     return shape, dtype
 
 
 def _npy_slice(path: epath.Path, shape: tuple[int, ...], indices: range) -> np.ndarray:
     each = int(np.prod(shape[1:]))
     with (
-        path.open("rb") as file,
-        zipfile.ZipFile(file) as archive,
-        archive.open("arr_0.npy") as entry,
+        reading.refusals(path, "give an .npz of images"),
+        reading.npz(path) as archive,
+        reading.npz_entry(archive, "arr_0") as (entry, size),
     ):
-        _read_header(entry)
+        reading.npy_header(entry, size)
         entry.seek(entry.tell() + indices.start * each)
         raw = entry.read(len(indices) * each)
     return np.frombuffer(raw, np.uint8).reshape(len(indices), *shape[1:])

@@ -10,7 +10,7 @@ from etils import epath
 
 from ldm_jax import schema, sharding
 from ldm_jax.metrics import features, gaussian, scores
-from ldm_jax.runtime import checkpoint, flags
+from ldm_jax.runtime import checkpoint, flags, reading
 from ldm_jax.sample.evaluate import drawing, extraction, image_sets, report
 
 NAME = "samples"
@@ -105,11 +105,8 @@ def _reference(
 
 
 def _holds(path: str, name: str) -> bool:
-    with checkpoint.absolute(path).open("rb") as file:
-        try:
-            return name in np.load(file, allow_pickle=False).files
-        except (ValueError, OSError, EOFError, AttributeError) as error:
-            raise ValueError(f"{path}: is no .npz archive ({error})") from error
+    with reading.refusals(path, "give an .npz"), reading.npz(checkpoint.absolute(path)) as archive:
+        return name in reading.array_names(archive)
 
 
 def _reference_features(

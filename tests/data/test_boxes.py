@@ -51,7 +51,7 @@ def test_layout_in_fractions_in_pixels_and_with_modifiers(tmp_path):
 @pytest.mark.parametrize(
     ("data", "names", "message"),
     [
-        ("{", NAMES, "bad.json: is not JSON: "),
+        ("{", NAMES, "bad.json: is not JSON (Expecting property name"),
         ([], NAMES, 'bad.json: is not {"objects": '),
         ({"objects": [3]}, NAMES, 'bad.json: is not {"objects": '),
         ({"size": [0, 4], "objects": []}, NAMES, "size [0, 4] is not [width, height]"),

@@ -134,9 +134,10 @@ def test_latents_keep_every_bit_of_the_scale(tmp_path):
         ('{"format": 1, "scale": NaN}', "latents.json: scale nan is not a finite number"),
         ('{"format": 1, "scale": -Infinity}', "latents.json: scale -inf is not a finite number"),
         ('{"format": 1, "scale": "1"}', "latents.json: scale '1' is not a finite number"),
-        ('{"format": 1}', "latents.json: is damaged .'scale'"),
-        ('{"format": 1, "sca', "latents.json: is damaged"),
-        ("[1]", "latents.json: is damaged"),
+        ('{"format": 1}', "latents.json: damaged .KeyError: 'scale'"),
+        ('{"format": 1, "sca', "latents.json: is not JSON"),
+        ("[1]", "latents.json: holds a list"),
+        ('{"format": "1", "scale": 1}', "latents.json: format '1' is no number"),
     ],
 )
 def test_damaged_latents_are_refused(tmp_path, text, message):

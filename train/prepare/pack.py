@@ -19,7 +19,7 @@ from etils import epath
 from ldm_jax import schema
 from ldm_jax.data import cache, examples, packed, transforms
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.runtime import checkpoint, processes, rundir
+from ldm_jax.runtime import checkpoint, processes, reading, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.prepare import shards
 
@@ -182,7 +182,7 @@ def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.
     """Process 0 writes pack.json and left_out.txt from the summaries. ValueError for no image."""
     counts, names = dict.fromkeys(SPLITS, 0), []
     for split, shard in every:
-        summary = json.loads(shards.summary_path(path, shard).read_text())
+        summary = reading.read_object(shards.summary_path(path, shard), "remove it and pack again")
         counts[split] += summary["records"]
         names += [f"{split}\t{file}\t{reason}\n" for file, reason in summary["left_out"]]
     empty = [split for split, count in counts.items() if not count]

@@ -20,7 +20,9 @@ from ldm_jax.convert.formats import files, safetensors_file, torch_writer
 from ldm_jax.models import autoencoder, unet
 from ldm_jax.models.autoencoder import FirstStage
 from ldm_jax.models.unet import UNet
+from ldm_jax.runtime import reading
 from ldm_jax.runtime.log import LOG
+from ldm_jax.schema import serialize, sizes
 
 StateDict = Mapping[str, Any]  # torch name -> NumPy array, ShapeDtypeStruct or lazy tensor
 
@@ -309,10 +311,10 @@ def _first_stage_config(
         shapes = {n: tuple(x.shape) for n, x in tensors.items()}
         return schema.LatentDiffusionConfig(single_file.first_stage_config(shapes), unet=None), 1.0
     values = model_yaml.read(yaml_path)
-    try:
-        return model_yaml.first_stage_alone_of(values)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{yaml_path}: {error}") from error
+    with reading.refusals(yaml_path, "give the YAML of this checkpoint (--config)"):
+        config, scale = model_yaml.first_stage_alone_of(values)
+        sizes.check(config.first_stage, "first_stage")
+    return config, scale
 
 
 def _first_stage_params(
@@ -393,11 +395,10 @@ def _config(
             raise ValueError(f"{path}: variant={variant!r}, but {yaml_path} says what it is")
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         values = model_yaml.read(yaml_path)
-        try:
+        with reading.refusals(yaml_path, "give the YAML of this checkpoint (--config)"):
             config, scale, guesses = model_yaml.config_of(values, shapes)
+            sizes.check(serialize.from_dict(serialize.to_dict(config), "model"), "model")
             bundle.check(config, config.first_stage.in_channels)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{yaml_path}: {error}") from error
         said = [f"{yaml_path}: read as {guess}" for guess in guesses]
         if marked.by_names:
             config = _marked(config, marked, said)
@@ -405,6 +406,7 @@ def _config(
         try:
             named = spellings.with_unet_names(tensors)
             recognized = single_file.recognize(named, variant, marked.prediction)
+            sizes.check(recognized.config, "model")
             bundle.check(recognized.config, recognized.config.first_stage.in_channels)
         except (ValueError, LookupError) as error:
             raise ValueError(

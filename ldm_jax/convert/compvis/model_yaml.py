@@ -14,6 +14,7 @@ from etils import epath
 from ldm_jax import schema
 from ldm_jax.convert.compvis import conditions, yaml_options
 from ldm_jax.convert.compvis.conditions import SCHEDULES
+from ldm_jax.runtime import reading
 from ldm_jax.schema import serialize
 
 MODEL = "ldm.models.diffusion.ddpm."
@@ -57,6 +58,12 @@ IGNORED = (
 )
 
 
+MAX_TEXT = 2**17
+"""Most characters of a YAML; those that are published have 3000."""
+MAX_NODES = 20_000
+"""Most values in one, aliases written out."""
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values only, with `1e-4` a number, as OmegaConf reads it."""
 
@@ -71,14 +78,44 @@ _Loader.add_implicit_resolver(
 def read(path: epath.PathLike) -> dict[str, Any]:
     """The file's plain values. ValueError if it is not YAML with a `model` section."""
     path = epath.Path(path)
-    try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML ({error})") from error
+    text = reading.read_text(path)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{path}: is no config of a model: longer than {MAX_TEXT} characters")
+    with reading.refusals(path):
+        values = _parsed(text)
     model = values.get("model") if isinstance(values, dict) else None
     if not isinstance(model, dict) or not {"target", "params"} <= set(model):
         raise ValueError(f"{path}: has no `model` section with `target` and `params`")
     return values
+
+
+def _parsed(text: str) -> Any:
+    """Plain values of YAML text. ValueError for what is none, or grows when it is read."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None and _written_out(node, {}) > MAX_NODES:
+            raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML ({error})") from error
+    except RecursionError:
+        raise ValueError("is nested deeper than any config, or holds itself") from None
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in a node, each alias counted as what it stands for. RecursionError for a circle.
+
+    Every merge key (`<<`) copies what it names, and whatever walks over the values sees an alias as
+    often as it is named: nine lines of nine aliases are a billion values.
+    """
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in inner)
+    return known[id(node)]
 
 
 def dumps(config: schema.LatentDiffusionConfig, scale: float) -> str:

@@ -5,6 +5,7 @@ type; those follow from the family of models, or are guesses where the family le
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -265,7 +266,7 @@ def _part(shapes: Mapping[str, tuple], prefix: str) -> dict[str, tuple]:
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     """Count of numbers from 0 on with which the filled `pattern` begins some name."""
-    count = 0
-    while any(name.startswith(pattern.format(count)) for name in shapes):
-        count += 1
-    return count
+    before, after = (re.escape(part) for part in pattern.split("{}"))
+    shaped = re.compile(rf"{before}(0|[1-9][0-9]{{0,6}}){after}")
+    there = {int(match[1]) for name in shapes if (match := shaped.match(name))}
+    return next(n for n in range(len(there) + 1) if n not in there)

@@ -1,6 +1,5 @@
 """Components of a diffusers folder: the names of their parameters, and their files."""
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from ldm_jax.convert import table, text_tables
 from ldm_jax.convert.diffusers import tables
 from ldm_jax.convert.formats import files
 from ldm_jax.models import autoencoder, bert, clip, unet
+from ldm_jax.runtime import reading
 from ldm_jax.runtime.log import LOG
 
 MOST_JSON = 2**24  # bytes; a config.json has a few kB
@@ -186,10 +186,4 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: does not exist")
     if path.stat().length > MOST_JSON:
         raise ValueError(f"{path}: is larger than any such file ({MOST_JSON} bytes)")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no JSON object")
-    return content
+    return reading.read_object(path)

@@ -8,6 +8,7 @@ from ldm_jax.convert.formats import flax_msgpack, safetensors_file, shards, tens
 from ldm_jax.convert.formats.tensors import LazyTensor
 
 MAX_NESTING = 8  # of wrappers around a state dict; Lightning has one
+MAX_PATH = 4096  # characters of the names of a tree, joined
 
 # Files often given instead of a checkpoint: first bytes, and a message.
 MISTAKES = (
@@ -42,7 +43,7 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
     """
     file = tensors.file(path)
     name = os.path.basename(file.path)
-    if ".index." in name and name.endswith(".json"):  # also NAME.safetensors.index.fp16.json
+    if _is_index(name):
         return _open_sharded(file.path)
     with tensors.refusals(file.path):
         kind = _format(file)
@@ -59,10 +60,17 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
     return state_dict, Info(kind, {}, left)
 
 
+def _is_index(name: str) -> bool:
+    """True also for NAME.safetensors.index.fp16.json."""
+    return ".index." in name and name.endswith(".json")
+
+
 def _open_sharded(path: str) -> tuple[dict[str, LazyTensor], Info]:
     infos: list[Info] = []
 
     def read_file(shard) -> dict[str, LazyTensor]:
+        if _is_index(shard.name):
+            raise ValueError(f"{path}: names {shard.name}, an index, not a file of tensors")
         state_dict, info = open_state_dict(shard)
         infos.append(info)
         return state_dict
@@ -127,11 +135,9 @@ def _only_dict(content: dict) -> dict | None:
     """The one dict of tensors of a wrapper that has no tensors itself, as {"model": ...}."""
     if any(type(value) is LazyTensor for value in content.values()):
         return None
-    inner = [
-        value
-        for value in content.values()
-        if type(value) is dict and any(_is_tensor(k, v) for k, v in value.items())
-    ]
+    # each dict once: a file may name a large one a million times
+    values = {id(value): value for value in content.values() if type(value) is dict}
+    inner = [x for x in values.values() if any(_is_tensor(k, v) for k, v in x.items())]
     return inner[0] if len(inner) == 1 else None
 
 
@@ -149,6 +155,8 @@ def _flat(tree: Any) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     def walk(branch: Mapping, where: str) -> None:
         for key, value in branch.items():
             name = f"{where}{key}"
+            if len(name) > MAX_PATH:  # before it stands in front of a million others
+                raise ValueError(f"a name of more than {MAX_PATH} characters: {name[:200]!r}")
             if isinstance(value, Mapping):
                 walk(value, f"{name}/")
             elif name in tensors:

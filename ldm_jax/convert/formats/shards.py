@@ -24,15 +24,17 @@ def read(
         if index.size > MAX_INDEX:
             raise ValueError(f"an index of {index.size} bytes; {MAX_INDEX} are the most")
         content = json.loads(index.read(0, index.size).decode("utf-8"), object_pairs_hook=unique)
-        places = content["weight_map"]
+        places = content["weight_map"] if isinstance(content, dict) else None
         if type(places) is not dict or any(type(name) is not str for name in places.values()):
             raise ValueError("its weight_map is not a file for each tensor")
         files = {name: _inside(Path(index.path).parent, name) for name in set(places.values())}
     by_name: dict[str, LazyTensor] = {}
+    listed: dict[str, set[str]] = {name: set() for name in files}
+    for tensor, name in places.items():
+        listed[name].add(tensor)
     for name, path in sorted(files.items()):
         part = read_file(path)
-        listed = {tensor for tensor, place in places.items() if place == name}
-        _same(path, listed, set(part), index.path)
+        _same(path, listed[name], set(part), index.path)
         by_name |= part
     return {name: by_name[name] for name in places}
 

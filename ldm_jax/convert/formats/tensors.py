@@ -1,22 +1,21 @@
 """Tensors read lazily from their file, and the refusal of damaged files."""
 
-import contextlib
 import dataclasses
 import math
 import os
 import stat
-import struct
 import sys
 import zlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from ldm_jax.runtime.reading import DAMAGE as DAMAGE
+from ldm_jax.runtime.reading import refusals as refusals
+
 MAX_RANK = 32  # NumPy's limit before version 2
-# Errors other than ValueError that readers meet in damaged files.
-DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
+MAX_SIZE = 2**62
 
 # The names of NumPy and ml_dtypes; torch's, safetensors' and Flax's are mapped to them.
 DTYPES = {
@@ -149,25 +148,13 @@ def checked_shape(shape: Any, dtype: np.dtype) -> tuple[int, ...]:
 
 def sizes(values: Any) -> tuple[int, ...]:
     """A shape or strides as a tuple. ValueError unless it is a short list of whole numbers >= 0."""
-    if not isinstance(values, (list, tuple)) or any(type(n) is not int or n < 0 for n in values):
+    if not isinstance(values, (list, tuple)):
         raise ValueError("a tensor's shape or strides are no list of sizes")
-    if len(values) > MAX_RANK:
+    if len(values) > MAX_RANK:  # before any of them is looked at
         raise ValueError(f"a tensor of {len(values)} axes; {MAX_RANK} are the most")
+    if any(type(n) is not int or not 0 <= n < MAX_SIZE for n in values):
+        raise ValueError("a tensor's shape or strides are no sizes from 0 to 2**62")
     return tuple(values)
-
-
-@contextlib.contextmanager
-def refusals(path: str) -> Iterator[None]:
-    """Turn any error of a reader for a damaged file into a ValueError that names the file."""
-    try:
-        yield
-    except OSError:
-        raise  # names the file itself
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(path) else f"{path}: {text}") from None
-    except DAMAGE as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
 def _fill(handle, start: int, out: memoryview) -> None:

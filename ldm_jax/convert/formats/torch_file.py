@@ -141,7 +141,8 @@ def _read_legacy(file: File, stream: unpickle.Pickles) -> Any:
     functions = _functions(file, swapped=False)
     unpickle.load(stream, functions, storage)
     keys = unpickle.load(stream, {}, storage)
-    if type(keys) is not list or sorted(keys) != sorted(sizes):
+    texts = type(keys) is list and all(type(key) is str for key in keys)
+    if not texts or sorted(keys) != sorted(sizes):
         raise ValueError("its list of storages does not fit its tensors")
     position = stream.tell()
     for key in keys:
@@ -162,7 +163,10 @@ def _check_legacy(stream: unpickle.Pickles, file: File) -> None:
             "a tar archive of torch before 0.1.10, which is not supported:"
             " load it with torch and save it again"
         )
-    none: Callable = {}.__getitem__
+
+    def none(identity: tuple) -> Any:  # whose hash may take for ever: tuples of tuples of tuples
+        raise ValueError("a persistent id before the object")
+
     try:
         magic = unpickle.load(stream, {}, none)
     except (ValueError, *tensors.DAMAGE):
@@ -181,8 +185,9 @@ def _identity(identity: Any) -> tuple[np.dtype, str, int, Any]:
     """dtype, key, number of elements and view of the storage of a persistent id."""
     kind, storage_type, key, _, numel, *view = identity
     module, _, name = storage_type.name.rpartition(".")
-    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+    if kind != "storage" or type(key) is not str or type(numel) is not int:
         raise ValueError("a persistent id that is no storage")
+    tensors.sizes((numel,))
     if module not in STORAGE_MODULES or name not in STORAGES:
         raise ValueError(f"storages of type {storage_type.name} are not supported")
     return DTYPES[STORAGES[name]], key, numel, view[0] if view else None
@@ -215,7 +220,7 @@ def _functions(file: File, swapped: bool) -> dict[str, Callable[..., Any]]:
         return known[function.name](*args)
 
     def size(values=()):
-        return tuple(values)
+        return tensors.sizes(values)
 
     known = {
         "torch._utils._rebuild_tensor": build,
@@ -243,6 +248,7 @@ def _tensor(file: File, swapped: bool, storage: Any, offset: Any, size: Any, str
     stride = tensors.sizes(stride)
     if len(stride) != len(shape):
         raise ValueError(f"a tensor of {len(shape)} axes and {len(stride)} strides")
+    stride = tuple(step if n > 1 else 0 for n, step in zip(shape, stride))  # any fits one element
     swapped = swapped and dtype.itemsize > 1
     numel = math.prod(shape)
     if numel == 0:

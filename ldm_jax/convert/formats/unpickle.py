@@ -15,6 +15,8 @@ from typing import Any
 # checkpoint with its optimizer takes about 1 MiB and 150 000 steps.
 MAX_BYTES = 64 * 2**20
 MAX_STEPS = 2_000_000
+MAX_NAME = 300  # characters of a class's name
+MAX_TUPLES = 256  # entries of a dict or set with tuples as keys, whose hashes can be made equal
 MAX_LINE = 2**16  # of the textual opcodes, which have no length field
 
 REMEDY = "if you trust the file, load it once with torch and save its state_dict as safetensors"
@@ -97,6 +99,8 @@ class _Machine:
         self.stack = []
 
     def remember(self, index: int) -> None:
+        if not 0 <= index < 2**32:  # hashes of larger ones can be made equal
+            raise ValueError("a pickle that counts its objects with no small number")
         self.memo[index] = self.stack[-1]
 
     def find(self, module: Any, name: Any) -> None:
@@ -108,6 +112,7 @@ class _Machine:
             raise ValueError("a pickle calls what is neither a class nor a function")
         known = self.functions.get(callee.name)
         if known is not None:
+            self.spend(len(args))
             self.spend(sum(len(x) for x in args if isinstance(x, (list, dict, tuple, set))))
             result = known(*args)
         elif _is_class(callee.name):
@@ -130,7 +135,7 @@ class _Machine:
         if type(target) is list and kind is list:
             target.extend(items)
         elif type(target) is set and kind is set:
-            target.update(map(_key, items))
+            _add(target, items)
         elif type(target) is not Opaque:
             raise ValueError(f"a pickle adds to what is no {kind.__name__}")
 
@@ -157,8 +162,8 @@ def _global(module: Any, name: Any, known: Mapping) -> Opaque:
     harmless."""
     if type(module) is not str or type(name) is not str:
         raise ValueError("a pickle names a class by what is no text")
-    full = f"{module}.{name}"
-    if len(full) > 300 or not all(part.isidentifier() for part in full.split(".")):
+    full = f"{module[: MAX_NAME + 1]}.{name[: MAX_NAME + 1]}"  # texts may be long, and named often
+    if len(full) > MAX_NAME or not all(part.isidentifier() for part in full.split(".")):
         raise ValueError("a pickle names a class by what is no name")
     top = module.partition(".")[0]
     if full not in known and full not in HARMLESS and top in STANDARD:
@@ -200,18 +205,34 @@ def _dict(*args: Any) -> dict:
 def _fill(target: dict, pairs: Iterable) -> None:
     """Fill a dict. ValueError for a duplicate key, which no pickled dict has."""
     for key, value in pairs:
+        if type(key) is tuple and len(target) >= MAX_TUPLES:
+            raise ValueError(f"a dict of more than {MAX_TUPLES} keys, tuples among them")
         if _key(key) in target:
             raise ValueError(f"{key!r:.200} stands there twice")
         target[key] = value
 
 
-def _set(items: Iterable = ()) -> set:
-    return set(map(_key, items))
+def _set(items: Any = ()) -> set:
+    if type(items) not in (list, tuple, set, dict):  # the lengths of texts are not counted
+        raise ValueError(f"a pickle makes a set of a {type(items).__name__}")
+    return _add(set(), items)
+
+
+def _add(target: set, items: Iterable) -> set:
+    for item in items:
+        if type(item) is tuple and len(target) >= MAX_TUPLES:
+            raise ValueError(f"a set of more than {MAX_TUPLES} items, tuples among them")
+        target.add(_key(item))
+    return target
 
 
 def _getattr(owner: Any = None, name: Any = None, *default: Any) -> Opaque:
     """Members of enumerations, as Python 3.11 pickles them; the attribute is named, not read."""
-    if type(owner) is not Opaque or type(name) is not str or not name.isidentifier() or default:
+    if type(owner) is not Opaque or type(name) is not str or default:
+        raise _could_run("calls", "builtins.getattr")
+    if len(owner.name) + len(name) >= MAX_NAME:
+        raise ValueError("a pickle names a class by what is no name")
+    if not name.isidentifier():
         raise _could_run("calls", "builtins.getattr")
     return Opaque(f"{owner.name}.{name}")
 

@@ -92,7 +92,9 @@ def _entry(file: File, handle, directory: bytes, position: int) -> tuple[str, En
     file.span(start, LOCAL.size)
     handle.seek(start)
     local = LOCAL.unpack(handle.read(LOCAL.size))
-    if local[0] != b"PK\3\4" or local[3] != method or handle.read(local[-2]) != raw_name:
+    if local[0] != b"PK\3\4" or local[3] != method or local[-2] != len(raw_name):
+        raise ValueError(f"entry {name!r} of the zip archive is not where the directory says")
+    if handle.read(len(raw_name)) != raw_name:
         raise ValueError(f"entry {name!r} of the zip archive is not where the directory says")
     start += LOCAL.size + local[-2] + local[-1]
     file.span(start, packed)
@@ -102,11 +104,13 @@ def _entry(file: File, handle, directory: bytes, position: int) -> tuple[str, En
 def _zip64(extra: bytes, *values: int) -> list[int]:
     """The values (size, packed size, start); those marked unknown are in the extra field."""
     large = []
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
+    at = 0  # of a field: one after another may be 16 000 times four bytes
+    while len(extra) - at >= 4:
+        kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
-            large = [n for (n,) in struct.iter_unpack("<Q", extra[4 : 4 + length // 8 * 8])]
-        extra = extra[4 + length :]
+            field = extra[at + 4 : at + 4 + length // 8 * 8]
+            large = [n for (n,) in struct.iter_unpack("<Q", field)][:4]
+        at += 4 + length
     if sum(value == UNKNOWN32 for value in values) > len(large):
         raise ValueError("a zip64 entry without its sizes")
     return [large.pop(0) if value == UNKNOWN32 else value for value in values]

@@ -1,6 +1,8 @@
 """The YAML of whole models: what published files say, and what we write back."""
 
+import copy
 import dataclasses
+import os
 
 import jax
 import pytest
@@ -10,7 +12,7 @@ from families import FAMILIES, FIRST_STAGE, UNET
 from reference import released
 
 from ldm_jax import bundle, schema
-from ldm_jax.convert.compvis import conditions, model_yaml
+from ldm_jax.convert.compvis import checkpoints, conditions, model_yaml
 from ldm_jax.models import unet
 
 # config: (conditioning, side of an image, scale or None for "in the checkpoint")
@@ -318,3 +320,79 @@ def test_published_models_of_stability(name):
     assert round(count / 1e6, 2) == millions
     again = model_yaml.model_config(model_yaml.model_options(config, scale), {})
     assert again == (config, scale, ())
+
+
+# --- small files that ask for much ----------------------------------------------------------------
+
+HEAD = "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params: {}\n"
+
+
+def doubling(line, levels=40):
+    """`a0` is a value, and each `a1`, `a2`, ... is made of the one before, twice."""
+    lines = ["a0: &a0 {k: v}", *(line.format(n, n - 1) for n in range(1, levels))]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (doubling("a{0}: &a{0} [*a{1}, *a{1}]"), "its aliases stand for more than 20000 values"),
+        (doubling("a{0}: &a{0} {{<<: [*a{1}, *a{1}]}}"), "its aliases stand for more than"),
+        (doubling("a{0}: &a{0} {{? [*a{1}, *a{1}] : x}}"), "its aliases stand for more than"),
+        (HEAD + "a: &a [*a]\n", "is nested deeper than any config, or holds itself"),
+        (HEAD + "a: " + "[" * 5000, "is nested deeper than any config"),
+        (HEAD + "a: " + "x" * 2**17, "is no config of a model: longer than 131072 characters"),
+    ],
+)
+def test_small_files_that_ask_for_much(tmp_path, text, message):
+    path = tmp_path / "model.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"model\.yaml: {message}"):
+        model_yaml.read(path)
+
+
+def test_aliases_of_a_config_are_read(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(HEAD + "a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n")
+    values = model_yaml.read(path)
+    assert (values["b"], values["c"]) == ({"x": 1}, {"x": 1, "y": 2})
+
+
+def test_what_is_no_file_is_no_yaml(tmp_path):
+    os.mkfifo(tmp_path / "model.yaml")
+    for path in (tmp_path / "model.yaml", "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: is no regular file"):
+            model_yaml.read(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "message"),
+    [
+        ("unet_config", "num_res_blocks", 10**7, "has 80000008 blocks in all, 1024 are the most"),
+        ("unet_config", "num_res_blocks", -1, "num_res_blocks is -1: give 0 to"),
+        ("unet_config", "num_res_blocks", "two", "num_res_blocks: 'two' is not a int"),
+        ("unet_config", "transformer_depth", 10**9, "transformer_depth is 1000000000: give 0 to"),
+        ("unet_config", "channel_mult", [1] * 10**4, "channel_mult has 10000 levels, 16 are"),
+        ("unet_config", "model_channels", 10**30, "model_channels is a number of 100 bits"),
+        ("first_stage_config", "num_res_blocks", 10**7, "first_stage has .* blocks in all"),
+        ("first_stage_config", "ch_mult", 3, "'int' object is not iterable"),
+    ],
+)
+def test_sizes_that_no_model_has(tmp_path, part, option, value, message):
+    """Before, ten million blocks were built, one after another."""
+    model = copy.deepcopy(released()["sd__configs__stable-diffusion__v1-inference"][0])
+    params = model["params"][part]["params"]
+    (params["ddconfig"] if part == "first_stage_config" else params)[option] = value
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(ValueError, match=rf"model\.yaml: .*{message}"):
+        checkpoints._config(tmp_path / "model.ckpt", path, None, {}, None)
+
+
+@pytest.mark.parametrize("config", [
+    schema.UNetConfig(num_res_blocks=10**7), schema.UNetConfig(transformer_depth=10**4),
+])  # fmt: skip
+def test_no_module_is_made_of_such_sizes(config):
+    """Whatever file they come from: also config.json of a run, or a diffusers folder."""
+    with pytest.raises(ValueError, match=r"^unet has \d+ blocks in all"):
+        unet.from_config(config)

@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -24,6 +25,7 @@ WEIGHTS = {
     "ids": np.arange(3),
 }
 MEMORY = 32 * 2**20  # bytes: what reading a file of 2 kB may take
+WORK = 20.0  # seconds of a processor, as in `bounded`: a hundred times what any edit takes
 FUZZ = settings(
     deadline=None,
     database=None,
@@ -100,6 +102,7 @@ def good_torch() -> dict[str, bytes]:
 def outcome(path: Path, content: bytes) -> dict[str, np.ndarray] | None:
     """Its tensors, or None if it is refused as a bad file should be."""
     path.write_bytes(content)
+    began = time.process_time()
     tracemalloc.start()
     read, refusal = None, str(path)
     try:
@@ -109,6 +112,7 @@ def outcome(path: Path, content: bytes) -> dict[str, np.ndarray] | None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MEMORY
+    assert time.process_time() - began < WORK
     assert refusal.startswith(str(path))
     assert len(refusal) < 2000
     assert read is None or sum(x.nbytes for x in read.values()) <= 8 * len(content)
