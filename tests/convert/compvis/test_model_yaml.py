@@ -12,6 +12,7 @@ from families import FAMILIES, FIRST_STAGE, UNET
 from reference import released
 
 from ldm_jax import bundle, schema
+from ldm_jax.convert import compvis
 from ldm_jax.convert.compvis import checkpoints, conditions, model_yaml
 from ldm_jax.models import unet
 
@@ -315,7 +316,11 @@ def test_published_models_of_stability(name):
     assert config.unet.linear_projection
     assert config.unet.upcast_attention
     net = unet.from_config(config.unet)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), *unet.example_inputs(net))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *unet.example_inputs(net))["params"]
+    if name in ("v2", "upscaler"):
+        tensors = compvis.unet_state_dict(net, shapes)
+        assert tensors["input_blocks.4.1.proj_in.weight"].ndim == 2
+        assert compvis.load_unet(section["params"]["unet_config"]["params"], tensors)[1] == shapes
     count = sum(x.size for x in jax.tree.leaves(shapes))
     assert round(count / 1e6, 2) == millions
     again = model_yaml.model_config(model_yaml.model_options(config, scale), {})
