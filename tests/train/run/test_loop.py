@@ -70,7 +70,7 @@ def alone(tmp_path, monkeypatch):
             intervals=schema.IntervalConfig(**{"log": 1, **off, **intervals}),
         )
         state = State(jnp.int32(0), {"a": one}, {}, {"count": zero})
-        manager = mock.MagicMock(again=False, directory=tmp_path / "checkpoints")
+        manager = mock.MagicMock(retry_due=False, directory=tmp_path / "checkpoints")
         stream = mock.MagicMock(bad_records=0)
         run = rundir.epath.Path(tmp_path)
         around = loop.Loop(config, run, recipes.mesh_of(), stream, manager, state, started=0.0)
