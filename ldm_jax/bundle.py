@@ -41,7 +41,7 @@ class LatentDiffusion:
     tokenizer: Tokenizer | None = None
     """Tokenizer of a model of text; None also where it came without."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes by label; None where nobody named them."""
+    """Names of the classes by label; None if they have none."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -152,7 +152,7 @@ def first_stage_alone(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> LatentDiffusion:
-    """The bundle of a first stage with its parameters: it encodes and decodes, `unet` is None.
+    """A bundle of a first stage alone, which encodes and decodes; its `unet` is None.
 
     size: side of a training image in pixels.
     """

@@ -42,14 +42,15 @@ def decode(first_stage: Any, params: dict, latent: jax.Array, scale: Any) -> jax
 
 
 ROUNDING = 1e-6
-"""Part of the mean square that the rounding of float32 moments may leave as a variance."""
+"""Largest share of the mean square that a variance of zero may seem to have, because the moments
+are rounded to float32."""
 
 
 def std_from_moments(means: Sequence[float], mean_squares: Sequence[float]) -> float:
     """Standard deviation over equally large batches, in float64, from each one's two moments.
 
-    The reference uses one device's first batch; this is over all that were given. ValueError for
-    moments that are not finite, and for latents that are all the same but for rounding.
+    The reference uses the first batch of one device; this uses all given batches. ValueError for
+    moments that are not finite, and for latents that are equal up to rounding.
     """
     square = float(np.mean(mean_squares, dtype=np.float64))
     variance = square - float(np.mean(means, dtype=np.float64)) ** 2

@@ -25,7 +25,7 @@ class Options(Options):
     """Samples of a class-conditional model."""
 
     labels: flags.Classes = ()
-    """Classes, by id, or by name where the run keeps names; default: every class of the model (the
+    """Classes, by id, or by name if the run keeps names; default: every class of the model (the
     first 10 if it has more)."""
     height: int | None = None
     """Height in pixels; default: the training size."""

@@ -79,7 +79,7 @@ def refuse_lost(names: list[str], what: Request) -> None:
 
 
 def say_what_is_left_out(what: Request) -> None:
-    """Warns of a guidance scale of 0: elsewhere it may mean "without guidance", which is 1 here."""
+    """Warn of a guidance scale of 0, by which other programs mean "without guidance" (here: 1)."""
     count = int((scales_of(what) == 0).sum()) if what.guided else 0
     if count:
         LOG.warning(

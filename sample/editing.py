@@ -28,7 +28,7 @@ class Options(Options):
     negative_prompt: flags.Text = ""
     """Text that guidance leads away from; default: the empty text."""
     labels: flags.Classes = ()
-    """Classes, by id, or by name where the run keeps names; default: no class in particular."""
+    """Classes, by id, or by name if the run keeps names; default: no class in particular."""
     num_images: int = 1
     """Images per pair of image and prompt or label."""
     guidance_scale: float | None = None

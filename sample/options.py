@@ -177,10 +177,10 @@ def latent_shape(
 
 
 def label_ids(model: bundle.LatentDiffusion, labels: Sequence[str | int]) -> tuple[int, ...]:
-    """--labels as ids: each an id, or the name of a class where the run keeps names.
+    """Ids of --labels, which are ids or names of classes that the run keeps.
 
-    ValueError for a class that the model does not know, and for a number that is one class's id and
-    another's name (`id:3` and `name:3` say which).
+    ValueError for a class that the model does not know, and for a number that is the id of one
+    class and the name of another (`id:3` and `name:3` are clear).
     """
     return tuple(_label_id(model, label) for label in labels)
 
@@ -197,9 +197,9 @@ def _label_id(model: bundle.LatentDiffusion, label: str | int) -> int:
             f"--labels {label}: is the id of {label_name(model, number)!r}, and the name of class"
             f" {named}: give id:{label} or name:{label}"
         )
-    found = named if number is None else number
-    if found is not None and 0 <= found < count:
-        return found
+    index = named if number is None else number
+    if index is not None and 0 <= index < count:
+        return index
     if number is not None or how == "id":
         raise ValueError(f"--labels {label} is not in 0..{count - 1}, the model's classes")
     if not names:
@@ -214,13 +214,13 @@ def _label_id(model: bundle.LatentDiffusion, label: str | int) -> int:
 
 
 def label_name(model: bundle.LatentDiffusion, label: int) -> str:
-    """Name of a class, or its id where there is none."""
+    """Name of a class, or its id if it has none."""
     names = model.classes or ()
     return names[label] if 0 <= label < len(names) else str(label)
 
 
 def label_text(model: bundle.LatentDiffusion, label: int) -> str:
-    """Id and name of a class, for people."""
+    """Id and name of a class, for pictures and messages."""
     name = label_name(model, label)
     return name if name == str(label) else f"{label} {name}"
 

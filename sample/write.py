@@ -84,9 +84,9 @@ def _open_out(options: Options) -> epath.Path:
 
 
 def refuse_foreign(out: epath.Path) -> None:
-    """ValueError for a run, and for a folder with pictures in it, or below, that are not ours.
+    """ValueError for a run, and for a folder that holds pictures, in it or below, of other programs.
 
-    Samples that are written into a training set would be trained on.
+    A training set with samples written into it would train on them.
     """
     if not out.is_dir():
         return

@@ -44,8 +44,8 @@ LPIPS = Published(
 
 
 LPIPS_0_0 = (3.6416, 1.9601, 1.1231, 20.1063, 25.6896)
-"""Sums of the five last layers of LPIPS 0.0, whose names and shapes are those of 0.1: its network
-saw images without the shift and scale of 0.1."""
+"""Sums of the five last layers of LPIPS 0.0, which has the names and shapes of 0.1; it was trained
+on images without the shift and scale of 0.1."""
 
 
 # --- VGG16 and LPIPS -----------------------------------------------------------------------------
@@ -56,8 +56,8 @@ def load_lpips(vgg_path: str | os.PathLike, lin_path: str | os.PathLike) -> dict
 
     vgg_path: of `VGG16`; lin_path: of `LPIPS`; in any format of `files.open_state_dict`. A first
         stage's checkpoint of the reference holds both under `loss.perceptual_loss.`.
-    FileNotFoundError if one is missing, ValueError if one is of another network or version: either
-    names the file that is needed.
+    FileNotFoundError if one is missing, ValueError if one is of another network or version; both
+    messages name the file that is needed.
     """
     tensors = _tensors(vgg_path, VGG16, _vgg_name) | _tensors(lin_path, LPIPS, _lin_name)
     entries, shapes = list(lpips_entries()), lpips.shapes()

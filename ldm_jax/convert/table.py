@@ -115,12 +115,12 @@ def misfits(entries: list[Entry], state_dict: Mapping[str, Any], shapes: dict) -
 
 
 def _torch_shapes(entries: list[Entry], shapes: dict) -> dict[str, tuple[int, ...]]:
-    """The shape that each tensor of a checkpoint should have."""
+    """{name: expected shape} of the tensors of a checkpoint."""
     return {name: tuple(x.shape) for name, x in to_torch(entries, shapes).items()}
 
 
 def _matrix(shape: Any) -> tuple[int, ...]:
-    """A shape without ones after its second axis: that of the dense layer of a 1x1 convolution."""
+    """A shape without trailing ones after its second axis: a 1x1 convolution as a dense layer."""
     shape = tuple(shape)
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]

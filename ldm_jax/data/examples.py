@@ -105,7 +105,7 @@ class Stream:
         return self.accept(self.made[index])
 
     def caption(self, index: int) -> str:
-        """The caption of the record that example `index` was made of; of several the first."""
+        """The caption, or the first of several, of the record behind example `index`."""
         return caption_of(self.source[self.made[index].record], None)
 
     def accept(self, made: Made) -> Example:
@@ -283,7 +283,7 @@ class MakeExample:
 
 
 def caption_of(record: dict[str, Any], rng: np.random.Generator | None) -> str:
-    """The caption of a record; of several, one that `rng` draws, or the first without it."""
+    """The caption of a record; one of several is drawn by `rng`, or the first without it."""
     texts = record["caption"]
     if isinstance(texts, str):
         return texts
@@ -306,7 +306,7 @@ def _label(label: int, num_classes: int) -> np.ndarray:
 
 
 def _tokens(tokenizer: Any, caption: str) -> tuple[np.ndarray, str]:
-    """(tokens, the end of the caption that is left out), which only our tokenizers tell."""
+    """(tokens, the end of the caption that is cut off); other tokenizers than ours do not tell."""
     if isinstance(tokenizer, tokens.Tokenizer):
         return tokenizer.cut(caption)
     return tokenizer.encode([caption])[0], ""

@@ -87,7 +87,7 @@ class FolderSource:
         return record
 
     def stamp(self, first: int, last: int) -> str:
-        """See `sources.Source`: of the files, by name, size and time of change, and the texts."""
+        """See `sources.Source`: a hash of file names, sizes, times of change, and texts."""
         digest = hashlib.sha256()
         for i in range(first, last):
             files = [self._images[i], *(paths[i] for paths in self._beside.values())]
@@ -103,7 +103,7 @@ class FolderSource:
 
 
 def file_stamp(path: epath.PathLike) -> tuple[int, int]:
-    """(bytes, time of the last change): what a file that was edited or replaced has not kept."""
+    """(bytes, time of the last change), which differ after a file was edited or replaced."""
     if "://" in os.fspath(path):
         status = epath.Path(path).stat()
         return status.length, status.mtime

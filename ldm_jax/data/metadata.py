@@ -23,7 +23,7 @@ SHOWN = 5  # names in a message
 
 
 class Names:
-    """Names of files, found as they are written or, failing that, as they look.
+    """Names of files, looked up as written or else in their normal form NFC.
 
     macOS stores `é` as two characters (NFD) where others write one (NFC).
     """
@@ -34,7 +34,7 @@ class Names:
         self._looks = {_look(name): name for name in plain}
 
     def find(self, name: str) -> str | None:
-        """The name that is there, or None."""
+        """The stored name, or None."""
         return name if name in self._names else self._looks.get(_look(name))
 
 
@@ -60,24 +60,24 @@ def captions(root: str, images: Sequence[str], files: Iterable[str]) -> list[Cap
                 known = texts.setdefault(name, [])
                 known += [text for text in new if text not in known]
     names = Names(texts)
-    found = [names.find(image) for image in images]
-    missing = [image for image, name in zip(images, found) if name is None]
+    keys = [names.find(image) for image in images]
+    missing = [image for image, name in zip(images, keys) if name is None]
     if missing:
         raise ValueError(
             f"{os.path.join(root, missing[0])} is in no {TABLE}: add a line for it"
             f" ({len(missing)} of {len(images)} images have none{listed(missing)})"
         )
-    several = sum(len(texts[name]) > 1 for name in found if name is not None)
+    several = sum(len(texts[name]) > 1 for name in keys if name is not None)
     if several:
         LOG.info(
             f"{root}: {several} of {len(images)} images have several captions; every example draws"
             " one of them"
         )
-    return [_one(texts[name]) for name in found if name is not None]
+    return [_one(texts[name]) for name in keys if name is not None]
 
 
 def listed(names: Sequence[str]) -> str:
-    """`: a, b, ...` of the first few names, where there are several."""
+    """`: a, b, ...` from the first few of several names; "" for a single one."""
     if len(names) < 2:
         return ""
     return f": {', '.join(names[:SHOWN])}" + (", ..." if len(names) > SHOWN else "")

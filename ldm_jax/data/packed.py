@@ -51,7 +51,7 @@ class PackedSource:
         return record
 
     def stamp(self, first: int, last: int) -> str:
-        """See `sources.Source`: of all the shards, whose records move if one is packed again."""
+        """See `sources.Source`; covers all shards, because packing one again moves the records."""
         names = cache.shard_names(self._split, self._shards)
         return json.dumps([[n, *file_stamp(f"{self._path}/{n}")] for n in names])
 

@@ -28,7 +28,7 @@ class Source(Protocol):
     num_classes: int | None
     """Labels are below this; None without labels."""
     classes: tuple[str, ...] | None
-    """Their names by label; None where the data name none."""
+    """Names of the classes by label; None if the data have none."""
 
     def __len__(self) -> int: ...
 
@@ -37,12 +37,12 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """Path or name of a record, for messages."""
 
-    # Optional: `stamp(first, last) -> str`, another one when the records first..last - 1 are other
-    # ones than before, without reading them.
+    # Optional: `stamp(first, last) -> str`, which changes when records first..last - 1 change; it
+    # does not read them.
 
 
 def stamp(source: Source, first: int, last: int) -> str:
-    """The source's own `stamp`; "" for records that cannot change under one name."""
+    """The source's `stamp`; "" for a source whose records never change under one name."""
     own = getattr(source, "stamp", None)
     return "" if own is None else own(first, last)
 

@@ -56,7 +56,7 @@ class FileTokenizer:
         return self.cut(text)[1]
 
     def cut(self, text: str) -> tuple[np.ndarray, str]:
-        """(the row of `encode`, the end of `text` that is `lost`)."""
+        """(the ids that `encode` gives, the end of `text` that is `lost`)."""
         encoding = self._backend.encode(text)
         ids = np.asarray(encoding.ids, np.int32)
         return ids, _overflow(text, encoding) if encoding.overflowing else ""
@@ -67,7 +67,7 @@ class FileTokenizer:
 
 
 def _overflow(text: str, encoding: Any) -> str:
-    """From the first word that is not whole in `encoding` on."""
+    """The end of `text` from the first word that is not whole in `encoding`."""
     rest = encoding.overflowing[0]
     first = rest.special_tokens_mask.index(0)
     word, offsets = rest.word_ids[first], rest.offsets[first]
@@ -98,7 +98,7 @@ class ByteTokenizer:
         return text[len(whole) :]
 
     def cut(self, text: str) -> tuple[np.ndarray, str]:
-        """(the row of `encode`, the end of `text` that is `lost`)."""
+        """(the ids that `encode` gives, the end of `text` that is `lost`)."""
         return self.encode([text])[0], self.lost(text)
 
     def save(self, folder: epath.PathLike) -> None:

@@ -39,7 +39,7 @@ def decode_image(data: bytes | np.ndarray, channels: Literal[1, 3]) -> Image.Ima
     (the reference shows whatever colour they hide). UndecodableError for bytes that are no image,
     ValueError for one of 32 bits a pixel, whose black and white are not defined.
     """
-    image = _of_known_range(_open(data))
+    image = _to_known_range(_open(data))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -47,7 +47,7 @@ def decode_image(data: bytes | np.ndarray, channels: Literal[1, 3]) -> Image.Ima
     return image if image.mode == mode else image.convert(mode)
 
 
-def _of_known_range(image: Image.Image) -> Image.Image:
+def _to_known_range(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit; ValueError for whole numbers or floats of 32 bits."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.round(np.asarray(image) / 257).clip(0, 255)
@@ -83,7 +83,7 @@ def decode_mask(data: bytes | np.ndarray) -> Image.Image:
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray((data > 0).astype(np.uint8) * 255)
-    image = _of_known_range(_open(data))
+    image = _to_known_range(_open(data))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = np.asarray(image.getchannel("A"))

@@ -150,7 +150,7 @@ def check_format(version: Any, newest: int, where: str) -> None:
 # --- arrays of NumPy ------------------------------------------------------------------------------
 
 DEFLATED = 1100
-"""Most times that deflate packs anything smaller."""
+"""Upper bound of the compression ratio of deflate, which is 1032 at most."""
 
 
 def read_npy(path: epath.PathLike) -> np.ndarray:
@@ -166,15 +166,15 @@ def read_npz(
 ) -> dict[str, np.ndarray]:
     """{name: array} of an .npz, of all its arrays or of those `names` that it has.
 
-    ValueError as of `read_npy`.
+    ValueError as from `read_npy`.
     """
-    found = {}
+    arrays = {}
     with refusals(path, remedy), npz(path) as archive:
         for name in array_names(archive):
             if names is None or name in names:
                 with npz_entry(archive, name) as (entry, size):
-                    found[name] = _array(entry, size)
-    return found
+                    arrays[name] = _array(entry, size)
+    return arrays
 
 
 @contextlib.contextmanager

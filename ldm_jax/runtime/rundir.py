@@ -140,14 +140,14 @@ def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
 
 
 def write_data(run: epath.PathLike, values: Mapping[str, Any]) -> None:
-    """Writes {"classes": names by label or None, "records": {split: count}} of the data."""
+    """Write data.json: {"classes": names by label or None, "records": {split: count}}."""
     text = json.dumps({"format": FORMAT, **values}, indent=2, ensure_ascii=False) + "\n"
     write_text(epath.Path(run) / "data.json", text)
     processes.barrier("data")
 
 
 def read_data(run: epath.PathLike) -> dict[str, Any] | None:
-    """What `write_data` wrote, or None. ValueError if it is damaged or of a newer format."""
+    """Content of data.json, or None. ValueError if it is damaged or of a newer format."""
     path = epath.Path(run) / "data.json"
     if not path.exists():
         return None

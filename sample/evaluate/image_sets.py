@@ -19,7 +19,7 @@ from ldm_jax.sample import inputs
 from ldm_jax.schema import serialize
 
 PIECE = 64
-"""Images that are read from an archive at once."""
+"""Number of images read from an archive at a time."""
 OUTPUTS = ("grid.png", "reconstructions.png")
 """Files that ldm-sample and ldm-eval write beside images; see `folder_source`."""
 

@@ -32,8 +32,8 @@ def find(
     """The weights of `init_from`, or of a run that a conversion made, at its snapshot of step 0.
 
     None without either, or in a run that has a checkpoint. Only reads. A discriminator that does
-    not fit the config's is left out, and reported. ValueError if the autoencoder is of another
-    model, or if only the decoder should train and there is nothing to start from.
+    not fit the config is left out, and reported. ValueError if the autoencoder does not fit, or if
+    only the decoder should train and there is nothing to start from.
     """
     if checkpoint.latest_step(workdir) is not None:
         return None

@@ -1,6 +1,6 @@
-"""Shards that `ldm-train encode` and `pack` write: which are due, and what says that one is whole.
+"""Shards of `ldm-train encode` and `pack`: which are still to write, and a record of whole ones.
 
-FOLDER/train-00000-of-00003.json    {"stamp": of its records, see `data.stamp`, ...}
+FOLDER/train-00000-of-00003.json    {"stamp": `data.stamp` of the shard's records, ...}
 """
 
 import json
@@ -16,12 +16,12 @@ from ldm_jax.runtime.log import LOG
 
 
 class Due(NamedTuple):
-    """A shard that is to be written."""
+    """A shard to write."""
 
     split: str
     shard: cache.Shard
     stamp: str
-    """That of its records as they are now."""
+    """`data.stamp` of its records as they are now."""
 
 
 def find_due(
@@ -32,11 +32,11 @@ def find_due(
     *,
     needs_summary: bool,
 ) -> list[Due]:
-    """Those of `shards` that are not there, or whose records have changed since; says how many.
+    """Shards that are missing, or whose records have changed; logs their number.
 
-    One that has changed is removed, so that it is due until it is written again. A shard
-    of an older version says nothing of its records: it is taken as it is, and compared from now on.
-    needs_summary: a shard without one is due.
+    A changed shard is removed, so that it stays due until it is written again. A shard of an older
+    version has no stamp: it is taken as it is, and compared from now on.
+    needs_summary: a shard without a summary is due.
     """
     due, changed, older = [], 0, 0
     for split, shard in shards:
@@ -62,18 +62,18 @@ def find_due(
 
 
 def begin_again(file: epath.Path, due: Sequence[Due], text: str) -> None:
-    """Says in the folder's own file that it is not complete, where shards of it are due."""
+    """Mark the folder as incomplete in its own file, if shards are due."""
     if due:
         storage.write_whole(file, text.encode())
 
 
 def summary_path(path: epath.Path, shard: cache.Shard) -> epath.Path:
-    """The file that says that a shard is whole."""
+    """Path of the file that marks a shard as whole."""
     return path / f"{epath.Path(shard.name).stem}.json"
 
 
 def read(path: epath.Path, shard: cache.Shard) -> dict[str, Any] | None:
-    """What `write` wrote; None without it. ValueError if it is damaged."""
+    """The summary of a shard, or None. ValueError if it is damaged."""
     file = summary_path(path, shard)
     if not file.exists():
         return None
@@ -87,6 +87,6 @@ def read(path: epath.Path, shard: cache.Shard) -> dict[str, Any] | None:
 
 
 def write(path: epath.Path, due: Due, **values: Any) -> None:
-    """Every process writes those of its own shards, when they are whole."""
+    """Write the summary of a whole shard; every process does so for its own shards."""
     text = json.dumps({"stamp": due.stamp, **values}, indent=2) + "\n"
     storage.write_whole(summary_path(path, due.shard), text.encode())

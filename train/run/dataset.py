@@ -1,6 +1,6 @@
-"""What a run keeps of its data, in data.json: the names of its classes and how many records it has.
+"""Facts of the data that a run keeps in data.json: names of the classes, numbers of records.
 
-A class is known to the model by its number alone, and a folder that is added or renamed moves the
+The model knows a class by its number alone, and a folder that is added or renamed shifts the
 numbers of all that sort after it.
 """
 
@@ -13,11 +13,11 @@ from ldm_jax.runtime import rundir
 from ldm_jax.runtime.log import LOG
 
 SHOWN = 20
-"""Most classes in a line of the log."""
+"""Largest number of classes in a line of the log."""
 
 
 class Dataset(NamedTuple):
-    """What data.json says; `classes` is None where the data name none."""
+    """Content of data.json; `classes` is None if the data have no names."""
 
     classes: tuple[str, ...] | None
     records: dict[str, int]
@@ -26,10 +26,10 @@ class Dataset(NamedTuple):
 def check(
     workdir: epath.PathLike, stream: data.Stream, held_out: data.Stream, *, labels: bool
 ) -> Dataset:
-    """The data as the run is to keep them. Only reads.
+    """The facts that the run is to keep. Only reads.
 
-    labels: the model is conditioned on classes. ValueError, with the difference, if the run at
-    `workdir` was trained on others then.
+    labels: the model is conditioned on classes. ValueError, with the difference, if it is and the
+    run at `workdir` was trained on other classes.
     """
     classes = stream.source.classes
     records = {"train": stream.num_records, "eval": held_out.num_records}
@@ -46,7 +46,7 @@ def check(
 
 
 def difference(before: tuple[str, ...], now: tuple[str, ...]) -> str:
-    """The names that came and went, and the first id that another class would get."""
+    """Description of a change: classes added and missing, and the first id of another class."""
     added = [name for name in now if name not in before]
     gone = [name for name in before if name not in now]
     parts = [
@@ -62,7 +62,7 @@ def difference(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def keep(run: epath.Path, dataset: Dataset, *, resumed: bool) -> None:
-    """Writes data.json, and says what is other than at the last start, and the classes.
+    """Write data.json, and log the classes and the changes since the last start.
 
     resumed: the run has trained before.
     """
@@ -85,7 +85,7 @@ def keep(run: epath.Path, dataset: Dataset, *, resumed: bool) -> None:
 
 
 def table(classes: tuple[str, ...]) -> str:
-    """`classes: 0 cat, 1 dog`, the first ones of many."""
+    """`classes: 0 cat, 1 dog`, cut after the first `SHOWN`."""
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:SHOWN]))
     more = f" and {len(classes) - SHOWN} more, in data.json" if len(classes) > SHOWN else ""
     return f"classes: {shown}{more}"

@@ -80,9 +80,9 @@ def resume(run: epath.Path, manager: Manager, shapes: Any, shardings: Any) -> An
 
 
 def begin(run: epath.Path, state: Any, shardings: Any) -> Any:
-    """The fresh state; of a run that a conversion or `ldm_jax.save` made, with its weights.
+    """The fresh state, with the weights of a run that a conversion or `ldm_jax.save` made.
 
-    These have a snapshot of step 0, and no checkpoint. ValueError if the weights do not fit.
+    Such a run has a snapshot of step 0 and no checkpoint. ValueError if the weights do not fit.
     """
     if 0 not in checkpoint.snapshot_steps(run):
         return state

@@ -228,7 +228,7 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
 
 
 def _metadata(model: bundle.LatentDiffusion) -> dict[str, str]:
-    """What neither names nor shapes of a file tell, in the terms of Stability's specification."""
+    """Metadata, by Stability's specification, that tell what names and shapes of a file do not."""
     kind = {"eps": "epsilon", "v": "v"}.get(model.prediction)
     return {} if model.unet is None or kind is None else {"modelspec.prediction_type": kind}
 
@@ -281,7 +281,7 @@ def _load_first_stage_alone(
     mesh: Mesh | None,
     shapes_only: bool,
 ) -> bundle.LatentDiffusion:
-    """`load` of a file that holds nothing else."""
+    """`load` of a file that holds a first stage alone."""
     config, scale = _first_stage_config(path, yaml_path, tensors)
     module = autoencoder.from_config(config.first_stage)
     place = table.placer({"first_stage": _first_stage_shapes(module)}, mesh)
@@ -336,7 +336,7 @@ def _first_stage_params(
 
 
 def _first_stage_tensors(path: epath.Path, tensors: StateDict) -> StateDict:
-    """Those of the first stage, without a prefix. ValueError if there are none."""
+    """Tensors of the first stage, without a prefix. ValueError if there are none."""
     whole = any(name.startswith(FIRST_STAGE_PREFIX) for name in tensors)
     if whole:
         # the reference samples with the raw weights of a first stage within a model
@@ -352,7 +352,7 @@ def _first_stage_tensors(path: epath.Path, tensors: StateDict) -> StateDict:
 
 
 def yaml_text(model: bundle.LatentDiffusion) -> str:
-    """The YAML that `save` writes. ValueError for what it cannot say."""
+    """The YAML that `save` writes. ValueError for a model that it cannot describe."""
     dumps = model_yaml.dumps_first_stage if model.config.unet is None else model_yaml.dumps
     return dumps(model.config, model.latent_scale)
 
@@ -425,7 +425,7 @@ def _config(
 def _marked(
     config: schema.LatentDiffusionConfig, marked: spellings.Markers, said: list[str]
 ) -> schema.LatentDiffusionConfig:
-    """The config with what a file's markers say of it; `said` gets a line."""
+    """The config with the objective that a file's markers name; `said` gets a line."""
     snr = marked.zero_terminal_snr or config.diffusion.zero_terminal_snr
     before = config.diffusion
     diffusion = dataclasses.replace(before, prediction="v", zero_terminal_snr=snr)
@@ -521,7 +521,7 @@ def _twin(name: str) -> str | None:
 
 
 def _second_text_encoder(name: str, names: set[str]) -> str | None:
-    """What a tensor is of a text encoder whose kind is not the one that is read."""
+    """Description of a tensor of a second text encoder, which is not read; None for another."""
     if name in names:
         return None
     kinds = [re.compile(kind) for kind in TEXT_ENCODERS]

@@ -129,7 +129,7 @@ def dumps(config: schema.LatentDiffusionConfig, scale: float) -> str:
 
 
 def dumps_first_stage(config: schema.LatentDiffusionConfig, scale: float) -> str:
-    """The YAML of a first stage alone, as `dumps`; the scale stands in our section."""
+    """`dumps` for a first stage alone; the scale stands in our section of the YAML."""
     section = {"config": serialize.to_dict(config), "scale": float(scale)}
     values = {
         "model": first_stage_options(config.first_stage),

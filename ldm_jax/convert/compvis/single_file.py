@@ -16,10 +16,10 @@ FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
 LATENT_SIDE = {" upscaler": 128}  # of a training image; 64 in the others but 2-v
 VARIANTS = {"v2": "eps", "v2-v": "v", "eps": "eps", "v": "v"}
-"""What the UNet predicts, of models with the same names and shapes. The first two are of version 2
-(base; 768-v), the others also of models of version 1 that were fine-tuned to predict v."""
+"""{variant: prediction of the UNet} of models with the same names and shapes. The first two are
+version 2 (base and 768-v), the others also version 1 fine-tuned to predict v."""
 SECOND_SIDE = {"eps": 64, "v": 96}
-"""Side of a training image's latent of version 2, by what it predicts."""
+"""{prediction: side of a training image's latent} of version 2."""
 
 
 class Recognized(NamedTuple):
@@ -82,9 +82,9 @@ def recognize(
 def _prediction(
     name: str, second: bool, variant: str | None, marked: str | None
 ) -> tuple[Any, list[str]]:
-    """(what the UNet predicts, guesses): as asked, as the file says, else as most of its family do.
+    """(prediction of the UNet, guesses): as asked, as the file says, else as most of its family.
 
-    second: whether it is version 2 without an image beside the text, of which both are published.
+    second: version 2 without an image beside the text, of which both kinds are published.
     """
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")

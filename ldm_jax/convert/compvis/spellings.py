@@ -1,4 +1,4 @@
-"""Other spellings of CompVis checkpoints, and markers in them: names that hold the same model."""
+"""Other spellings of the tensor names of CompVis checkpoints, and markers of the objective."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 TEXT_MODEL = re.compile(
     r"(cond_stage_model\.transformer\.)(?=(?:embeddings|encoder|final_layer_norm)\.)"
 )
-"""Where some files of Stable Diffusion 1 leave out the `text_model.` of transformers' names."""
+"""Place of the `text_model.` of transformers, which some files of Stable Diffusion 1 leave out."""
 
 STAGE_ATTENTION = re.compile(
     r"((?:(?:first|cond)_stage_model\.)?(?:en|de)coder\.(?:mid\.attn_1|(?:down|up)\.\d+\.attn\.\d+)\.)"
@@ -37,19 +37,20 @@ UNET_WORDS = re.compile(
 
 
 class Markers(NamedTuple):
-    """What a file says of the objective, beside its weights."""
+    """Objective of a model as its file names it, beside the weights."""
 
     prediction: str | None = None
-    """"eps" or "v"; None where it says nothing."""
+    """"eps" or "v"; None if the file does not say."""
     zero_terminal_snr: bool = False
     by_names: tuple[str, ...] = ()
-    """The tensors that say it, `v_pred` or `ztsnr`: they hold against a YAML too."""
+    """Names of the tensors that say so (`v_pred`, `ztsnr`); they override a YAML."""
 
 
 def common(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(tensors with the names of CompVis, what to say): wrappers, text encoder, attention.
+    """(tensors with the names of CompVis, lines for the log).
 
-    Where a tensor is there in two spellings, that of CompVis is taken, as its code would.
+    Renames wrappers, the text encoder and the attention of the first stage. Of a tensor in two
+    spellings that of CompVis is taken, as its own code would.
     """
     for prefix in WRAPPERS:
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -68,7 +69,7 @@ def _common_name(name: str) -> str:
 def markers(
     tensors: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any], Markers]:
-    """(tensors without markers, what those say).
+    """(tensors without markers, the markers).
 
     `v_pred` and `ztsnr` are names that trainers add to say that the model predicts v, with a
     schedule whose last level holds noise alone; `modelspec.prediction_type` is the metadata of
@@ -81,9 +82,9 @@ def markers(
 
 
 def with_unet_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors, of a file whose UNet has averaged weights alone under the names of raw ones.
+    """The tensors; a UNet of averaged weights alone gets the names of raw weights.
 
-    For recognition: which names are really averages of which is the table's to say.
+    Only to recognize the model: the conversion table maps averages to parameters.
     """
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return dict(tensors)
@@ -91,7 +92,7 @@ def with_unet_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_dots(name: str) -> str:
-    """`model.diffusion_model.out.2.bias` of `model_ema.diffusion_modelout2bias`; others as is."""
+    """`model.diffusion_model.out.2.bias` for `model_ema.diffusion_modelout2bias`; others as is."""
     if not name.startswith(UNET_AVERAGE):
         return name
     words, end, short = [], 0, name.removeprefix(UNET_AVERAGE)

@@ -111,7 +111,7 @@ def first_stage_size(folder: epath.PathLike) -> int:
 
 
 def sole_variant(folder: epath.PathLike, kind: str) -> str | None:
-    """The variant of a component that has weights of one alone, for options that choose none.
+    """The only variant of a component's weights, taken when no variant is asked for; else None.
 
     kind: our name of the part, as in `LatentDiffusion.params`.
     """

@@ -98,8 +98,8 @@ IGNORED = (
     "use_memory_efficient_attention",
 )
 
-# Options that no class of diffusers has, and that compute nothing: averages during training (of
-# EMAModel), how the work is cut, notes.
+# Options that no class of diffusers has, and that do not change the output: EMAModel's averaging in
+# training, tiling and slicing, notes.
 NOTHING = {
     *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step"),
     *("use_ema_warmup", "gradient_checkpointing", "use_tiling", "use_slicing"),
@@ -107,7 +107,8 @@ NOTHING = {
     *("notes", "note", "comment", "description", "author", "license"),
 }
 NEWEST = (0, 42)
-"""Version of diffusers whose options we know all of; a class of it or of before leaves others."""
+"""Newest version of diffusers of which every option is known here. A config of it or an older one
+may hold others, which its class ignores."""
 
 
 def class_name(options: Mapping[str, Any]) -> str:
@@ -276,10 +277,10 @@ def read(
     fixed: Mapping[str, tuple],
     ignored: tuple[str, ...] = IGNORED,
 ) -> dict[str, Any]:
-    """The options of `defaults`.
+    """Values of the options in `defaults`; logs options that the class does not have.
 
-    ValueError for a value that `fixed` does not allow, and for an option that is switched on and
-    that the class may have in a version that we do not know. What it does not have is named.
+    ValueError for a value that `fixed` does not allow, and for an unknown option that is switched
+    on in a config of a version newer than `NEWEST`.
     """
     known = {*defaults, *fixed, *ignored}
     others = [k for k, v in options.items() if k not in known and _is_on(k, v)]
@@ -304,9 +305,9 @@ def _is_on(key: str, value: Any) -> bool:
 
 
 def _version(options: Mapping[str, Any]) -> tuple[int, ...]:
-    """Version of diffusers that wrote a config; a very new one where it does not say."""
-    found = re.match(r"(\d+)\.(\d+)", str(options.get("_diffusers_version", "")))
-    return (int(found[1]), int(found[2])) if found else (9**9,)
+    """Version of diffusers that wrote a config; a very new one if it does not say."""
+    match = re.match(r"(\d+)\.(\d+)", str(options.get("_diffusers_version", "")))
+    return (int(match[1]), int(match[2])) if match else (9**9,)
 
 
 def _plausible(key: str, value: Any, default: Any) -> bool:

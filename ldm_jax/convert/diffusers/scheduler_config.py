@@ -210,15 +210,15 @@ def low_res_scheduler_options(config: schema.UpscaleCondConfig) -> dict[str, Any
 
 
 def is_known(options: Mapping[str, Any]) -> bool:
-    """Whether the scheduler is one that we have a solver for."""
+    """True if there is a solver for the scheduler."""
     return class_name(options) in CLASSES
 
 
 def _known(options: Mapping[str, Any], where: str) -> str:
-    """The class's name. ValueError for one that we do not have and that has no such schedule.
+    """The scheduler's class. ValueError for one without a solver here and without a beta schedule.
 
-    (LCMScheduler has one, of which all is said that its class might do otherwise; flow matching
-    has none.)
+    LCMScheduler has one, and names every option in which its class may differ; the schedulers of
+    flow matching have none.
     """
     name = class_name(options)
     if name not in CLASSES and not options.keys() >= SAID and not options.get("trained_betas"):

@@ -44,7 +44,7 @@ def save(
 ) -> None:
     """Writes the folder of the pipeline that samples this model, which must not be there yet.
 
-    Of a first stage alone it is that of the component.
+    For a first stage alone it is the folder of the component.
 
     dtype: of the weights; None keeps that of the parameters.
     tokenizer: for a model of text that has none. The text encoder of Stable Diffusion 2 is written
@@ -81,7 +81,7 @@ def save(
 
 
 def _save_first_stage(model: bundle.LatentDiffusion, folder: epath.Path, dtype: Any) -> None:
-    """The folder of a first stage alone: config.json and weights."""
+    """Write the folder of a first stage alone: config.json and weights."""
     options, tensors = _first_stage(model, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.write(folder / WEIGHTS["diffusers"], tensors, {"format": "pt"})

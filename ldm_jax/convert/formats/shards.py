@@ -42,8 +42,8 @@ def read(
 def _inside(folder: Path, name: str) -> Path:
     """`folder / name`. ValueError if that name leads out of the folder.
 
-    A link in the folder is followed wherever it goes, as whoever put it there meant, and as for a
-    file that is named by itself: into the blobs of a Hugging Face cache, or onto another disk.
+    A link in the folder is followed wherever it leads: into the blobs of a Hugging Face cache, or
+    onto another disk.
     """
     if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
         raise ValueError(f"it names the file {name[:200]!r}, which is not one of its folder")
