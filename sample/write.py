@@ -84,7 +84,7 @@ def _open_out(options: Options) -> epath.Path:
 
 
 def refuse_foreign(out: epath.Path) -> None:
-    """ValueError for a run, and for a folder that holds pictures, in it or below, of other programs.
+    """ValueError for a run, or a folder that holds, in it or below, pictures of other programs.
 
     A training set with samples written into it would train on them.
     """
