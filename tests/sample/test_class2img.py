@@ -106,7 +106,7 @@ def test_ancestral_steps_without_guidance(ldm_run, tmp_path):
         (["--out", "{tmp}/small.npy/below"], "cannot be made"),
         (["--model", "{tmp}"], "is not a run directory"),
         (["--model", "{tmp}/nowhere"], "nowhere: does not exist"),
-        (["--model", "{first_stage}"], "a first stage; --model takes the run of"),
+        (["--model", "{first_stage}"], "is a first stage alone, which encodes and decodes"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
