@@ -31,6 +31,7 @@ from jax import export as jax_export
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import chlo, sdy, stablehlo
 
+from ldm_jax import schema
 from ldm_jax.bundle import LatentDiffusion
 from ldm_jax.models import attention, convolution
 from ldm_jax.runtime import reading
@@ -97,12 +98,21 @@ def identity(model: LatentDiffusion) -> str:
 
     Only fields that differ from their defaults count: one added later changes no hash.
     """
-    return _hash(json.dumps(serialize.difference_from_defaults(model.config)), model)
+    return _hash(json.dumps(serialize.difference_from_defaults(_without_rule(model))), model)
 
 
 def _old_identity(model: LatentDiffusion) -> str:
     """`identity` as programs of November 2026 and before hold it."""
-    return _hash(serialize.old_to_json(model.config), model)
+    return _hash(serialize.old_to_json(_without_rule(model)), model)
+
+
+def _without_rule(model: LatentDiffusion) -> schema.LatentDiffusionConfig:
+    """The config without the rule of its spacing.
+
+    A program holds its levels, older ones those of CompVis's rule: whoever runs one compares them.
+    """
+    sampling = dataclasses.replace(model.config.sampling, rule="compvis")
+    return dataclasses.replace(model.config, sampling=sampling)
 
 
 def _hash(config: str, model: LatentDiffusion) -> str:
@@ -245,6 +255,11 @@ def write(path: epath.PathLike, program: Program, meta: dict[str, Any]) -> None:
     part = path.parent / f"{path.name}.part"  # never half a file under this name
     part.write_bytes(head + body)
     part.rename(path)
+
+
+def read_meta(path: epath.PathLike) -> dict[str, Any]:
+    """The description in a file of `write`; ValueError if it is none."""
+    return _split(path)[0]
 
 
 def read(

@@ -33,12 +33,29 @@ def keys_of(seed: int, indices: Any) -> jax.Array:
 
 
 def levels_of(
-    model: LatentDiffusion, steps: int, spacing: solvers.Spacing | None
+    model: LatentDiffusion,
+    steps: int,
+    spacing: solvers.Spacing | None,
+    solver: str | solvers.Solver = "ddim",
+    rule: str | None = None,
 ) -> solvers.Levels:
-    """The levels of `steps` steps: the model's own where the spacing is, or of another spacing."""
+    """The levels of `steps` steps: of the model's own spacing, or of another.
+
+    rule: "compvis" or "diffusers", whose spacings differ by solver; default: the model's own. The
+    spacings that diffusers lacks are ours in both. ValueError for an unknown rule or spacing, and
+    for a number of steps that a spacing cannot make.
+    """
     own = model.config.sampling
-    if spacing is None or spacing == own.spacing:
-        return solvers.levels(model.schedule, steps, own.spacing, own.final, own.steps_offset)
+    rule = own.rule if rule is None else rule
+    if rule not in ("compvis", "diffusers"):
+        raise ValueError(f"spacing_rule {rule!r} is not one of compvis, diffusers")
+    spacing = own.spacing if spacing is None else spacing
+    if rule == "diffusers" and spacing in solvers.DIFFUSERS_SPACINGS:
+        name = solver if isinstance(solver, str) else ""
+        given = (steps, spacing, own.final, own.steps_offset, name)
+        return solvers.diffusers_levels(model.schedule, *given)
+    if spacing == own.spacing:
+        return solvers.levels(model.schedule, steps, spacing, own.final, own.steps_offset)
     return solvers.levels(model.schedule, steps, spacing)
 
 
@@ -76,6 +93,7 @@ def make_sampler(
     shape: tuple[int, int, int] | None = None,
     solver: str | solvers.Solver = "ddim",
     spacing: solvers.Spacing | None = None,
+    spacing_rule: str | None = None,
     decode: bool = True,
     trace: Callable[[jax.Array, diffusion.Denoised], Any] | None = None,
     guidance_rescale: float = 0.0,
@@ -108,6 +126,7 @@ def make_sampler(
     shape: (h, w, c) of the latent; default: the model's own.
     solver: one of `solvers.SOLVERS`, or a `Solver` of your own, which is given no eta.
     spacing: one of `solvers.levels`; default: the model's own (`config.sampling`).
+    spacing_rule: "compvis" or "diffusers", of `levels_of`; default: the model's own.
     decode: False returns the scaled latents, which `model.decode` takes.
     trace: trace(x, denoised) of every level. The result is then a pair: the images, and what
     `trace` returned, stacked: see `solvers.sample`.
@@ -138,7 +157,8 @@ def make_sampler(
         )
     unet, make_solver = model.unet, _solver(solver)
     shape = model.latent_shape if shape is None else shape
-    levels = levels_of(model, steps, spacing) if levels is None else levels
+    if levels is None:
+        levels = levels_of(model, steps, spacing, solver, spacing_rule)
     _check_guidance(guidance_rescale, guidance_interval, levels)
     _check_x0(model, dynamic_threshold, threshold_limit, quantize_x0)
     guide = (guidance_rescale, guidance_interval)

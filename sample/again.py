@@ -27,7 +27,8 @@ from ldm_jax.schema import serialize
 SHAPING = frozenset(
     (
         *("model", "step", "ema", "config", "variant", "tokenizer", "dtype", "from_export"),
-        *("steps", "solver", "spacing", "eta", "guidance_scale", "guidance_rescale"),
+        *("steps", "solver", "spacing", "spacing_rule", "eta"),
+        *("guidance_scale", "guidance_rescale"),
         *("guidance_interval", "dynamic_threshold", "quantize_x0", "preview"),
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),

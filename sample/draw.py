@@ -8,7 +8,7 @@ from etils import epath
 
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, program, write
-from ldm_jax.sample.request import Call, Request, calls_of, scales_of
+from ldm_jax.sample.request import Call, Request, calls_of, levels_of, scales_of
 
 # facts of a PNG that may differ when a list goes on
 CHANGES = ("made_with", "progress")
@@ -30,6 +30,7 @@ def draw(what: Request) -> int:
     else:
         program.program_of(what, what.model)  # refuses options that the sampler cannot use
     say_what_is_left_out(what)
+    say_steps(what)
     calls = calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)
@@ -63,6 +64,14 @@ def draw(what: Request) -> int:
     if what.problems:
         raise ValueError("; ".join(what.problems))
     return 0
+
+
+def say_steps(what: Request) -> None:
+    """Log the number of steps that run, which may be another than was asked for."""
+    t, options = levels_of(what).t[what.start or 0 :], what.options
+    if len(t):
+        spacing = f"{options.spacing} of {options.spacing_rule}"
+        LOG.info(f"{options.solver}: {len(t)} steps, timesteps {t[0]:g} to {t[-1]:g} ({spacing})")
 
 
 def refuse_lost(names: list[str], what: Request) -> None:

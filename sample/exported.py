@@ -15,7 +15,7 @@ from ldm_jax.sample.request import Call, Request
 def facts_of(request: Request) -> dict[str, Any]:
     """Facts that a program depends on beside the model and the shapes of its arguments."""
     options = request.options
-    names = ("steps", "solver", "spacing", "guidance_rescale", "guidance_interval")
+    names = ("steps", "solver", "spacing", "spacing_rule", "guidance_rescale", "guidance_interval")
     names += ("dynamic_threshold", "quantize_x0", "dtype", "preview")
     facts = {
         "task": request.task,
@@ -44,7 +44,7 @@ def read(request: Request) -> tuple[Callable, int]:
     """(run, batch size) of the file --from-export. ValueError if it is of another request."""
     path = request.options.from_export
     run, meta = export.read(path, model=request.model)
-    there, here = meta.get("program", {}), facts_of(request)
+    there, here = {"spacing_rule": "compvis", **meta.get("program", {})}, facts_of(request)
     for name in here | there:
         if here.get(name) != there.get(name):
             raise ValueError(

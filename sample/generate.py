@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ldm_jax import bundle, sampling, sharding, solvers
+from ldm_jax import bundle, sharding, solvers
 from ldm_jax.runtime import overlap
 from ldm_jax.sample import hosts, inputs, program, progress
 from ldm_jax.sample.options import Options
-from ldm_jax.sample.request import Call, Request, calls_of, keys_of, scales_of
+from ldm_jax.sample.request import Call, Request, calls_of, keys_of, levels_of, scales_of
 
 DONATED = ("x_T", "init")  # as large as the latents and images that come out
 
@@ -44,8 +44,7 @@ def made(
     """
     options, calls = request.options, calls_of(request) if calls is None else calls
     batch, mode = batch_of(request), progress.resolved(options)
-    table = sampling.levels_of(request.model, options.steps, options.spacing)
-    count = len((table if request.levels is None else request.levels).t)
+    count = len(levels_of(request).t)
     left = sum(len(call.wanted) for call in calls)
     with progress.bars(mode, request.count, request.count - left, count * len(calls)) as bars:
         run = program.program_of(request, request.model, bars.step) if run is None else run

@@ -6,7 +6,7 @@ from ldm_jax import bundle, conditioning, sampling, schema
 from ldm_jax.sample import editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
-from ldm_jax.sample.options import latent_shape, open_model
+from ldm_jax.sample.options import latent_shape, levels_of, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "img2img"
@@ -36,7 +36,7 @@ def request(options: Options) -> Request:
     image = read_images(options.images, editing.side(options), channels=editing.channels(model))
     made = editing.pairs(options, what)
     batch = {name: x[made.asked] for name, x in what.batch.items()}
-    levels = sampling.levels_of(model, options.steps, options.spacing)
+    levels = levels_of(model, options)
     return Request(
         NAME,
         options,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import bundle, conditioning, latents, schema, sharding, solvers
+from ldm_jax import bundle, conditioning, latents, sampling, schema, sharding, solvers
 from ldm_jax.metrics import pixels
 from ldm_jax.runtime import images
 from ldm_jax.runtime.log import LOG
@@ -164,9 +164,15 @@ def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Leve
     """
     own = model.config.sampling
     offset = own.steps_offset if options.spacing == own.spacing else 1
-    table = solvers.levels(
-        model.schedule, options.steps, options.spacing, "alphas_cumprod_0", offset
-    )
+    rule = options.spacing_rule
+    if rule == "diffusers" and options.spacing in solvers.DIFFUSERS_SPACINGS:
+        t = sampling.levels_of(model, options.steps, options.spacing, rule=rule).t
+        now, end = model.schedule.alphas_cumprod[t], model.schedule.alphas_cumprod[0]
+        table = solvers.table(model.schedule, t, now, np.append(now[1:], end))
+    else:
+        table = solvers.levels(
+            model.schedule, options.steps, options.spacing, "alphas_cumprod_0", offset
+        )
     moves = table.alpha != table.alpha_next
     table = solvers.Levels(*(None if x is None else x[moves] for x in table))
     return solvers.inverted(table)

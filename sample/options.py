@@ -9,7 +9,17 @@ import jax
 import numpy as np
 from tyro.conf import arg
 
-from ldm_jax import bundle, conditioning, loading, sampling, schema, seeds, sharding, solvers
+from ldm_jax import (
+    bundle,
+    conditioning,
+    export,
+    loading,
+    sampling,
+    schema,
+    seeds,
+    sharding,
+    solvers,
+)
 from ldm_jax.runtime import checkpoint, flags
 
 
@@ -31,6 +41,10 @@ class Options:
     spacing: Annotated[str | None, arg(metavar="NAME")] = None
     """Spacing of the timesteps; default: that of the model's own sampler, `leading` in the
     reference. `trailing` gives any number; an unknown one is answered with the list."""
+    spacing_rule: Literal["compvis", "diffusers"] | None = None
+    """Whose steps a spacing makes: 30 steps of `leading` are 31 in CompVis's samplers, and 30 in
+    diffusers, whose levels depend on the solver too. Default: the model's own, which for a
+    diffusers folder is diffusers'."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
     guidance_scale: float = 1.5
@@ -137,9 +151,22 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
     if not 0 <= options.preview <= options.steps:
         raise ValueError(f"--preview {options.preview} is not in 0..{options.steps}, the --steps")
-    sampling.levels_of(model, options.steps, options.spacing)  # refuses an unknown spacing
-    spacing = options.spacing or model.config.sampling.spacing
-    return model, mesh, dataclasses.replace(options, spacing=spacing)
+    own, rule = model.config.sampling, options.spacing_rule
+    if rule is None and options.from_export is not None:  # the levels are those of the program
+        facts = export.read_meta(options.from_export).get("program", {})
+        rule = facts.get("spacing_rule", "compvis")
+    options = dataclasses.replace(
+        options, spacing=options.spacing or own.spacing, spacing_rule=rule or own.rule
+    )
+    levels_of(model, options)  # refuses an unknown spacing
+    return model, mesh, options
+
+
+def levels_of(model: bundle.LatentDiffusion, options: Options) -> solvers.Levels:
+    """The levels that the options of `open_model` ask for."""
+    return sampling.levels_of(
+        model, options.steps, options.spacing, options.solver, options.spacing_rule
+    )
 
 
 def newest_step(options: Options) -> int | None:

@@ -110,6 +110,7 @@ def make_run(
         steps=options.steps,
         solver=options.solver,
         spacing=options.spacing,
+        spacing_rule=options.spacing_rule,
         decode=False,
         trace=trace,
         guidance_rescale=options.guidance_rescale,

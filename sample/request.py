@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import bundle, seeds, solvers
+from ldm_jax.sample import options
 from ldm_jax.sample.options import Options
 
 
@@ -114,6 +115,13 @@ def keys_of(request: Request, places: np.ndarray) -> jax.Array:
     different, which = np.unique(seeds_of(request)[places], return_inverse=True)
     roots = jnp.stack([seeds.root_key(seed) for seed in different])
     return jax.vmap(jax.random.fold_in)(roots[which], indices_of(request)[places].astype(np.uint32))
+
+
+def levels_of(request: Request) -> solvers.Levels:
+    """The levels of the program, all of which run unless `request.start` says otherwise."""
+    if request.levels is not None:
+        return request.levels
+    return options.levels_of(request.model, request.options)
 
 
 def scales_of(request: Request) -> np.ndarray:

@@ -177,6 +177,7 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
             settings |= {"format": FORMAT, "seed": settings.get("seed", 0) % 2**32}
             if "seeds" in settings:
                 settings["seeds"] = [seed % 2**32 for seed in settings["seeds"]]
+        settings.setdefault("spacing_rule", "compvis")  # the only one before it had a name
     return settings
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ldm_jax.schema.conds import CondConfig
 from ldm_jax.schema.data import DataConfig
-from ldm_jax.schema.mark import execution
+from ldm_jax.schema.mark import execution, later
 from ldm_jax.schema.models import (
     AutoencoderKLConfig,
     AutoencoderVQConfig,
@@ -141,6 +141,9 @@ class SamplingConfig:
     final: Literal["alphas_cumprod_0", "one"] | None = None
     """alphas_cumprod after the last step, that of timestep 0 or one; None: the spacing's
     default."""
+    rule: Literal["compvis", "diffusers"] = later("compvis")
+    """How many steps a spacing makes, and which: as in CompVis's samplers (30 steps of `leading`
+    are 31), or as in the schedulers of diffusers, of which each class has its own."""
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ import jax
 from ldm_jax.solvers.adams import deis, lms
 from ldm_jax.solvers.ddim import ddim
 from ldm_jax.solvers.ddpm import ddpm
+from ldm_jax.solvers.diffusers_levels import SPACINGS as DIFFUSERS_SPACINGS
+from ldm_jax.solvers.diffusers_levels import diffusers_levels
 from ldm_jax.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde
 from ldm_jax.solvers.euler import euler, euler_ancestral
 from ldm_jax.solvers.heun import heun
 from ldm_jax.solvers.kdpm2 import kdpm2
-from ldm_jax.solvers.levels import Levels, Spacing, inverted, levels
+from ldm_jax.solvers.levels import Levels, Spacing, inverted, levels, table
 from ldm_jax.solvers.loop import Solver, sample
 from ldm_jax.solvers.masked import composite, fresh_noise, masked
 from ldm_jax.solvers.plms import plms
@@ -53,17 +55,20 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 }
 
 __all__ = [
+    "DIFFUSERS_SPACINGS",
     "SOLVERS",
     "Levels",
     "Solver",
     "Spacing",
     "composite",
+    "diffusers_levels",
     "fresh_noise",
     "inverted",
     "levels",
     "make",
     "masked",
     "sample",
+    "table",
 ]
 
 

@@ -101,7 +101,7 @@ def levels(
             )
         now = _alphas_cumprod(schedule, t)
     end = schedule.alphas_cumprod[0] if final == "alphas_cumprod_0" else 1.0
-    return _table(schedule, t, now, np.append(now[1:], end))
+    return table(schedule, t, now, np.append(now[1:], end))
 
 
 def inverted(levels: Levels) -> Levels:
@@ -130,7 +130,7 @@ def inverted(levels: Levels) -> Levels:
     )
 
 
-def _table(schedule: Schedule, t: np.ndarray, now: np.ndarray, following: np.ndarray) -> Levels:
+def table(schedule: Schedule, t: np.ndarray, now: np.ndarray, following: np.ndarray) -> Levels:
     """Levels at t with these alphas_cumprod, each leading to the `following` one."""
     lam, lam_next = _half_log_snr(now), _half_log_snr(following)
     middle = 1 / (1 + np.exp(-lam - lam_next))  # alpha^2 where log(alpha / sigma) is their mean
@@ -141,9 +141,9 @@ def _table(schedule: Schedule, t: np.ndarray, now: np.ndarray, following: np.nda
         *(1 - now / following, lam_next - lam, t_next, _timestep_of(schedule, middle)),
         *(np.sqrt(middle), np.sqrt(1 - middle)),
     )
-    table = Levels(t, *columns)
-    table = Levels(*(a.astype(np.float32) for a in table[:-1]))
-    return table._replace(t=t.astype(kind), t_next=t_next.astype(kind))
+    made = Levels(t, *columns)
+    made = Levels(*(a.astype(np.float32) for a in made[:-1]))
+    return made._replace(t=t.astype(kind), t_next=t_next.astype(kind))
 
 
 def _half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

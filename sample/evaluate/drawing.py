@@ -49,6 +49,8 @@ class Options(extraction.Options):
     solver: Annotated[str, arg(metavar="NAME")] = "ddim"
     """Name of a solver."""
     spacing: Annotated[str | None, arg(metavar="NAME")] = None
+    """As of ldm-sample."""
+    spacing_rule: Literal["compvis", "diffusers"] | None = None
     """Spacing of the timesteps; default: that of the model's own sampler."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 ancestral."""
@@ -120,13 +122,16 @@ def drawn(
             *("guidance_interval", "dynamic_threshold", "quantize_x0", "dtype"),
         )
     }
+    if asked.spacing_rule != "compvis":  # the only one before it had a name
+        sampler["spacing_rule"] = asked.spacing_rule
+    steps = len(sample_options.levels_of(model, asked).t)
     facts = {
         "model_weights": weights,
         "sampler": sampler,
         "labels": options.labels if conditions is None else "data",
         "conditions": None if conditions is None else conditions.about,
         "saved": options.npz,
-        "Sampler": f"{asked.solver}, {asked.steps} steps, guidance {asked.guidance_scale:g}",
+        "Sampler": f"{asked.solver}, {steps} steps, guidance {asked.guidance_scale:g}",
     }
     run = program.make_run(model, asked, guided, model.latent_shape)
 

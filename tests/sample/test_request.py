@@ -1,15 +1,17 @@
 """What is asked of a program: keys of every seed and number, options out of range refused."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import recipes
 import task_models
 
-from ldm_jax import sampling
+from ldm_jax import export, sampling, schema
 from ldm_jax.sample import draw, generate, inputs, request, text2img, variations, write
 from ldm_jax.sample.options import Options, open_model
+from ldm_jax.schema import serialize
 
 LARGEST = 2**64 - 1
 
@@ -122,3 +124,66 @@ def test_a_picture_of_before_keeps_the_seed_that_it_was_drawn_with(tmp_path):
     write.images.save_png(path, picture, {"format": write.FORMAT + 1})
     with pytest.raises(ValueError, match=r"2\.png: its settings have format \d+, newer than"):
         write.read_settings(path)
+
+
+# --- levels ---------------------------------------------------------------------------------------
+
+
+def of_rule(rule, **sampling):
+    """A model whose spacing follows a rule."""
+    model = task_models.make(None)
+    own = dataclasses.replace(model.config.sampling, rule=rule, **sampling)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, sampling=own))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked_for", "count", "first"),
+    [
+        ("compvis", None, 31, 991),
+        ("diffusers", None, 30, 958),
+        ("diffusers", "compvis", 31, 991),
+        ("compvis", "diffusers", 30, 958),
+    ],
+)
+def test_a_rule_is_the_models_own_or_asked_for(own, asked_for, count, first):
+    levels = sampling.levels_of(of_rule(own), 30, None, rule=asked_for)
+    assert (len(levels.t), levels.t[0], levels.t[-1]) == (count, first, 1)
+    with pytest.raises(ValueError, match="spacing_rule 'k' is not one of compvis, diffusers"):
+        sampling.levels_of(of_rule(own), 30, None, rule="k")
+
+
+def test_the_levels_of_diffusers_depend_on_the_solver():
+    model = of_rule("diffusers", spacing="linspace")
+    t = {x: sampling.levels_of(model, 7, None, x).t.tolist() for x in ("ddim", "euler", "unipc")}
+    assert t["ddim"] == [999, 832, 666, 500, 333, 166, 0]
+    assert t["euler"] == [999, 832.5, 666, 499.5, 333, 166.5, 0]
+    assert t["unipc"] == [999, 856, 714, 571, 428, 285, 143]
+    ours = sampling.levels_of(model, 7, "karras", "euler").t
+    assert (ours == sampling.levels_of(of_rule("compvis"), 7, "karras").t).all()
+
+
+def test_a_program_takes_no_rule_from_its_model():
+    """Programs that were exported before rules had names run the levels that they hold."""
+    assert export.identity(of_rule("diffusers")) == export.identity(of_rule("compvis"))
+    assert export.identity(of_rule("compvis")) != export.identity(
+        of_rule("compvis", spacing="trailing")
+    )
+
+
+def test_what_is_without_a_rule_has_the_one_that_there_was(tmp_path):
+    write.images.save_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8), {"seed": 3})
+    assert write.read_settings(tmp_path / "a.png")["spacing_rule"] == "compvis"
+    config = schema.LatentDiffusionTrainConfig()
+    values = json.loads(serialize.to_json(config))
+    assert values["config"]["sampling"].pop("rule") == "compvis"
+    assert serialize.from_json(json.dumps(values)).sampling.rule == "compvis"
+
+
+def test_the_number_of_steps_that_run_is_said(shown, capsys):
+    for rule, count, first in (("compvis", 31, 991), ("diffusers", 30, 958)):
+        what = asked(1, steps=30, spacing="leading", spacing_rule=rule)
+        draw.say_steps(what)
+        said = f"ddim: {count} steps, timesteps {first} to 1 (leading of {rule})"
+        assert said in capsys.readouterr().err
+    draw.say_steps(dataclasses.replace(what, start=20))
+    assert "ddim: 10 steps, timesteps 298 to 1" in capsys.readouterr().err

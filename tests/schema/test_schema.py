@@ -151,7 +151,9 @@ def test_a_field_added_later_changes_no_hash():
         "class": "LatentDiffusionConfig",
         "unet": {"class": "UNetConfig", "channel_mult": [1, 2]},
     }
-    assert serialize.old_to_json(model) == serialize.to_json(model)
+    values = json.loads(serialize.to_json(model))
+    assert values["config"]["sampling"].pop("rule") == "compvis"  # added in December 2026
+    assert json.loads(serialize.old_to_json(model)) == values
     younger = dataclasses.make_dataclass(
         "UNetConfig", [("depth", int, mark.later(0))], bases=(schema.UNetConfig,), frozen=True
     )

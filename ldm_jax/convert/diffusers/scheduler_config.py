@@ -1,5 +1,6 @@
 """`scheduler_config.json` of diffusers as a noise schedule and its spacing, and back."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,25 @@ STABLE_BETAS = (
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
 )
+# Options of how a class samples, with the values that our samplers follow; `left_out` names other
+# values. The solver itself is chosen when a picture is drawn, not by the folder.
+AS_OURS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas"), (False, None)),
+    **dict.fromkeys(("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"), (False, None)),
+    "euler_at_final": (False, None),
+    "lower_order_final": (True, None),
+    "final_sigmas_type": ("zero", None),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    "predict_x0": (True,),
+    "disable_corrector": ([], None),
+    "lambda_min_clipped": (-math.inf, None),
+    "variance_type": ("fixed_small", None),
+    "thresholding": (False, None),
+}
 # Pipelines whose timesteps have offset 1 whatever their scheduler's file has.
 OFFSET_ONE = (
     "StableDiffusionPipeline",
@@ -134,6 +154,7 @@ def sampling_config(options: Mapping[str, Any], pipeline: str, where: str) -> sc
         spacing=spacing,
         steps_offset=1 if pipeline in OFFSET_ONE else options.get("steps_offset", 0),
         final="alphas_cumprod_0" if has_choice and not to_one else "one",
+        rule="diffusers",
     )
 
 
@@ -141,7 +162,14 @@ def left_out(options: Mapping[str, Any], pipeline: str) -> list[str]:
     """Options that change what this pipeline samples and that our sampler does not have."""
     clips = class_name(options) in ("DDIMScheduler", "DDPMScheduler")
     clips = clips and pipeline not in OFFSET_ONE and options.get("clip_sample", True)
-    return ["clip_sample=True"] * clips + ["thresholding=True"] * bool(options.get("thresholding"))
+    others = [
+        f"{key}={options[key]!r:.40}"
+        for key, ours in AS_OURS.items()
+        if key in options and options[key] not in ours
+    ]
+    if class_name(options) == "PNDMScheduler" and not options.get("skip_prk_steps", False):
+        others.append("skip_prk_steps=False")
+    return ["clip_sample=True"] * clips + others
 
 
 def scheduler_options(

@@ -243,8 +243,8 @@ DDIM = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
 @pytest.mark.parametrize(
     "sampling",
     [
-        schema.SamplingConfig(final="alphas_cumprod_0"),
-        schema.SamplingConfig(spacing="trailing", steps_offset=0, final="one"),
+        schema.SamplingConfig(final="alphas_cumprod_0", rule="diffusers"),
+        schema.SamplingConfig(spacing="trailing", steps_offset=0, final="one", rule="diffusers"),
     ],
 )
 def test_scheduler_goes_there_and_back(config, sampling):
@@ -287,7 +287,7 @@ def test_trained_betas_must_be_a_known_schedule():
 )
 def test_spacing_of_a_class(name, pipeline, expected):
     found = scheduler_config.sampling_config({"_class_name": name}, pipeline, "x")
-    assert found == schema.SamplingConfig(*expected)
+    assert found == schema.SamplingConfig(*expected, rule="diffusers")
 
 
 def test_defaults_of_the_classes_are_not_ours():
@@ -295,6 +295,23 @@ def test_defaults_of_the_classes_are_not_ours():
     assert (found.schedule, found.beta_start, found.beta_end) == ("linear", 1e-4, 0.02)
     found = scheduler_config.diffusion_config({"_class_name": "HeunDiscreteScheduler"}, "x")
     assert (found.beta_start, found.beta_end) == (0.00085, 0.012)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_karras_sigmas": True}, ["use_karras_sigmas=True"]),
+        ({"solver_order": 3, "thresholding": True}, ["solver_order=3", "thresholding=True"]),
+        ({"algorithm_type": "dpmsolver"}, ["algorithm_type='dpmsolver'"]),
+        ({"final_sigmas_type": "sigma_min"}, ["final_sigmas_type='sigma_min'"]),
+        ({"use_karras_sigmas": False, "solver_order": 2, "lower_order_final": True}, []),
+        ({"_class_name": "PNDMScheduler"}, ["skip_prk_steps=False"]),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, []),
+    ],
+)
+def test_options_that_are_not_followed_are_named(options, named):
+    options = {"_class_name": "DPMSolverMultistepScheduler", **options}
+    assert scheduler_config.left_out(options, "LDMPipeline") == named
 
 
 def test_clipping_is_reported():

@@ -170,7 +170,7 @@ def test_folder_says_what_the_model_is(kind, loaded):
     assert (model.tokenizer is None) == (text is None)
     offset, final = (0, "one") if kind == "bert" else (1, "alphas_cumprod_0")
     spacing = "trailing" if kind == "v" else "leading"
-    assert model.config.sampling == schema.SamplingConfig(spacing, offset, final)
+    assert model.config.sampling == schema.SamplingConfig(spacing, offset, final, "diffusers")
     if kind == "inpaint":
         assert (beside.order, beside.mask_range, beside.fill) == ("mask_image", (0.0, 1.0), 0.0)
     if kind == "upscale":
