@@ -81,6 +81,7 @@ def parse_known(argv: Sequence[str], program: str, kind: type[T]) -> tuple[T, li
     known, rest = tyro.cli(
         kind, args=complete(argv), prog=program, return_unknown_args=True, add_help=False
     )
+    finite.check_fields(known)
     return known, rest
 
 

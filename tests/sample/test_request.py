@@ -8,7 +8,7 @@ import pytest
 import recipes
 import task_models
 
-from ldm_jax import export, sampling, schema
+from ldm_jax import export, loading, sampling, schema
 from ldm_jax.sample import draw, generate, inputs, request, text2img, variations, write
 from ldm_jax.sample.options import Options, open_model
 from ldm_jax.schema import serialize
@@ -187,3 +187,20 @@ def test_the_number_of_steps_that_run_is_said(shown, capsys):
         assert said in capsys.readouterr().err
     draw.say_steps(dataclasses.replace(what, start=20))
     assert "ddim: 10 steps, timesteps 298 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "rule"),
+    [(None, "diffusers"), ({}, "compvis"), ({"spacing_rule": "diffusers"}, "diffusers")],
+)
+def test_a_program_keeps_its_levels(program, rule, monkeypatch):
+    """One without a rule is of the time when there was one; the options then ask for its levels."""
+    monkeypatch.setattr(loading, "load", lambda *given, **more: of_rule("diffusers"))
+    monkeypatch.setattr(export, "read_meta", lambda path: {"program": program})
+    path = None if program is None else "program.bin"
+    for asked_for, expected in ((None, rule), ("compvis", "compvis")):
+        given = Options(
+            model="m", out="o", step=0, steps=30, from_export=path, spacing_rule=asked_for
+        )
+        _, _, found = open_model(given)
+        assert (found.spacing, found.spacing_rule) == ("leading", expected)
