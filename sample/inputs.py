@@ -98,6 +98,7 @@ def start_latents(options: Options, count: int, shape: tuple[int, int, int]) -> 
             f"--init-latents {options.init_latents} holds {x_T.shape}, needed is"
             f" {(first + count, *shape)}"
         )
-    x_T = x_T[first : first + count].astype(np.float32)
+    with np.errstate(over="ignore"):
+        x_T = x_T[first : first + count].astype(np.float32)
     finite.check_array(x_T, "x_T", f"--init-latents {options.init_latents}")
     return x_T

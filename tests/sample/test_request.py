@@ -103,12 +103,14 @@ def test_an_image_that_is_not_finite_is_no_picture(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_noise_that_is_not_finite_is_refused(tmp_path):
-    x_T = np.zeros((3, 2, 2, 1), np.float32)
-    x_T[1, 0, 0, 0] = np.nan
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_noise_that_is_not_finite_is_refused(tmp_path, value):
+    """Also as float32, which sampling is in."""
+    x_T = np.zeros((3, 2, 2, 1))
+    x_T[1, 0, 0, 0] = value
     np.save(tmp_path / "x.npy", x_T)
     options = Options(model="", out="", init_latents=str(tmp_path / "x.npy"))
-    with pytest.raises(ValueError, match=r"--init-latents .*x\.npy: x_T is not finite"):
+    with pytest.raises(ValueError, match=r"--init-latents .*x\.npy: .* finite"):
         inputs.start_latents(options, 3, (2, 2, 1))
 
 
