@@ -60,6 +60,8 @@ def _open_out(options: Options) -> epath.Path:
         raise ValueError("--resume keeps what --overwrite replaces: give one of them")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
+    if rundir.is_run(out):
+        raise ValueError(f"--out {out} is a run; give another folder")
     refuse_foreign(out)
     keeps = options.overwrite or options.resume
     if out.exists() and not keeps and any(out.glob("*.png")):
@@ -83,25 +85,21 @@ def _open_out(options: Options) -> epath.Path:
     return out
 
 
-def refuse_foreign(out: epath.Path) -> None:
-    """ValueError for a run, or a folder that holds, in it or below, pictures of other programs.
+def refuse_foreign(out: epath.Path, depth: int = 2, own: Sequence[str] = ()) -> None:
+    """ValueError for a folder with pictures in it, or in `depth` levels below, that are not ours.
 
-    A training set with samples written into it would train on them.
+    What is written into a training set would be trained on. own: names of pictures that commands
+    write without settings, beside those in a folder `previews`.
     """
-    if not out.is_dir():
-        return
-    if rundir.is_run(out):
-        raise ValueError(f"--out {out} is a run; give another folder")
-    for path in pictures_in(out):
-        if path.parent.name == "previews":  # the only ones that are written without settings
+    for path in pictures_in(out, depth) if out.is_dir() else ():
+        if path.parent.name == "previews" or path.name in own:
             continue
         try:
             images.read_settings(path)
         except ValueError as error:
             name = path.relative_to(out)
             raise ValueError(
-                f"--out {out} holds pictures that ldm-sample did not write ({name}); give another"
-                " folder"
+                f"--out {out} holds pictures that no command wrote ({name}); give another folder"
             ) from error
 
 

@@ -18,7 +18,8 @@ from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
 from ldm_jax.runtime import checkpoint, flags, reading, rundir
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample.evaluate.image_sets import ImageSet
+from ldm_jax.sample import write
+from ldm_jax.sample.evaluate.image_sets import OUTPUTS, ImageSet
 
 PART = 1024  # images of a part at least, which an interrupted run may lose
 Outputs = dict[str, np.ndarray]
@@ -102,6 +103,7 @@ def out_folder(options: Options) -> epath.Path:
     out = checkpoint.absolute(options.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
+    write.refuse_foreign(out, depth=0, own=OUTPUTS)  # samples of others may lie in folders below
     try:
         out.mkdir(parents=True, exist_ok=True)
         rundir.write_text(out / ".writable", "")

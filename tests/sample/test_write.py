@@ -8,6 +8,7 @@ from PIL import Image
 
 from ldm_jax.runtime import images
 from ldm_jax.sample import write
+from ldm_jax.sample.evaluate import extraction
 from ldm_jax.sample.options import Options
 
 
@@ -29,7 +30,7 @@ def own(path):
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_folder_of_training_images_is_refused(tmp_path, name, options):
     foreign(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"pictures that ldm-sample did not write \({name}\)"):
+    with pytest.raises(ValueError, match=rf"pictures that no command wrote \({name}\)"):
         out_of(tmp_path, **options)
     assert [f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*.*")] == [name]
 
@@ -55,3 +56,15 @@ def test_files_that_are_no_pictures_do_not_matter(tmp_path):
     (tmp_path / "deep" / "a" / "b").mkdir(parents=True)
     assert out_of(tmp_path / "new" / "folder").is_dir()
     assert out_of(tmp_path) == tmp_path
+
+
+def test_figures_are_not_written_among_training_images(tmp_path):
+    """Their grids would be trained on; what `ldm-eval` itself wrote is no obstacle."""
+    options = extraction.Options(out=str(tmp_path))
+    own(tmp_path / "00000_class3_seed0.png")
+    foreign(tmp_path / "grid.png")
+    foreign(tmp_path / "data" / "0.png")
+    assert extraction.out_folder(options) == tmp_path
+    foreign(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match=r"pictures that no command wrote \(photo\.jpg\)"):
+        extraction.out_folder(options)
