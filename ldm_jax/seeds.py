@@ -21,11 +21,11 @@ def checked(seed: Any, name: str = "seed") -> int:
 
 
 def check_numbers(first: int, count: int, name: str = "first") -> None:
-    """ValueError that begins with `name` if images `first` to `first + count - 1` are too many."""
+    """ValueError that begins with `name` if images `first` to `first + count - 1` leave 0..2**32 - 1."""
     if first < 0 or count < 0 or first + count > NUMBERS:
         raise ValueError(
-            f"{name} {first}: images number {first} to {first + count - 1} are not all in"
-            f" 0..2**32 - 1 ({NUMBERS - 1}), the numbers of a seed's images"
+            f"{name} {first}: image numbers {first} to {first + count - 1} are not all in"
+            f" 0..2**32 - 1 ({NUMBERS - 1}), the range for one seed"
         )
 
 

@@ -1,19 +1,19 @@
-"""Sizes that the config of a model may have: any model's, and none that could not be built."""
+"""Limits of the sizes in a config: above those of any model, below those that cannot be built."""
 
 import dataclasses
 import math
 from typing import Any
 
 MOST = 2**24
-"""Of any size: width, vocabulary, codes, timesteps, pixels."""
+"""Limit of any size: width, vocabulary, codes, timesteps, pixels."""
 MOST_LEVELS = 16
 MOST_BLOCKS = 1024
-"""Of a part in all; the largest UNets have about a hundred."""
+"""Limit of the blocks in one part of a model; the largest UNets have about a hundred."""
 COUNTS = ("num_res_blocks", "num_layers", "transformer_depth", "stages")
 
 
 def check(config: Any, where: str = "config") -> None:
-    """ValueError for a number below 0, and for one that no model has; names its field."""
+    """ValueError for a number below 0 or above its limit; names the field."""
     blocks = 1
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}.{field.name}"
@@ -42,5 +42,5 @@ def _check_size(value: Any, name: str) -> None:
 
 
 def _shown(value: int) -> str:
-    """Its digits, if they are few: Python refuses to write thousands."""
+    """The digits, if they are few: Python refuses to print integers of more than 4300."""
     return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"

@@ -157,7 +157,7 @@ def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
     ("flags", "message"),
     [
         (("--preview", 3), "--preview 3 is not in 0..2, the --steps"),
-        (("--first-index", -1), "--first-index -1: numbers count from 0"),
+        (("--first-index", -1), "--first-index -1: image numbers -1 to -1 are not"),
         (("--guidance-rescale", 2), "guidance_rescale=2.0 is not in 0..1"),
         (("--guidance-interval", 5, 2), "guidance_interval=(5.0, 2.0): none of the 2 timesteps"),
         (("--dynamic-threshold", 0), "dynamic_threshold=0.0 is not in"),

@@ -45,7 +45,7 @@ def test_seeds_of_a_list_keep_all_bits():
 
 
 def test_numbers_beyond_32_bits_are_refused():
-    with pytest.raises(ValueError, match=r"--first-index 4294967295: images number .*2\*\*32 - 1"):
+    with pytest.raises(ValueError, match=r"--first-index 4294967295: image numbers .*2\*\*32 - 1"):
         request.indices_of(asked(2, first_index=2**32 - 1))
 
 
