@@ -21,7 +21,7 @@ def checked(seed: Any, name: str = "seed") -> int:
 
 
 def check_numbers(first: int, count: int, name: str = "first") -> None:
-    """ValueError that begins with `name` if images `first` to `first + count - 1` leave 0..2**32 - 1."""
+    """ValueError, beginning with `name`, unless `count` numbers from `first` on are below 2**32."""
     if first < 0 or count < 0 or first + count > NUMBERS:
         raise ValueError(
             f"{name} {first}: image numbers {first} to {first + count - 1} are not all in"

@@ -63,7 +63,7 @@ def read(path: str, default: Prompt) -> tuple[list[Prompt], list[str]]:
 def lines_of(path: str) -> tuple[list[str], list[str]]:
     """(lines, problems): a line that is not UTF-8 is empty, and among the problems."""
     lines, problems = [], []
-    data = reading.read_bytes(path).removeprefix(b"\xef\xbb\xbf")  # of Excel's UTF-8
+    data = reading.read_bytes(path).removeprefix(b"\xef\xbb\xbf")  # byte-order mark of Excel
     for number, line in enumerate(data.splitlines(), 1):
         try:
             lines.append(line.decode())

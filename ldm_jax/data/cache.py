@@ -115,7 +115,7 @@ def peek(path: epath.PathLike) -> dict[str, Any] | None:
 
 
 def check_splits(splits: Any) -> None:
-    """ValueError, or another of `reading.DAMAGE`, unless each has numbers of records and shards."""
+    """ValueError or another of `reading.DAMAGE` unless the counts of each split are counts."""
     for split, says in splits.items():
         for name in ("records", "shards"):
             if name in says and (type(says[name]) is not int or says[name] < 0):
@@ -152,7 +152,7 @@ def refuse_other(
 
 
 def shard_names(split: str, count: int, number: int | None = None) -> list[str]:
-    """File names of all shards of a split, or of the first so many."""
+    """File names of all `count` shards of a split, or of the first `number`."""
     number = count if number is None else number
     return [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(number)]
 
@@ -170,7 +170,7 @@ def open_shards(
             f"{path}: ArrayRecord files are read by index, from a file system only: mount the"
             " bucket (gcsfuse, mountpoint-s3) or copy the folder, and give its path there"
         )
-    # as many as there are, and one more: a number in a file is not yet a number of files
+    # at most one more than exist: a damaged index may claim billions of shards
     there = sum(1 for _ in epath.Path(path).glob(f"{split}-*.array_record"))
     names = shard_names(split, count, min(count, there + 1))
     paths = [str(epath.Path(path) / name) for name in names]

@@ -138,7 +138,7 @@ def _kind(value: Any) -> str:
 
 
 def check_format(version: Any, newest: int, where: str) -> None:
-    """ValueError unless the `format` that a file says is a number, and known to this version."""
+    """ValueError unless the `format` of a file is a number that this version knows."""
     if type(version) is not int:
         raise ValueError(f"{where}: format {version!r:.40} is no number: is it one of ldm_jax?")
     if version > newest:
@@ -179,7 +179,7 @@ def read_npz(
 
 @contextlib.contextmanager
 def npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
-    """The archive that an .npz is."""
+    """Open an .npz as a ZIP archive."""
     with opened(path) as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -190,13 +190,13 @@ def npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """Names of the arrays of an .npz, as np.savez was given them."""
+    """Names of the arrays of an .npz, as given to np.savez."""
     return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
 
 
 @contextlib.contextmanager
 def npz_entry(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[Any, int]]:
-    """(handle, bytes) of an array in an .npz. ValueError if it says more bytes than it can have."""
+    """(handle, bytes) of an array in an .npz. ValueError if its size is beyond deflate's ratio."""
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > DEFLATED * (info.compress_size + 1):
         raise ValueError(f"{name} says {info.file_size} bytes, packed in {info.compress_size}")
@@ -208,9 +208,9 @@ def npz_entry(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[Any, int]]:
 
 
 def npy_header(entry: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether by columns, dtype) of an array of `size` bytes, whose values follow.
+    """(shape, True for Fortran order, dtype) of an .npy of `size` bytes; leaves its values to read.
 
-    ValueError unless these are as many as it says.
+    ValueError unless the values are as many as the header says.
     """
     version = np.lib.format.read_magic(entry)
     readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}

@@ -59,9 +59,9 @@ IGNORED = (
 
 
 MAX_TEXT = 2**17
-"""Most characters of a YAML; those that are published have 3000."""
+"""Largest number of characters of a YAML; published ones have 3000."""
 MAX_NODES = 20_000
-"""Most values in one, aliases written out."""
+"""Largest number of values in a YAML, with aliases expanded."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,7 +90,7 @@ def read(path: epath.PathLike) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """Plain values of YAML text. ValueError for what is none, or grows when it is read."""
+    """Plain values of YAML text. ValueError if it is not YAML, or its aliases expand too far."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is not None and _written_out(node, {}) > MAX_NODES:
@@ -103,10 +103,10 @@ def _parsed(text: str) -> Any:
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values in a node, each alias counted as what it stands for. RecursionError for a circle.
+    """Number of values in a node with aliases expanded. RecursionError for a cycle.
 
-    Every merge key (`<<`) copies what it names, and whatever walks over the values sees an alias as
-    often as it is named: nine lines of nine aliases are a billion values.
+    A merge key (`<<`) copies the mapping it names, and a walk over the values visits an alias each
+    time that it is named: nine lines of nine aliases are a billion values.
     """
     if id(node) not in known:
         inner: list[yaml.Node] = []

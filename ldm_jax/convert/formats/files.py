@@ -61,7 +61,7 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
 
 
 def _is_index(name: str) -> bool:
-    """True also for NAME.safetensors.index.fp16.json."""
+    """True for an index of shards, also NAME.safetensors.index.fp16.json."""
     return ".index." in name and name.endswith(".json")
 
 
@@ -135,7 +135,7 @@ def _only_dict(content: dict) -> dict | None:
     """The one dict of tensors of a wrapper that has no tensors itself, as {"model": ...}."""
     if any(type(value) is LazyTensor for value in content.values()):
         return None
-    # each dict once: a file may name a large one a million times
+    # each dict once: a file may refer to a large one a million times
     values = {id(value): value for value in content.values() if type(value) is dict}
     inner = [x for x in values.values() if any(_is_tensor(k, v) for k, v in x.items())]
     return inner[0] if len(inner) == 1 else None
@@ -155,7 +155,7 @@ def _flat(tree: Any) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     def walk(branch: Mapping, where: str) -> None:
         for key, value in branch.items():
             name = f"{where}{key}"
-            if len(name) > MAX_PATH:  # before it stands in front of a million others
+            if len(name) > MAX_PATH:  # else it would be a prefix of a million names
                 raise ValueError(f"a name of more than {MAX_PATH} characters: {name[:200]!r}")
             if isinstance(value, Mapping):
                 walk(value, f"{name}/")

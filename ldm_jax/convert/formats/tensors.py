@@ -150,7 +150,7 @@ def sizes(values: Any) -> tuple[int, ...]:
     """A shape or strides as a tuple. ValueError unless it is a short list of whole numbers >= 0."""
     if not isinstance(values, (list, tuple)):
         raise ValueError("a tensor's shape or strides are no list of sizes")
-    if len(values) > MAX_RANK:  # before any of them is looked at
+    if len(values) > MAX_RANK:  # before the loops over millions of axes below
         raise ValueError(f"a tensor of {len(values)} axes; {MAX_RANK} are the most")
     if any(type(n) is not int or not 0 <= n < MAX_SIZE for n in values):
         raise ValueError("a tensor's shape or strides are no sizes from 0 to 2**62")

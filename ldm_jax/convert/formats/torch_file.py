@@ -164,7 +164,7 @@ def _check_legacy(stream: unpickle.Pickles, file: File) -> None:
             " load it with torch and save it again"
         )
 
-    def none(identity: tuple) -> Any:  # whose hash may take for ever: tuples of tuples of tuples
+    def none(identity: tuple) -> Any:  # never hashed: nested tuples may take for ever
         raise ValueError("a persistent id before the object")
 
     try:
@@ -248,7 +248,8 @@ def _tensor(file: File, swapped: bool, storage: Any, offset: Any, size: Any, str
     stride = tensors.sizes(stride)
     if len(stride) != len(shape):
         raise ValueError(f"a tensor of {len(shape)} axes and {len(stride)} strides")
-    stride = tuple(step if n > 1 else 0 for n, step in zip(shape, stride))  # any fits one element
+    # the stride of an axis of one element is arbitrary
+    stride = tuple(step if n > 1 else 0 for n, step in zip(shape, stride))
     swapped = swapped and dtype.itemsize > 1
     numel = math.prod(shape)
     if numel == 0:

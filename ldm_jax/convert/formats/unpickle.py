@@ -213,7 +213,7 @@ def _fill(target: dict, pairs: Iterable) -> None:
 
 
 def _set(items: Any = ()) -> set:
-    if type(items) not in (list, tuple, set, dict):  # the lengths of texts are not counted
+    if type(items) not in (list, tuple, set, dict):  # a string may be long: not counted
         raise ValueError(f"a pickle makes a set of a {type(items).__name__}")
     return _add(set(), items)
 

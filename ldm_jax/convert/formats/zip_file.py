@@ -104,7 +104,7 @@ def _entry(file: File, handle, directory: bytes, position: int) -> tuple[str, En
 def _zip64(extra: bytes, *values: int) -> list[int]:
     """The values (size, packed size, start); those marked unknown are in the extra field."""
     large = []
-    at = 0  # of a field: one after another may be 16 000 times four bytes
+    at = 0  # an offset, as copying the rest would be quadratic: there may be 16 000 empty fields
     while len(extra) - at >= 4:
         kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
