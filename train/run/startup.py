@@ -89,7 +89,8 @@ def begin(run: epath.Path, state: Any, shardings: Any) -> Any:
     given, _ = checkpoint.load_snapshot(run, 0)
     host = {}
     for part, fresh in state.params.items():
-        weights = given.get(part, jax.device_get(fresh))  # no snapshot of a model has a logvar
+        # no model has a logvar; arrays that are split over hosts cannot be fetched
+        weights = given[part] if part in given else jax.device_get(fresh)
         if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, fresh):
             raise ValueError(f"{run}/snapshots/0: its {part} is not that of the config")
         host[part] = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), weights, fresh)
