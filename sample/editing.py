@@ -10,7 +10,7 @@ from etils import epath
 from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
-from ldm_jax.sample.options import Options, check_tokenizer, label_ids, label_text, null_batch
+from ldm_jax.sample.options import Options, check_tokenizer, label_ids, null_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _classes(model: bundle.LatentDiffusion, options: Options) -> Asked:
     batch = {"label": np.asarray(labels, np.int32)}
     names = [f"class{label}" for label in labels]
     alone = [{"labels": [label]} for label in labels]
-    return Asked(batch, names, [label_text(model, label) for label in labels], scale, alone)
+    return Asked(batch, names, [str(label) for label in labels], scale, alone)
 
 
 class Pairs(NamedTuple):

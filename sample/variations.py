@@ -15,7 +15,7 @@ from ldm_jax import bundle, conditioning, diffusion, sampling, schema, seeds, sh
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.options import Options, label_ids, label_text, open_model
+from ldm_jax.sample.options import Options, label_ids, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "variations"
@@ -165,7 +165,7 @@ def conditions(
         names = list(options.prompt)
     elif isinstance(cond, schema.ClassCondConfig) and options.labels:
         batch = {"label": np.asarray(options.labels, np.int32)}
-        names = [label_text(model, label) for label in options.labels]
+        names = [str(label) for label in options.labels]
         if cond.via == "label" and len(names) > 1:
             raise ValueError(f"{options.model}: adds class ids to the time; between ids is nothing")
         if cond.via == "label":
