@@ -5,7 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+DEMO_INSTALLED := $(VENV)/.installed-demo
+TEST_INSTALLED := $(VENV)/.installed
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 DEMO := runs/demo
 STAGE := first_stage
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=10
@@ -21,26 +23,40 @@ help:
 	@echo 'make docs      the documentation site: build/site/index.html'
 	@echo 'PYTHON=python3.12 selects the interpreter, VENV=.venv-3.12 where its packages go'
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is older than 3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(PYTHON) -m venv $(VENV)
+
+# one environment: what the demo needs, and for tests the rest
+$(DEMO_INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing ldm_jax and what the demo needs into $(VENV) ...'
+	$(INSTALL) '.[demo]'
 	touch $@
 
-demo: $(INSTALLED)
+$(TEST_INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing ldm_jax and what its tests need into $(VENV) (torch among it) ...'
+	$(INSTALL) '.[demo,test]'
+	touch $(DEMO_INSTALLED) $@
+
+demo: $(DEMO_INSTALLED)
+	@$(BIN)/python benchmarks/demo_report.py $(DEMO) --targets
 	$(BIN)/ldm-train digits:$(STAGE) --workdir $(DEMO)/first_stage
 	$(BIN)/ldm-eval reconstruct --model $(DEMO)/first_stage --out $(DEMO)/reconstruct --features random --batch-size 60
 	$(BIN)/ldm-train digits --workdir $(DEMO)/ldm --first-stage.path $(DEMO)/first_stage
 	$(BIN)/ldm-sample class2img --model $(DEMO)/ldm --out $(DEMO)/samples --num-images 36 --batch-size 60 --npz --overwrite
 	$(BIN)/python benchmarks/demo_report.py $(DEMO)
+	@echo
+	@echo 'Next, sevens and threes, then a model of your own pictures:'
+	@echo '  $(BIN)/ldm-sample class2img --model $(DEMO)/ldm --out $(DEMO)/mine --labels 7 3 --num-images 8'
+	@echo '  $(BIN)/ldm-train own:first_stage --workdir runs/own_first_stage --data.source.path YOUR_PICTURES'
 
-test: $(INSTALLED)
+test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)
+test-all: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(INSTALLED)
+lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -4,8 +4,9 @@ Reads DIR/first_stage, DIR/ldm and DIR/samples/samples.npz; writes DIR/report.js
 Samples are judged in pixels averaged down to 8x8, the size the digits were scanned at, against
 held-out digits that neither stage nor the classifier has seen.
 
-`--beside DIR ...` measures nothing and prints one row of a table for every folder, of what is there
-already: DIR/report.json, and DIR/reconstruct/result.json of `ldm-eval reconstruct`.
+`--targets` prints what is to be reached. `--beside DIR ...` measures nothing and prints one row of
+a table for every folder, of what is there already: DIR/report.json, and
+DIR/reconstruct/result.json of `ldm-eval reconstruct`.
 """
 
 import argparse
@@ -50,12 +51,27 @@ def main() -> int:
     """Reports on one folder, or shows several side by side; an exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=epath.Path, help="what make demo made")
+    parser.add_argument("--targets", action="store_true", help="print what a demo is to reach")
     parser.add_argument("--beside", nargs="+", type=epath.Path, help="folders to show beside it")
     args = parser.parse_args()
+    if args.targets:
+        print(targets(args.folder))
+        return 0
     if args.beside is None:
         return report_on(args.folder)
     print("\n".join(rows([args.folder, *args.beside])))
     return 0
+
+
+def targets(folder: epath.Path) -> str:
+    """What `make demo` is about to do, how long that takes, and the figures it is to reach."""
+    least = ", ".join(f"{name} {value:g}" for name, value in TARGETS.items())
+    return (
+        f"Trains both stages on handwritten digits, samples and measures, in {folder}/: 8 to 12"
+        " minutes on two CPU cores.\nPictures of a stage on its way: "
+        f"{folder}/*/samples/*.png. Stopped, it goes on with the same command.\n"
+        f"It passes with at least: {least} (dB, of reconstructions)."
+    )
 
 
 def rows(folders: list[epath.Path]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
@@ -25,7 +24,7 @@ from ldm_jax.convert.clip_folder import CLIP
 from ldm_jax.data import folder as image_folder
 from ldm_jax.data import transforms
 from ldm_jax.models import clip
-from ldm_jax.runtime import processes, reading, rundir
+from ldm_jax.runtime import processes, progress, reading, rundir
 from ldm_jax.runtime.log import LOG
 
 BLOCK = 2**16  # embeddings whose cosines are computed in one call
@@ -78,8 +77,8 @@ def embed_images(
         out_shardings=None if mesh is None else sharding.replicated(mesh),
     )
     broken = []
-    hidden = None if len(paths) > size else True
-    with tqdm.tqdm(total=len(paths), unit="image", disable=hidden) as bar:
+    hidden = not progress.is_watched() or len(paths) <= size
+    with progress.Bar(len(paths), unit="image", does="embedding", hidden=hidden) as bar:
         for first, images in _read_ahead(functools.partial(_prepared, towers), paths, size):
             reasons = [(first + i, x) for i, x in enumerate(images) if isinstance(x, str)]
             blank = np.zeros((towers.vision.image_size,) * 2 + (3,), np.float32)

@@ -53,7 +53,9 @@ def made(
         def dispatch(call: Call) -> tuple:
             nonlocal compiled
             arguments = arguments_of(request, batch, call)
-            compiled = compiled or program.compiled(request, run, arguments)
+            if compiled is None:
+                with bars.doing("compiling"):
+                    compiled = program.compiled(request, run, arguments)
             return compiled(*arguments)
 
         for call, (image, z, *previews) in overlap.prefetch(calls, dispatch):

@@ -1,13 +1,12 @@
-"""Bars on a terminal: images, and steps where the program reports them."""
+"""The bar of a sampling command: images, or steps where the program reports them."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import tqdm
 
+from ldm_jax.runtime import progress
 from ldm_jax.sample.options import Options
 
 
@@ -18,6 +17,8 @@ class Bars(NamedTuple):
     """Called with the number of images done."""
     step: Callable[[], None] | None
     """Called at every step of the solver, from inside the program; None: without a bar."""
+    doing: Callable[[str], contextlib.AbstractContextManager]
+    """Context that shows what happens beside sampling, as "compiling"."""
 
 
 def resolved(options: Options) -> str:
@@ -31,25 +32,31 @@ def resolved(options: Options) -> str:
         return images
     if options.progress != "auto":
         return options.progress
-    if not sys.stderr.isatty():
+    if not progress.is_watched():
         return "none"
     return images if jax.default_backend() == "cpu" and jax.process_count() == 1 else "images"
 
 
 @contextlib.contextmanager
 def bars(mode: str, images: int, done: int, steps: int) -> Iterator[Bars]:
-    """Bars for `images`, of which `done` are finished, and for `steps` in all calls together.
+    """A bar of `images`, of which `done` are finished, or of `steps` in all calls together.
 
     mode: see `resolved`.
     """
-    with contextlib.ExitStack() as stack:
-        hidden = mode == "none" or jax.process_index() != 0
-        whole = tqdm.tqdm(total=images, initial=done, unit="image", position=0, disable=hidden)
-        stack.enter_context(whole)
-        if mode != "steps":
-            yield Bars(whole.update, None)
-            return
-        each = stack.enter_context(
-            tqdm.tqdm(total=steps, unit="step", position=1, leave=False, disable=hidden)
-        )
-        yield Bars(whole.update, lambda: each.update(1))
+    hidden = mode == "none" or jax.process_index() != 0
+    if mode != "steps":
+        with progress.Bar(
+            images, unit="image", does="sampling", initial=done, hidden=hidden
+        ) as bar:
+            yield Bars(bar.update, None, bar.doing)
+        return
+    with progress.Bar(steps, unit="step", does="sampling", hidden=hidden) as bar:
+
+        def made(number: int) -> None:
+            nonlocal done
+            done += number
+            bar.note(f"{done}/{images} images")
+            bar.refresh()
+
+        made(0)
+        yield Bars(made, lambda: bar.update(), bar.doing)

@@ -1,5 +1,6 @@
 """The package as it is imported: `ldm_jax.load` is the function, and importing costs little."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -37,11 +38,11 @@ def test_metrics_are_written_without_torch(tmp_path):
     """tensorboardX would import it where it is installed; whoever wants it later still gets it."""
     code = f"""
 import importlib.util, pathlib, sys
-from ldm_jax.train.run import monitor
+from ldm_jax.train.run import writers
 path = pathlib.Path({str(tmp_path)!r})
-watch = monitor.Monitor(path, 0, 1, batch_size=1)
-watch.write(1, {{"loss": 0.5}})
-watch.close()
+board = writers.TensorBoard(path)
+board.scalars(1, {{"loss": 0.5}})
+board.close()
 before = "torch" in sys.modules
 try:
     import torch
@@ -67,3 +68,17 @@ def test_nothing_reads_torch_tensorflow_or_transformers_in():
 def test_other_names_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = ldm_jax.lode
+
+
+def test_the_demo_installs_nothing_for_tests(tmp_path):
+    """And the tests install what the demo needs: one environment serves both."""
+
+    root = pathlib.Path(__file__).parents[1]
+
+    def installs(target):
+        command = ["make", "-n", target, f"VENV={tmp_path}/none"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        return [line.split()[-1] for line in done.stdout.splitlines() if "pip install" in line]
+
+    assert installs("demo") == ["'.[demo]'"]
+    assert installs("test") == installs("lint") == ["'.[demo,test]'"]

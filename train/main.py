@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -22,7 +23,7 @@ from tyro.conf import arg
 from ldm_jax import configs, data, schema
 from ldm_jax.runtime import checkpoint, cli, flags
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train.run import logs, supervisor, watchdog
+from ldm_jax.train.run import logs, next_steps, supervisor, watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,20 @@ def _train(name: str, argv: Sequence[str]) -> int:
     ) as watch:
         code = recipe.train(config, workdir, watch)
         watch.state = "stopped" if code == cli.INTERRUPTED else "done"
+    if code == cli.INTERRUPTED:
+        LOG.info(next_steps.of_stopped(workdir, name, argv))
+    elif code == 0:
+        LOG.info(next_steps.of_finished(workdir, _model_on(name), config))
     return code
+
+
+def _model_on(name: str) -> str:
+    """Name of the config of the model on the first stage `name`; CONFIG where it has none."""
+    file, _, _ = name.partition(":")
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(load_config(file), schema.LatentDiffusionTrainConfig):
+            return file
+    return "CONFIG"
 
 
 def _encode(name: str, argv: Sequence[str]) -> int:

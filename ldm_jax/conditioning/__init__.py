@@ -19,6 +19,7 @@ from ldm_jax.conditioning.registry import (
     name_of,
     needs,
     null_like,
+    sampled_by,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "name_of",
     "needs",
     "null_like",
+    "sampled_by",
 ]

@@ -81,6 +81,7 @@ def _check_classes(config: Config, num_classes: int) -> None:
 
 KIND = Kind(
     name=lambda config: "class label",
+    sampled_by=lambda config: "class2img",
     example=_example,
     from_batch=_from_batch,
     build=_build,

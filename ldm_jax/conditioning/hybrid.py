@@ -48,7 +48,12 @@ def join(kinds: Mapping[type, Kind]) -> Kind:
         for kind, part in zip(parts(config), (config.text, config.concat), strict=True):
             kind.check_values(part, batch)
 
+    def sampled_by(config: Config) -> str:
+        words = parts(config)[1].sampled_by(config.concat)
+        return f'{words} --prompt "..."' if words else ""
+
     return Kind(
+        sampled_by=sampled_by,
         name=lambda config: " + ".join(
             kind.name(part)
             for kind, part in zip(parts(config), (config.text, config.concat), strict=True)

@@ -37,6 +37,7 @@ def masked_image(config: Config, image: jax.Array, mask: jax.Array, encode: Enco
 
 KIND = Kind(
     name=lambda config: "masked image",
+    sampled_by=lambda config: "inpaint --images PICTURE --masks MASK",
     example=_example,
     from_batch=_from_batch,
     concat_channels=lambda config, latent, image: latent + 1,

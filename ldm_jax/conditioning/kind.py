@@ -54,6 +54,8 @@ class Kind:
     """example(config, sizes) -> {name: Example} of all that a batch must hold."""
     from_batch: Callable[..., Cond]
     """from_batch(config, module, params, batch, encode, dropped) -> Cond, null where `dropped`."""
+    sampled_by: Callable[[Any], str] = lambda config: ""
+    """sampled_by(config): task of `ldm-sample`, and what it must be given; "" without a task."""
     build: Callable[[Any, DTypeLike, bool], nn.Module | None] = lambda config, dtype, remat: None
     """build(config, dtype, remat) -> the module with the learned part, None without one."""
     module_input: Callable[[Any], tuple[int, ...]] = lambda config: (1,)

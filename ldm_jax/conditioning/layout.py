@@ -4,4 +4,8 @@ import dataclasses
 
 from ldm_jax.conditioning import text
 
-KIND = dataclasses.replace(text.KIND, name=lambda config: "boxes with classes")
+KIND = dataclasses.replace(
+    text.KIND,
+    name=lambda config: "boxes with classes",
+    sampled_by=lambda config: "layout2img --boxes BOXES",
+)

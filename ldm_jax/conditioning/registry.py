@@ -38,6 +38,7 @@ KINDS: dict[type, Kind] = {
 KINDS[schema.HybridCondConfig] = hybrid.join(KINDS)
 KINDS[type(None)] = Kind(
     name=lambda config: "no condition",
+    sampled_by=lambda config: "unconditional",
     example=lambda config, sizes: {},
     from_batch=lambda *arguments: Cond(),
     has_null=lambda config: False,
@@ -53,6 +54,11 @@ def kind_of(config: schema.CondConfig) -> Kind:
 def name_of(config: schema.CondConfig) -> str:
     """The condition as users call it, such as "class label" or "text + masked image"."""
     return kind_of(config).name(config)
+
+
+def sampled_by(config: schema.CondConfig) -> str:
+    """Task of `ldm-sample` that draws with such a model, and what it must be given; "" for none."""
+    return kind_of(config).sampled_by(config)
 
 
 def build(

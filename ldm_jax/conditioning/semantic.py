@@ -64,6 +64,7 @@ def _check_values(config: Config, batch: Batch) -> None:
 
 KIND = Kind(
     name=lambda config: "segmentation map",
+    sampled_by=lambda config: "semantic --maps MAP",
     example=_example,
     from_batch=_from_batch,
     build=_build,

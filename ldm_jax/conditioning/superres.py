@@ -43,6 +43,7 @@ def check_factor(
 
 KIND = Kind(
     name=lambda config: "low-resolution image",
+    sampled_by=lambda config: "superres --images PICTURE",
     example=_example,
     from_batch=_from_batch,
     concat_channels=lambda config, latent, image: image,

@@ -40,6 +40,7 @@ def _tokens(batch: Batch, dropped: Dropped) -> jax.Array:
 
 KIND = Kind(
     name=lambda config: "text",
+    sampled_by=lambda config: 'text2img --prompt "..."',
     example=_example,
     from_batch=_from_batch,
     build=_build,

@@ -41,6 +41,7 @@ def _check(
 
 KIND = Kind(
     name=lambda config: "noised low-resolution image",
+    sampled_by=lambda config: "superres --images PICTURE",
     example=_example,
     from_batch=_from_batch,
     concat_channels=lambda config, latent, image: image,

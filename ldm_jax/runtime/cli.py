@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 
-from ldm_jax.runtime import cluster, flags, log
+from ldm_jax.runtime import cluster, flags, interrupts, log, progress
 
 # errors whose message is one line for the user
 CLEAR = (ValueError, OSError, FloatingPointError, ImportError)
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C, saved, and can be resumed
+WAITS = (
+    "interrupted: ends when what is being compiled or computed is done; Ctrl-C again ends at once"
+)
 UNREAD = 141  # 128 + SIGPIPE: the reader of stdout has closed it, as `| head` does
 
 
@@ -32,16 +35,19 @@ def run(program: str, command: Callable[[Sequence[str]], int | None], argv: Sequ
         _hide_tracebacks()
     try:
         try:
-            with log.shown():
+            with log.shown(), interrupts.answered(WAITS, after=0.5):
                 return command(argv) or 0
         finally:
             sys.stdout.flush()  # not only at exit: a broken pipe cannot be caught there
     except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted\n")
+        progress.close_all()
+        echoed = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
+        sys.stderr.write(f"{echoed}{program}: interrupted\n")
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
             return UNREAD
+        progress.close_all()
         if common.debug:
             raise
         text = " ".join(str(error).split()) or "no message"

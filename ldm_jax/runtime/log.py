@@ -52,6 +52,8 @@ class Terminal(logging.StreamHandler):
         import tqdm
 
         with tqdm.tqdm.external_write_mode(sys.stderr):
+            if sys.stderr.isatty():
+                sys.stderr.write("\r\x1b[K")  # also a ^C behind the bar
             super().emit(record)
 
 

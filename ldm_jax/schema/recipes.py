@@ -76,6 +76,9 @@ class BaseTrainConfig:
     """Bit-exact resume on GPU too, at a cost in speed."""
     profile: str = execution("")
     """FIRST:END: steps to trace into the run's `profile/`; 100:105 are five, after a hundred."""
+    wandb: str = execution("")
+    """Project of Weights & Biases that metrics and pictures go to as well; wandb is to be
+    installed."""
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,18 @@
 import dataclasses
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
 from ldm_jax import schema, seeds, sharding
 from ldm_jax.convert import clip_folder, inception
 from ldm_jax.metrics import features, gaussian
-from ldm_jax.runtime import checkpoint, flags, reading, rundir
+from ldm_jax.runtime import checkpoint, flags, progress, reading, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import write
 from ldm_jax.sample.evaluate.image_sets import OUTPUTS, ImageSet
@@ -151,9 +149,8 @@ def kept(
     settings = {**settings, "batch_size": options.batch_size, "count": count}
     first = _begin(folder, json.loads(json.dumps(settings)), options)
     done = first * options.batch_size
-    with tqdm.tqdm(
-        total=count, initial=done, desc=what, unit="image", disable=not sys.stderr.isatty()
-    ) as bar:
+    hidden = not progress.is_watched()
+    with progress.Bar(count, unit="image", does=what, initial=done, hidden=hidden) as bar:
         batches: list[Outputs] = []
         part = done
         for outputs, number in produce(first) if done < count else ():

@@ -78,7 +78,8 @@ def test_steps_are_reported_and_change_nothing(what, monkeypatch, capsys, shown)
     np.testing.assert_array_equal(told.image, plain.image)
     said = capsys.readouterr().err
     assert "not kept for the next time: --progress images is" in said
-    assert "2/2" in said
+    (*_, last) = [line for line in said.splitlines() if line.startswith("sampling: 4/4 [")]
+    assert last.endswith("step/s, 2/2 images]")
 
 
 def test_previews_end_with_the_image(what):
@@ -177,7 +178,8 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
 
 def test_a_bar_of_steps_is_for_a_cpu_with_a_terminal(monkeypatch):
     options = Options(model="", out="")
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    assert progress.resolved(options) == "none"
+    monkeypatch.setattr(progress.progress, "is_watched", lambda: True)
     assert progress.resolved(options) == "steps"
     assert progress.resolved(dataclasses.replace(options, from_export="a.bin")) == "images"
     assert progress.resolved(dataclasses.replace(options, progress="none")) == "none"

@@ -145,5 +145,5 @@ def test_sigterm_to_one_stops_both_at_one_step(tmp_path, ldm_run, first_stage_ru
         assert codes(tmp_path, processes) == [cli.INTERRUPTED] * 2, logs(tmp_path)
     (step,) = checkpoint.saved_steps(run)
     assert 0 < step < 400
-    assert f"stopped at step {step};" in (tmp_path / "0.log").read_text()
+    assert f"stopped at step {step} of " in (tmp_path / "0.log").read_text()
     assert_losses_as(run, ldm_run, min(step, 8), exactly=False)

@@ -76,6 +76,7 @@ def train(
             if loop.due("sample", step):
                 with loop.paused("drawing", state):
                     draw(averaged(state), rundir.sample_path(run, step))
+                    loop.drawn(step)
             stop = loop.stops(step)
             loop.save(step, state, model_config, final=stop)
             if stop:

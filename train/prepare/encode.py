@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,14 +15,13 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import bundle, conditioning, data, schema, sharding
 from ldm_jax.data import cache, examples
 from ldm_jax.models import autoencoder
-from ldm_jax.runtime import checkpoint, overlap, processes, rundir
+from ldm_jax.runtime import checkpoint, overlap, processes, progress, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.schema import serialize
 from ldm_jax.train.frozen import first_stage
@@ -59,7 +57,8 @@ def encode(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -
     shards.begin_again(path / "cache.json", due, _json(meta))
     total = sum(one.shard.last - one.shard.first for one in due)
     began, bad = time.perf_counter(), {split: set() for split in SPLITS}
-    with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
+    hidden = not progress.is_watched()
+    with progress.Bar(total, unit="image", does="encoding", hidden=hidden) as bar:
         for one in due:
             read = Reader(config, sources[one.split], one.split == "train")
             encode_batch = functools.partial(run, placed)

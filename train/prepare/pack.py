@@ -6,20 +6,18 @@ fast. Images stay encoded as they are. `ldm_jax.data.packed` reads the result.
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
 import jax
-import tqdm
 from etils import epath
 
 from ldm_jax import schema
 from ldm_jax.data import cache, examples, packed, transforms
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.runtime import checkpoint, processes, reading, rundir
+from ldm_jax.runtime import checkpoint, processes, progress, reading, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.prepare import shards
 
@@ -51,7 +49,8 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = 40
     shards.begin_again(path / "pack.json", due, _json(meta))
     total = sum(one.shard.last - one.shard.first for one in due)
     began, bad = time.perf_counter(), 0
-    with tqdm.tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
+    hidden = not progress.is_watched()
+    with progress.Bar(total, unit="image", does="packing", hidden=hidden) as bar:
         for one in due:
             left_out: list[list[str]] = []
             read = Reader(config, sources[one.split], one.split)

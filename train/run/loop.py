@@ -27,7 +27,7 @@ from ldm_jax import data, schema, sharding
 from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train.run import goodput, profiling, stop
+from ldm_jax.train.run import goodput, profiling, stop, writers
 from ldm_jax.train.run.monitor import Monitor, compile_step
 from ldm_jax.train.run.watchdog import Watch
 
@@ -82,7 +82,11 @@ class Loop:
         self.clock = goodput.Clock(started, _spent(manager, self.first))
         steps = profiling.window(config.profile, config.steps)
         self.profile = profiling.Profile(run, steps, self.first)
-        self.skipped = int(state.skips["count"])
+        self.monitor = Monitor(
+            *(run, self.first, config.steps, config.batch_size, self.clock),
+            lambda: writers.beside_metrics(run, config),
+        )
+        self.monitor.skipped_steps = int(state.skips["count"])
         self.batches: Iterator[tuple[int, dict]] = iter(())
         self.exit_code = cli.INTERRUPTED
 
@@ -91,14 +95,12 @@ class Loop:
 
         Its operations are the model's, which the monitor compares with the device's peak.
         """
-        with self.watch.doing("compiling"):
+        with self.watch.doing("compiling"), self.monitor.bar.doing("compiling"):
             batch = data.global_batch(self.stream, self.first, sharding.batch_sharding(self.mesh))
-            compiled, work = compile_step(step, state, batch, root, model_step=model_step)
-        config = self.config
-        self.monitor = Monitor(
-            self.run, self.first, config.steps, config.batch_size, self.clock, work
-        )
-        self.monitor.skipped_steps = self.skipped
+            compiled, self.monitor.work = compile_step(
+                step, state, batch, root, model_step=model_step
+            )
+        self.monitor.pause()
         return compiled
 
     def __enter__(self) -> "Loop":
@@ -115,10 +117,12 @@ class Loop:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self._stack.__exit__(kind, error, traceback)
-        if kind is None:
-            self.monitor.flush()
-            stop.refuse_bad(self.monitor, self.config, self.manager)
-            self.monitor.close()
+        if kind is not None:
+            self.monitor.abandon()
+            return
+        self.monitor.flush()
+        stop.refuse_bad(self.monitor, self.config, self.manager)
+        self.monitor.close()
 
     def traced(self, i: int) -> contextlib.AbstractContextManager:
         """Context of the step after `i` others: traced if it is in the window of --profile."""
@@ -150,13 +154,17 @@ class Loop:
         # the device may be steps behind: its training must not count as time of `what`
         jax.block_until_ready(state.step)
         self.monitor.catch_up()
-        with self.watch.doing(what), self.clock.paused():
+        with self.watch.doing(what), self.clock.paused(), self.monitor.bar.doing(what):
             yield
         self.monitor.pause()
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of an evaluation, also to the terminal."""
         self.monitor.write(step, values, aloud=True)
+
+    def drawn(self, step: int) -> None:
+        """Show the pictures of `step`, which are in the run, in TensorBoard too."""
+        self.monitor.picture(step, rundir.sample_path(self.run, step))
 
     def stops(self, step: int) -> bool:
         """True if the loop ends with this step: the last one, or a signal. Call once a step."""
@@ -165,7 +173,7 @@ class Loop:
         if step == self.config.steps:
             self.exit_code = 0
         elif interrupted:
-            LOG.info(f"stopped at step {step}; run the same command again to go on")
+            LOG.info(f"stopped at step {step} of {self.config.steps}")
         return self.exit_code == 0 or interrupted
 
     def save(self, step: int, state: Any, model_config: Mapping[str, Any], *, final: bool) -> None:

@@ -1,24 +1,19 @@
 """Progress bar, metrics on disk and facts of the compiled step of a run."""
 
 import collections
-import math
-import sys
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 
 from ldm_jax.cost import flops
-from ldm_jax.runtime import rundir
+from ldm_jax.runtime import images, progress
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train.run import goodput
-
-# always steps/s: tqdm would switch to s/step for slow steps
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+from ldm_jax.train.run import goodput, writers
 
 
 def count_parameters(params: Any) -> int:
@@ -51,22 +46,8 @@ def compile_step(
     return lambda *rest: compiled(step.frozen, *rest), work
 
 
-def summary_writer() -> type:
-    """tensorboardX's writer, without torch: it would import that where it is installed, for nothing
-    here, in two seconds."""
-    unknown = "torch" not in sys.modules
-    if unknown:
-        sys.modules["torch"] = None  # to an import: not installed
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if unknown:
-            sys.modules.pop("torch", None)
-    return SummaryWriter
-
-
 class Monitor:
-    """Progress bar, JSONL parts and TensorBoard of one run; only process 0 writes.
+    """Progress bar, metrics and pictures of one run; only process 0 writes.
 
     Metrics are fetched one step late, so that the host never waits for the device.
     """
@@ -78,37 +59,26 @@ class Monitor:
         steps: int,
         batch_size: int,
         clock: goodput.Clock | None = None,
-        work: float = 0.0,
+        beside: Callable[[], Sequence[writers.Writer]] = tuple,
     ) -> None:
-        """clock: gives the goodput; work: operations of the model in one step."""
-        self.workdir, self.batch_size = workdir, batch_size
-        self.clock, self.work, self.peak = clock, work, goodput.peak(jax.devices()[0])
-        self.main = jax.process_index() == 0
+        """clock: what goodput is read from; beside(): writers beside that of RUN/metrics."""
+        self.batch_size, self.work = batch_size, 0.0
+        self.clock, self.peak = clock, goodput.peak(jax.devices()[0])
+        main = jax.process_index() == 0
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
-        self.lines: list[dict] = []
         self.last_time, self.last_step = time.perf_counter(), first_step
-        self.board = None
-        # a slow import: now rather than between two steps
-        self.board_type = summary_writer() if self.main else None
+        self.metrics = writers.Metrics(workdir) if main else None
+        self.writers = [self.metrics, *beside()] if main else []
         self.bad_steps = self.skipped_steps = 0
         """Steps in a row without a finite loss, as of the last metrics fetched."""
         self.fetched_step = first_step
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm.tqdm(
-            total=steps,
-            initial=first_step,
-            unit="step",
-            bar_format=BAR,
-            disable=not self.main,
-            dynamic_ncols=terminal,
-            ncols=None if terminal else 120,
-            mininterval=0.5 if terminal else 15.0,
-            smoothing=0.1,
+        self.bar = progress.Bar(
+            steps, unit="step", does="training", initial=first_step, hidden=not main
         )
 
     def step(self, step: int, metrics: dict, bad_records: int, log: bool) -> None:
         """After step number `step` (1 is the first): `metrics` are still on the device."""
-        self.bar.update(1)
+        self.bar.update()
         if log:
             self.pending.append((step, {**metrics, "bad_records": bad_records}))
         while len(self.pending) > 1:
@@ -120,47 +90,45 @@ class Monitor:
             self._fetch()
 
     def flush(self) -> None:
-        """Wait for pending metrics and write the lines so far as one numbered part."""
+        """Wait for what is pending; then all metrics so far are on the disk."""
         self.catch_up()
-        if self.lines and self.main:
-            rundir.write_metrics(self.workdir, self.lines)
-        self.lines = []
+        if self.metrics is not None:
+            self.metrics.flush()
 
     def close(self) -> None:
-        """Flushes and ends the bar."""
-        self.flush()
+        """Flush, and end the bar and the writers."""
+        self.catch_up()
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        while self.writers:
+            self.writers.pop(0).close()
+
+    def abandon(self) -> None:
+        """End bar and writers on the way out of an error, without waiting for the device."""
+        self.bar.close()
+        while self.writers:
+            with contextlib.suppress(Exception):  # of the two errors the first one counts
+                self.writers.pop(0).close()
 
     def write(self, step: int, values: dict[str, float], *, aloud: bool = False) -> None:
-        """A line of metrics at `step`, to JSONL and TensorBoard, and `aloud` to the terminal."""
+        """Write metrics of `step`, and `aloud` say them on the terminal."""
         if aloud:
             LOG.info(f"step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in values.items()))
             self.pause()
-        self.lines.append({"step": step, **values})
-        if self.main:
-            self._to_board(step, values)
+        for writer in self.writers:
+            writer.scalars(step, values)
 
-    def _to_board(self, step: int, values: dict[str, float]) -> None:
-        # on a full disk the writer's thread dies; once its queue is full, adding would block for
-        # ever
-        if self.board is not None and not self.board.file_writer.event_writer._worker.is_alive():
-            self.board = None
-            LOG.info("TensorBoard's file could not be written: another is begun")
-        if self.board is None:
-            try:
-                self.board = self.board_type(str(self.workdir / "tensorboard"), max_queue=1000)
-            except OSError:
-                return  # writing metrics/ reports the fault of the disk
-        for name, value in values.items():
-            if math.isfinite(value):  # tensorboardX prints a warning for each other value
-                self.board.add_scalar(name, value, step)
+    def picture(self, step: int, path: epath.Path) -> None:
+        """Show what was drawn after `step` where there is more than the run's own files."""
+        beside = [writer for writer in self.writers if writer is not self.metrics]
+        if beside:
+            pixels = images.read_png(path)
+            for writer in beside:
+                writer.picture(step, path.parent.name, pixels)
 
     def pause(self) -> None:
         """Time until now does not count as time per step (after an evaluation or a compilation)."""
         self.last_time = time.perf_counter()
-        self.last_step = self.bar.n
+        self.last_step = self.bar.count
 
     def _fetch(self) -> None:
         step, metrics = self.pending.popleft()
@@ -183,7 +151,7 @@ class Monitor:
             self.last_time, self.last_step = now, step
         if self.clock is not None:
             values["goodput"] = self.clock.share()
-        self.bar.set_postfix_str(_postfix(values), refresh=False)
+        self.bar.note(_postfix(values))
         self.write(step, values)
 
 

@@ -18,7 +18,7 @@ from ldm_jax.models import blocks
 from ldm_jax.runtime import checkpoint, log, rundir
 from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train.run import logs, profiling
+from ldm_jax.train.run import logs, profiling, writers
 from ldm_jax.train.run.monitor import count_parameters
 
 PARTS = {  # fields of a state, as the report sums them up
@@ -41,6 +41,7 @@ def check(config: schema.BaseTrainConfig, mesh: Mesh) -> None:
     profiling.window(config.profile, config.steps)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     train_state.check_spikes(config.spikes)
+    writers.check(config)
 
 
 def warn_of_single_channels(config: schema.BaseTrainConfig) -> None:

@@ -9,9 +9,12 @@ import jax
 from jax.experimental import multihost_utils
 
 from ldm_jax import schema
-from ldm_jax.runtime import checkpoint
+from ldm_jax.runtime import checkpoint, interrupts
 from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.train.run.monitor import Monitor
+
+SAVES = "stopping: finishes this step and saves; Ctrl-C again leaves without saving"
+LEAVES = "leaving without saving; once more ends at once"
 
 
 @contextlib.contextmanager
@@ -20,17 +23,20 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
 
     With several processes, SIGTERM to one of them reaches all: JAX's preemption notifier agrees on
     a step a little ahead, and each process gets True at that step. SIGINT is passed on as SIGTERM.
+    Ctrl-C is answered at once; a second one is a KeyboardInterrupt.
     """
     caught: list[int] = []
     several = jax.process_count() > 1
 
-    def pass_on(number: int, frame: object) -> None:
-        del number, frame
-        os.kill(os.getpid(), signal.SIGTERM)
-
     def remember(number: int, frame: object) -> None:
         del frame
         caught.append(number)
+        if caught.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    def pass_on(number: int, frame: object) -> None:
+        remember(number, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     # jax.distributed.initialize has installed its own SIGTERM handler, which must stay
     handlers = (
@@ -43,10 +49,11 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
     )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        if several:
-            yield multihost_utils.reached_preemption_sync_point
-        else:
-            yield lambda step: bool(caught)
+        with interrupts.answered(SAVES, LEAVES):
+            if several:
+                yield multihost_utils.reached_preemption_sync_point
+            else:
+                yield lambda step: bool(caught)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

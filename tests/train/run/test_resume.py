@@ -85,7 +85,7 @@ def test_a_run_killed_then_stopped_and_moved_ends_as_if_never_interrupted(
     training = Training(run, first_stage_run)
     assert training.send_at(random.choice((12, 16)), number) == cli.INTERRUPTED
     stopped = checkpoint.latest_step(run)
-    assert f"stopped at step {stopped}; run the same command again" in training.log.read_text()
+    assert f"stopped at step {stopped} of 24" in training.log.read_text()
     assert [m["step"] for m in rundir.read_metrics(run)] == list(range(1, stopped + 1))
 
     moved = tmp_path / "else" / "where"

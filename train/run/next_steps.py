@@ -1,0 +1,47 @@
+"""What can be done with a run that has ended: where it is, and the next command."""
+
+import shlex
+from collections.abc import Sequence
+
+from ldm_jax import conditioning, schema
+
+
+def of_stopped(workdir: str, name: str, argv: Sequence[str]) -> str:
+    """Say how a run goes on that was stopped; `argv` are its options."""
+    return f"{workdir}: stopped, and saved; this goes on:\n{_command('ldm-train', name, *argv)}"
+
+
+def of_finished(workdir: str, model: str, config: schema.TrainConfig) -> str:
+    """Say what comes after all steps: the model on a first stage, or samples of a model.
+
+    model: name of the config that trains on such a first stage.
+    """
+    done = f"{workdir}: {config.steps} steps are made"
+    pictures = f", pictures in {workdir}/samples" if config.intervals.sample else ""
+    if isinstance(config, schema.AutoencoderTrainConfig):
+        after = _model_on(workdir, model, config)
+    else:
+        after = _samples_of(workdir, config)
+    return f"{done}{pictures}" + (f"; next:\n{after}" if after else "")
+
+
+def _model_on(workdir: str, model: str, config: schema.AutoencoderTrainConfig) -> str:
+    source = config.data.source
+    images = ("--data.source.path", source.path) if isinstance(source, schema.FolderConfig) else ()
+    folder, _, own = workdir.rstrip("/").rpartition("/")
+    beside = f"{folder}/{own}_model" if folder else f"{own}_model"
+    return _command("ldm-train", model, "--workdir", beside, "--first-stage.path", workdir, *images)
+
+
+def _samples_of(workdir: str, config: schema.LatentDiffusionTrainConfig) -> str:
+    words = conditioning.sampled_by(config.cond)
+    if not words:
+        return ""
+    task, _, needed = words.partition(" ")
+    run = workdir.rstrip("/")
+    line = _command("ldm-sample", task, "--model", run, "--out", f"{run}_samples")
+    return f"{line} {needed}".rstrip()
+
+
+def _command(*words: str) -> str:
+    return f"    {shlex.join(words)}"
