@@ -1,9 +1,12 @@
 """Options that tasks share: classes by id and by name."""
 
+import dataclasses
 import types
 
 import pytest
+import task_models
 
+from ldm_jax import loading, saving, schema
 from ldm_jax.sample.options import label_ids, label_text
 
 
@@ -48,3 +51,14 @@ def test_what_is_no_class_is_refused(label, message):
 def test_a_model_without_names_takes_ids_alone():
     with pytest.raises(ValueError, match=r"keeps no names of its classes: give ids of 0\.\.9"):
         label_ids(model_of(count=10), ("dog",))
+
+
+def test_names_of_classes_are_saved_with_a_model(tmp_path):
+    """As `ldm-convert RUN RUN2 --to ldm_jax` and `ldm_jax.save` write it."""
+    names = ("cat", "dog", "emu", "größe")
+    cond = schema.ClassCondConfig(num_classes=4, via="label")
+    model = dataclasses.replace(task_models.make(cond, num_classes=5), classes=names)
+    saving.save(model, tmp_path / "run")
+    again = loading.load(tmp_path / "run", shapes_only=True)
+    assert again.classes == names
+    assert label_ids(again, ("größe", 0)) == (3, 0)
