@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from ldm_jax import data, schema
+from ldm_jax.configs import tiny
 from ldm_jax.data import cache, packed
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train.prepare import pack, shards
+from ldm_jax.train.prepare import encode, pack, shards
 
 
 @pytest.fixture
@@ -168,3 +169,28 @@ def test_a_cache_of_a_pack_follows_it(images, tmp_path):
     (images / "3.txt").write_text("three")
     pack.pack(config_of(images), path, per_shard=2)
     assert data.stamp(data.open_source(config_of(path), "train"), 0, 1) != before
+
+
+def test_a_cache_of_other_classes_is_another_cache(images, tmp_path):
+    """One of an older version kept no names and goes on."""
+    (images / "a").mkdir()
+    for i in range(6):
+        for end in ("png", "txt"):
+            (images / f"{i}.{end}").rename(images / "a" / f"{i}.{end}")
+    config = tiny.get_config("class")
+    config = dataclasses.replace(config, data=config_of(images, class_from_folder=True))
+    sources = {split: data.open_source(config.data, split) for split in ("train", "eval")}
+    stage = schema.IdentityFirstStageConfig(3)
+    meta = encode.describe(config, {}, stage, sources)
+    assert meta["classes"] == ["a"]
+    path = tmp_path / "cache"
+    encode.open_cache(path, config, meta)
+    encode.open_cache(path, config, meta)
+    with pytest.raises(ValueError, match=r"was started with classes \['a'\], now it is \['b'\]"):
+        encode.open_cache(path, config, {**meta, "classes": ["b"]})
+    older = {name: value for name, value in meta.items() if name != "classes"}
+    (path / "cache.json").write_text(json.dumps(older))
+    encode.open_cache(path, config, meta)
+    complete = {**meta, "complete": True}
+    (path / "cache.json").write_text(json.dumps(complete))
+    assert cache.read(path)["classes"] == ["a"]
