@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = {
-    "train": "ldm_jax.train.main",
+    "train": "ldm_jax.train.entry",
     "sample": "ldm_jax.sample.main",
     "eval": "ldm_jax.sample.evaluate.main",
     "convert": "ldm_jax.sample.convert",

@@ -369,7 +369,7 @@ def _split(path: epath.PathLike) -> tuple[dict[str, Any], bytes]:
 
 
 def _check_facts(facts: Any, count: int) -> None:
-    """ValueError or another of `reading.DAMAGE` if their types or sizes are not those of `write`."""
+    """ValueError or another of `reading.DAMAGE` if types or sizes are not those of `write`."""
     sizes, inputs = facts["bytes"], facts["inputs"]
     if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != count:
         raise ValueError(f"its programs have {count} bytes, other than it says")

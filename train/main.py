@@ -23,7 +23,7 @@ from tyro.conf import arg
 from ldm_jax import configs, data, schema
 from ldm_jax.runtime import checkpoint, cli, flags
 from ldm_jax.runtime.log import LOG
-from ldm_jax.train.run import logs, next_steps, supervisor, watchdog
+from ldm_jax.train.run import early, logs, next_steps, supervisor, watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,15 +240,18 @@ def restart_on_failure(argv: Sequence[str]) -> int:
     restart, rest = flags.parse_known(argv, "ldm-train", supervisor.Restart)
     if not supervisor.is_asked_for(restart):
         return train(rest)
-    return supervisor.supervise([sys.executable, "-m", "ldm_jax.train.main", *rest], restart)
+    return supervisor.supervise([sys.executable, "-m", "ldm_jax.train.entry", *rest], restart)
 
 
 def main() -> None:
     """Entry point of `ldm-train`."""
+    early.install()
     code = cli.run("ldm-train", restart_on_failure, sys.argv[1:])
-    if code not in (0, cli.INTERRUPTED) and jax.distributed.is_initialized():
-        # without clean-up: JAX's barrier at exit would wait for processes that never come to it
+    if code not in (0, cli.INTERRUPTED):
+        # without clean-up: JAX's barrier at exit would wait for processes that never come to it,
+        # and Python for threads of Orbax whose files another process has taken away
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -397,7 +398,21 @@ def _unreadable(folder: epath.Path, error: Exception) -> Exception:
     if storage.is_transient(error):
         return OSError(f"{folder}: the storage fails ({storage.reason(error)}); try again later")
     short = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    if not short and _is_going(epath.Path(folder)):
+        return FileNotFoundError(
+            f"{folder}: was deleted while it was read, as a run deletes its old checkpoints: take"
+            " another step, or try again for the newest"
+        )
     return error if short else _damaged(folder, error)
+
+
+def _is_going(folder: epath.Path) -> bool:
+    """True if the folder, which was there, is gone, or will be: files are deleted one by one."""
+    for _ in range(5):
+        if not folder.exists():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _damaged(folder: epath.Path, error: Exception) -> DamagedError:

@@ -22,6 +22,7 @@ def answered(
 ) -> Iterator[None]:
     """Log the first line at the first Ctrl-C inside, and so on; one more ends the process.
 
+    Other signals are passed on to whoever was told of signals before.
     after: seconds in which the block may end by itself, with nothing left to be said.
     Outside the main thread, where Python takes no signals, nothing happens.
     """
@@ -31,11 +32,14 @@ def answered(
     read, write = os.pipe()
     os.set_blocking(write, False)
     ended = threading.Event()
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     thread = threading.Thread(
-        target=_answer, args=(read, lines, after, ended, leave), daemon=True, name="interrupts"
+        target=_answer,
+        args=(read, lines, after, ended, leave, before),
+        daemon=True,
+        name="interrupts",
     )
     thread.start()
-    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:
         yield
     finally:
@@ -51,11 +55,16 @@ def _answer(
     after: float,
     ended: threading.Event,
     leave: Callable[[int], None],
+    others: int,
 ) -> None:
     left = list(lines)
     with os.fdopen(read, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
-            if number[0] != signal.SIGINT or ended.wait(after):
+            if number[0] != signal.SIGINT:
+                if others >= 0:
+                    os.write(others, number)
+                continue
+            if ended.wait(after):
                 continue
             if left:
                 LOG.info(left.pop(0))

@@ -267,3 +267,18 @@ def test_errors_of_the_file_system_keep_their_names():
     error = checkpoint._unreadable("folder", OSError(errno.EIO, "Input/output error"))
     assert isinstance(error, OSError)
     assert isinstance(checkpoint._unreadable("folder", MemoryError()), MemoryError)
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_not_damaged(run, monkeypatch):
+    """As the rotation of a run does while somebody samples from it."""
+    handler = ocp.JsonCheckpointHandler
+
+    class Late(handler):
+        def restore(self, *args, **kwargs):
+            shutil.rmtree(run / "checkpoints" / "2", ignore_errors=True)
+            return super().restore(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.ocp, "JsonCheckpointHandler", Late)
+    with pytest.raises(FileNotFoundError, match=r"2: was deleted while it was read") as caught:
+        checkpoint.restore_parts(run, 2, ("params",))
+    assert not isinstance(caught.value, checkpoint.DamagedError)

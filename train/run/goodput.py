@@ -52,7 +52,8 @@ class Clock:
         self.before = kept.get("wall_s", 0.0)
         if kept and not kept["orderly"]:
             self.before += max(0.0, started - kept["time"])
-        self.started = started
+        # a clock that is set back or forth while the run goes on changes nothing
+        self.started = time.monotonic() - max(0.0, time.time() - started)
         self.lost = 0.0
         self.begun: float | None = None
         self.made: jax.Array | None = None
@@ -60,29 +61,29 @@ class Clock:
 
     def begin(self) -> None:
         """The first step is about to be made."""
-        self.begun = time.time()
+        self.begun = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Count the time inside as lost for training; call it when the device has nothing to do."""
-        start = time.time()
+        start = time.monotonic()
         yield
-        self.lost += time.time() - start
+        self.lost += time.monotonic() - start
 
     def batches(self, batches: Iterator) -> Iterator:
         """The same batches. A wait for one counts as lost if the device was idle when it came."""
         while True:
-            start = time.time()
+            start = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             if self.made is None or self.made.is_ready():
-                self.lost += time.time() - start
+                self.lost += time.monotonic() - start
             yield batch
 
     def _now(self) -> tuple[float, float]:
-        now = time.time()
+        now = time.monotonic()
         loop = 0.0 if self.begun is None else now - self.begun - self.lost
         return self.trained + loop, self.before + now - self.started
 

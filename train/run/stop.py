@@ -1,4 +1,4 @@
-"""Stopping: on SIGTERM or Ctrl-C with a checkpoint, or because the loss is no longer finite."""
+"""Stopping: on a signal (with a checkpoint), or because the loss is no longer finite."""
 
 import contextlib
 import os
@@ -22,7 +22,8 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
     """Yields stopping(step) -> bool, called once per step by every process.
 
     With several processes, SIGTERM to one of them reaches all: JAX's preemption notifier agrees on
-    a step a little ahead, and each process gets True at that step. SIGINT is passed on as SIGTERM.
+    a step a little ahead, and each process gets True at that step. SIGINT and SIGHUP (of a terminal
+    that closes) are passed on as SIGTERM; a SIGHUP that is ignored (`nohup`) stays so.
     Ctrl-C is answered at once; a second one is a KeyboardInterrupt.
     """
     caught: list[int] = []
@@ -47,6 +48,8 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
             signal.SIGTERM: remember,
         }
     )
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = handlers[signal.SIGINT]
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         with interrupts.answered(SAVES, LEAVES):

@@ -149,7 +149,9 @@ def newest(run: str | None) -> int:
 def _signals() -> Iterator[list[int]]:
     """Yields the list of the stop signals received so far."""
     caught: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+        numbers.append(signal.SIGHUP)
     before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in numbers}
     try:
         yield caught

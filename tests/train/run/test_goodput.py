@@ -16,9 +16,10 @@ class Made:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock.now` is the time of day."""
-    clock = types.SimpleNamespace(now=1000.0)
-    clock.time = lambda: clock.now
+    """`clock.now` is the time of day, unless the clock has been `set` forth or back since."""
+    clock = types.SimpleNamespace(now=1000.0, set=0.0)
+    clock.time = lambda: clock.now + clock.set
+    clock.monotonic = lambda: clock.now - 700
     monkeypatch.setattr(goodput, "time", clock)
     return clock
 
@@ -50,6 +51,26 @@ def test_a_wait_for_data_is_lost_only_if_the_device_waits_too(clock):
     assert len(list(watch.batches(slowly(clock, seconds, made, watch)))) == 3
     clock.now += 10
     assert watch.share() == pytest.approx((20 - 5 - 2) / 20)
+
+
+@pytest.mark.parametrize("set_by", [-3e7, 3e7])
+def test_a_clock_that_is_set_changes_nothing(clock, set_by):
+    """Before, a year back made a goodput of 6e11 %."""
+    watch = goodput.Clock(clock.time())
+    clock.now += 10
+    clock.set += set_by
+    watch.begin()
+    clock.now += 30
+    with watch.paused():
+        clock.now += 10
+        clock.set -= 2 * set_by
+    assert watch.share() == pytest.approx(30 / 50)
+    kept = watch.spent(orderly=False)
+    clock.set = -3e7  # before what the checkpoint says
+    again = goodput.Clock(clock.time(), kept)
+    again.begin()
+    clock.now += 50
+    assert again.share() == pytest.approx(80 / 100)
 
 
 @pytest.mark.parametrize(("orderly", "wall"), [(True, 110), (False, 150)])
