@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from ldm_jax import bundle, loading, saving
 from ldm_jax.runtime import checkpoint, cli, flags
 from ldm_jax.runtime.log import LOG
+from ldm_jax.sample import adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Options:
     where its tensors leave it open."""
     tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
+    lora: flags.Adapters = ()
+    """LoRA files to add to the weights for good, as of ldm-sample: FILE:0.7."""
+    ignore_unknown: bool = False
+    """Leave out tensors of a --lora that belong to no module of the model."""
     overwrite: bool = False
     """Replace the target, if it is a model in the format asked for."""
 
@@ -61,12 +66,14 @@ def convert(argv: Sequence[str]) -> int:
             source,
             step=options.step,
             ema=options.ema,
-            param_dtype=options.dtype,
+            param_dtype="float32" if options.lora else options.dtype,  # for the sum's sake
             config=options.config,
             variant=options.variant,
             tokenizer=options.tokenizer,
             shapes_only=options.check,
         )
+        if not options.check:
+            model = adapters.with_loras(model, options.lora, options.ignore_unknown)
         for line in bundle.summary(model):
             LOG.info(line)
         if options.check:
@@ -114,7 +121,7 @@ def write(model: bundle.LatentDiffusion, target: epath.Path, options: Options) -
         draft.rmtree()
     draft.mkdir(parents=True)
     try:
-        saving.save(model, draft / target.name, to=options.to)
+        saving.save(model, draft / target.name, to=options.to, dtype=options.dtype)
         for path in results(options, target):
             if path.exists():
                 path.rmtree() if path.is_dir() else path.unlink()

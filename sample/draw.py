@@ -129,7 +129,8 @@ def check_same(path: epath.Path, wanted: dict[str, Any]) -> None:
     recorded = write.read_settings(path)
     for name in {**wanted, **recorded}:
         here, there = wanted.get(name), recorded.get(name)
-        if name not in CHANGES and here != there:
+        unused = name not in recorded and not here  # an option that is younger than the image
+        if name not in CHANGES and here != there and not unused:
             raise ValueError(
                 f"--resume: {path} was made with {TERMS.get(name, name)} {json.dumps(there)}, and"
                 f" here it is {json.dumps(here)}: repeat the command as it was, or give another"

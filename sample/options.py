@@ -21,6 +21,7 @@ from ldm_jax import (
     solvers,
 )
 from ldm_jax.runtime import checkpoint, flags
+from ldm_jax.sample import adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Options:
     where its tensors leave it open."""
     tokenizer: flags.OptionalDir = None
     """Folder with the tokenizer's files, where the model comes without."""
+    lora: flags.Adapters = ()
+    """LoRA files or folders of diffusers, kohya or LyCORIS, each with the scale of its half for the
+    UNet and of that for the text encoder: FILE, FILE:0.8 (both), FILE:0.8:0.5. Their sum is
+    added."""
+    ignore_unknown: bool = False
+    """Leave out tensors of a --lora that belong to no module of the model."""
     init_latents: flags.OptionalFile = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image i
     starts from latent i."""
@@ -146,6 +153,7 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
             f"{options.model}: is a first stage alone, which encodes and decodes but cannot sample;"
             " --model takes a latent diffusion model"
         )
+    model = adapters.with_loras(model, options.lora, options.ignore_unknown)
     timesteps = len(model.schedule.betas)
     if not 1 <= options.steps <= timesteps:
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")

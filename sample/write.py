@@ -22,7 +22,7 @@ from etils import epath
 from ldm_jax import finite
 from ldm_jax.data.folder import SUFFIXES
 from ldm_jax.runtime import flags, images, reading, rundir, storage
-from ldm_jax.sample import hosts
+from ldm_jax.sample import adapters, hosts
 from ldm_jax.sample.generate import Made
 from ldm_jax.sample.options import Options
 from ldm_jax.sample.request import Call, Request, indices_of, seeds_of
@@ -182,6 +182,7 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
 def input_files(kind: type, values: Mapping[str, Any]) -> list[str]:
     """The files that an image depends on, by the options of its task; folders are not counted."""
     paths = [path for name in file_options(kind) for path in listed(values[name])]
+    paths += adapters.files(listed(values.get("lora")))
     return [path for path in paths if path != "coco"]  # names of classes that need no file
 
 

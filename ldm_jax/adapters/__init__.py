@@ -1,0 +1,1 @@
+"""Small sets of parameters that change a trained model: LoRA."""

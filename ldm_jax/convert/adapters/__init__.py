@@ -1,0 +1,1 @@
+"""Files of adapters as others write them: PEFT and diffusers, kohya, LyCORIS."""

@@ -1,0 +1,59 @@
+"""Adapters on the command line: `--lora FILE[:UNET[:TEXT]]`, added to a model that was loaded."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+
+from ldm_jax import bundle
+from ldm_jax.adapters import lora
+from ldm_jax.convert.adapters import lora_files
+from ldm_jax.runtime.log import LOG
+
+
+def file_and_scales(text: str) -> tuple[str, tuple[float, float]]:
+    """(file, (scale of the UNet, scale of the text encoder)) of FILE[:UNET[:TEXT]].
+
+    The last colons that finite numbers follow belong to the scales: a path may hold others. One
+    number is of both. ValueError for a number that is not finite.
+    """
+    path, numbers = text, []
+    while len(numbers) < 2:
+        rest, colon, last = path.rpartition(":")
+        try:
+            number = float(last)
+        except ValueError:
+            break
+        if not colon or not rest:
+            break
+        if not math.isfinite(number):
+            raise ValueError(f"--lora {text}: the scale {last} is not finite")
+        path, numbers = rest, [number, *numbers]
+    first, *more = numbers or [1.0]
+    return path, (first, *(more or [first]))
+
+
+def files(given: Sequence[str]) -> list[str]:
+    """The file of each --lora, also where that names a folder."""
+    return [str(lora_files.file_of(file_and_scales(text)[0])) for text in given]
+
+
+def with_loras(
+    model: bundle.LatentDiffusion, given: Sequence[str], ignore_unknown: bool
+) -> bundle.LatentDiffusion:
+    """`model` with the LoRAs of --lora in its parameters, where these lie.
+
+    ValueError names the file that is none, is broken, or is made for another model.
+    """
+    if not given:
+        return model
+    loras = []
+    for text in given:
+        path, scales = file_and_scales(text)
+        one = lora.read(path, model, ignore_unknown=ignore_unknown)
+        LOG.info(f"{path}: {one!r}, scales {scales[0]:g} and {scales[1]:g} of the text encoder")
+        loras.append((one, scales))
+    params = lora.merged(model.params, loras)
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, model.params)
+    return dataclasses.replace(model, params=placed)
