@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,13 @@ from PIL import Image
 import ldm_jax
 from ldm_jax import bundle, sampling, saving, schema
 from ldm_jax.configs import digits, folder, tiny
-from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.runtime import checkpoint, flags, rundir
+from ldm_jax.sample import again, convert
+from ldm_jax.sample import main as sample
+from ldm_jax.sample.evaluate import main as evaluate
+from ldm_jax.train import main
+from ldm_jax.train.plan import command as plan
+from ldm_jax.train.run import supervisor
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -200,3 +207,47 @@ def test_functions_and_fields_that_a_page_names_exist(page):
         places += [getattr(config, first) for config in configs if hasattr(config, first)]
         if places and not name.endswith(FILES):
             assert any(follow(place, rest) for place in places), f"{page}: {name} is not there"
+
+
+TRAIN_OPTIONS = (
+    *(main.Train, main.Encode, main.Pack, plan.PlanOptions),
+    *(supervisor.Restart, flags.Process),
+)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every command of ours that stands alone in an indented line of a page."""
+    lines = re.findall(r"^    (?:srun )?(ldm-\w+ .*)$", text.replace("\\\n", " "), re.M)
+    return [shlex.split(line.split("&&")[0], comments=True) for line in lines]
+
+
+def options_of(command: list[str]) -> tuple[list, set[str]]:
+    """(configs whose fields are options, names of the other options) of a command."""
+    program, first, *rest = command
+    configs, kinds = [], TRAIN_OPTIONS
+    if program == "ldm-train":
+        name = rest[0] if first in main.SUBCOMMANDS else first
+        known = ("imagenet", "folder:text", "first_stages:kl-f8") if name == "CONFIG" else (name,)
+        configs = [main.load_config(str(ROOT / n) if "/" in n else n) for n in known]
+    elif program == "ldm-convert":
+        kinds = (convert.Options,)
+    else:
+        tasks = evaluate.TASKS if program == "ldm-eval" else {**sample.TASKS, "again": again}
+        chosen = tasks.values() if first == "TASK" else [tasks[first]]
+        kinds = tuple(task.Options for task in chosen)
+    fields = (dataclasses.fields(kind) for kind in (*kinds, flags.Process))
+    return configs, {field.name for each in fields for field in each}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))]
+)
+def test_options_of_the_commands_of_a_page_exist(page):
+    for command in commands((ROOT / page).read_text()):
+        configs, names = options_of(command)
+        for option in (word[2:] for word in command if word.startswith("--")):
+            *path, last = option.replace("-", "_").split(".")
+            places = [".".join([*path, end]) for end in (last, last.removeprefix("no_"))]
+            known = [place for place in places if place in names]
+            known += [p for p in places for c in configs if follow(c, p.split("."))]
+            assert known, f"{page}: {' '.join(command)}: --{option} is no option"
