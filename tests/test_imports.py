@@ -150,3 +150,10 @@ def test_a_wrong_import_is_found(tmp_path, file, line, complaint):
     assert violations(tmp_path) == []
     write({file: line})
     assert complaint in violations(tmp_path)[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_the_levels_are_drawn_as_they_are(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    drawn = text[text.index("ldm_jax/   ") + len("ldm_jax/") : text.index("    configs/")]
+    assert [line.split() for line in drawn.splitlines()] == [level.split() for level in LEVELS[:4]]

@@ -216,8 +216,8 @@ TRAIN_OPTIONS = (
 
 
 def commands(text: str) -> list[list[str]]:
-    """Words of every command of ours that stands alone in an indented line of a page."""
-    lines = re.findall(r"^    (?:srun )?(ldm-\w+ .*)$", text.replace("\\\n", " "), re.M)
+    """Words of every command of ours that is a line of a block of code."""
+    lines = re.findall(r"^(?:    )?(?:srun )?(ldm-\w+ .*)$", text.replace("\\\n", " "), re.M)
     return [shlex.split(line.split("&&")[0], comments=True) for line in lines]
 
 
