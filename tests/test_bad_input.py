@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -40,43 +39,107 @@ def refused(capsys):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A data folder of eight images of 24 x 20 pixels, named with its place."""
+def places(tmp_path):
+    """Folders and files that people have: {tmp} in the commands below."""
     rng = np.random.default_rng(0)
     for i in range(8):
         picture = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
         images.save_png(tmp_path / "images" / f"{i}.png", picture)
-    return tmp_path / "images"
+    broken = [f"broken/{i}.png" for i in range(8)]
+    for name in ("empty/", "mine/thesis.tex", "file", "full/a.png", *broken):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("x")
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 4), np.float32))
+    return tmp_path
 
 
-# --- data ---------------------------------------------------------------------------------------
+FOLDER = "ldm-train folder:first_stage --workdir {tmp}/run --data.source.path"
+STAGE = "ldm-train tiny:first_stage --workdir {tmp}/run"
+LDM = "ldm-train tiny:class --workdir {tmp}/run"
+WORKDIR = "ldm-train tiny:first_stage --workdir"
+DRAW = "ldm-sample class2img --model {ldm_run} --out {tmp}/out"
+OUT = "ldm-sample class2img --model {ldm_run} --out"
+MODEL = "ldm-sample class2img --out {tmp}/out --model"
 
 
-def test_data_folder_that_is_not_there(refused, tmp_path):
-    run = tmp_path / "run"
-    error = refused(
-        f"ldm-train folder:first_stage --workdir {run} --data.source.path {tmp_path}/gone"
-    )
-    assert error == (
-        f"data folder '{tmp_path}/gone' is not a folder here: give that of the images with"
-        " --data.source.path"
-    )
-    assert not run.exists()
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (
+            f"{FOLDER} {{tmp}}/gone",
+            "data folder '{tmp}/gone' is not a folder here: give that of",
+        ),
+        (f"{FOLDER} {{tmp}}/empty", "no image in {tmp}/empty (looked for .bmp"),
+        (f"{FOLDER} {{tmp}}/images {SMALL} --data.size 32", "allow_upscale"),
+        (
+            f"{FOLDER} {{tmp}}/broken {SMALL} --data.size 16",
+            "not one record can be decoded; the last: ",
+        ),
+        (f"{STAGE} --batch-size 6", "batch_size 6 is not a positive multiple of 4 devices"),
+        (f"{STAGE} --accumulate 4", "batch_size 8 is not a positive multiple of 4 devices"),
+        (f"{STAGE} --mesh.fsdp 3", "mesh data=-1, fsdp=3, tensor=1 does not fit 4 devices"),
+        (f"{STAGE} --steps 0", "--steps 0: give at least 1"),
+        (
+            f"{STAGE} --data.size 15",
+            "data.size 15 is not a multiple of the first stage's downsampl",
+        ),
+        (f"{STAGE} --data.channels 1", "data.channels is 1, but model.in_channels is 3"),
+        (f"{STAGE} --optimizer.schedule cosine", "optimizer.schedule 'cosine' needs decay_steps"),
+        (LDM, "no first stage: give --first-stage"),
+        (f"{LDM} --first-stage.path {{tmp}}/gone", "{tmp}/gone: does not exist"),
+        (
+            f"{LDM} --first-stage.path {{first_stage_run}} --cond.num-classes 3",
+            "the data have 4 classes, but cond.num_classes is 3: set it to 4",
+        ),
+        (f"{WORKDIR} {{tmp}}/mine", "{tmp}/mine: is not a run (files, but no config.json)"),
+        (f"{WORKDIR} {{tmp}}/file/run", "{tmp}/file/run: cannot be written ("),
+        (f"{WORKDIR} {{tmp}}/file", "{tmp}/file: is a file; --workdir takes a directory"),
+        (
+            f"{WORKDIR} {{first_stage_run}} --seed 7",
+            "holds another run, of which these differ: seed",
+        ),
+        (f"{MODEL} {{tmp}}/gone", "{tmp}/gone: does not exist"),
+        (f"{MODEL} {{tmp}}/mine", "{tmp}/mine: is not a run directory"),
+        (f"{MODEL} {{first_stage_run}}", "is a first stage alone"),
+        (f"{OUT} {{tmp}}/file", "--out {tmp}/file is a file; give a folder"),
+        (f"{OUT} {{tmp}}/file/out", "--out {tmp}/file/out cannot be made: Not a directory"),
+        (f"{OUT} {{tmp}}/full", "give another folder or --overwrite"),
+        (f"{DRAW} --labels 4", "--labels 4 is not in 0..3, the model's classes"),
+        (f"{DRAW} --labels 0 -1", "--labels -1 is not in 0..3"),
+        (f"{DRAW} --steps 0", "--steps 0 is not in 1..1000"),
+        (f"{DRAW} --steps 1001", "--steps 1001 is not in 1..1000"),
+        (f"{DRAW} --num-images 0", "--num-images 0: give at least 1"),
+        (f"{DRAW} --batch-size 6", "--batch-size 6 is not a multiple of 4 devices"),
+        (f"{DRAW} --step 5", "has no step 5; it has ["),
+        (f"{DRAW} --init-latents gone.npy", "[Errno 2] No such file or directory: 'gone.npy'"),
+        (
+            f"{DRAW} --labels 1 --num-images 3 --init-latents {{tmp}}/x.npy",
+            "holds (2, 8, 8, 4), needed is (3, 8, 8, 4)",
+        ),
+    ],
+    ids=lambda text: text.replace("{", "").replace("}", "")[-60:],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(refused, places, request, command, complaint):
+    given = {"tmp": places}
+    for run in ("ldm_run", "first_stage_run"):
+        if run in command:
+            given[run] = request.getfixturevalue(run)
+    before = {path for path in places.rglob("*") if path.is_file()}
+    assert complaint.format(**given) in refused(command.format(**given))
+    assert {path for path in places.rglob("*") if path.is_file()} == before
 
 
-def test_empty_data_folder(refused, tmp_path):
-    (tmp_path / "empty").mkdir()
-    run = tmp_path / "run"
-    error = refused(
-        f"ldm-train folder:first_stage --workdir {run} --data.source.path {tmp_path}/empty"
-    )
-    assert error.startswith(f"no image in {tmp_path}/empty (looked for .bmp")
-    assert error.endswith(": add some, or give another --data.source.path")
-    assert not run.exists()
+def test_too_many_broken_images_name_the_limit(refused, places):
+    for path in (places / "images").iterdir():
+        path.write_bytes(b"no image")
+    command = f"{FOLDER} {{tmp}}/images {SMALL} --data.max-bad-records 2".format(tmp=places)
+    error = refused(command)
+    assert error.startswith("3 records cannot be decoded, the last: ")
+    assert "raise data.max_bad_records (2)" in error
 
 
-def test_unreadable_data_folder(refused, folder, tmp_path, monkeypatch):
-    scandir = os.scandir
+def test_unreadable_data_folder(refused, places, monkeypatch):
+    folder, scandir = places / "images", os.scandir
 
     def refuse(path):
         if str(path) == str(folder):
@@ -84,149 +147,15 @@ def test_unreadable_data_folder(refused, folder, tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # chmod does not stop a test that runs as root
-    run = tmp_path / "run"
-    error = refused(f"ldm-train folder:first_stage --workdir {run} --data.source.path {folder}")
+    error = refused(f"{FOLDER} {folder}".format(tmp=places))
     assert error == f"cannot read data folder {folder}: Permission denied; check its permissions"
-    assert not run.exists()
-
-
-def test_images_smaller_than_the_crop(refused, folder, tmp_path):
-    run = tmp_path / "run"
-    command = f"ldm-train folder:first_stage --workdir {run} --data.source.path {folder} {SMALL}"
-    error = refused(f"{command} --data.size 32")
-    assert str(folder) in error
-    assert "20" in error
-    assert "allow_upscale" in error
-    assert not run.exists()
-
-
-def test_no_image_can_be_decoded(refused, folder, tmp_path):
-    for path in folder.iterdir():
-        path.write_bytes(b"no image")
-    command = f"ldm-train folder:first_stage --workdir {tmp_path}/run --data.size 16 {SMALL}"
-    error = refused(f"{command} --data.source.path {folder}")
-    assert error.startswith("not one record can be decoded; the last: ")
-    error = refused(f"{command} --data.source.path {folder} --data.max-bad-records 2")
-    assert error.startswith("3 records cannot be decoded, the last: ")
-    assert "raise data.max_bad_records (2)" in error
-
-
-def test_more_classes_than_the_config_says(refused, first_stage_run, tmp_path):
-    run = tmp_path / "run"
-    error = refused(
-        f"ldm-train tiny:class --workdir {run} --first-stage.path {first_stage_run}"
-        " --cond.num-classes 3"
-    )
-    assert error == "the data have 4 classes, but cond.num_classes is 3: set it to 4"
-    assert not run.exists()
-
-
-# --- sizes that do not fit ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        ("--batch-size 6", "batch_size 6 is not a positive multiple of 4 devices"),
-        ("--accumulate 4", "batch_size 8 is not a positive multiple of 4 devices"),
-        ("--mesh.fsdp 3", "mesh data=-1, fsdp=3, tensor=1 does not fit 4 devices"),
-        ("--steps 0", "--steps 0: give at least 1"),
-        ("--data.size 15", "data.size 15 is not a multiple of the first stage's downsampling 2"),
-        ("--data.channels 1", "data.channels is 1, but model.in_channels is 3"),
-        ("--optimizer.schedule cosine", "optimizer.schedule 'cosine' needs decay_steps above"),
-    ],
-)
-def test_training_flags_that_do_not_fit(refused, tmp_path, flags, complaint):
-    error = refused(f"ldm-train tiny:first_stage --workdir {tmp_path}/run {flags}")
-    assert error.startswith(complaint)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        ("--labels 4", "--labels 4 is not in 0..3, the model's classes"),
-        ("--labels 0 -1", "--labels -1 is not in 0..3"),
-        ("--steps 0", "--steps 0 is not in 1..1000"),
-        ("--steps 1001", "--steps 1001 is not in 1..1000"),
-        ("--num-images 0", "--num-images 0: give at least 1"),
-        ("--batch-size 6", "--batch-size 6 is not a multiple of 4 devices"),
-        ("--step 5", "has no step 5; it has ["),
-        ("--init-latents gone.npy", "[Errno 2] No such file or directory: 'gone.npy'"),
-    ],
-)
-def test_sampling_flags_out_of_range(refused, ldm_run, tmp_path, flags, complaint):
-    error = refused(f"ldm-sample class2img --model {ldm_run} --out {tmp_path}/out {flags}")
-    assert complaint in error
-
-
-def test_start_latents_of_another_shape(refused, ldm_run, tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 4), np.float32))
-    error = refused(
-        f"ldm-sample class2img --model {ldm_run} --out {tmp_path}/out --labels 1 --num-images 3"
-        f" --init-latents {tmp_path}/x.npy"
-    )
-    assert error.endswith("holds (2, 8, 8, 4), needed is (3, 8, 8, 4)")
-
-
-# --- places ---------------------------------------------------------------------------------------
-
-
-def test_workdir_that_is_not_a_run(refused, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    error = refused(f"ldm-train tiny:first_stage --workdir {tmp_path}")
-    assert error.startswith(f"{tmp_path}: is not a run (files, but no config.json)")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_workdir_of_another_run(refused, first_stage_run, tmp_path):
-    shutil.copy(first_stage_run / "config.json", tmp_path / "config.json")
-    error = refused(f"ldm-train tiny:first_stage --workdir {tmp_path} --seed 7")
-    assert error.startswith(f"{tmp_path}: holds another run, of which these differ: seed: 23 -> 7.")
-
-
-def test_workdir_below_a_file(refused, tmp_path):
-    (tmp_path / "file").write_text("")
-    error = refused(f"ldm-train tiny:first_stage --workdir {tmp_path}/file/run")
-    assert error.startswith(f"{tmp_path}/file/run: cannot be written (")
-    assert error.endswith("choose another --workdir")
-    error = refused(f"ldm-train tiny:first_stage --workdir {tmp_path}/file")
-    assert error.startswith(f"{tmp_path}/file: is a file; --workdir takes a directory")
-
-
-@pytest.mark.parametrize("path", ["", "gone"])
-def test_first_stage_that_is_not_there(refused, tmp_path, path):
-    flags = f"--first-stage.path {tmp_path}/{path}" if path else ""
-    error = refused(f"ldm-train tiny:class --workdir {tmp_path}/run {flags}")
-    expected = f"{tmp_path}/gone: does not exist" if path else "no first stage: give --first-stage"
-    assert error.startswith(expected)
-    assert not (tmp_path / "run").exists()
-
-
-def test_model_that_is_no_latent_diffusion_model(refused, first_stage_run, tmp_path):
-    sample = f"ldm-sample class2img --out {tmp_path}/out --model"
-    assert refused(f"{sample} {tmp_path}/gone") == f"{tmp_path}/gone: does not exist"
-    assert refused(f"{sample} {tmp_path}").startswith(f"{tmp_path}: is not a run directory")
-    assert "is a first stage alone" in refused(f"{sample} {first_stage_run}")
-    assert not (tmp_path / "out").exists()
-
-
-def test_output_that_cannot_be_written(refused, ldm_run, tmp_path):
-    (tmp_path / "file").write_text("")
-    sample = f"ldm-sample class2img --model {ldm_run} --out"
-    assert refused(f"{sample} {tmp_path}/file") == f"--out {tmp_path}/file is a file; give a folder"
-    error = refused(f"{sample} {tmp_path}/file/out")
-    assert error == f"--out {tmp_path}/file/out cannot be made: Not a directory"
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "a.png").write_text("")
-    assert refused(f"{sample} {tmp_path}/full").endswith("give another folder or --overwrite")
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="no /proc here")
 def test_output_that_not_even_root_can_write(refused, ldm_run):
-    error = refused("ldm-train tiny:first_stage --workdir /proc/run")
+    error = refused(f"{WORKDIR} /proc/run")
     assert error.startswith("/proc/run: cannot be written (No such file or directory); choose")
-    sample = f"ldm-sample class2img --model {ldm_run} --out"
+    sample = OUT.format(ldm_run=ldm_run)
     assert refused(f"{sample} /proc/out").startswith("--out /proc/out cannot be made: No such file")
     error = refused(f"{sample} /proc")  # it is there, and root may write by its permissions
     assert error.startswith("--out /proc cannot be written: No such file or directory; give")
@@ -238,16 +167,8 @@ def test_output_that_not_even_root_can_write(refused, ldm_run):
 @pytest.mark.parametrize(
     ("module", "arguments", "error"),
     [
-        (
-            "train",
-            "tiny:first_stage --workdir run --steps 0",
-            "ldm-train: error: --steps 0: give at least 1",
-        ),
-        (
-            "sample",
-            "class2img --model gone --out out",
-            "ldm-sample: error: {here}/gone: does not exist",
-        ),
+        ("train", "tiny:first_stage --workdir run --steps 0", "--steps 0: give at least 1"),
+        ("sample", "class2img --model gone --out out", "{here}/gone: does not exist"),
     ],
 )
 def test_a_shell_sees_one_line_and_a_code(tmp_path, module, arguments, error):
@@ -257,7 +178,7 @@ def test_a_shell_sees_one_line_and_a_code(tmp_path, module, arguments, error):
         capture_output=True,
         text=True,
     )
-    assert done.stderr == error.format(here=tmp_path) + "\n"
+    assert done.stderr == f"ldm-{module}: error: {error.format(here=tmp_path)}\n"
     assert (done.stdout, done.returncode) == ("", 1)
     assert not any(tmp_path.iterdir())
 
