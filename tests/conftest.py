@@ -1,11 +1,11 @@
-"""Every test process: four fake CPU devices, no silent broadcasting over ranks, one compile cache.
+"""Every test process: four fake CPU devices, no silent broadcasting over ranks, one compile cache,
+and XLA that compiles in half the time, to slower code: programs here are large and run a few times.
 
 Two tiny runs are trained once per session and shared by all workers; tests that change them copy
 them first.
 """
 
 import atexit
-import contextlib
 import fcntl
 import os
 import pathlib
@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and subprocesses inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ldm_jax_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -73,13 +74,6 @@ def shown():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """XLA compiles in half the time, to slower code: for large programs that run a few times."""
-    with _quick():
-        yield
-
-
 @pytest.fixture(scope="session")
 def first_stage_run(tmp_path_factory) -> pathlib.Path:
     """The run of tiny:first_stage: 8 steps on four devices."""
@@ -102,26 +96,14 @@ def ldm_run(tmp_path_factory, first_stage_run) -> pathlib.Path:
     return _once(tmp_path_factory, "ldm", lambda run: ldm.train(config, run))
 
 
-@contextlib.contextmanager
-def _quick():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 def _once(tmp_path_factory, name, train) -> pathlib.Path:
     """The run `name`, trained by the first worker that asks; it appears when it is complete."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((root / f"{name}.lock").open("w"))
+    with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / name).exists():
-            stack.enter_context(_quick())
             assert train(root / f"{name}.part") == 0
             (root / f"{name}.part").rename(root / name)
     return root / name

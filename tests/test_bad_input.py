@@ -187,7 +187,6 @@ def test_a_shell_sees_one_line_and_a_code(tmp_path, module, arguments, error):
 
 
 @pytest.mark.slow  # the same of the other recipe stands in test_train_ldm
-@pytest.mark.usefixtures("quick_compilation")
 def test_loss_that_stays_not_finite(refused, tmp_path):
     run = tmp_path / "run"
     error = refused(

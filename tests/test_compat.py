@@ -13,8 +13,6 @@ import reference
 
 from ldm_jax.compat import FlaxAutoencoderKL, FlaxDiagonalGaussianDistribution
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OPTIONS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -25,7 +23,7 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def made(quick_compilation):
+def made():
     """(model, parameters)."""
     model = FlaxAutoencoderKL(**OPTIONS)
     shapes = jax.eval_shape(model.init_weights, jax.random.key(0))

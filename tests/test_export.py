@@ -16,8 +16,6 @@ from ldm_jax import export, sampling, schema
 from ldm_jax.conditioning import Cond
 from ldm_jax.models import attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE, ROWS = (4, 4, 4), 2
 
 

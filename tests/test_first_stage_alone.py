@@ -22,7 +22,6 @@ from ldm_jax.train.frozen import first_stage
 
 KL = schema.AutoencoderKLConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1)
 VQ = schema.AutoencoderVQConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, num_codes=8)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FORMS = ("run", "folder", "msgpack", "file", "ckpt", "bare")
 
 

@@ -36,8 +36,9 @@ def landing(tmp_path_factory) -> pathlib.Path:
 
 
 def command(landing, *argv):
-    """A command as people run it, on one device as then."""
+    """A command as people run it, on one device as then, with all optimizations of XLA."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     argv = [sys.executable, "-m", *argv]
     done = subprocess.run(argv, cwd=landing, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

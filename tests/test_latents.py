@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import filled, quick_jit
+from reference import filled
 
 from ldm_jax import latents, schema
 from ldm_jax.configs import tiny
@@ -56,7 +56,7 @@ def test_without_a_posterior_nothing_is_drawn(config):
     module = first_stages.from_config(config)
     params = filled(jax.eval_shape(module.init, jax.random.key(0), IMAGE)).get("params", {})
 
-    @quick_jit
+    @jax.jit
     def run(params):
         z = module.apply({"params": params}, IMAGE, method="encode")
         decoded = module.apply({"params": params}, z, method="decode")  # quantizes if it can

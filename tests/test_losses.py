@@ -198,7 +198,7 @@ def params():
     return filled(jax.eval_shape(Case.model.init, jax.random.key(0), Case.image)["params"])
 
 
-def test_adversarial_is_the_weighted_sum(params, quick_compilation):
+def test_adversarial_is_the_weighted_sum(params):
     logvar = jnp.float32(0.2)
 
     @jax.jit

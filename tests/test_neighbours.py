@@ -11,8 +11,6 @@ import task_models
 from ldm_jax import neighbours, schema, sharding
 from ldm_jax.convert import clip_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):

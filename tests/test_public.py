@@ -17,8 +17,6 @@ from ldm_jax.conditioning import Cond
 from ldm_jax.models import AutoencoderKL, AutoencoderVQ, UNet
 from ldm_jax.train import frozen, ldm, step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = ("Cond", "keys", "load", "make_sampler", "prompts", "save")
 
 

@@ -7,8 +7,6 @@ import pytest
 
 from ldm_jax import conditioning, diffusion, loading, sampling, schema, sharding
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 4
 
 

@@ -44,7 +44,6 @@ def sampler(model, remat, shape=SHAPE):
     return run
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_gradient_agrees_with_finite_differences(model, record_property):
     run = jax.jit(sampler(model, remat=True))
     loss = lambda given: jnp.sum(WEIGHTS * sampler(model, remat=True)(given))  # noqa: E731

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draw, quick_jit
+from reference import draw
 
 from ldm_jax import bundle, denoising, diffusion, guidance, sampling, schema, solvers
 from ldm_jax.conditioning import Cond
@@ -55,7 +55,7 @@ def drawn(guided=True, first_stage=None, **options):
     made = model(first_stage)
     sample = sampling.make_sampler(made, shape=SHAPE, steps=STEPS, decode=False, **options)
     arguments = (made.params, COND, KEYS, NULL if guided else None, 3.0, 0.0, X_T)
-    return np.asarray(quick_jit(sample)(*arguments))
+    return np.asarray(jax.jit(sample)(*arguments))
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def by_hand(change=lambda denoise: denoise, net=None, **how):
     guided = guidance.classifier_free(net, COND, NULL, 3.0, **how)
     denoise = change(diffusion.denoiser(guided, "eps"))
     levels = sampling.levels_of(made, STEPS, None)
-    return quick_jit(lambda x: solvers.sample(solvers.make("ddim"), denoise, levels, x, KEYS))(X_T)
+    return jax.jit(lambda x: solvers.sample(solvers.make("ddim"), denoise, levels, x, KEYS))(X_T)
 
 
 def codes(x0):

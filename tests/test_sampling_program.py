@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import task_models
-from reference import draw, max_difference, quick_jit
+from reference import draw, max_difference
 
 from ldm_jax import bundle, sampling, schema
 from ldm_jax.conditioning import Cond
@@ -81,7 +81,7 @@ def test_keys_and_values_of_a_prompt_stand_outside_the_loop(model, way):
         return sample(params, cond, keys, null, 3.0, 0.0, None, *given)
 
     arguments = (model.params, COND, KEYS, guides, 1, INIT, HOLE)
-    program = quick_jit(run).lower(*arguments).compile().as_text()
+    program = jax.jit(run).lower(*arguments).compile().as_text()
     inside, outside = loops(program)
     for part in ("to_k", "to_v"):
         assert f"attn2/{part}/" in outside
@@ -93,7 +93,7 @@ def test_keys_and_values_of_a_prompt_stand_outside_the_loop(model, way):
 def test_projected_conditions_give_the_same_prediction(model):
     x, t = draw(ROWS, *SHAPE), np.array([3, 700])
 
-    @quick_jit
+    @jax.jit
     def predictions(params):
         predict, given = (
             bundle.bind(model.unet, params),
@@ -170,7 +170,6 @@ def test_guidance_sends_nothing_between_devices_that_hold_rows(model):
 # --- compilations -------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_one_compilation_for_every_request(model, guided, caplog):
     sample, null = made(model), NULL if guided else None
@@ -200,7 +199,6 @@ def test_one_compilation_for_every_request(model, guided, caplog):
 # --- memory and numbers -------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_latent_takes_the_place_of_a_donated_buffer(model):
     sample, x_T = made(model), jnp.array(INIT)
 
@@ -231,7 +229,6 @@ def test_bfloat16_is_what_the_network_computes_in(model):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_bfloat16_draws_nearly_the_same_latents(model):
     arguments, low = (model.params, COND, KEYS, NULL, 3.0), in_bfloat16(model)
     found, expected = jax.jit(lambda *a: (made(low)(*a), made(model)(*a)))(*arguments)

@@ -10,8 +10,6 @@ from ldm_jax.convert.formats import safetensors_file, torch_writer
 from ldm_jax.models import discriminator, lpips
 from ldm_jax.models.discriminator import PatchGAN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def params():

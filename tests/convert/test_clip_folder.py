@@ -3,6 +3,7 @@
 import json
 
 import clip_model
+import jax
 import numpy as np
 import pytest
 import reference
@@ -58,11 +59,11 @@ def test_equals_transformers(transformers, tmp_path, end_id):
     with torch.no_grad():
         texts = model.get_text_features(torch.tensor(IDS)).pooler_output.numpy()
         images = model.get_image_features(torch.tensor(pixels).permute(0, 3, 1, 2))
-    embed = reference.quick_jit(lambda p, x: clip.embed_text(towers.text, p, x, towers.end_id))
+    embed = jax.jit(lambda p, x: clip.embed_text(towers.text, p, x, towers.end_id))
     found = embed(towers.params["text"], IDS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, texts, rtol=0, atol=1e-5)
-    see = reference.quick_jit(lambda p, x: towers.vision.apply({"params": p}, x))
+    see = jax.jit(lambda p, x: towers.vision.apply({"params": p}, x))
     found = see(towers.params["vision"], pixels)
     np.testing.assert_allclose(found, images.pooler_output.numpy(), rtol=0, atol=1e-5)
     if end_id == END:  # what follows the first end has no part in it

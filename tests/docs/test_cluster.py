@@ -254,7 +254,6 @@ def test_real_processes_find_each_other_and_the_run_moves_on(room):
     flags = "tiny:first_stage --batch-size 8 --intervals.save 2 --restart-delay 0"
     shared = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }
     workdir = room.folder / "runs" / "one"

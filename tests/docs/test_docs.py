@@ -29,8 +29,6 @@ from ldm_jax.train.run import supervisor
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def script(name: str):
     """A file of docs/ as a module."""
@@ -41,7 +39,7 @@ def script(name: str):
 
 
 @pytest.fixture(scope="module")
-def trained(quick_compilation, first_stage_run, tmp_path_factory) -> Path:
+def trained(first_stage_run, tmp_path_factory) -> Path:
     """The run of docs/train_multihost.py on four devices, stopped after a step and resumed."""
     base, run = tiny.get_config("class"), tmp_path_factory.mktemp("docs") / "run"
     config = dataclasses.replace(

@@ -50,11 +50,6 @@ def released():
     }
 
 
-def quick_jit(function):
-    """`jax.jit` that compiles in half the time, to slower code."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def draw(*shape, seed=1):
     """float32 normal numbers."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

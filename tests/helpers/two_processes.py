@@ -28,7 +28,6 @@ def two(tmp_path, command):
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     processes = []
     try:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draw, filled, quick_jit
+from reference import draw, filled
 
 from ldm_jax import bundle, sampling, schema, sharding
 from ldm_jax.conditioning import Cond
@@ -105,7 +105,7 @@ def test_a_height_that_deeper_levels_cannot_split_evenly():
     shapes = jax.eval_shape(net.init, jax.random.key(0), *unet.example_inputs(net))
     params = filled(shapes)["params"]
     x = draw(1, 12, 8, tiny.LATENT)
-    run = quick_jit(lambda x: net.apply({"params": params}, x, jnp.array([7]), COND.context))
+    run = jax.jit(lambda x: net.apply({"params": params}, x, jnp.array([7]), COND.context))
     expected = run(x)
     found = run(jax.device_put(x, sharding.image_sharding(mesh)))
     assert found.sharding.shard_shape(found.shape)[1] == 3

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from reference import draw, filled, quick_jit
+from reference import draw, filled
 
 from ldm_jax import latents, schema
 from ldm_jax.large import tiling
@@ -34,8 +34,8 @@ def uneven(*shape):
 def test_decode_is_that_of_one_pass(config, record_property):
     first_stage, variables = model(config)
     z = uneven(2, 16, 10, config.embed_dim)
-    full = quick_jit(lambda p: latents.decode(first_stage, p, z, SCALE))
-    tiled = quick_jit(lambda p: tiling.decode(first_stage, p, z, SCALE, tile=TILE))
+    full = jax.jit(lambda p: latents.decode(first_stage, p, z, SCALE))
+    tiled = jax.jit(lambda p: tiling.decode(first_stage, p, z, SCALE, tile=TILE))
     expected, found = full(variables["params"]), tiled(variables["params"])
     difference = float(np.abs(found - expected).max())
     record_property("difference", difference)
@@ -47,8 +47,8 @@ def test_decode_is_that_of_one_pass(config, record_property):
 def test_encode_is_that_of_one_pass(record_property):
     first_stage, variables = model(KL)
     image, keys = uneven(2, 64, 40, 3), jax.random.split(jax.random.key(1), 2)
-    full = quick_jit(lambda p: latents.encode(first_stage, p, image, SCALE, keys))
-    tiled = quick_jit(lambda p: tiling.encode(first_stage, p, image, SCALE, keys, tile=TILE))
+    full = jax.jit(lambda p: latents.encode(first_stage, p, image, SCALE, keys))
+    tiled = jax.jit(lambda p: tiling.encode(first_stage, p, image, SCALE, keys, tile=TILE))
     expected, found = full(variables["params"]), tiled(variables["params"])
     difference = float(np.abs(found - expected).max())
     record_property("difference", difference)

@@ -12,7 +12,6 @@ from ldm_jax.cost import flops
 from ldm_jax.models import attention, attention_tpu
 
 HEADS, WIDTH = 2, 40
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

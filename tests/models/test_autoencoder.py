@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from reference import case, draw, filled, max_difference, quick_jit
+from reference import case, draw, filled, max_difference
 
 from ldm_jax import schema
 from ldm_jax.convert import compvis
@@ -34,7 +34,7 @@ def model_and_params(config):
 
 @functools.cache
 def method(model, name):
-    return quick_jit(lambda params, x: model.apply({"params": params}, x, method=name))
+    return jax.jit(lambda params, x: model.apply({"params": params}, x, method=name))
 
 
 def encode(model, params, x):
@@ -78,7 +78,7 @@ def test_decoding_quantizes_unless_told_otherwise():
     model, params = model_and_params(VQ)
     z = 3 * draw(1, 4, 4, 2)
     codes, _ = model.apply({"params": params}, z, method="quantize")
-    as_it_is = quick_jit(
+    as_it_is = jax.jit(
         lambda z: model.apply({"params": params}, z, quantize=False, method="decode")
     )
     np.testing.assert_allclose(decode(model, params, z), as_it_is(codes), atol=1e-6)
@@ -92,7 +92,7 @@ def test_gradients_pass_the_codebook_to_the_encoder():
     def loss(params):
         return jnp.mean(jnp.square(model.apply({"params": params}, x) - x))
 
-    grads = quick_jit(jax.grad(loss))(params)
+    grads = jax.jit(jax.grad(loss))(params)
     assert float(jnp.abs(grads["encoder"]["conv_in"]["kernel"]).max()) > 1e-4
     assert not grads["quantize"]["embedding"].any()
 
@@ -187,7 +187,7 @@ def test_remat_keeps_names_and_gradients():
         return jax.grad(lambda p: jnp.mean((model.apply({"params": p}, x) - x) ** 2))
 
     again = model.clone(remat=True)
-    want, got = quick_jit(gradient(model))(params), quick_jit(gradient(again))(params)
+    want, got = jax.jit(gradient(model))(params), jax.jit(gradient(again))(params)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
     assert max_difference(got, want) < 1e-5 * largest
     assert "remat" not in str(jax.make_jaxpr(gradient(model))(params))
@@ -215,7 +215,7 @@ def test_dropout_acts_in_training_only():
         rngs = {"dropout": jax.random.key(key)}
         return model.apply({"params": params}, x, train, method="encode", rngs=rngs)[0]
 
-    still, moving = (quick_jit(functools.partial(mean, train)) for train in (False, True))
+    still, moving = (jax.jit(functools.partial(mean, train)) for train in (False, True))
     np.testing.assert_array_equal(still(0), still(1))
     assert np.abs(moving(0) - moving(1)).max() > 0.01
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from reference import case, filled, quick_jit, weight
+from reference import case, filled, weight
 
 from ldm_jax import schema
 from ldm_jax.convert import table, text_tables
@@ -25,7 +25,7 @@ def shapes(config):
 
 def run(config, params, ids, **execution):
     model = bert.from_config(config, precision="highest", **execution)
-    return quick_jit(model.apply)({"params": params}, ids)
+    return jax.jit(model.apply)({"params": params}, ids)
 
 
 def test_equals_the_reference():
@@ -93,7 +93,7 @@ def test_recomputing_layers_changes_no_gradient():
 
     def gradient(remat):
         model = bert.from_config(TINY, remat=remat, precision="highest")
-        return quick_jit(jax.grad(lambda p: jnp.sin(model.apply({"params": p}, IDS)).sum()))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sin(model.apply({"params": p}, IDS)).sum()))(params)
 
     kept, recomputed = gradient(False), gradient(True)
     assert float(jnp.abs(kept["model"]["embed_tokens"]["embedding"]).max()) > 0.01
@@ -106,7 +106,7 @@ def test_initial_weights():
     config = schema.BERTTextConfig(
         vocab_size=64, max_length=64, width=128, num_layers=1, head_width=16
     )
-    params = quick_jit(bert.from_config(config).init)(KEY, IDS)["params"]
+    params = jax.jit(bert.from_config(config).init)(KEY, IDS)["params"]
     layer = params["model"]["layers_0"]
     for name in ("embed_tokens", "embed_positions"):
         assert float(params["model"][name]["embedding"].std()) == pytest.approx(0.02, rel=0.1)

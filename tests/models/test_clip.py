@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draw, filled, quick_jit, weight
+from reference import draw, filled, weight
 
 from ldm_jax import schema
 from ldm_jax.convert import table, text_tables
@@ -36,7 +36,7 @@ def vision_shapes(config):
 
 
 def run(model, params, x):
-    return quick_jit(model.apply)({"params": params}, x)
+    return jax.jit(model.apply)({"params": params}, x)
 
 
 def text(config, ids, dtype=jnp.float32):
@@ -218,7 +218,7 @@ def test_sizes_of_the_published_encoders():
 def test_initial_weights():
     config = dataclasses.replace(V1, width=128, num_layers=2, mlp_width=512)
     model = clip.text_from_config(config)
-    params = quick_jit(model.init)(KEY, IDS)["params"]["text_model"]
+    params = jax.jit(model.init)(KEY, IDS)["params"]["text_model"]
     block = params["encoder"]["layers"]["1"]
     for kernel, std in (
         (block["self_attn"]["q_proj"]["kernel"], 128**-0.5),

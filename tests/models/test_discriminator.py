@@ -14,8 +14,6 @@ from ldm_jax.convert import auxiliary
 from ldm_jax.models import discriminator
 from ldm_jax.models.discriminator import PatchGAN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGES = 0.7 * draw(4, 17, 20, 3), 0.5 + 0.4 * draw(4, 17, 20, 3, seed=2)
 
 

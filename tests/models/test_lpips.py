@@ -15,7 +15,7 @@ B = np.clip(A + 0.3 * draw(2, 19, 33, 3, seed=2), -1, 1)
 
 
 @pytest.fixture(scope="module")
-def params(quick_compilation):
+def params():
     return filled(lpips.shapes(4))
 
 

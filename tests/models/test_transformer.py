@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draw, filled, quick_jit
+from reference import draw, filled
 
 from ldm_jax.models import transformer
 
@@ -24,9 +24,9 @@ def test_blocks_start_as_identity_and_then_move():
         (transformer.SpatialTransformer(4, depth=2), (x, context)),
         (transformer.SpatialTransformer(4, linear_projection=True), (x, context)),
     ):
-        start, _ = quick_jit(functools.partial(block.init_with_output, KEY))(*args)
+        start, _ = jax.jit(functools.partial(block.init_with_output, KEY))(*args)
         np.testing.assert_array_equal(start, x)
-        moved = quick_jit(block.apply)(fill(block, *args), *args)
+        moved = jax.jit(block.apply)(fill(block, *args), *args)
         assert float(np.abs(moved - x).max()) > 0.05
 
 
@@ -73,7 +73,7 @@ def test_only_cross_attention_reads_the_context_twice():
     assert params["params"]["attn1"]["to_k"]["kernel"].shape == (24, 32)
     # without another position to attend to, positions do not see each other
     other = np.concatenate([x[:, :1], 2 * x[:, 1:]], axis=1)
-    apply = quick_jit(block.apply)
+    apply = jax.jit(block.apply)
     want, got = apply(params, x, context), apply(params, other, context)
     np.testing.assert_allclose(got[:, 0], want[:, 0], atol=1e-5)
     assert float(np.abs(got[:, 1:] - want[:, 1:]).max()) > 0.1
@@ -116,9 +116,7 @@ def test_epsilons_are_those_of_the_reference(name, epsilon):
     spatial = name == "norm"
     block = transformer.SpatialTransformer(1) if spatial else transformer.AttentionBlock(1)
     x = 1e-3 * draw(1, 8, 8, 32)
-    _, seen = quick_jit(functools.partial(block.init_with_output, KEY, capture_intermediates=True))(
-        x
-    )
+    _, seen = jax.jit(functools.partial(block.init_with_output, KEY, capture_intermediates=True))(x)
     got = seen["intermediates"][name]["__call__"][0]
     wide = x.astype(np.float64)
     mean, var = wide.mean((1, 2), keepdims=True), wide.var((1, 2), keepdims=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from reference import case, draw, filled, max_difference, quick_jit
+from reference import case, draw, filled, max_difference
 
 from ldm_jax import schema
 from ldm_jax.convert import compvis
@@ -48,7 +48,7 @@ def inputs(config, batch=2):
 
 @functools.cache
 def forward(model):
-    return quick_jit(lambda params, given: model.apply({"params": params}, **given))
+    return jax.jit(lambda params, given: model.apply({"params": params}, **given))
 
 
 def run(model, params, **given):
@@ -129,7 +129,7 @@ def test_starts_by_predicting_zero():
     model = unet.from_config(TINY)
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles faster
     args = (*unet.example_inputs(model)[:2], draw(1, 1, 24))
-    variables = quick_jit(lambda key: model.init(key, *args))(key)  # the rest is dead code
+    variables = jax.jit(lambda key: model.init(key, *args))(key)  # the rest is dead code
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     assert not flat["conv_out/bias"].any()
     kernels = {name: np.asarray(x) for name, x in flat.items() if name.endswith("kernel")}
@@ -142,7 +142,7 @@ def test_class_embedding_starts_as_unit_normal():
     config = dataclasses.replace(PLAIN, num_classes=50)
     model = unet.from_config(config)
     args = unet.example_inputs(model)
-    only = quick_jit(lambda key: model.init(key, *args)["params"]["class_embedding"])  # the rest
+    only = jax.jit(lambda key: model.init(key, *args)["params"]["class_embedding"])  # the rest
     embedding = np.asarray(only(KEY)["embedding"])  # of the model is dead code
     assert embedding.shape == (50, 128)
     assert embedding.std() == pytest.approx(1, abs=0.05)
@@ -167,7 +167,7 @@ def test_remat_recomputes_the_same(config):
     again = model.clone(remat=True)
     shapes = jax.eval_shape(again.init, KEY, *unet.example_inputs(again))["params"]
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
-    want, got = quick_jit(gradient(model))(params), quick_jit(gradient(again))(params)
+    want, got = jax.jit(gradient(model))(params), jax.jit(gradient(again))(params)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
     assert max_difference(got, want) < 1e-5 * largest
 

@@ -40,7 +40,6 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("task", "model", "flags", "name"),
     [

@@ -7,8 +7,6 @@ from PIL import Image
 from ldm_jax.runtime import cli, images
 from ldm_jax.sample import main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FAST = ["--steps", "2", "--batch-size", "4"]
 
 
@@ -18,7 +16,7 @@ def sample(*flags):
 
 
 @pytest.fixture(scope="module")
-def made(ldm_run, tmp_path_factory, quick_compilation):
+def made(ldm_run, tmp_path_factory):
     """A folder with 2 images of classes 3 and 1 each, their latents and arrays."""
     out = tmp_path_factory.mktemp("class2img") / "out"
     flags = ["--labels", 3, "triangle", "--num-images", 2, "--seed", 5, "--eta", 0.5]

@@ -13,8 +13,6 @@ from ldm_jax.convert.formats import files
 from ldm_jax.runtime import cli
 from ldm_jax.sample import convert
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def run(*flags):
     """Exit code of the command."""

@@ -15,8 +15,6 @@ from ldm_jax.runtime import cli, images
 from ldm_jax.sample import draw, generate, img2img, main, program, progress, request
 from ldm_jax.sample.options import Options
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

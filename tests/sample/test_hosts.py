@@ -12,8 +12,6 @@ from two_processes import codes, logs, two
 from ldm_jax import schema, sharding
 from ldm_jax.sample import generate, hosts, request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Draws what the flags ask for, as process `address` of two.
 SAMPLE = """
 import sys

@@ -15,8 +15,6 @@ from ldm_jax.sample.inputs import read_images
 from ldm_jax.sample.options import null_batch
 from ldm_jax.sample.program import make_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 5
 
 

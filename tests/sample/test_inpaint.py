@@ -14,8 +14,6 @@ from ldm_jax.runtime import images
 from ldm_jax.sample import inpaint
 from ldm_jax.sample.program import make_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def pixels(path):
     with Image.open(path) as image:

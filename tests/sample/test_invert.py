@@ -14,8 +14,6 @@ from ldm_jax import bundle, diffusion, loading, schema, solvers
 from ldm_jax.runtime import cli, images
 from ldm_jax.sample import invert, main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SD = diffusion.make_schedule("scaled_linear")
 
 

@@ -11,8 +11,6 @@ from ldm_jax.data import boxes
 from ldm_jax.runtime import images
 from ldm_jax.sample import layout2img
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ENCODER = schema.BERTTextConfig(
     vocab_size=100, max_length=8, width=32, num_layers=1, num_heads=2, head_width=16
 )

@@ -9,8 +9,6 @@ from ldm_jax import saving
 from ldm_jax.runtime import cli, images
 from ldm_jax.sample import main, program, write
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TABLE = """\
 prompt,negative_prompt,seed,guidance_scale,num_images
 a disc,,7,3,2

@@ -15,8 +15,6 @@ from ldm_jax.large import windows
 from ldm_jax.runtime import cli, images
 from ldm_jax.sample import main, megapixel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LABEL = schema.ClassCondConfig(num_classes=3, via="label")
 
 
@@ -71,7 +69,7 @@ def test_windows_are_blended_at_every_step(plain, run, whole, tmp_path):
         decode=False,
     )  # fmt: skip
     cond, null = (Cond(label=np.full(1, i)) for i in (2, 3))
-    draw = reference.quick_jit(sample)
+    draw = jax.jit(sample)
     expected = draw(plain.params, cond, sampling.keys_of(0, [1]), null, 1.5)
     np.testing.assert_allclose(found[1:], expected / plain.latent_scale, atol=1e-4)
     assert np.abs(found - whole[0]).max() > 0.01
@@ -81,10 +79,10 @@ def test_tiles_are_decoded_to_the_same_image(plain):
     options = megapixel.Options(model="", out="", tile=(20,), tile_levels=1)
     _, decode = megapixel.way(plain, options, None, (16, 12, 4))
     stage, z = plain.params["first_stage"], reference.draw(1, 16, 12, 4)
-    expected = reference.quick_jit(
+    expected = jax.jit(
         lambda p, z: latents.decode(plain.first_stage, p, z, 1.0)
     )(stage, z)  # fmt: skip
-    np.testing.assert_allclose(reference.quick_jit(decode)(stage, z), expected, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(decode)(stage, z), expected, atol=1e-4)
     _, small = megapixel.way(plain, dataclasses.replace(options, tile=(8,)), None, (16, 12, 4))
     with pytest.raises(ValueError, match="tiles reach"):
         jax.eval_shape(small, stage, z)
@@ -149,7 +147,7 @@ def test_maps_are_cut_like_the_image(maps, tmp_path):
         model, shape=(12, 8, 4), steps=2, decode=False,
         wrap_model=lambda net: windows.windowed(net, **how),
     )  # fmt: skip
-    draw = reference.quick_jit(sample)
+    draw = jax.jit(sample)
     expected = draw(model.params, Cond(concat=concat), sampling.keys_of(0, [0]), None, 1.0)
     np.testing.assert_allclose(found, expected / model.latent_scale, atol=1e-4)
     assert (tmp_path / "out" / "00000_street_seed0.png").exists()

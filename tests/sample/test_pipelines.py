@@ -15,7 +15,7 @@ from ldm_jax.sample import main
 torch = pytest.importorskip("torch", reason="torch is the reference here")
 import pipelines  # noqa: E402
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.torch
 
 STEPS, SCALE = 20, 7.5
 PROMPTS = ["a red square", "blue"]

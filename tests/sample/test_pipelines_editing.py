@@ -29,7 +29,7 @@ from ldm_jax.sample import main
 torch = pytest.importorskip("torch", reason="torch is the reference here")
 import pipelines  # noqa: E402
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.torch
 
 STEPS, SCALE, SIDE = 10, 7.5, 24
 STRONG = 40.0  # guidance, of a random model that hardly reads its prompt

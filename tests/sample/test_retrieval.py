@@ -1,9 +1,9 @@
 """`ldm-sample retrieval`: the model sees the text or image, and its nearest images in a folder."""
 
 import clip_model
+import jax
 import numpy as np
 import pytest
-import reference
 import task_models
 
 from ldm_jax import neighbours, sampling, schema
@@ -11,8 +11,6 @@ from ldm_jax.conditioning import Cond
 from ldm_jax.convert import clip_folder
 from ldm_jax.runtime import cli, images
 from ldm_jax.sample import main
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def test_the_context_is_the_query_and_its_neighbours(model, flags, photos, tmp_p
     assert order[1, 0] == 2  # the image itself
     context = np.concatenate([query[:, None], known[order]], axis=1).astype(np.float32)
     sample = sampling.make_sampler(model, shape=(8, 8, 4), steps=2, decode=False)
-    draw = reference.quick_jit(sample)
+    draw = jax.jit(sample)
     cond = Cond(context=np.repeat(context, 2, axis=0))
     null = Cond(context=np.zeros_like(cond.context))
     keys = sampling.keys_of(0, range(4))
@@ -102,7 +100,7 @@ def test_without_neighbours_the_text_stands_alone(model, flags, tmp_path):
     towers = clip_folder.load(flags[3])
     context = unit(neighbours.embed_texts(towers, ["red"]))[:, None]
     sample = sampling.make_sampler(model, shape=(8, 8, 4), steps=2, decode=False)
-    draw = reference.quick_jit(sample)
+    draw = jax.jit(sample)
     expected = draw(model.params, Cond(context=context), sampling.keys_of(0, [0]), None, 1.0)
     latents = model.latent_scale * np.load(tmp_path / "latents.npy")
     np.testing.assert_allclose(latents, expected, atol=1e-4)

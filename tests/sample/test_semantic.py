@@ -2,17 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-import reference
 import task_models
 from PIL import Image
 
 from ldm_jax import conditioning, sampling, schema
 from ldm_jax.runtime import images
 from ldm_jax.sample import semantic
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IDS = np.random.default_rng(0).integers(0, 5, (8, 12))
 COLOURS = [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [7, 8, 9]]
@@ -38,7 +36,7 @@ def test_images_of_maps(model, run, tmp_path):
     arguments = (model.config.cond, model.cond_stage, model.params["cond_stage"])
     cond = conditioning.from_batch(*arguments, {"segmentation": IDS[None]})
     draw = sampling.make_sampler(model, shape=(4, 6, 4), steps=2)
-    image = reference.quick_jit(draw)(model.params, cond, sampling.keys_of(0, [1]), None, 1.0)
+    image = jax.jit(draw)(model.params, cond, sampling.keys_of(0, [1]), None, 1.0)
     expected = images.to_uint8(np.asarray(image))[0].astype(int)
     assert np.abs(made - expected).max() <= 1
 

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import reference
 import task_models
 import text_model
 
@@ -13,8 +12,6 @@ from ldm_jax import bundle, conditioning, diffusion, sampling, schema
 from ldm_jax.conditioning import Cond
 from ldm_jax.runtime import images
 from ldm_jax.sample import superres
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 UPSCALE = schema.HybridCondConfig(
     schema.TextCondConfig(text_model.ENCODER, trainable=False),
@@ -55,7 +52,7 @@ def test_the_small_image_stands_beside_the_latent(plain, runs, small, tmp_path):
     assert task_models.sample("superres", *flags) == 0
     made = task_models.pixels(tmp_path / "00001_b_seed3.png")
     assert made.shape == (8, 12, 3)
-    draw = reference.quick_jit(sampling.make_sampler(plain, shape=(4, 6, 4), steps=2))
+    draw = jax.jit(sampling.make_sampler(plain, shape=(4, 6, 4), steps=2))
     image = draw(plain.params, Cond(concat=low[1:]), sampling.keys_of(3, [1]), None, 1.0)
     expected = images.to_uint8(np.asarray(image))[0].astype(int)
     assert np.abs(made - expected).max() <= 1

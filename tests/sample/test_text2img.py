@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import text_model
 from PIL import Image
 
@@ -14,8 +13,6 @@ from ldm_jax import conditioning, loading, sampling, saving
 from ldm_jax.runtime import cli, images
 from ldm_jax.sample import main, text2img
 from ldm_jax.sample.program import make_run
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FAST = ["--steps", "2", "--num-images", "2"]
 
@@ -74,7 +71,7 @@ def test_an_image_is_what_the_public_functions_give(made, model):
     batch = text2img.tokenize(model.tokenizer, ["a disc"], "", 1)
     arguments = (model.config.cond, model.cond_stage, model.params["cond_stage"], batch)
     cond, null = conditioning.from_batch(*arguments), conditioning.null_like(*arguments)
-    draw = reference.quick_jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
+    draw = jax.jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
     image = draw(model.params, cond, sampling.keys_of(0, [2]), null, 7.5)
     expected = images.to_uint8(np.asarray(image))[0].astype(int)
     assert np.abs(pixels(made / "00002_a_disc_seed0.png") - expected).max() <= 1

@@ -5,15 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import reference
 import task_models
 import text_model
 
 from ldm_jax import conditioning, diffusion, sampling, schema, sharding
 from ldm_jax.runtime import images
 from ldm_jax.sample import variations
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MESH = sharding.make_mesh(schema.MeshConfig())
 
@@ -52,7 +49,7 @@ def drawn(model, labels, seeds):
         conditioning.null_like(*arguments, batch),
     )
     keys = jax.numpy.concatenate([sampling.keys_of(seed, [0]) for seed in seeds])
-    draw = reference.quick_jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
+    draw = jax.jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
     return images.to_uint8(np.asarray(draw(model.params, cond, keys, null, 1.5))).astype(int)
 
 

@@ -4,11 +4,8 @@ import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ldm_jax import diffusion, solvers
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SD = diffusion.make_schedule("scaled_linear")
 KEYS = jax.random.split(jax.random.key(0), 2)

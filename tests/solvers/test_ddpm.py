@@ -8,8 +8,6 @@ import pytest
 
 from ldm_jax import diffusion, solvers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SD = diffusion.make_schedule("scaled_linear")
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 4)), jnp.float32)

@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.torch,
-    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 

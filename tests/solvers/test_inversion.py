@@ -28,7 +28,7 @@ def errors(name, steps):
     return np.sqrt(np.mean((x_T - exact) ** 2)), np.sqrt(np.mean((again - image) ** 2))
 
 
-def test_inversion_then_sampling_returns_the_latent(quick_compilation):
+def test_inversion_then_sampling_returns_the_latent():
     """With DDIM the rms errors halve as the steps double.
 
     steps              25       50       100      200      400
@@ -42,7 +42,7 @@ def test_inversion_then_sampling_returns_the_latent(quick_compilation):
     assert back[-1] < 0.017
 
 
-def test_inversion_by_a_solver_of_order_two(quick_compilation):
+def test_inversion_by_a_solver_of_order_two():
     (there, back), (there_fine, back_fine) = errors("heun", 25), errors("heun", 50)
     assert abs(np.log2(there / there_fine) - 2) < 0.1
     assert np.log2(back / back_fine) > 1.9  # the errors of both ways cancel in part

@@ -6,8 +6,6 @@ import pytest
 from ldm_jax import diffusion, solvers
 from ldm_jax.solvers.multistep import histories
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SD = diffusion.make_schedule("scaled_linear")
 
 

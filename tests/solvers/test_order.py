@@ -9,8 +9,6 @@ import pytest
 from ldm_jax import diffusion, solvers
 from ldm_jax.solvers.adams import deis, lms
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SCHEDULE = diffusion.make_schedule("linear", 4096, 0.1 / 4096, 20 / 4096)
 KEYS = jax.random.split(jax.random.key(0), 2)
 Z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 4)), jnp.float32)

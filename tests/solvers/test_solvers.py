@@ -10,8 +10,6 @@ import pytest
 
 from ldm_jax import diffusion, guidance, solvers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SD = diffusion.make_schedule("scaled_linear")
 KEYS = jax.random.split(jax.random.key(0), 2)
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "samplers.npz")

@@ -12,8 +12,6 @@ from ldm_jax.runtime import checkpoint, cli, images, rundir
 from ldm_jax.train import main
 from ldm_jax.train.prepare import pack
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def train(config, *flags):
     """Exit code of the command."""

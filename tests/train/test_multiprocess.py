@@ -14,8 +14,6 @@ from ldm_jax import data, schema, sharding
 from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.train import ldm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 6
 
 # Prints nothing; writes the rows it holds of batch 3, and the whole batch, gathered.

@@ -14,8 +14,6 @@ import recipes
 from ldm_jax import schema
 from ldm_jax.cost import hlo, tpu_cost
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Without a clip Adam's first moment after one step is the gradient times 1 - b1.
 OPTIMIZER = dataclasses.replace(recipes.OPTIMIZER, clip_norm=None)
 LOSS = schema.FirstStageLossConfig(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from families import FAMILIES, OPEN_CLIP, OPEN_TEXT, V
-from reference import quick_jit, released
+from reference import released
 
 from ldm_jax import bundle, conditioning, schema
 from ldm_jax.convert import compvis, table
@@ -74,7 +74,7 @@ def test_the_yaml_is_right_where_the_encoder_has_all_blocks(blocks, layer):
     model = conditioning.build(config.cond)
     params = conditioning.init(config.cond, model, jax.random.key(0))
     ids = np.arange(14).reshape(2, 7)
-    wanted = quick_jit(model.apply)({"params": params}, ids)
+    wanted = jax.jit(model.apply)({"params": params}, ids)
 
     written = compvis.as_written(bundle.build(config, {"cond_stage": params}, 1.0))
     text = model_yaml.model_options(written.config, 1.0)["params"]["cond_stage_config"]
@@ -85,7 +85,7 @@ def test_the_yaml_is_right_where_the_encoder_has_all_blocks(blocks, layer):
     filled = {**compvis.cond_stage_state_dict(whole.cond, own), **tensors}
     there, theirs = compvis.load_cond_stage(text["target"], text["params"], filled)
     assert (there.num_layers, there.layer) == (encoder.num_layers, encoder.layer)
-    found = quick_jit(there.apply)({"params": theirs}, ids)
+    found = jax.jit(there.apply)({"params": theirs}, ids)
     np.testing.assert_array_equal(found, wanted)
 
 

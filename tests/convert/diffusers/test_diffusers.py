@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from diffusers_modules import FIRST_STAGES, LAYER, UNETS, made
 from flax import linen as nn
-from reference import draw, max_difference, nhwc, quick_jit
+from reference import draw, max_difference, nhwc
 
 from ldm_jax.convert import diffusers, table
 from ldm_jax.convert.diffusers import components, part_configs, tables, unet_config
@@ -81,7 +81,7 @@ def run_layers(model, params, given, inputs):
             model.apply({"params": params}, **given)
         return outputs
 
-    return quick_jit(forward)(params, given, inputs)
+    return jax.jit(forward)(params, given, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def saved_unet(tmp_path_factory):
 def test_unet_computes_the_same(name, saved_unet):
     theirs, model, params = saved_unet(name)
     assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in jax.tree.leaves(params))
-    run = quick_jit(lambda params, given: model.apply({"params": params}, **given))
+    run = jax.jit(lambda params, given: model.apply({"params": params}, **given))
     given = unet_inputs(model, 3, 4, 6, 1)
     assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
 
@@ -116,7 +116,7 @@ def some(names, quick):
 @pytest.mark.parametrize("name", some(UNETS, ("sd1", "superres")))
 def test_unet_computes_the_same_alone_on_odd_shapes(name, saved_unet):
     theirs, model, params = saved_unet(name)
-    run = quick_jit(lambda params, given: model.apply({"params": params}, **given))
+    run = jax.jit(lambda params, given: model.apply({"params": params}, **given))
     given = unet_inputs(model, 1, 6, 10, 7)
     assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
 
@@ -163,7 +163,7 @@ def test_first_stage_computes_the_same(name, batch, height, width, tmp_path):
         else:
             expected = [z := found.latents]
         expected = [nhwc(x.numpy()) for x in (*expected, theirs.decode(z).sample)]
-    encoded, decoded = quick_jit(both)(params, image)
+    encoded, decoded = jax.jit(both)(params, image)
     assert max_difference([*jax.tree.leaves(encoded), decoded], expected) <= 1e-4
 
 
@@ -191,7 +191,7 @@ def test_clip_text_computes_the_same(activation, prefix, tmp_path):
         ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
         with torch.no_grad():
             expected = theirs(torch.tensor(ids)).last_hidden_state.numpy()
-        assert max_difference(quick_jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+        assert max_difference(jax.jit(model.apply)({"params": params}, ids), expected) <= 1e-4
 
 
 def test_bert_computes_the_same(tmp_path):
@@ -214,7 +214,7 @@ def test_bert_computes_the_same(tmp_path):
         ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
         with torch.no_grad():
             expected = module(torch.tensor(ids))[0].numpy()
-        assert max_difference(quick_jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+        assert max_difference(jax.jit(model.apply)({"params": params}, ids), expected) <= 1e-4
 
 
 # --- real sizes, by shape ------------------------------------------------------------------------

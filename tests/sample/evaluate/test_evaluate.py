@@ -17,8 +17,6 @@ from ldm_jax.models import autoencoder
 from ldm_jax.runtime import cli, images, rundir
 from ldm_jax.sample.evaluate import extraction, image_sets, main, reconstruct
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RANDOM = ["--features", "random", "--batch-size", "4"]
 SHORT = ["--steps", "2", "--count", "10", *RANDOM]
 FIGURES = {"fd_random_features", "kd_random_features", "precision", "recall"}
@@ -34,21 +32,21 @@ def result(out):
 
 
 @pytest.fixture(scope="module")
-def reconstructed(first_stage_run, tmp_path_factory, quick_compilation):
+def reconstructed(first_stage_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("reconstruct")
     assert run("reconstruct", "--model", first_stage_run, "--out", out, *RANDOM) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def drawn(ldm_run, tmp_path_factory, quick_compilation):
+def drawn(ldm_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("samples")
     assert run("samples", "--model", ldm_run, "--out", out, "--npz", *SHORT) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def statistics(ldm_run, tmp_path_factory, quick_compilation):
+def statistics(ldm_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("statistics")
     assert run("statistics", "--data", ldm_run, "--out", out, *RANDOM) == 0
     return out / "statistics.npz"

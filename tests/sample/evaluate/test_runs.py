@@ -17,8 +17,6 @@ from ldm_jax.sample.evaluate import main
 from ldm_jax.schema import serialize
 from ldm_jax.train import autoencoder, ldm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RANDOM = ["--features", "random", "--batch-size", "4"]
 
 

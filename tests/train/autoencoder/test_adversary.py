@@ -16,8 +16,6 @@ from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.train import autoencoder
 from ldm_jax.train.autoencoder import reconstruction
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LOSS = schema.FirstStageLossConfig(
     disc_start=1, learn_logvar=True, lecam_weight=0.1, r1_weight=0.3, r1_interval=2
 )
@@ -28,7 +26,7 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def alone(quick_compilation):
+def alone():
     """(state, metrics) after three steps on one device."""
     return recipes.steps(CONFIG, recipes.mesh_of(), STEPS)
 

@@ -13,15 +13,13 @@ from ldm_jax.configs import tiny
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.train import autoencoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = recipes.first_stage_config(loss=schema.FirstStageLossConfig(learn_logvar=True))
 TOLERANCE = 2e-6
 """On parameters of about 1 after five steps; a wrong mean or a wrong row costs 1e-4 and more."""
 
 
 @pytest.fixture(scope="module")
-def alone(quick_compilation):
+def alone():
     """(state, metrics) after five steps on one device."""
     return recipes.steps(CONFIG, recipes.mesh_of(), 5)
 

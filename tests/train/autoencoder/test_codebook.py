@@ -15,8 +15,6 @@ from ldm_jax.runtime import rundir
 from ldm_jax.train import autoencoder
 from ldm_jax.train.autoencoder import codebook
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = recipes.gan_config("vq", discriminator=None)
 
 
@@ -25,7 +23,7 @@ def embedding(params):
 
 
 @pytest.fixture(scope="module")
-def alone(quick_compilation):
+def alone():
     """(state, metrics) after four steps on one device: codes nobody took have been revived."""
     return recipes.steps(CONFIG, recipes.mesh_of(), 4)
 

@@ -18,8 +18,6 @@ from ldm_jax.runtime import checkpoint, cli
 from ldm_jax.train import autoencoder, main
 from ldm_jax.train.autoencoder import initial, reconstruction
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def config_of(first_stage_run, **changes):
     """tiny:gan on the decoder of the tiny first stage."""
@@ -35,7 +33,7 @@ def config_of(first_stage_run, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, first_stage_run, quick_compilation):
+def run(tmp_path_factory, first_stage_run):
     path = tmp_path_factory.mktemp("decoder") / "run"
     assert autoencoder.train(config_of(first_stage_run), path) == 0
     return path

@@ -13,8 +13,6 @@ from ldm_jax.convert import auxiliary, table
 from ldm_jax.models import discriminator, lpips
 from ldm_jax.models.discriminator import PatchGAN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def stored():

@@ -14,7 +14,7 @@ from ldm_jax.convert.diffusers import tables
 from ldm_jax.models import autoencoder, lpips
 from ldm_jax.models.discriminator import PatchGAN
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.torch
 
 SIZES = {"channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4}
 KL = schema.AutoencoderKLConfig(**SIZES, embed_dim=4)

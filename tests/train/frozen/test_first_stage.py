@@ -14,8 +14,6 @@ from ldm_jax.runtime import rundir
 from ldm_jax.train import frozen as frozen_parts
 from ldm_jax.train import ldm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VQ = schema.AutoencoderVQConfig(
     channels=32, channel_mult=(1, 1), num_res_blocks=0, embed_dim=4, z_channels=4, num_codes=8
 )

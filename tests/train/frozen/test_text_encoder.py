@@ -21,8 +21,6 @@ from ldm_jax.models import clip
 from ldm_jax.runtime import checkpoint, cli
 from ldm_jax.train import ldm, main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # --- the step -----------------------------------------------------------------------------------
 
 

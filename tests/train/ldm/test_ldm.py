@@ -15,15 +15,13 @@ from ldm_jax.configs import tiny
 from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.train import ldm, main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = recipes.ldm_config(spikes=recipes.SPIKES)
 TOLERANCE = 2e-6
 """On parameters of about 1 after five steps; a wrong mean or a wrong row costs 1e-4 and more."""
 
 
 @pytest.fixture(scope="module")
-def alone(quick_compilation):
+def alone():
     """(state, metrics) after five steps on one device."""
     return recipes.steps(CONFIG, recipes.mesh_of(), 5)
 
@@ -269,7 +267,7 @@ def test_a_skipped_step_leaves_every_device_as_it_was():
     assert (int(spiked.bad_steps), int(spiked.skips["count"])) == (2, 2)
 
 
-def test_the_logged_rate_is_that_of_the_update(quick_compilation):
+def test_the_logged_rate_is_that_of_the_update():
     """Which a skipped step does not bring on: the warm-up goes on where it stood."""
     mesh = recipes.mesh_of()
     state, _ = recipes.steps(CONFIG, mesh, 0)

@@ -9,8 +9,6 @@ from PIL import Image
 from ldm_jax import data
 from ldm_jax.train.ldm import preview
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(
     "condition",

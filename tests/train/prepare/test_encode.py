@@ -21,7 +21,7 @@ PER_SHARD = ("--cache.records-per-shard", "20")  # of 64 and 16 records: 4 shard
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory, first_stage_run, quick_compilation):
+def cached(tmp_path_factory, first_stage_run):
     """A cache of tiny:class, mirrored, from the command line."""
     path = tmp_path_factory.mktemp("cached") / "cache"
     assert main.train(command(path, first_stage_run)) == 0

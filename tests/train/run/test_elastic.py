@@ -19,8 +19,6 @@ from ldm_jax import schema
 from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.train import autoencoder, main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = pathlib.Path(__file__).parents[3]
 PARTS = ("params", "ema_params", "opt_state")
 GAN = (*PARTS, "disc_params", "disc_stats", "disc_opt_state")
@@ -66,7 +64,6 @@ def test_it_goes_on_on_fewer_devices(tmp_path, ldm_run, first_stage_run, flags, 
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "ldm_jax.train.main", "tiny:class", *arguments]
     done = subprocess.run(
@@ -78,7 +75,7 @@ def test_it_goes_on_on_fewer_devices(tmp_path, ldm_run, first_stage_run, flags, 
 
 
 @pytest.fixture(scope="module")
-def gan_runs(tmp_path_factory, quick_compilation):
+def gan_runs(tmp_path_factory):
     """(config, uninterrupted run of 6 steps) of both kinds of first stage, each made once."""
     made = {}
 

@@ -1,6 +1,5 @@
 """A run that was killed, stopped or moved ends as if nothing had happened, bit for bit."""
 
-import os
 import pathlib
 import random
 import signal
@@ -16,8 +15,6 @@ from runs import ldm_config, ldm_flags
 from ldm_jax import loading
 from ldm_jax.runtime import checkpoint, cli, rundir
 from ldm_jax.train import ldm, main
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 24
 PARTS = ("params", "ema_params", "opt_state")
@@ -53,7 +50,6 @@ class Training:
             self.process = subprocess.Popen(
                 [*command, *flags],
                 stderr=log,
-                env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
                 cwd=pathlib.Path(__file__).parents[3],
             )
 
