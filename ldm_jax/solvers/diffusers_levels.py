@@ -26,8 +26,8 @@ def diffusers_levels(
     """The levels of `steps` steps; offset: `steps_offset`. Source: `set_timesteps` of each class.
 
     final: what a last step of "ddim" and "plms" leads to (`set_alpha_to_one`); those of the other
-    solvers lead to no noise, as their classes do. A solver of none of their classes has the rule of
-    "ddim". ValueError for a number of steps that the rule cannot make, in which case diffusers
+    solvers lead to no noise, as their classes do. A solver that is none of these has the timesteps
+    of "ddim". ValueError for a number of steps that the rule cannot make, in which case diffusers
     stops, or samples NaN.
     """
     final = FINAL[spacing] if final is None else final
@@ -47,12 +47,13 @@ def diffusers_levels(
         sigma = np.interp(t, np.arange(last + 1), np.sqrt((1 - given) / given))
         now = 1 / (1 + sigma**2)
         return table(schedule, t, now, np.append(now[1:], 1.0))
-    now = schedule.alphas_cumprod[t]
-    if solver == "ddpm":
-        return table(schedule, t, now, np.append(now[1:], 1.0))
+    now, end = schedule.alphas_cumprod[t], 1.0
+    if final == "alphas_cumprod_0" and solver != "ddpm":
+        end = schedule.alphas_cumprod[0]
+    if solver not in ("ddim", "plms"):
+        return table(schedule, t, now, np.append(now[1:], end))
     # DDIMScheduler.step and PNDMScheduler.step go back by T // steps, whatever the next timestep is
     previous = t - (last + 1) // steps
-    end = schedule.alphas_cumprod[0] if final == "alphas_cumprod_0" else 1.0
     previous, over = np.maximum(previous, 0), previous < 0
     made = table(schedule, t, now, np.where(over, end, schedule.alphas_cumprod[previous]))
     # the second call of "plms" is at the next timestep of the list
