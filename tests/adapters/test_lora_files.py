@@ -164,7 +164,6 @@ def test_kohya_files_carry_what_webui_reads(reference, tmp_path):
 
 
 @pytest.mark.slow  # the weights are compared above; what is left is that the commands use them
-@pytest.mark.usefixtures("quick_compilation")
 def test_pictures_are_those_of_diffusers(reference, tmp_path):
     """Several at once, of both dialects, each part with its own scale; to 1 grey level."""
     pipe, base = copy.deepcopy(reference.pipe), reference.base
