@@ -185,9 +185,9 @@ def _train(name: str, argv: Sequence[str]) -> int:
         code = recipe.train(config, workdir, watch)
         watch.state = "stopped" if code == cli.INTERRUPTED else "done"
     if code == cli.INTERRUPTED:
-        LOG.info(next_steps.of_stopped(workdir, name, argv))
+        LOG.info(next_steps.after_stop(workdir, name, argv))
     elif code == 0:
-        LOG.info(next_steps.of_finished(workdir, _model_on(name), config))
+        LOG.info(next_steps.after_last_step(workdir, _model_on(name), config))
     return code
 
 

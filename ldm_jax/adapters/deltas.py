@@ -95,7 +95,7 @@ class Update:
     magnitude: Any = None
 
     def added(self, weight: jax.Array) -> jax.Array:
-        """What is added to `weight` (float32) at a multiplier of 1."""
+        """The change of `weight` (float32) at a multiplier of 1."""
         change = self.scale * self.delta.value(weight.shape)
         if self.magnitude is None:
             return change

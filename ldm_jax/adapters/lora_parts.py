@@ -18,11 +18,11 @@ ATTENTION = re.compile(r"/(to_[qkv]|to_out_0|self_attn/(q|k|v|out)_proj)/kernel$
 TRANSFORMER = re.compile(r"attentions_\d+/.+/kernel$|/(self_attn/\w+_proj|mlp/fc[12])/kernel$")
 BLOCKS = re.compile(r"/(resnets|downsamplers|upsamplers)_\d+/.+/kernel$")
 BASES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-"""What a width of the context is of."""
+"""{width of the context: base model}."""
 
 
 def is_target(part: str, path: str, targets: str) -> bool:
-    """Whether `lora.init` gives an array of a part of a model an update."""
+    """True if `lora.init` makes an update for this array of a part of a model."""
     if targets == "attention":
         return ATTENTION.search(path) is not None
     if targets == "transformer":
@@ -63,7 +63,7 @@ def _check_base(path: Any, module: str, tensors: Mapping[str, Any], shapes: Shap
 
 
 def _problem(tensors: Mapping[str, Any], kernel: tuple[int, ...] | None) -> str | None:
-    """What keeps the tensors of a module from being an update of its kernel."""
+    """The reason why the tensors of a module are no update of its kernel; None if they are."""
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     kinds = [kind for kind in KINDS if any(name.startswith(kind) for name in shapes)]
     if not kinds:
@@ -251,7 +251,7 @@ def _scale(
     alpha: float | None,
     rank_stabilized: bool,
 ) -> float:
-    """What a file multiplies an update with; a missing alpha, and one of 0, are the rank."""
+    """Factor of an update in a file; a missing alpha, and one of 0, stand for the rank."""
     if "scale" in arrays:
         return float(arrays["scale"])
     alpha = float(arrays["alpha"]) if "alpha" in arrays else alpha

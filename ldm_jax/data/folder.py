@@ -214,7 +214,7 @@ def _beside(root: str, images: list[str], files: set[str], name: str, suffix: st
     names = metadata.Names(files)
     wanted = [posixpath.splitext(image)[0] + suffix for image in images]
     paths = [names.find(path) for path in wanted]
-    missing = [path for path, found in zip(wanted, paths) if found is None]
+    missing = [path for path, there in zip(wanted, paths) if there is None]
     if missing:
         raise FileNotFoundError(
             f"{os.path.join(root, missing[0])} is missing ({len(missing)} of {len(images)} images"

@@ -1,4 +1,4 @@
-"""How far a command is: one line, a bar on a terminal and in a notebook, plain lines elsewhere."""
+"""Progress of a command: a bar on a terminal and in a notebook, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -66,7 +66,7 @@ class Bar:
 
     @property
     def count(self) -> int:
-        """How many are done."""
+        """Number done."""
         return self.drawn.n
 
     def update(self, number: int = 1) -> None:

@@ -145,8 +145,8 @@ class SamplingConfig:
     """alphas_cumprod after the last step, that of timestep 0 or one; None: the spacing's
     default."""
     rule: Literal["compvis", "diffusers"] = later("compvis")
-    """How many steps a spacing makes, and which: as in CompVis's samplers (30 steps of `leading`
-    are 31), or as in the schedulers of diffusers, of which each class has its own."""
+    """Rule for the number and places of a spacing's steps: CompVis's samplers (30 steps of
+    `leading` are 31), or the schedulers of diffusers, of which each class has its own."""
 
 
 @dataclass(frozen=True)

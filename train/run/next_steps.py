@@ -1,4 +1,4 @@
-"""What can be done with a run that has ended: where it is, and the next command."""
+"""Messages at the end of a run: where it is, and the next command."""
 
 import shlex
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from ldm_jax import conditioning, schema
 
 
-def of_stopped(workdir: str, name: str, argv: Sequence[str]) -> str:
-    """Say how a run goes on that was stopped; `argv` are its options."""
+def after_stop(workdir: str, name: str, argv: Sequence[str]) -> str:
+    """The message of a stopped run, with the command that resumes it; `argv` are its options."""
     return f"{workdir}: stopped, and saved; this goes on:\n{_command('ldm-train', name, *argv)}"
 
 
-def of_finished(workdir: str, model: str, config: schema.TrainConfig) -> str:
-    """Say what comes after all steps: the model on a first stage, or samples of a model.
+def after_last_step(workdir: str, model: str, config: schema.TrainConfig) -> str:
+    """The message of a finished run: next, train a model on a first stage, or sample a model.
 
     model: name of the config that trains on such a first stage.
     """

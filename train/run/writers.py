@@ -1,4 +1,4 @@
-"""Where metrics and pictures of a run go: JSON lines, TensorBoard, Weights & Biases."""
+"""Writers of a run's metrics and pictures: JSON lines, TensorBoard, Weights & Biases."""
 
 import contextlib
 import importlib

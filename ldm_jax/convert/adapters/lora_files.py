@@ -81,11 +81,11 @@ CHOICES = (".safetensors", ".bin", ".pt", ".ckpt")
 
 
 class Content(NamedTuple):
-    """What a file holds for a model.
+    """Content of an adapter's file, in the paths of a model.
 
     parts: {part of the model: {module, a path of ours: {part of the update: tensor in the file}}}.
     alphas: {(part of the model, module): alpha} of PEFT's metadata; kohya's are tensors.
-    rank_stabilized: whether the scale is alpha / sqrt(rank).
+    rank_stabilized: the scale is alpha / sqrt(rank), not alpha / rank.
     unknown: names that belong to no module of the model.
     """
 
@@ -222,7 +222,7 @@ def _peft_settings(
 
 
 def _matches(pattern: str, dotted: str) -> bool:
-    """Whether PEFT takes a key of `alpha_pattern`, a module or how its name ends, for a module."""
+    """True if a key of PEFT's `alpha_pattern` is the name of a module, or the end of it."""
     normal = re.sub(r"[._]", "_", pattern)
     name = dotted.replace(".", "_")
     return name == normal or name.endswith(f"_{normal}")

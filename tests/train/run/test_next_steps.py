@@ -21,13 +21,13 @@ def command(text):
 
 def test_a_stopped_run_goes_on_with_the_same_words():
     argv = ["--workdir", "my runs/a", "--steps", "9"]
-    said = next_steps.of_stopped("my runs/a", "digits:first_stage", argv)
+    said = next_steps.after_stop("my runs/a", "digits:first_stage", argv)
     assert said.startswith("my runs/a: stopped, and saved; this goes on:\n")
     assert command(said) == ["ldm-train", "digits:first_stage", *argv]
 
 
 def test_after_a_first_stage_comes_the_model_on_it():
-    said = next_steps.of_finished("runs/first", "digits", digits.first_stage())
+    said = next_steps.after_last_step("runs/first", "digits", digits.first_stage())
     assert said.startswith("runs/first: 800 steps are made, pictures in runs/first/samples; next:")
     program, name, *argv = command(said)
     assert (program, name) == ("ldm-train", "digits")
@@ -38,7 +38,7 @@ def test_after_a_first_stage_comes_the_model_on_it():
 def test_the_images_go_with_it(tmp_path):
     argv = ["--data.source.path", str(tmp_path), "--workdir", "first/"]
     config = main.parse(own.get_config("first_stage"), argv, "ldm-train")[1]
-    words = command(next_steps.of_finished("first/", "own", config))
+    words = command(next_steps.after_last_step("first/", "own", config))
     assert words[words.index("--data.source.path") + 1] == str(tmp_path)
     assert words[words.index("--workdir") + 1] == "first_model"
 
@@ -52,7 +52,7 @@ def test_a_file_of_first_stages_alone_names_no_model():
 @pytest.mark.parametrize("name", ["unconditional", *CONDITIONS])
 def test_a_model_is_sampled_by_its_task(name):
     config = tiny.get_config(name)
-    program, task, *argv = command(next_steps.of_finished("runs/a", "tiny", config))
+    program, task, *argv = command(next_steps.after_last_step("runs/a", "tiny", config))
     assert program == "ldm-sample"
     options, _ = flags.parse(argv, task, "", TASKS[task].Options, flags.Process)
     assert (options.model, options.out) == ("runs/a", "runs/a_samples")
