@@ -22,7 +22,7 @@ BAD_LATENTS = "a batch with NaN, two with huge latents, and a SIGKILL between"
 BOTH = tuple(range(HOSTS))
 NOT_WRITTEN = r"was not written|leaves with code"
 SAID = (r"is lost: no sign|found: |was killed|ended:|leaves with|ended by JAX", NOT_WRITTEN)
-SAID += (r"moved to|going on from step|left half-written|removed", r"cannot be decoded")
+SAID += (r"moved to|going on from step|left half-written|removed", r"cannot be used")
 
 
 def back_at_work(cluster: Cluster, since: float) -> float:

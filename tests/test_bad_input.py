@@ -73,7 +73,7 @@ MODEL = "ldm-sample class2img --out {tmp}/out --model"
         (f"{FOLDER} {{tmp}}/images {SMALL} --data.size 32", "allow_upscale"),
         (
             f"{FOLDER} {{tmp}}/broken {SMALL} --data.size 16",
-            "not one record can be decoded; the last: ",
+            "not one record can be used; the last: ",
         ),
         (f"{STAGE} --batch-size 6", "batch_size 6 is not a positive multiple of 4 devices"),
         (f"{STAGE} --accumulate 4", "batch_size 8 is not a positive multiple of 4 devices"),
@@ -134,7 +134,7 @@ def test_too_many_broken_images_name_the_limit(refused, places):
         path.write_bytes(b"no image")
     command = f"{FOLDER} {{tmp}}/images {SMALL} --data.max-bad-records 2".format(tmp=places)
     error = refused(command)
-    assert error.startswith("3 records cannot be decoded, the last: ")
+    assert error.startswith("3 records cannot be used, the last: ")
     assert "raise data.max_bad_records (2)" in error
 
 

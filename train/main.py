@@ -1,6 +1,6 @@
-"""Train a model, write its data once, or plan its run.
+"""Train a model, check its data or write them once, or plan its run.
 
-`ldm-train [encode | pack | plan] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`
+`ldm-train [check | encode | pack | plan] CONFIG[:STAGE] --workdir DIR [--field.sub value ...]`
 """
 
 import ast
@@ -50,6 +50,11 @@ class Pack:
     """Folder for the packed images, new or to be continued; may be gs://..."""
     records_per_shard: int = 4096
     """Images in a file at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Read every record of a data set once: what is broken, missing or too small, and how many."""
 
 
 RECIPES = {
@@ -157,8 +162,8 @@ def _config_first(argv: Sequence[str], does: str) -> tuple[str, list[str]]:
         known["FILE.py"] = "A file of your own with get_config(stage)."
         return {**({} if does else {"sub-commands": commands}), "CONFIG": known}
 
-    needed = "--topology KIND:CHIPS" if does == "plan" else "--workdir DIR"
-    usage, about = f"CONFIG[:STAGE] {needed} [--field.sub value ...]", _kind(does).__doc__
+    needed = {"plan": " --topology KIND:CHIPS", "check": ""}.get(does, " --workdir DIR")
+    usage, about = f"CONFIG[:STAGE]{needed} [--field.sub value ...]", _kind(does).__doc__
     return cli.split_first(argv, f"ldm-train {does}".rstrip(), usage, about, listed)
 
 
@@ -168,7 +173,7 @@ def _kind(does: str) -> type:
         from ldm_jax.train.plan.command import PlanOptions
 
         return PlanOptions
-    return {"": Train, "encode": Encode, "pack": Pack}[does]
+    return {"": Train, "check": Check, "encode": Encode, "pack": Pack}[does]
 
 
 def _train(name: str, argv: Sequence[str]) -> int:
@@ -226,13 +231,22 @@ def _pack(name: str, argv: Sequence[str]) -> int:
     return pack.pack(config.data, asked.workdir, asked.records_per_shard)
 
 
+def _check(name: str, argv: Sequence[str]) -> int:
+    config, program = load_config(name, argv), f"ldm-train check {name}"
+    parts = (Check, config, supervisor.Restart, flags.Process)
+    _, config, *_ = flags.parse(argv, program, Check.__doc__, *parts)
+    from ldm_jax.train.prepare import check
+
+    return check.check(config)
+
+
 def _plan(name: str, argv: Sequence[str]) -> int:
     from ldm_jax.train.plan import command
 
     return command.plan(argv, name, functools.partial(load_config, argv=argv))
 
 
-SUBCOMMANDS = {"encode": _encode, "pack": _pack, "plan": _plan}
+SUBCOMMANDS = {"check": _check, "encode": _encode, "pack": _pack, "plan": _plan}
 
 
 def restart_on_failure(argv: Sequence[str]) -> int:

@@ -1,11 +1,12 @@
 """Records, transforms and batches: data without TensorFlow."""
 
-from ldm_jax.data.examples import Stream, stream
+from ldm_jax.data.examples import BadDataError, Stream, stream
 from ldm_jax.data.facts import facts_of
 from ldm_jax.data.pipeline import Batches, global_batch, prefetch
 from ldm_jax.data.sources import Source, arrays, open_source, stamp
 
 __all__ = [
+    "BadDataError",
     "Batches",
     "Source",
     "Stream",

@@ -1,6 +1,6 @@
 """The endless stream of training examples: example i is a function of (seed, i) alone.
 
-Epochs reshuffle, every example has its own random generator, and a record that cannot be decoded is
+Epochs reshuffle, every example has its own random generator, and a record that cannot be used is
 replaced by the next one that can: nothing depends on the examples read before, on the process, or
 on how far it reads ahead.
 """
@@ -25,8 +25,12 @@ Example = dict[str, np.ndarray]
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
+class BadDataError(ValueError, RuntimeError):
+    """Too many records that cannot be used: another start would end in the same way."""
+
+
 class Made(NamedTuple):
-    """An example, its record, (index, reason) of records before it that cannot be decoded, and the
+    """An example, its record, (index, reason) of records before it that cannot be used, and the
     end of its caption that the text encoder has no room for."""
 
     example: Example
@@ -78,7 +82,7 @@ class Stream:
 
     @property
     def bad_records(self) -> int:
-        """Records that could not be decoded, each counted once, since the process started.
+        """Records that cannot be used, each counted once, since the process started.
 
         With several processes those known to all at the last `agree`: the same number on each.
         """
@@ -87,19 +91,19 @@ class Stream:
     def agree(self) -> None:
         """Exchange the records that each process could not decode; all processes call this.
 
-        RuntimeError, in every process, if together they are more than `max_bad_records`.
+        BadDataError, in every process, if together they are more than `max_bad_records`.
         """
         with self._lock:
             mine = set(self._bad)
         self._agreed = processes.union(mine)
         if self._agreed:
-            name = self.source.describe(max(self._agreed))
+            name = name_of(self.source, max(self._agreed))
             check_limit(len(self._agreed), name, self.config)
 
     def __getitem__(self, index: int) -> Example:
         """Example `index` >= 0, decoded now.
 
-        RuntimeError after more than `max_bad_records` undecodable records; ValueError for an image
+        BadDataError after more than `max_bad_records` bad records; ValueError for an image
         that is too small, a map of another size, a label out of range. All name the record.
         """
         return self.accept(self.made[index])
@@ -109,7 +113,7 @@ class Stream:
         return caption_of(self.source[self.made[index].record], None)
 
     def accept(self, made: Made) -> Example:
-        """The example; undecodable records met on the way are reported and counted, once each.
+        """The example; bad records met on the way are reported and counted, once each.
 
         Counted here, in the main process, so that threads and worker processes count alike.
         """
@@ -118,9 +122,9 @@ class Stream:
                 known = index in self._bad
                 self._bad.add(index)
             if not known:
-                name = self.source.describe(index)
-                LOG.warning("%s cannot be decoded; the next one replaces it (%s)", name, reason)
-                check_limit(len(self._bad), name, self.config)
+                name = name_of(self.source, index)
+                LOG.warning("%s cannot be used; the next one replaces it (%s)", name, reason)
+                check_limit(len(self._bad), f"{name} ({reason})", self.config)
         if made.lost:
             self._say_lost(made)
         return made.example
@@ -239,7 +243,7 @@ class MakeExample:
             if self.source.num_classes is not None:
                 example["label"] = _label(decoded.rest["label"], self.source.num_classes)
             if self.num_ids is not None:
-                _check_ids(example["segmentation"], self.num_ids)
+                check_ids(example["segmentation"], self.num_ids)
             lost = ""
             if self.tokenizer is not None:
                 text = caption_of(decoded.rest, rng)
@@ -248,38 +252,45 @@ class MakeExample:
         return Made(example, decoded.bad, decoded.record, lost)
 
     def _decode(self, index: int) -> Decoded:
-        """Record `index`, or the next one in the source's order that can be decoded."""
+        """Record `index`, or the next one in the source's order that can be used."""
         if "mean" in self.source.features:
             return Decoded(None, read(self.source, index), index)
         bad: list[tuple[int, str]] = []
         while True:
-            record = read(self.source, index)
             try:
-                with self._naming(index):
-                    images = transforms.decode(record, self.config.channels)
-                    images = transforms.settle(images, self.config, self.train)
-            except transforms.UndecodableError as error:
-                name = self.source.describe(index)
+                images, rest = self.usable(index)
+            except ValueError as error:
                 bad.append((index, str(error)))
-                check_limit(len(bad), name, self.config)
+                said = f"{name_of(self.source, index)} ({error})"
+                check_limit(len(bad), said, self.config)
                 if len(bad) == len(self.source):
-                    raise RuntimeError(
-                        f"not one record can be decoded; the last: {name}"
-                    ) from error
+                    raise BadDataError(f"not one record can be used; the last: {said}") from error
                 index = (index + 1) % len(self.source)
             else:
-                rest = {name: value for name, value in record.items() if name not in images}
                 return Decoded(images, rest, index, tuple(bad))
+
+    def usable(self, index: int) -> tuple[transforms.Images, dict[str, Any]]:
+        """(images as `transforms.settle` leaves them, all else) of record `index`.
+
+        ValueError for whatever is wrong with the record: `transforms.UndecodableError` and
+        `TooSmallError` are kinds of it. OSError if it cannot be read.
+        """
+        record = read(self.source, index)
+        images = transforms.decode(record, self.config.channels)
+        images = transforms.settle(images, self.config, self.train)
+        if self.source.num_classes is not None:
+            _label(record["label"], self.source.num_classes)
+        if self.tokenizer is not None:
+            caption_of(record, None)
+        return images, {name: value for name, value in record.items() if name not in images}
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[None]:
         """Put the record's name before the message of an error."""
         try:
             yield
-        except transforms.UndecodableError:
-            raise
         except ValueError as error:
-            raise ValueError(f"{self.source.describe(index)}: {error}") from error
+            raise ValueError(f"{name_of(self.source, index)}: {error}") from error
 
 
 def caption_of(record: dict[str, Any], rng: np.random.Generator | None) -> str:
@@ -290,6 +301,14 @@ def caption_of(record: dict[str, Any], rng: np.random.Generator | None) -> str:
     if not texts:
         raise ValueError("has no caption")
     return texts[0 if rng is None else int(rng.integers(len(texts)))]
+
+
+def name_of(source: Source, index: int) -> str:
+    """Path or name of a record, for messages, where the record may be damaged."""
+    try:
+        return source.describe(index)
+    except ValueError:
+        return f"record {index}"
 
 
 def read(source: Source, index: int) -> dict[str, Any]:
@@ -312,7 +331,8 @@ def _tokens(tokenizer: Any, caption: str) -> tuple[np.ndarray, str]:
     return tokenizer.encode([caption])[0], ""
 
 
-def _check_ids(segmentation: np.ndarray, num_ids: int) -> None:
+def check_ids(segmentation: np.ndarray, num_ids: int) -> None:
+    """ValueError for a pixel of another class than 0..num_ids - 1."""
     odd = segmentation[(segmentation < 0) | (segmentation >= num_ids)]
     if odd.size:
         raise ValueError(
@@ -339,10 +359,11 @@ def _spec(source: Source, config: schema.DataConfig, null_tokens: np.ndarray | N
 
 
 def check_limit(count: int, name: str, config: schema.DataConfig) -> None:
-    """RuntimeError if `count` undecodable records are too many; `name` is the last of them."""
+    """BadDataError if `count` bad records are too many; `name` is the last of them."""
     if count > config.max_bad_records:
         limit = config.max_bad_records
         more = f", or raise data.max_bad_records ({limit})" if limit else ""
-        raise RuntimeError(
-            f"{count} records cannot be decoded, the last: {name}; repair or remove them{more}"
+        raise BadDataError(
+            f"{count} records cannot be used, the last: {name}; repair or remove them{more}"
+            " (`ldm-train check` lists them all)"
         )

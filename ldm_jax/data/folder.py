@@ -68,7 +68,9 @@ class FolderSource:
             if suffix is not None
         }
         self.num_classes = None if classes is None else len(classes)
-        self.features = frozenset(self[0])
+        given = {"label": self._labels, "caption": self._captions}
+        given = {name for name, values in given.items() if values is not None}
+        self.features = frozenset({"image"} | given | self._beside.keys())
 
     def __len__(self) -> int:
         return len(self._images)

@@ -15,6 +15,10 @@ Images = dict[str, Image.Image]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
+class TooSmallError(ValueError):
+    """An image has fewer pixels than its crop needs."""
+
+
 class UndecodableError(ValueError):
     """The bytes of a record are not an image. Its cause is the decoder's own error."""
 
@@ -128,12 +132,7 @@ def crop_box(
     """
     short = min(width, height)
     random = config.crop == "random" and rng is not None
-    smallest = int(config.crop_range[0] * short) if random else short
-    if smallest < config.size and not config.allow_upscale:
-        raise ValueError(
-            f"the image is {width}x{height} and its smallest crop has {smallest} pixels a side, "
-            f"less than size {config.size}: use a smaller size, remove it, or set allow_upscale"
-        )
+    check_size(width, height, config, random)
     if config.crop == "none" and width != height:
         raise ValueError(f"the image is {width}x{height}, not square: set crop to center or random")
     if not random:
@@ -142,6 +141,17 @@ def crop_box(
     side = max(1, int(rng.uniform(*config.crop_range) * short))
     left, top = rng.integers(0, width - side + 1), rng.integers(0, height - side + 1)
     return int(left), int(top), int(left) + side, int(top) + side
+
+
+def check_size(width: int, height: int, config: schema.DataConfig, random: bool) -> None:
+    """TooSmallError if a crop, drawn or not, could have fewer pixels than `size`."""
+    short = min(width, height)
+    smallest = int(config.crop_range[0] * short) if random else short
+    if smallest < config.size and not config.allow_upscale:
+        raise TooSmallError(
+            f"the image is {width}x{height} and its smallest crop has {smallest} pixels a side, "
+            f"less than size {config.size}: use a smaller size, remove it, or set allow_upscale"
+        )
 
 
 def crop_and_resize(images: Images, box: Box, config: schema.DataConfig) -> Images:
@@ -220,6 +230,7 @@ def settle(images: Images, config: schema.DataConfig, train: bool) -> Images:
                 f"the {name} is {image.width}x{image.height} but the image is {width}x{height}"
             )
     if train and config.crop == "random":
+        check_size(width, height, config, random=True)
         return images
     return crop_and_resize(images, crop_box(width, height, config, None), config)
 

@@ -285,24 +285,24 @@ def test_each_is_reported_and_counted_once(damaged, caplog):
     assert len(caplog.messages) == 3
     for name in ("3.png", "4.png", "9.png"):
         (message,) = (m for m in caplog.messages if str(damaged / name) in m)
-        assert "cannot be decoded; the next one replaces it" in message
+        assert "cannot be used; the next one replaces it" in message
 
 
 def test_limit(damaged):
     stream = open_stream(folder(damaged, shuffle=False, max_bad_records=2))
     greys(stream, 9)
     with pytest.raises(
-        RuntimeError, match=r"3 records cannot be decoded, the last: .*9.png; repair .* \(2\)"
+        RuntimeError, match=r"3 records cannot be used, the last: .*9.png .*; repair .* \(2\)"
     ):
         stream[9]
-    with pytest.raises(RuntimeError, match=r"1 records cannot be decoded, the last: .*3.png"):
+    with pytest.raises(RuntimeError, match=r"1 records cannot be used, the last: .*3.png"):
         greys(open_stream(folder(damaged, shuffle=False, max_bad_records=0)), 10)
 
 
 def test_nothing_can_be_decoded(damaged):
     for path in damaged.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(RuntimeError, match=r"not one record can be decoded; the last: .*6.png"):
+    with pytest.raises(RuntimeError, match=r"not one record can be used; the last: .*6.png"):
         open_stream(folder(damaged, shuffle=False))[7]
 
 
@@ -315,6 +315,41 @@ def test_broken_map_counts_as_a_broken_record(damaged):
     stream = open_stream(dataclasses.replace(config, source=source))
     assert greys(stream, 3) == [0, 2, 2]
     assert stream[1]["segmentation"][0, 0] == 2
+
+
+def faulty(path):
+    """Six images with captions and maps, of which the first is as it should be."""
+    for i in range(6):
+        Image.new("L", (16, 16), 10 * i).save(path / f"{i}.png")
+        Image.new("L", (16, 16), i).save(path / f"{i}_seg.png")
+        (path / f"{i}.txt").write_text(f"caption {i}")
+    (path / "1.png").write_bytes(b"no image")
+    Image.new("L", (12, 30)).save(path / "2.png")
+    (path / "3.txt").write_bytes(b"\xff\xfe caption")
+    Image.new("RGB", (16, 16)).save(path / "4_seg.png")
+    Image.new("L", (8, 8)).save(path / "5_seg.png")
+    source = schema.FolderConfig(
+        str(path), eval_path=str(path), captions="sidecar", segmentation_suffix="_seg"
+    )
+    return schema.DataConfig(source=source, size=16, channels=1, shuffle=False)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_every_fault_of_a_record_is_met_alike(tmp_path, caplog, crop):
+    """Broken, too small, a caption that is not UTF-8, a map of three channels or another size."""
+    config = dataclasses.replace(faulty(tmp_path), crop=crop, crop_range=(1.0, 1.0))
+    with caplog.at_level(logging.WARNING):
+        stream = data.stream(config, batch_size=1, seed=0, tokenizer=Letters())
+        assert greys(stream, 6) == [0] * 6
+    assert stream.bad_records == 5
+    for i, reason in enumerate(
+        ("UnidentifiedImageError", "12x30", "not UTF-8", "one channel", "segmentation is 8x8"), 1
+    ):
+        (line,) = (m for m in caplog.messages if f"{i}.png cannot be used" in m)
+        assert reason in line or i == 1
+    limited = dataclasses.replace(config, max_bad_records=2)
+    with pytest.raises(data.BadDataError, match=r"3 records cannot be used, .*3\.png .*not UTF-8"):
+        data.stream(limited, batch_size=1, seed=0, tokenizer=Letters())[1]
 
 
 def test_storage_that_fails_for_a_while_costs_no_record(damaged, monkeypatch, caplog):
@@ -343,7 +378,7 @@ def test_what_any_process_has_met_counts_on_all(damaged, monkeypatch):
     monkeypatch.setattr(examples.jax, "process_count", lambda: 2)
     monkeypatch.setattr(examples.processes, "union", lambda mine: mine | {0})
     assert stream.bad_records == 0  # as of the last time that they agreed
-    with pytest.raises(RuntimeError, match=r"4 records cannot be decoded, the last: .*9.png"):
+    with pytest.raises(RuntimeError, match=r"4 records cannot be used, the last: .*9.png"):
         stream.agree()
     monkeypatch.setattr(examples.processes, "union", lambda mine: mine)
     stream.agree()
@@ -360,11 +395,11 @@ def test_a_file_that_vanished_is_an_error_not_a_bad_record(damaged):
 def test_errors_in_the_data_name_the_file(tmp_path):
     Image.new("RGB", (30, 12)).save(tmp_path / "small.png")
     config = dataclasses.replace(folder(tmp_path), size=16)
-    with pytest.raises(ValueError, match=r"small.png: the image is 30x12 and its smallest crop"):
+    with pytest.raises(ValueError, match=r"small.png \(the image is 30x12 and its smallest crop"):
         open_stream(config)[0]
     Image.new("RGB", (30, 12)).save(tmp_path / "small_seg.png")
     source = dataclasses.replace(config.source, segmentation_suffix="_seg")
-    with pytest.raises(ValueError, match=r"small.png: a segmentation map has one channel"):
+    with pytest.raises(ValueError, match=r"small.png \(a segmentation map has one channel"):
         open_stream(dataclasses.replace(config, source=source))[0]
 
 
@@ -383,9 +418,12 @@ def test_label_out_of_range():
         def __getitem__(self, index):
             return {**source[index], "label": index}
 
-    stream = examples.Stream(Mislabelled(), dataclasses.replace(PLAIN, shuffle=False), 4, 0, True)
+    config = dataclasses.replace(PLAIN, shuffle=False, max_bad_records=5)
+    stream = examples.Stream(Mislabelled(), config, 4, 0, True)
     stream[2]
-    with pytest.raises(ValueError, match=r"train record 3: label 3 is not in 0..2: does the split"):
+    with pytest.raises(
+        ValueError, match=r"6 records .* \(label 8 is not in 0\.\.2: does the split"
+    ):
         stream[3]
 
 

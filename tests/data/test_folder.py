@@ -98,8 +98,9 @@ def test_sidecar_captions(folder):
 def test_caption_that_is_not_text(folder):
     for image in names(open_folder(folder), folder):
         (folder / image).with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
+    source = open_folder(folder, captions="sidecar")
     with pytest.raises(ValueError, match=r"ant/c.txt: is not UTF-8"):
-        open_folder(folder, captions="sidecar")
+        source[0]
 
 
 def test_metadata_captions(folder):

@@ -66,8 +66,8 @@ def test_a_first_stage_on_a_folder_with_a_broken_image(tmp_path, capsys, caplog)
     assert 0 < spent["trained_s"] < spent["wall_s"]
 
     assert logged(run, "bad_records") == {1: 1, 2: 1}
-    (report,) = [record.getMessage() for record in caplog.records if "decoded" in record.message]
-    assert report.startswith(f"{broken} cannot be decoded; the next one replaces it")
+    (report,) = [record.getMessage() for record in caplog.records if "replaces" in record.message]
+    assert report.startswith(f"{broken} cannot be used; the next one replaces it")
     assert 0 < logged(run, "eval/psnr")[2] < 40
     with Image.open(rundir.sample_path(run, 2)) as sheet:
         pixels = np.asarray(sheet)

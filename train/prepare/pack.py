@@ -141,15 +141,13 @@ class Reader:
         self._root = (root or config.source.path).rstrip("/") + "/"
 
     def __call__(self, index: int) -> Read:
-        record = self.source[index]
-        record["file"] = self.source.describe(index).removeprefix(self._root)
+        file = self.source.describe(index).removeprefix(self._root)
         try:
+            record = examples.read(self.source, index)
             transforms.decode(record, self.config.channels)
-        except transforms.UndecodableError as error:
-            return Read(record, str(error))
         except ValueError as error:
-            raise ValueError(f"{self.source.describe(index)}: {error}") from error
-        return Read(record, None)
+            return Read({"file": file}, str(error))
+        return Read({**record, "file": file}, None)
 
 
 def records_of(
@@ -167,8 +165,8 @@ def records_of(
             continue
         name = one.record["file"]
         left_out.append([name, one.reason])
-        LOG.info(f"{name}: cannot be decoded ({one.reason}); left out")
-        examples.check_limit(before + len(left_out), name, read.config)
+        LOG.info(f"{name}: cannot be used ({one.reason}); left out")
+        examples.check_limit(before + len(left_out), f"{name} ({one.reason})", read.config)
 
 
 def write_summary(path: epath.Path, due: shards.Due, left_out: list[list[str]]) -> None:
@@ -186,7 +184,7 @@ def finish(path: epath.Path, meta: dict[str, Any], every: list[tuple[str, cache.
         names += [f"{split}\t{file}\t{reason}\n" for file, reason in summary["left_out"]]
     empty = [split for split, count in counts.items() if not count]
     if empty:
-        raise ValueError(f"{path}: not one image of {empty[0]} can be decoded: see left_out")
+        raise ValueError(f"{path}: not one image of {empty[0]} can be used: see left_out")
     splits = {s: {**x, "records": counts[s]} for s, x in meta["splits"].items()}
     rundir.write_text(path / "left_out.txt", "".join(names))
     rundir.write_text(path / "pack.json", _json({**meta, "complete": True, "splits": splits}))

@@ -88,6 +88,8 @@ class Loop:
         )
         self.monitor.skipped_steps = int(state.skips["count"])
         self.batches: Iterator[tuple[int, dict]] = iter(())
+        self._unsaved: tuple[int, Any] | None = None
+        self._data_error: BaseException | None = None
         self.exit_code = cli.INTERRUPTED
 
     def compile(self, step: Any, state: Any, root: jax.Array, model_step: Callable) -> Callable:
@@ -112,10 +114,20 @@ class Loop:
             stack.enter_context(contextlib.closing(self.profile))
             self._stack = stack.pop_all()
         self.clock.begin()
-        self.batches = self.clock.batches(self.watch.batches(batches))
+        self.batches = self.clock.batches(self.watch.batches(self._watched(batches)))
         return self
 
+    def _watched(self, batches: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+        """The batches; an error of the data is known as such in `__exit__`."""
+        try:
+            yield from batches
+        except Exception as error:
+            self._data_error = error
+            raise
+
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None and error is self._data_error:
+            self._save_before_the_end()
         self._stack.__exit__(kind, error, traceback)
         if kind is not None:
             self.monitor.abandon()
@@ -180,17 +192,38 @@ class Loop:
         """Save a checkpoint and a snapshot where they are due; `final`: a checkpoint that may not
         fail. `model_config` is the config of the model, as JSON values, which a snapshot holds."""
         every = self.config.intervals
-        if is_due(every.save, step) or self.manager.retry_due or final:
+        due = is_due(every.save, step) or self.manager.retry_due or final
+        self._unsaved = None if due else (step, state)
+        if due:
             with self.paused("saving", state):
-                meta = rundir.meta(self.config, self.mesh)
-                meta["clock"] = self.clock.spent(orderly=final)
-                if checkpoint.save(self.manager, state, meta, final=final):
-                    self.watch.saved(step)
+                self._save_checkpoint(step, state, final)
                 self.stream.agree()  # a collective: here, where all processes meet anyway
                 self.monitor.flush()
         if is_due(every.snapshot, step) or step == self.config.steps:
             with self.paused("saving", state):
                 checkpoint.save_snapshot(self.run, step, averaged(state), model_config)
+
+    def _save_checkpoint(self, step: int, state: Any, final: bool) -> None:
+        meta = rundir.meta(self.config, self.mesh)
+        meta["clock"] = self.clock.spent(orderly=final)
+        if checkpoint.save(self.manager, state, meta, final=final):
+            self.watch.saved(step)
+
+    def _save_before_the_end(self) -> None:
+        """Save the steps made since the last checkpoint, when the data end a run.
+
+        In one process alone: of several, the others still wait for this one's part of a step.
+        """
+        if self._unsaved is None or jax.process_count() > 1:
+            return
+        step, state = self._unsaved
+        LOG.info(f"the data end this run; step {step} is saved first")
+        try:
+            with self.paused("saving", state):
+                self._save_checkpoint(step, state, final=True)
+                self.monitor.flush()
+        except Exception as error:  # of the save: that of the data is raised, which came first
+            LOG.warning(f"step {step} was not saved: {error}")
 
 
 def _spent(manager: Manager, first: int) -> dict[str, Any] | None:

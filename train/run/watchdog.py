@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import schema
+from ldm_jax import data, schema
 from ldm_jax.runtime import cli, log, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs
@@ -312,7 +312,8 @@ def describe(error: BaseException) -> str:
 
 def worth_retry(error: BaseException, stepped: bool) -> bool:
     """True if another start may end differently. `stepped`: at least one step was made."""
-    if isinstance(error, FloatingPointError | ImportError) or not isinstance(error, Exception):
+    final = FloatingPointError | ImportError | data.BadDataError
+    if isinstance(error, final) or not isinstance(error, Exception):
         return False
     if stepped:
         return True  # the supervisor limits restarts without a new checkpoint

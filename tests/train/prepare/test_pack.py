@@ -45,7 +45,7 @@ def test_what_cannot_be_decoded_is_left_out_and_named(folder, tmp_path, capsys, 
     (folder / "b" / "07_mask.png").write_bytes(b"")
     assert pack.pack(config_of(folder), tmp_path / "packed", per_shard=2) == 0
     said = capsys.readouterr().err
-    assert "a/02.png: cannot be decoded (" in said
+    assert "a/02.png: cannot be used (" in said
     assert "8 images to train and 2 held out; 3 left out, in left_out.txt" in said
     lines = (tmp_path / "packed" / "left_out.txt").read_text().splitlines()
     assert [line.split("\t")[:2] for line in lines] == [
@@ -57,7 +57,7 @@ def test_what_cannot_be_decoded_is_left_out_and_named(folder, tmp_path, capsys, 
     assert [ours[i] for i in range(len(ours))] == [plain[i] for i in kept]
 
     few = dataclasses.replace(config_of(folder), max_bad_records=1)
-    with pytest.raises(RuntimeError, match=r"2 records cannot be decoded, the last: b/09.png"):
+    with pytest.raises(RuntimeError, match=r"2 records cannot be used, the last: b/09.png"):
         pack.pack(few, tmp_path / "few", per_shard=2)
 
 

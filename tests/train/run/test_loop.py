@@ -36,6 +36,7 @@ def alone(tmp_path, monkeypatch):
     """run(steps, **intervals): the events of a loop over steps that compute nothing."""
     events = []
     one, zero = jnp.ones(()), jnp.zeros((), jnp.int32)
+    broken_from = None
 
     def step(state, batch, root):
         number = int(state.step) + 1
@@ -53,7 +54,13 @@ def alone(tmp_path, monkeypatch):
 
     @contextlib.contextmanager
     def prefetch(stream, first, rows):
-        yield ((i, {}) for i in range(first, 10**6))
+        yield read(first)
+
+    def read(first):
+        for i in range(first, 10**6):
+            if i == broken_from:
+                raise ValueError("the data are bad")
+            yield i, {}
 
     @dataclasses.dataclass
     class State:
@@ -62,7 +69,9 @@ def alone(tmp_path, monkeypatch):
         ema_params: dict
         skips: dict
 
-    def run(steps, **intervals):
+    def run(steps, data_end=None, **intervals):
+        nonlocal broken_from
+        broken_from = data_end
         off = dict.fromkeys(("save", "snapshot", "evaluate", "sample"), 0)
         config = dataclasses.replace(
             tiny.get_config("class"),
@@ -94,6 +103,7 @@ def alone(tmp_path, monkeypatch):
                     break
         return around.exit_code, events
 
+    run.events = events
     monkeypatch.setattr(loop, "compile_step", lambda *arguments, model_step: (step, 0.0))
     monkeypatch.setattr(loop.data, "prefetch", prefetch)
     monkeypatch.setattr(loop.data, "global_batch", lambda *arguments: {})
@@ -123,6 +133,27 @@ def test_intervals_and_the_end(alone):
         # the end does all that is ever done, and stops on purpose
         *("evaluate 5", "draw 000005.png", "save 5", True, "snap"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("end", "saved"),
+    [(5, ["save 3", "save 5"]), (6, ["save 3", "save 6"]), (0, [])],
+    ids=["between checkpoints", "after one", "before the first step"],
+)
+def test_data_that_end_a_run_are_raised_after_the_steps_are_saved(alone, end, saved):
+    with pytest.raises(ValueError, match="the data are bad"):
+        alone(9, data_end=end, save=3, log=0)
+    assert [e for e in alone.events if str(e).startswith("save")] == saved
+
+
+def test_another_error_saves_nothing(alone, monkeypatch):
+    def refuse(*_):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(loop.stop, "refuse_bad", refuse)
+    with pytest.raises(FloatingPointError):
+        alone(9, save=3, log=0)
+    assert not [e for e in alone.events if str(e).startswith("save")]
 
 
 def test_goodput_is_among_the_metrics(alone, tmp_path):
