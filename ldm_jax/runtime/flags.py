@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
@@ -24,8 +24,33 @@ Ids = Annotated[tuple[int, ...], arg(metavar="ID ...", help_behavior_hint="")]
 Classes = Annotated[tuple[str | int, ...], arg(metavar="CLASS ...", help_behavior_hint="")]
 OptionalDir = Annotated[str | None, arg(metavar="DIR")]
 OptionalFile = Annotated[str | None, arg(metavar="FILE")]
-OPTIONAL = {int | None: "INT", float | None: "FLOAT", str | None: "STR"}
-"""Metavars in --help, where tyro would print {None}|INT."""
+NAMES = {int: "N", float: "NUMBER", str: "TEXT"}
+"""Names of values in --help, where tyro would write INT, FLOAT, STR and {None}|INT."""
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _named(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Read a value of `NAMES`, or None where it may be that, as tyro does, under our name."""
+    alone = [kind for kind in NAMES if info.type in (kind, kind | None)]
+    if not alone:
+        return None
+    (kind,), optional = alone, info.type not in NAMES
+
+    def is_instance(value: Any) -> bool:
+        known = (int, float) if kind is float else kind
+        return (optional and value is None) or isinstance(value, known)
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=NAMES[kind],
+        instance_from_str=lambda words: None if optional and words[0] == "None" else kind(words[0]),
+        is_instance=is_instance,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +95,7 @@ def parse(argv: Sequence[str], program: str, description: str, *parts: Any) -> l
         prog=program,
         description=" ".join(description.split()),
         config=(tyro.conf.AvoidSubcommands,),
+        registry=REGISTRY,
     )
     values = [getattr(parsed, f"part{i}") for i in range(len(parts))]
     for value in values:
@@ -105,9 +131,7 @@ def in_order(kind: type) -> type:
         return not _required(field), owners.index(True)
 
     fields = {f.name: f for f in sorted(dataclasses.fields(kind), key=place)}
-    hints = get_type_hints(kind, include_extras=True).items()
-    named = {n: Annotated[t, arg(metavar=OPTIONAL[t])] for n, t in hints if t in OPTIONAL}
-    body = {"__doc__": kind.__doc__, "__dataclass_fields__": fields, "__annotations__": named}
+    body = {"__doc__": kind.__doc__, "__dataclass_fields__": fields, "__annotations__": {}}
     return type(kind.__name__, (kind,), body)
 
 

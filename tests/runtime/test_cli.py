@@ -350,7 +350,7 @@ def test_help_shows_required_options_first_and_those_of_the_task_before_others(j
     listed = shown(text)
     assert listed[:4] == ["--model", "--out", "--masks", "--pad"]
     assert listed.index("--images") < listed.index("--steps") < listed.index("--debug")
-    for metavar in ("--masks FILE ...", "--pad ABOVE BELOW LEFT RIGHT", "--out DIR", "--step INT"):
+    for metavar in ("--masks FILE ...", "--pad ABOVE BELOW LEFT RIGHT", "--out DIR", "--step N"):
         assert metavar in text
     listed = shown(helped(capsys, eval_main.evaluate, "reconstruct"))
     assert listed[:2] == ["--model", "--out"]
