@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ldm_jax.schema.mark import execution
+from ldm_jax.schema.mark import Path, execution
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ class TextCondConfig:
     encoder: CLIPTextConfig | BERTTextConfig = field(default_factory=BERTTextConfig)
     trainable: bool = True
     """Train the encoder with the UNet; False takes it, frozen, from `path`."""
-    path: str = execution("")
+    path: Path = execution("")
     """Source of a frozen encoder: a run, a diffusers folder, or a checkpoint. Read at the
     first start and kept in the run's `frozen/`, with its tokenizer."""
-    tokenizer: str = execution("")
+    tokenizer: Path = execution("")
     """Folder with tokenizer files as `transformers` writes them, or "bytes" for UTF-8 bytes, which
     needs none; default: the tokenizer found at `path`. Kept in the run's `frozen/`."""
     dropout: float = 0.1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ldm_jax.schema.mark import execution
+from ldm_jax.schema.mark import OptionalPath, Path, execution
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class TFDSConfig:
 
     name: str = "sklearn_digits"
     """Builder name, with config and version if wanted (`name/config:1.0.0`)."""
-    data_dir: str | None = execution(None)
+    data_dir: OptionalPath = execution(None)
     """Folder of the prepared data; default: ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
     split: str = "train"
     """Split that trains."""
@@ -32,9 +32,9 @@ class TFDSConfig:
 class FolderConfig:
     """Images in a folder, found recursively, in sorted order."""
 
-    path: str = ""
+    path: Path = ""
     """The folder. Its images train."""
-    eval_path: str | None = None
+    eval_path: OptionalPath = None
     """Folder of held-out images; default: every `eval_every`-th image of `path`."""
     eval_every: int = 20
     """Without eval_path, image number i is held out when i % eval_every == 0."""

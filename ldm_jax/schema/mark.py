@@ -1,7 +1,12 @@
 """Marks of fields: execution apart from identity, and those younger than exported programs."""
 
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+Path = Annotated[str, arg(metavar="PATH")]  # what --help calls the value
+OptionalPath = Annotated[str | None, arg(metavar="PATH")]
 
 
 def execution(default: Any) -> Any:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ldm_jax.schema.mark import Path
+
 
 @dataclass(frozen=True)
 class FirstStageLossConfig:
@@ -20,10 +22,10 @@ class FirstStageLossConfig:
     learn_logvar: bool = False
     perceptual_weight: float = 0.0
     """Weight of LPIPS, added to the error of every pixel (the reference has 1.0); 0: left out."""
-    perceptual_vgg: str = ""
+    perceptual_vgg: Path = ""
     """File with the VGG16 whose features LPIPS compares (torch or safetensors), read at the first
     start and kept in the run's `frozen/`; or "random": features of random weights."""
-    perceptual_lin: str = ""
+    perceptual_lin: Path = ""
     """File with the weights of LPIPS on those features (`vgg.pth`); none with "random"."""
     codebook_weight: float = 1.0
     """Weight of the codebook's loss, for VQ latents; `model.beta` weighs its terms."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ldm_jax.schema.conds import CondConfig
 from ldm_jax.schema.data import DataConfig
-from ldm_jax.schema.mark import execution, later
+from ldm_jax.schema.mark import Path, execution, later
 from ldm_jax.schema.models import (
     AutoencoderKLConfig,
     AutoencoderVQConfig,
@@ -89,7 +89,7 @@ class AutoencoderTrainConfig(BaseTrainConfig):
     loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)
     discriminator: DiscriminatorConfig | None = None
     """The adversary; None trains without."""
-    init_from: str = execution("")
+    init_from: Path = execution("")
     """First stage to start from, of the same shape: a run, a diffusers folder or a checkpoint."""
     train_only: Literal["all", "decoder"] = "all"
     """`decoder` trains decoder and post_quant_conv: the latents stay those of `init_from`."""
@@ -110,7 +110,7 @@ class AutoencoderTrainConfig(BaseTrainConfig):
 class FirstStageConfig:
     """The frozen first stage of a latent diffusion model."""
 
-    path: str = execution("")
+    path: Path = execution("")
     """Run directory of `ldm-train CONFIG:first_stage`: its newest weights, averaged if it has an
     average; a diffusers folder or checkpoint; or "identity", to diffuse pixels. Read at the first
     start and kept in the run's `frozen/`, so it may move afterwards."""
@@ -124,7 +124,7 @@ class FirstStageConfig:
 class LatentCacheConfig:
     """Latents encoded once instead of at every step: `ldm-train encode CONFIG --workdir CACHE`."""
 
-    path: str = ""
+    path: Path = ""
     """Cache to train from; "" encodes the images of every batch."""
     views: int = 1
     """Random crops of an image that `encode` writes, where data.crop is random."""

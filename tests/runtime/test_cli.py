@@ -442,3 +442,21 @@ def test_a_missing_workdir_is_named(capsys):
         train_main.parse(tiny.get_config("class"), [], "ldm-train tiny")
     assert stopped.value.code == 2
     assert "--workdir" in capsys.readouterr().err
+
+
+def test_help_of_a_config_names_values_as_people_do(capsys):
+    with pytest.raises(SystemExit):
+        train_main.train(["folder:text", "--no-compilation-cache", "--help"])
+    text = capsys.readouterr().out
+    for named in (
+        "--workdir DIR",
+        "--batch-size N",
+        "--optimizer.learning-rate NUMBER",
+        "--optimizer.decay-steps N",
+        "--data.source.path PATH",
+        "--data.source.eval-path PATH",
+        "--cond.tokenizer PATH",
+    ):
+        assert f"{named} " in text
+    assert not [word for word in ("STR", "INT", "FLOAT", "{None}|N ") if f" {word} " in text]
+    assert text.index("--workdir") < text.index("--batch-size")
