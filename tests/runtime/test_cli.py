@@ -365,7 +365,7 @@ def test_parts_of_a_command_line_come_back_as_they_are():
         digits.get_config("first_stage").loss,
         flags.Common,
     )
-    assert asked == class2img.Options(model="m", out="o", labels=(3, 4), seed=5)
+    assert asked == class2img.Options(model="m", out="o", labels=("3", "4"), seed=5)
     assert config == digits.get_config("first_stage").loss
     assert common == flags.Common(compilation_cache=False)
 
