@@ -350,4 +350,4 @@ def test_an_archive_is_read_piece_by_piece(tmp_path):
     path = npz(tmp_path / "x.npz", pixels)
     shape, dtype = image_sets._npy_header(path)
     assert (shape, dtype) == ((9, 4, 4, 1), np.uint8)
-    np.testing.assert_array_equal(image_sets._npy_rows(path, shape, range(3, 7)), pixels[3:7])
+    np.testing.assert_array_equal(image_sets._npy_slice(path, shape, range(3, 7)), pixels[3:7])
