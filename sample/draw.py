@@ -29,8 +29,7 @@ def draw(what: Request) -> int:
         run, size = exported.read(what)
     else:
         program.program_of(what, what.model)  # refuses options that the sampler cannot use
-    say_what_is_left_out(what)
-    say_steps(what)
+    generate.batch_of(what)  # refuses --init-latents that do not fit, before there is a folder
     calls = calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)
@@ -43,6 +42,8 @@ def draw(what: Request) -> int:
     written = what.count - sum(len(call.wanted) for call in left)
     if options.resume:
         LOG.info(f"{written} of {what.count} images are in {out} already")
+    say_what_is_left_out(what)
+    say_steps(what)
     lost: list[str] = []
     try:
         with hosts.together():

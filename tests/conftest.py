@@ -1,5 +1,6 @@
 """Every test process: four fake CPU devices, no silent broadcasting over ranks, one compile cache,
 and XLA that compiles in half the time, to slower code: programs here are large and run a few times.
+`make test-all` compiles as users do.
 
 Two tiny runs are trained once per session and shared by all workers; tests that change them copy
 them first.
