@@ -1,23 +1,23 @@
 """Models in the files of CompVis/latent-diffusion and Stable Diffusion."""
 
 from ldm_jax.convert.compvis.checkpoints import (
-    COND_STAGE_PREFIX,
-    FIRST_STAGE_PREFIX,
-    UNET_PREFIX,
     as_written,
-    cond_stage_state_dict,
-    first_stage_state_dict,
     load,
-    load_cond_stage,
-    load_first_stage,
-    load_first_stage_file,
-    load_unet,
     model_entries,
     model_shapes,
     save,
-    unet_state_dict,
     yaml_text,
 )
+from ldm_jax.convert.compvis.first_stage_files import load_first_stage_file
+from ldm_jax.convert.compvis.parts import (
+    cond_stage_state_dict,
+    first_stage_state_dict,
+    load_cond_stage,
+    load_first_stage,
+    load_unet,
+    unet_state_dict,
+)
+from ldm_jax.convert.compvis.selection import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX, UNET_PREFIX
 
 __all__ = [
     "COND_STAGE_PREFIX",

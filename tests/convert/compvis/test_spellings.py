@@ -15,7 +15,7 @@ import yaml
 from ldm_jax import bundle, schema
 from ldm_jax.convert import compvis
 from ldm_jax.convert.compvis import single_file, spellings
-from ldm_jax.convert.compvis.checkpoints import ema_name
+from ldm_jax.convert.compvis.selection import ema_name
 from ldm_jax.convert.formats import files, safetensors_file
 from ldm_jax.runtime.log import LOG
 
