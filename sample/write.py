@@ -105,7 +105,11 @@ def refuse_foreign(out: epath.Path, depth: int = 2, own: Sequence[str] = ()) -> 
 
 def pictures_in(folder: epath.Path, depth: int = 2) -> Iterator[epath.Path]:
     """Image files in a folder and in `depth` levels of folders below it, by name."""
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:  # what cannot be listed, as a folder of another user
+        return
+    for path in paths:
         if path.name.startswith("."):
             continue
         if path.suffix.lower() in SUFFIXES:

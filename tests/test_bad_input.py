@@ -103,7 +103,10 @@ MODEL = "ldm-sample class2img --out {tmp}/out --model"
         (f"{MODEL} {{first_stage_run}}", "is a first stage alone"),
         (f"{OUT} {{tmp}}/file", "--out {tmp}/file is a file; give a folder"),
         (f"{OUT} {{tmp}}/file/out", "--out {tmp}/file/out cannot be made: Not a directory"),
-        (f"{OUT} {{tmp}}/full", "give another folder or --overwrite"),
+        (
+            f"{OUT} {{tmp}}/full",
+            "holds pictures that no command wrote (a.png); give another folder",
+        ),
         (f"{DRAW} --labels 4", "--labels 4 is not in 0..3, the model's classes"),
         (f"{DRAW} --labels 0 -1", "--labels -1 is not in 0..3"),
         (f"{DRAW} --steps 0", "--steps 0 is not in 1..1000"),

@@ -158,6 +158,7 @@ def test_only_options_that_shape_the_picture_are_taken(asked_by, tmp_path):
     plain = text2img.Options(model="somewhere", out=str(tmp_path / "new"))
     shaping = {"prompt": ("a cat",), "steps": 2, "seed": 7, "first_index": 1, "num_images": 1}
     shaping["batch_size"] = 4  # that of the call, on other devices
+    shaping["spacing_rule"] = "compvis"  # that of pictures which name none
     assert options == dataclasses.replace(plain, **shaping)
 
 

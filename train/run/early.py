@@ -12,6 +12,7 @@ from types import FrameType
 
 INTERRUPTED = 75  # EX_TEMPFAIL, as `cli.INTERRUPTED`
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_leaving = threading.Lock()
 
 
 def install() -> None:
@@ -36,6 +37,8 @@ def install() -> None:
 def leave(number: int, frame: FrameType | None) -> None:
     """End the process, whose main thread may be anywhere."""
     del frame
+    if not _leaving.acquire(blocking=False):
+        return  # the other of main thread and `_look` is at it
     sys.stderr.write(f"ldm-train: stopped by {signal.Signals(number).name} before its first step\n")
     sys.stderr.flush()
     os._exit(INTERRUPTED)

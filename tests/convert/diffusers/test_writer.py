@@ -328,8 +328,8 @@ def test_nothing_is_overwritten(loaded, tmp_path):
         ("v1", {"tokenizer": None}, "the model has none: give one"),
         ("superres", {"latent_scale": 2.0}, "latent_scale=2.0"),
         ("upscale", {"latent_scale": 0.2}, "latent_scale=0.2"),
-        ("inpaint", {"cond": schema.InpaintCondConfig()}, "InpaintCondConfig on AutoencoderKL"),
-        ("v1", {"cond": schema.ClassCondConfig()}, "ClassCondConfig on AutoencoderKLConfig"),
+        ("inpaint", {"cond": schema.InpaintCondConfig()}, "masked image on a KL first stage"),
+        ("v1", {"cond": schema.ClassCondConfig()}, "class label on a KL first stage"),
     ],
 )
 def test_what_no_pipeline_has(kind, changed, complaint, loaded, tmp_path):

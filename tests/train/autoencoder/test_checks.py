@@ -14,7 +14,7 @@ from ldm_jax.train import main
         ("gan", "--loss.r1-interval 0", "loss.r1_interval is 0, but must be at least 1"),
         ("gan", "--loss.disc-start -1", "loss.disc_start is -1, but must be at least 0"),
         ("gan", "--loss.disc-weight -0.5", "loss.disc_weight is -0.5, but must be at least 0"),
-        ("gan", "--loss.lecam-weight nan", "loss.lecam_weight is nan, but must be at least 0"),
+        ("gan", "--loss.lecam-weight nan", "--loss.lecam-weight nan is not a finite number"),
         ("gan", "--discriminator.layers 4", "too small for a discriminator of 4 layers"),
         ("gan", "--discriminator.layers 0", "discriminator with layers 0"),
         ("gan", "--loss.revive-codes-after 5", "but this first stage has no codes"),

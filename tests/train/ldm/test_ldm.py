@@ -212,6 +212,9 @@ def poison(monkeypatch):
             def __exit__(self, *exception):
                 self.batches.close()
 
+            def __iter__(self):
+                return self
+
             def __next__(self):
                 step, batch = next(self.batches)
                 if step in steps:

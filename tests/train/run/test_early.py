@@ -1,7 +1,6 @@
 """Signals before the first step: in imports, start-up and compilation; in their own processes."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -48,11 +47,8 @@ while (left := end - time.monotonic()) > 0:
 
 
 def test_what_nohup_ignores_stays_ignored():
-    def ignore():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     code = WAITS.format(name="SIGHUP", then="print('goes on')")
-    done = run(code, preexec_fn=ignore)
+    done = run("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + code)
     assert (done.returncode, done.stdout) == (0, "goes on\n")
 
 
