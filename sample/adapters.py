@@ -1,12 +1,11 @@
 """Adapters on the command line: `--lora FILE[:UNET[:TEXT]]`, added to a model that was loaded."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
 
-from ldm_jax import bundle
+from ldm_jax import bundle, finite
 from ldm_jax.adapters import lora
 from ldm_jax.convert.adapters import lora_files
 from ldm_jax.runtime.log import LOG
@@ -27,9 +26,7 @@ def file_and_scales(text: str) -> tuple[str, tuple[float, float]]:
             break
         if not colon or not rest:
             break
-        if not math.isfinite(number):
-            raise ValueError(f"--lora {text}: the scale {last} is not finite")
-        path, numbers = rest, [number, *numbers]
+        path, numbers = rest, [finite.checked(number, f"--lora {text}: the scale"), *numbers]
     first, *more = numbers or [1.0]
     return path, (first, *(more or [first]))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import einops
 import numpy as np
 
+from ldm_jax import finite
 from ldm_jax.adapters.deltas import Delta, Full, Hadamard, Kronecker, LowRank, Update
 from ldm_jax.convert.adapters import lora_files
 from ldm_jax.runtime.log import LOG
@@ -223,7 +224,9 @@ def updates(
 
     where: file and module, with which errors begin. alpha: that of PEFT's metadata.
     """
-    arrays = {name: lora_files.as_float32(x, f"{where}: {name}") for name, x in tensors.items()}
+    arrays = {name: np.asarray(x).astype(np.float32) for name, x in tensors.items()}
+    for name, x in arrays.items():
+        finite.check_array(x, name, where)
     made, scale = {}, 1.0
     kind = next((kind for kind in KINDS if any(name.startswith(kind) for name in arrays)), None)
     if kind is not None:
@@ -252,9 +255,12 @@ def _scale(
     rank_stabilized: bool,
 ) -> float:
     """Factor of an update in a file; a missing alpha, and one of 0, stand for the rank."""
+    for name in {"scale", "alpha"} & arrays.keys():
+        if arrays[name].size != 1:
+            raise ValueError(f"{where}: {name} has the shape {arrays[name].shape}, not one number")
     if "scale" in arrays:
-        return float(arrays["scale"])
-    alpha = float(arrays["alpha"]) if "alpha" in arrays else alpha
+        return arrays["scale"].item()
+    alpha = arrays["alpha"].item() if "alpha" in arrays else alpha
     if rank is None or alpha is None:
         return 1.0
     if alpha == 0:

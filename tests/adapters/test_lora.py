@@ -329,12 +329,16 @@ NAN = {name: x * np.nan for name, x in low_rank(kohya(Q)).items()}
     [
         (low_rank(kohya(K), fan_in=1024), r"width 1024 \(Stable Diffusion 2\).*768"),
         (low_rank(kohya(Q), out=5), "to_q: updates a kernel of 5 x 6, here it is 4 x 6"),
+        (
+            low_rank(kohya(Q)) | {f"{kohya(Q)}.alpha": draw(2)},
+            r"to_q: alpha has the shape \(2,\), not one number",
+        ),
         (WRONG_RANK, "attn1.to_q: the ranks of its factors differ"),
         ({f"{kohya(Q)}.lora_down.weight": draw(R, IN)}, "but no lora_up"),
         ({f"{kohya(Q)}.hada_w1_a": draw(OUT, R)}, "but no hada_w1_b"),
         ({f"{kohya(Q)}.alpha": np.float32(1)}, "alpha alone is no update"),
         (low_rank(kohya(Q)) | {f"{kohya(Q)}.diff": draw(OUT, IN)}, "several kinds at once"),
-        (NAN, "to_q: lora_down holds values that are not finite"),
+        (NAN, "to_q: lora_(down|up) is not finite: "),
         ({"vae.decoder.lora_A.weight": draw(R, IN)}, "of a network that Stable Diffusion"),
         ({f"{kohya(Q)}.oft_blocks": draw(2, 2)}, "oft_blocks is of OFT, which is not read"),
         ({"weight": draw(2)}, "none of its 1 tensors belongs to this model"),

@@ -12,14 +12,13 @@ among those of the model's own modules, all written with underscores.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
+from ldm_jax import finite
 from ldm_jax.convert.formats import files
 
 PREFIXES = {
@@ -217,7 +216,7 @@ def _peft_settings(
             matched = (a for key, a in patterns.items() if _matches(key, dotted))
             alpha = next(matched, own.get("lora_alpha"))
             if alpha is not None:
-                alphas[part, module] = _number(alpha, f"{path}: alpha of {module}")
+                alphas[part, module] = finite.checked(alpha, f"{path}: alpha of {module}:")
     return alphas, stabilized
 
 
@@ -238,12 +237,6 @@ def _json(text: str | None, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} is no JSON object")
     return value
-
-
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{what} is {value!r}, no finite number")
-    return float(value)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -309,11 +302,3 @@ def kohya_metadata(
         "modelspec.implementation": "ldm_jax",
     }
     return trained, spec
-
-
-def as_float32(tensor: Any, name: str) -> np.ndarray:
-    """A tensor in float32. ValueError if a value is not finite."""
-    array = np.asarray(tensor).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds values that are not finite")
-    return array
