@@ -44,7 +44,7 @@ class CacheSource:
         self.num_classes = summary["num_classes"]
         self.classes = None if meta.get("classes") is None else tuple(meta["classes"])
         self.latent_shape = tuple(summary["shape"])
-        self._records = open_shards(path, split, summary["shards"], "ldm-train encode")
+        self._records = Shards(path, split, summary["shards"], "ldm-train encode")
         if len(self._records) != summary["records"]:
             raise ValueError(
                 f"{path}: the shards of {split} hold {len(self._records)} records, but cache.json"
@@ -55,7 +55,7 @@ class CacheSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return serialization.msgpack_restore(self._records[index])
+        return self._records[index]
 
     def describe(self, index: int) -> str:
         """Cache and number, for messages."""
@@ -157,29 +157,64 @@ def shard_names(split: str, count: int, number: int | None = None) -> list[str]:
     return [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(number)]
 
 
-def open_shards(
-    path: epath.PathLike, split: str, count: int, command: str
-) -> grain.sources.ArrayRecordDataSource:
+class Shards:
     """Records of all shards of a split, by index.
 
     FileNotFoundError names the first shard that is missing, and the command that makes it;
-    ValueError for storage that ArrayRecord cannot read.
+    ValueError one that is damaged, a record that is, or storage that ArrayRecord cannot read.
     """
-    if "://" in str(path):
-        raise ValueError(
-            f"{path}: ArrayRecord files are read by index, from a file system only: mount the"
-            " bucket (gcsfuse, mountpoint-s3) or copy the folder, and give its path there"
-        )
-    # at most one more than exist: a damaged index may claim billions of shards
-    there = sum(1 for _ in epath.Path(path).glob(f"{split}-*.array_record"))
-    names = shard_names(split, count, min(count, there + 1))
-    paths = [str(epath.Path(path) / name) for name in names]
-    missing = [p for p in paths if not epath.Path(p).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]}: is missing; run `{command}` again, it makes the missing files"
-        )
-    return grain.sources.ArrayRecordDataSource(paths)
+
+    def __init__(self, path: epath.PathLike, split: str, count: int, command: str):
+        if "://" in str(path):
+            raise ValueError(
+                f"{path}: ArrayRecord files are read by index, from a file system only: mount the"
+                " bucket (gcsfuse, mountpoint-s3) or copy the folder, and give its path there"
+            )
+        # at most one more than exist: a damaged index may claim billions of shards
+        there = sum(1 for _ in epath.Path(path).glob(f"{split}-*.array_record"))
+        names = shard_names(split, count, min(count, there + 1))
+        paths = [str(epath.Path(path) / name) for name in names]
+        missing = [p for p in paths if not epath.Path(p).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]}: is missing; run `{command}` again, it makes the missing files"
+            )
+        self._name, self._command = f"{path}: record {{}} of {split}", command
+        try:
+            self._source = grain.sources.ArrayRecordDataSource(paths)
+        except RuntimeError:
+            for shard in paths:  # the error of all does not name the one
+                self._open_alone(shard)
+            raise
+
+    def _open_alone(self, shard: str) -> None:
+        try:
+            grain.sources.ArrayRecordDataSource([shard])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{shard}: is damaged or cut off{_reason(error)}; remove it and run"
+                f" `{self._command}` again, it makes the missing files"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self._name.format(index)
+        with reading.refusals(name, f"make its shard anew with `{self._command}`"):
+            try:
+                data = self._source[index]
+            except RuntimeError as error:
+                raise ValueError(f"is damaged{_reason(error)}") from error
+            record = serialization.msgpack_restore(data)
+            if not isinstance(record, dict):
+                raise ValueError(f"is {type(record).__name__}, not names and values")
+            return record
+
+
+def _reason(error: RuntimeError) -> str:
+    """What ArrayRecord says of a file, which may be nothing."""
+    return f" ({error})" if str(error) else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import json
 from typing import Any, Literal
 
 from etils import epath
-from flax import serialization
 
 from ldm_jax import schema
 from ldm_jax.data import cache
@@ -35,7 +34,7 @@ class PackedSource:
         self.classes = None if meta["classes"] is None else tuple(meta["classes"])
         self.num_classes = None if self.classes is None else len(self.classes)
         self._split, self._shards = split, summary["shards"]
-        self._records = cache.open_shards(config.path, split, summary["shards"], "ldm-train pack")
+        self._records = cache.Shards(config.path, split, summary["shards"], "ldm-train pack")
         if len(self._records) != summary["records"]:
             raise ValueError(
                 f"{config.path}: the shards of {split} hold {len(self._records)} records, but"
@@ -46,9 +45,10 @@ class PackedSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = serialization.msgpack_restore(self._records[index])
-        del record["file"]
-        return record
+        record = self._records[index]
+        if "image" not in record:
+            raise ValueError("holds no image; pack the images again")
+        return {name: value for name, value in record.items() if name != "file"}
 
     def stamp(self, first: int, last: int) -> str:
         """See `sources.Source`; covers all shards, because packing one again moves the records."""
@@ -57,7 +57,7 @@ class PackedSource:
 
     def describe(self, index: int) -> str:
         """Packed folder, number, and the path that the image had."""
-        file = serialization.msgpack_restore(self._records[index])["file"]
+        file = self._records[index].get("file", "of no known file")
         return f"{self._path} {self._split} record {index} ({file})"
 
 

@@ -91,6 +91,6 @@ def test_a_latent_cache_is_written_there_and_refused_from_there(bucket, tmp_path
     records = [{"mean": np.full((1, 1, 2, 2, 1), i, np.float32)} for i in range(3)]
     assert list(cache.write_shard(shard, records)) == [1, 2, 3]
     with pytest.raises(ValueError, match=r"s3://bucket/cache: ArrayRecord .* mount the bucket"):
-        cache.open_shards(str(shard.parent), "train", 1, "ldm-train encode")
+        cache.Shards(str(shard.parent), "train", 1, "ldm-train encode")
     (tmp_path / shard.name).write_bytes(shard.read_bytes())
-    assert len(cache.open_shards(tmp_path, "train", 1, "ldm-train encode")) == 3
+    assert len(cache.Shards(tmp_path, "train", 1, "ldm-train encode")) == 3

@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from array_record.python import array_record_module
+from flax import serialization
 from packed_folder import config_of, source_of
 
 from ldm_jax import data, schema
@@ -133,3 +135,38 @@ def test_what_cannot_be_packed_or_read_is_refused(folder, tmp_path):
     (path / "pack.json").write_text("[]")
     with pytest.raises(ValueError, match=r"pack\.json: holds a list"):
         source_of(config_of(path))
+
+
+@pytest.mark.parametrize("how", ["cut", "empty"])
+def test_a_damaged_shard_is_named(folder, tmp_path, how):
+    assert pack.pack(config_of(folder), tmp_path / "packed", per_shard=4) == 0
+    shard = tmp_path / "packed" / "train-00001-of-00003.array_record"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+    with pytest.raises(ValueError, match=rf"^{shard}: is damaged or cut off.*`ldm-train pack`"):
+        source_of(config_of(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xc1", "record 0 of train: .*make its shard anew with `ldm-train pack`"),
+        (serialization.msgpack_serialize([1]), "record 0 of train: .*is list, not names"),
+        (serialization.msgpack_serialize({"file": "a"}), "holds no image; pack the images again"),
+        (None, r"record 0 of train: is damaged \(.*chunk"),
+    ],
+)
+def test_a_damaged_record_is_named(folder, tmp_path, content, message):
+    assert pack.pack(config_of(folder), tmp_path / "packed", per_shard=100) == 0
+    (shard,) = (tmp_path / "packed").glob("train-*.array_record")
+    if content is None:
+        data = bytearray(shard.read_bytes())
+        data[data.index(b"\x89PNG") + 20] ^= 255
+        shard.write_bytes(data)
+    else:
+        writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
+        for _ in range(10):
+            writer.write(content)
+        writer.close()
+    with pytest.raises(ValueError, match=message):
+        source_of(config_of(tmp_path / "packed"))[0]
