@@ -30,6 +30,8 @@ PARTS = {  # fields of a state, as the report sums them up
     "disc_opt_state": "its optimizer",
 }
 
+SHOWS = 32  # pixels of a side
+
 
 def check(config: schema.BaseTrainConfig, mesh: Mesh) -> None:
     """ValueError for fields that every recipe has and that do not fit each other or the mesh."""
@@ -45,7 +47,12 @@ def check(config: schema.BaseTrainConfig, mesh: Mesh) -> None:
 
 
 def warn_of_single_channels(config: schema.BaseTrainConfig) -> None:
-    """Warn where a GroupNorm's groups are single channels: it then takes their means away."""
+    """Warn where a GroupNorm's groups are single channels: it then takes their means away.
+
+    Not below `SHOWS` pixels, where it did no harm that shows (the digits of the demo, 16x16).
+    """
+    if config.data.size < SHOWS:
+        return
     for part, field in {"model": "channels", "unet": "model_channels"}.items():
         model = getattr(config, part, None)
         if model is not None and getattr(model, field) * min(model.channel_mult) <= blocks.GROUPS:

@@ -75,3 +75,15 @@ def test_a_converted_first_stage_trains_on(tmp_path):
     other = dataclasses.replace(config, init_from="elsewhere")
     with pytest.raises(ValueError, match=r"--init-from elsewhere: .* has weights of its own"):
         initial.find(other, tmp_path, shapes)
+
+
+@pytest.mark.parametrize(("width", "size", "warned"), [(32, 32, 1), (64, 32, 0), (32, 16, 0)])
+def test_groups_of_one_channel_are_warned_of(width, size, warned, caplog):
+    config = dataclasses.replace(
+        CONFIG,
+        data=dataclasses.replace(CONFIG.data, size=size),
+        unet=dataclasses.replace(CONFIG.unet, model_channels=width),
+    )
+    startup.warn_of_single_channels(config)
+    assert len(caplog.records) == warned
+    assert all("--unet.model-channels 32" in record.getMessage() for record in caplog.records)
