@@ -53,16 +53,26 @@ def without_unread_layer(
     text = schema.text_of(config.cond)
     if getattr(getattr(text, "encoder", None), "layer", "last") == "last":
         return config, params
-    encoder = text.encoder
-    short = dataclasses.replace(encoder, num_layers=encoder.num_layers - 1, layer="last")
-    short_text = dataclasses.replace(text, encoder=short)
-    hybrid = isinstance(config.cond, schema.HybridCondConfig)
-    cond = dataclasses.replace(config.cond, text=short_text) if hybrid else short_text
+    return without_last_layers(config, params, 1)
+
+
+def without_last_layers(
+    config: schema.LatentDiffusionConfig, params: dict, count: int
+) -> tuple[schema.LatentDiffusionConfig, dict]:
+    """The model (config, parameters) whose CLIP text encoder ends `count` layers earlier.
+
+    What remains is read as the last layer, with the same final norm.
+    """
+    encoder = schema.text_of(config.cond).encoder
+    kept = encoder.num_layers - count
+    short = dataclasses.replace(encoder, num_layers=kept, layer="last")
     model = params["cond_stage"]["text_model"]
-    layers = dict(model["encoder"]["layers"])
-    del layers[str(encoder.num_layers - 1)]
+    layers = {name: x for name, x in model["encoder"]["layers"].items() if int(name) < kept}
     model = {**model, "encoder": {"layers": layers}}
-    return dataclasses.replace(config, cond=cond), {**params, "cond_stage": {"text_model": model}}
+    return (
+        dataclasses.replace(config, cond=schema.with_encoder(config.cond, short)),
+        {**params, "cond_stage": {"text_model": model}},
+    )
 
 
 # --- CLIP as transformers names it ---------------------------------------------------------------

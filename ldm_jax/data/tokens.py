@@ -1,8 +1,11 @@
 """Text into token ids, as text encoders take them: CLIP's and BERT's tokenizers, or plain bytes."""
 
+import itertools
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ FILES = (
 )
 SETS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 BYTES = "ByteTokenizer"  # our own entry for `tokenizer_class`
+ADDED = "ldm_jax_added"  # and for the ids of added names, where they are not the next ones
 
 
 class FileTokenizer:
@@ -35,7 +39,10 @@ class FileTokenizer:
         self._files = files
         self.max_length = max_length
         tokenizer = _transformers(files)
-        self.vocab_size = len(tokenizer)
+        # (first id of added names in the files, how much higher it is in the text encoder's table)
+        self._moved = tuple(_json(files, CONFIG).get(ADDED, (len(tokenizer), 0)))
+        self.vocab_size = len(tokenizer) + self._moved[1]
+        self._names = _Names(_names_of(tokenizer))
         # used directly: transformers' own call changes the padding, which is not thread-safe
         self._backend = tokenizer.backend_tokenizer
         self._backend.enable_truncation(max_length)
@@ -48,8 +55,19 @@ class FileTokenizer:
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """int32 [N, max_length]: with start and end tokens, cut off or padded."""
-        ids = [self._backend.encode(text).ids for text in texts]
-        return np.asarray(ids, np.int32).reshape(len(texts), self.max_length)
+        ids = [self._backend.encode(self._names.spelled(text)).ids for text in texts]
+        return self._in_table(ids).reshape(len(texts), self.max_length)
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text alone: without start, end and padding."""
+        encoding = self._backend.encode(self._names.spelled(text), add_special_tokens=False)
+        ids = [i for i, real in zip(encoding.ids, encoding.attention_mask) if real]
+        return self._in_table(ids).tolist()
+
+    def _in_table(self, ids: list) -> np.ndarray:
+        first, distance = self._moved
+        ids = np.asarray(ids, np.int32)
+        return np.where(ids < first, ids, ids + np.int32(distance))
 
     def lost(self, text: str) -> str:
         """The end of `text` that `encode` cuts off, from its first incomplete word; "" if none."""
@@ -57,9 +75,39 @@ class FileTokenizer:
 
     def cut(self, text: str) -> tuple[np.ndarray, str]:
         """(the ids that `encode` gives, the end of `text` that is `lost`)."""
-        encoding = self._backend.encode(text)
-        ids = np.asarray(encoding.ids, np.int32)
-        return ids, _overflow(text, encoding) if encoding.overflowing else ""
+        spelled = self._names.spelled(text)
+        encoding = self._backend.encode(spelled)
+        lost = _overflow(spelled, encoding) if encoding.overflowing else ""
+        return self._in_table(encoding.ids), self._names.shortened(lost)
+
+    def check_name(self, name: str, count: int = 1) -> None:
+        """ValueError for a name of `count` tokens that is known."""
+        known = {token.casefold() for token in self._backend.get_vocab()}
+        for token in (name, *(f"{name}_{i}" for i in range(1, count))):
+            _refuse_known(token, token.casefold() in known)
+
+    def with_name(self, name: str, count: int, first_id: int) -> "FileTokenizer":
+        """A tokenizer that also knows `name`, a word of `count` ids from `first_id` on.
+
+        In its files these are the tokens NAME, NAME_1, ... as diffusers has them. ValueError for a
+        name that it knows.
+        """
+        import transformers
+
+        self.check_name(name, count)
+        tokenizer = _transformers(self._files)
+        tokens = [name, *(f"{name}_{i}" for i in range(1, count))]
+        tokenizer.add_tokens([transformers.AddedToken(t, single_word=True) for t in tokens])
+        (first, *_) = ids = tokenizer.convert_tokens_to_ids(tokens)
+        if ids != list(range(first, first + count)) or len(tokenizer) != first + count:
+            raise ValueError(f"the tokenizer gives {name} the ids {ids}, not the next {count}")
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = _read(epath.Path(folder))
+        moved = min(first, self._moved[0]), first_id - first
+        if moved[1]:
+            files[CONFIG] = json.dumps(_json(files, CONFIG) | {ADDED: moved}, indent=2).encode()
+        return FileTokenizer(files, self.max_length)
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes the tokenizer's files to `folder`, for transformers and `load_tokenizer`."""
@@ -77,33 +125,71 @@ def _overflow(text: str, encoding: Any) -> str:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, which need no files: byte b is id b + 1, and id 0 pads."""
+    """UTF-8 bytes, which need no files: byte b is id b + 1, and id 0 pads.
 
-    vocab_size = 257
+    added: {name: its ids}, of names that stand for ids of their own.
+    """
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int, added: dict[str, list[int]] | None = None):
         self.max_length = max_length
+        self._added = added or {}
+        self._names = _Names({name: len(ids) for name, ids in self._added.items()})
+        self.vocab_size = 1 + max([256, *(i for ids in self._added.values() for i in ids)])
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """int32 [N, max_length]: cut off or padded with 0."""
         ids = np.zeros((len(texts), self.max_length), np.int32)
         for row, text in zip(ids, texts):
-            codes = np.frombuffer(text.encode()[: self.max_length], np.uint8)
-            row[: len(codes)] = codes.astype(np.int32) + 1
+            codes = self.ids(text)[: self.max_length]
+            row[: len(codes)] = codes
         return ids
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text alone, without padding."""
+        return [i for _, codes in self._pieces(text) for i in codes]
+
+    def _pieces(self, text: str) -> Iterator[tuple[int, list[int]]]:
+        """(start in the text, ids) of each added name, and of what stands between them."""
+        start = 0
+        for begin, end, name in self._names.found(text):
+            yield start, [byte + 1 for byte in text[start:begin].encode()]
+            yield begin, self._added[name]
+            start = end
+        yield start, [byte + 1 for byte in text[start:].encode()]
 
     def lost(self, text: str) -> str:
         """The end of `text` that `encode` cuts off; "" if none."""
-        whole = text.encode()[: self.max_length].decode(errors="ignore")
-        return text[len(whole) :]
+        room = self.max_length
+        for start, ids in self._pieces(text):
+            if len(ids) > room:
+                named = ids[0] > 256
+                fits = bytes(i - 1 for i in ids[:room]) if not named else b""
+                return text[start + len(fits.decode(errors="ignore")) :]
+            room -= len(ids)
+        return ""
 
     def cut(self, text: str) -> tuple[np.ndarray, str]:
         """(the ids that `encode` gives, the end of `text` that is `lost`)."""
         return self.encode([text])[0], self.lost(text)
 
+    def check_name(self, name: str, count: int = 1) -> None:
+        """ValueError for a name that is known."""
+        del count
+        _refuse_known(name, name.casefold() in map(str.casefold, self._added))
+
+    def with_name(self, name: str, count: int, first_id: int) -> "ByteTokenizer":
+        """A tokenizer that also knows `name`, a word of `count` ids from `first_id` on.
+
+        ValueError for a name that it knows.
+        """
+        self.check_name(name)
+        added = {**self._added, name: list(range(first_id, first_id + count))}
+        return ByteTokenizer(self.max_length, added)
+
     def save(self, folder: epath.PathLike) -> None:
         """Write to `folder` the files from which `load_tokenizer` makes the same tokenizer."""
-        _write({CONFIG: json.dumps({"tokenizer_class": BYTES}).encode()}, folder)
+        added = {ADDED: self._added} if self._added else {}
+        _write({CONFIG: json.dumps({"tokenizer_class": BYTES, **added}).encode()}, folder)
 
 
 Tokenizer = FileTokenizer | ByteTokenizer
@@ -126,8 +212,9 @@ def load_tokenizer(
         return ByteTokenizer(max_length)
     files = _read(epath.Path(path))
     try:
-        if _json(files, CONFIG).get("tokenizer_class") == BYTES:
-            return ByteTokenizer(max_length)
+        config = _json(files, CONFIG)
+        if config.get("tokenizer_class") == BYTES:
+            return ByteTokenizer(max_length, config.get(ADDED))
         if pad_id is not None:
             files = _padded_with(files, pad_id)
         return FileTokenizer(files, max_length)
@@ -199,3 +286,55 @@ def _json(files: dict[str, bytes], name: str) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{name} holds no object of names and values")
     return values
+
+
+# --- names that stand for learned vectors --------------------------------------------------------
+
+
+class _Names:
+    """Names that stand for several tokens each: NAME, NAME_1, NAME_2, ... as in diffusers.
+
+    They are found as whole words, in capitals or small letters. counts: {name: number of tokens}.
+    """
+
+    def __init__(self, counts: dict[str, int]):
+        self._counts, self._spelling = counts, {name.casefold(): name for name in counts}
+        longest_first = sorted(map(re.escape, counts), key=len, reverse=True)
+        self._word = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+
+    def found(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """(start, end, name) of each name in a text."""
+        for match in self._word.finditer(text) if self._counts else ():
+            yield *match.span(), self._spelling[match.group().casefold()]
+
+    def spelled(self, text: str) -> str:
+        """The text with every token of each name."""
+        parts, start = [], 0
+        for begin, end, name in self.found(text):
+            more = (f" {name}_{i}" for i in range(1, self._counts[name]))
+            parts += [text[start:begin], name, *more]
+            start = end
+        return "".join([*parts, text[start:]])
+
+    def shortened(self, text: str) -> str:
+        """Inverse of `spelled`, also of a text that begins within a name."""
+        for name in self._counts:
+            word = re.escape(name)
+            text = re.sub(rf"{word}(_\d+)?( {word}_\d+)*", lambda _, name=name: name, text)
+        return text
+
+
+def _names_of(tokenizer: Any) -> dict[str, int]:
+    """{name: number of its tokens} of the words that were added to a tokenizer of transformers."""
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if not t.special}
+    counts = {}
+    for name in added:
+        if re.sub(r"_\d+$", "", name) not in added - {name}:
+            more = (i for i in itertools.count(1) if f"{name}_{i}" not in added)
+            counts[name] = next(more)
+    return counts
+
+
+def _refuse_known(name: str, known: bool) -> None:
+    if known:
+        raise ValueError(f"{name} is a token of the text encoder already: give it another name")

@@ -1,6 +1,6 @@
 """Kinds of conditioning, with their learned or frozen encoders."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ldm_jax.schema.mark import Path, execution
@@ -202,3 +202,12 @@ def text_of(cond: CondConfig) -> TextCondConfig | None:
     if isinstance(cond, HybridCondConfig):
         return cond.text
     return cond if isinstance(cond, TextCondConfig) else None
+
+
+def with_encoder(
+    cond: TextCondConfig | HybridCondConfig, encoder: CLIPTextConfig | BERTTextConfig
+) -> TextCondConfig | HybridCondConfig:
+    """A conditioning that is or holds text, with another text encoder."""
+    if isinstance(cond, HybridCondConfig):
+        return replace(cond, text=replace(cond.text, encoder=encoder))
+    return replace(cond, encoder=encoder)

@@ -15,8 +15,8 @@ ENCODER = schema.CLIPTextConfig(
 )
 
 
-def make(tokenizer=None) -> bundle.LatentDiffusion:
-    """Latents of 8x8x4, a CLIP text encoder that does not train, and bytes as tokens by default."""
+def make(tokenizer=None, encoder=ENCODER) -> bundle.LatentDiffusion:
+    """Latents of 8x8x4, a text encoder that does not train, and bytes as tokens by default."""
     config = schema.LatentDiffusionConfig(
         first_stage=schema.AutoencoderKLConfig(
             channels=32, channel_mult=(1, 1), num_res_blocks=1, mid_attention=True
@@ -25,7 +25,7 @@ def make(tokenizer=None) -> bundle.LatentDiffusion:
             model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_downsample=(1,),
             num_heads=2, context_dim=32,
         ),
-        cond=schema.TextCondConfig(encoder=ENCODER, trainable=False),
+        cond=schema.TextCondConfig(encoder=encoder, trainable=False),
         size=16,
     )  # fmt: skip
     empty = bundle.build(config, {}, 0.5)
@@ -36,7 +36,7 @@ def make(tokenizer=None) -> bundle.LatentDiffusion:
             lambda: conditioning.init(config.cond, empty.cond_stage, jax.random.key(0))
         ),
     }
-    known = tokens.load_tokenizer(tokenizer or "bytes", ENCODER.max_length)
+    known = tokens.load_tokenizer(tokenizer or "bytes", encoder.max_length)
     return dataclasses.replace(empty, params=reference.filled(shapes), tokenizer=known)
 
 

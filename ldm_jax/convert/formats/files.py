@@ -60,6 +60,16 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
     return state_dict, Info(kind, {}, left)
 
 
+def format_of(path: str | os.PathLike) -> str:
+    """ "torch", "safetensors" or "msgpack", by the file's content.
+
+    ValueError names the file if it is none of these.
+    """
+    file = tensors.file(path)
+    with tensors.refusals(file.path):
+        return _format(file)
+
+
 def _is_index(name: str) -> bool:
     """True for an index of shards, also NAME.safetensors.index.fp16.json."""
     return ".index." in name and name.endswith(".json")

@@ -25,20 +25,26 @@ STORAGES = {
 
 
 def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
-    """Writes {"state_dict": arrays}; each is fetched by `np.asarray` when its turn comes.
+    """Writes {"state_dict": arrays}, as `write_object` does."""
+    write_object(path, {"state_dict": arrays})
 
-    arrays: name -> anything with `shape`, `dtype` and `__array__`.
-    `torch.load` takes the file with `weights_only=True`. It appears whole or not at all; ValueError
-    for a dtype that is not listed in `STORAGES`.
+
+def write_object(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Writes nested dicts of arrays, texts, whole numbers and None.
+
+    Arrays are anything with `shape`, `dtype` and `__array__`, by which each is fetched when its
+    turn comes. `torch.load` takes the file with `weights_only=True`. It appears whole or not at
+    all; ValueError for a dtype that is not listed in `STORAGES`.
     """
     path = os.fspath(path)
-    index = _pickle(arrays)
+    arrays: list[Any] = []
+    index = b"\x80\x02" + _value("", content, arrays) + b"."
     draft = f"{path}.{os.getpid()}.tmp"
     try:
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("archive/data.pkl", index)
             archive.writestr("archive/byteorder", "little")
-            for number, x in enumerate(arrays.values()):
+            for number, x in enumerate(arrays):
                 big = math.prod(x.shape) * np.dtype(x.dtype).itemsize >= 2**31
                 with archive.open(f"archive/data/{number}", "w", force_zip64=big) as entry:
                     array = np.asarray(x)
@@ -56,13 +62,19 @@ def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 # --- the pickle, opcode by opcode: its globals name classes of torch, which is not here -----------
 
 
-def _pickle(arrays: Mapping[str, Any]) -> bytes:
-    """Protocol 2: a dict of tensors, whose storages are the numbered files."""
-    tensors = b"".join(
-        _text(name) + _tensor(name, number, x) for number, (name, x) in enumerate(arrays.items())
-    )
-    state_dict = b"}(" + tensors + b"u"
-    return b"\x80\x02}(" + _text("state_dict") + state_dict + b"u."
+def _value(name: str, value: Any, arrays: list[Any]) -> bytes:
+    """Protocol 2; the storages of tensors are the numbered files, and join `arrays`."""
+    if isinstance(value, Mapping):
+        items = (_text(key) + _value(key, inner, arrays) for key, inner in value.items())
+        return b"}(" + b"".join(items) + b"u"
+    if isinstance(value, str):
+        return _text(value)
+    if value is None:
+        return b"N"
+    if isinstance(value, int):
+        return _int(value)
+    arrays.append(value)
+    return _tensor(name, len(arrays) - 1, value)
 
 
 def _tensor(name: str, number: int, x: Any) -> bytes:

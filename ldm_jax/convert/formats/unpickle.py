@@ -336,9 +336,13 @@ def _dict_of_mark(m: _Machine, _):
 
 
 def _build(m: _Machine, _):
-    m.pop()  # the state: of an `Opaque`, or attributes of a container or tensor
+    state = m.pop()  # of an `Opaque`, or attributes of a container or tensor
     if not m.stack:
         raise ValueError("a pickle sets the state of nothing")
+    held = state.get("_parameters") if type(state) is dict else None
+    if type(held) is dict and m.stack[-1] == {}:  # torch's ParameterDict keeps its items so
+        m.spend(len(held))
+        _fill(m.stack[-1], held.items())
 
 
 def _get(m: _Machine, index: int):
