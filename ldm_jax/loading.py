@@ -1,18 +1,21 @@
 """Load a model from a path, whose kind is recognised by its files."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import errors
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, finite, schema, sharding
+from ldm_jax import bundle, conditioning, diffusion, finite, schema, sharding
 from ldm_jax.convert import compvis, diffusers
 from ldm_jax.data import tokens
-from ldm_jax.runtime import checkpoint, rundir
+from ldm_jax.models import autoencoder, unet
+from ldm_jax.runtime import checkpoint, reading, rundir
 
 CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 
@@ -169,11 +172,14 @@ def _load_run(
     if isinstance(config, schema.AutoencoderTrainConfig):
         return _load_first_stage_run(run, config, step, ema, mesh, dtype, param_dtype)
     trained, _ = weights(run, config, step, ema)
-    kept, known = rundir.read_frozen(run, "first_stage"), rundir.read_latents(run)
+    kept, known = kept_first_stage(run), rundir.read_latents(run)
     if kept is None or known is None:
         raise FileNotFoundError(f"{run}: frozen/ or latents.json is missing: copy the whole run")
     first_stage, first_stage_config = kept
     model_config = bundle.model_config(config, first_stage_config)
+    with reading.refusals(run / "config.json", checkpoint.LOAD_SO):
+        bundle.check(model_config, config.data.channels)
+        diffusion.from_config(config.diffusion)
     text = schema.text_of(config.cond)
     params = {
         "unet": trained["unet"],
@@ -243,10 +249,24 @@ def _cond_stage(run: epath.Path, text: schema.TextCondConfig | None, trained: di
     """Parameters of the trained conditioning stage, or of the frozen text encoder."""
     if text is None or text.trainable:
         return trained.get("cond_stage", {})
-    kept = rundir.read_frozen(run, "cond_stage")
+    kept = kept_text_encoder(run, text)
     if kept is None:
         raise FileNotFoundError(f"{run}: frozen/cond_stage is missing: copy the whole run")
-    return kept[0]
+    return kept
+
+
+def kept_first_stage(run: epath.PathLike) -> tuple[dict, schema.FirstStageModelConfig] | None:
+    """(host parameters, config) of the frozen first stage of a run, or None if it has none.
+
+    ValueError if the parameters are damaged, or not those of the config.
+    """
+    return rundir.read_frozen(run, "first_stage", first_stage_shapes)
+
+
+def kept_text_encoder(run: epath.PathLike, cond: schema.CondConfig) -> dict | None:
+    """Host parameters of the frozen text encoder of a run on `cond`, or None if it has none."""
+    kept = rundir.read_frozen(run, "cond_stage", lambda encoder: cond_shapes(cond))
+    return None if kept is None else kept[0]
 
 
 def kept_tokenizer(run: epath.PathLike, max_length: int) -> Any:
@@ -271,11 +291,53 @@ def weights(
     chosen = max(snapshots | saved) if step is None else step
     if chosen not in snapshots | saved:
         raise ValueError(f"{run}: has no step {chosen}; it has {sorted(snapshots | saved)}")
+    shapes = trained_shapes(run, config)
     if chosen in snapshots:
-        return checkpoint.load_snapshot(run, chosen)[0], chosen
-    parts = ("params", "ema_params") if ema else ("params",)
-    restored = checkpoint.restore_parts(run, chosen, parts)
-    return {**restored["params"], **restored.get("ema_params", {})}, chosen
+        trained = checkpoint.load_snapshot(run, chosen, shapes)[0]
+    else:
+        parts = ("params", "ema_params") if ema else ("params",)
+        restored = checkpoint.restore_parts(run, chosen, parts, shapes)
+        trained = {**restored["params"], **restored.get("ema_params", {})}
+    if missing := shapes.keys() - trained.keys() - {"logvar"}:
+        raise ValueError(
+            f"{run}: step {chosen} holds no {', '.join(sorted(missing))}: copy it anew"
+        )
+    return trained, chosen
+
+
+# --- the arrays that a config asks for ------------------------------------------------------------
+
+
+def trained_shapes(run: epath.Path, config: schema.TrainConfig) -> dict:
+    """{part: shapes} of all that trains in a run. ValueError if there is no such model."""
+    with reading.refusals(run / "config.json", checkpoint.LOAD_SO):
+        try:
+            if isinstance(config, schema.AutoencoderTrainConfig):
+                logvar = jax.ShapeDtypeStruct((), jnp.float32)
+                return {"autoencoder": first_stage_shapes(config.model), "logvar": logvar}
+            logvar = jax.ShapeDtypeStruct((config.diffusion.timesteps,), jnp.float32)
+            shapes = {"unet": unet_shapes(config.unet), "logvar": logvar}
+            text = schema.text_of(config.cond)
+            if (text is None or text.trainable) and (learned := cond_shapes(config.cond)):
+                shapes["cond_stage"] = learned
+            return shapes
+        except errors.FlaxError as error:
+            raise ValueError(str(error)) from error
+
+
+@functools.lru_cache(16)
+def unet_shapes(config: schema.UNetConfig) -> dict:
+    return compvis.unet_shapes(unet.from_config(config))
+
+
+@functools.lru_cache(16)
+def first_stage_shapes(config: schema.FirstStageModelConfig) -> dict:
+    return compvis.first_stage_shapes(autoencoder.from_config(config))
+
+
+@functools.lru_cache(16)
+def cond_shapes(config: schema.CondConfig) -> dict:
+    return compvis.cond_shapes(config, conditioning.build(config))
 
 
 # --- parts of a model, to train on ---------------------------------------------------------------

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+from checkpoint_states import claim
 
 from ldm_jax import loading, schema, sharding
 from ldm_jax.runtime import checkpoint, rundir
@@ -103,4 +104,46 @@ def test_damaged_weights_are_an_error(ldm_run, tmp_path):
     content[len(content) // 2] ^= 1
     content.tofile(data)
     with pytest.raises(ValueError, match="snapshots/24: cannot be read"):
+        loading.load(run)
+
+
+def edited(source, run, file, before, after):
+    """A copy of a run, in one of whose files a text was replaced."""
+    shutil.copytree(source, run)
+    text = (run / file).read_text()
+    assert text.count(before) == 1
+    (run / file).write_text(text.replace(before, after))
+    return run
+
+
+UNET = '"model_channels": 32'
+OTHER = r"is of another model, \d+ arrays differ "
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "after", "message"),
+    [
+        (24, UNET, '"model_channels": 64', r"snapshots/24/params: " + OTHER),
+        (4, UNET, '"model_channels": 64', r"checkpoints/4/params: " + OTHER),
+        (24, '"embed_dim": 32', '"embed_dim": 31', r"snapshots/24/params: " + OTHER),
+        (24, UNET, '"model_channels": 33554432', "config.json: unet.model_channels is 33554432"),
+        (24, '"num_heads": 2', '"num_heads": 3', "config.json: 3 heads at level 0, which do not"),
+        (24, '"context_dim": 32', '"context_dim": null', "config.json: unet.context_dim is None"),
+        (24, '"timesteps": 1000', '"timesteps": 0', "config.json: timesteps=0"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights(ldm_run, tmp_path, step, before, after, message):
+    run = edited(ldm_run, tmp_path / "run", "config.json", before, after)
+    with pytest.raises(ValueError, match=f"^{run}/{message}.*[:;] bring back the config.json"):
+        loading.load(run, step=step)
+
+
+@pytest.mark.parametrize("place", ["frozen/first_stage", "snapshots/24"])
+def test_claims_of_a_run_are_compared_with_its_config(ldm_run, tmp_path, place):
+    """Before its weights take memory: the files of this array could be of any size."""
+    run = tmp_path / "run"
+    shutil.copytree(ldm_run, run)
+    name = "unet.conv_in.kernel" if place.startswith("snap") else "encoder.conv_in.kernel"
+    claim(run / place / "params", name, [3, 3, 4, 64])
+    with pytest.raises(ValueError, match=f"^{run}/{place}/params: is of another model, 1 arrays"):
         loading.load(run)

@@ -191,9 +191,17 @@ class UNet(nn.Module):
     def heads(self, level: int | None) -> int:
         """Attention heads of a level; of the middle block for None."""
         level = len(self.channel_mult) - 1 if level is None else level
+        channels = self.model_channels * self.channel_mult[level]
         if self.num_head_channels is not None:
-            return self.model_channels * self.channel_mult[level] // self.num_head_channels
-        return self.num_heads[level] if isinstance(self.num_heads, tuple) else self.num_heads
+            heads = channels // max(1, self.num_head_channels)
+        else:
+            heads = self.num_heads[level] if isinstance(self.num_heads, tuple) else self.num_heads
+        if heads < 1 or channels % heads:
+            raise ValueError(
+                f"{heads} heads at level {level}, which do not divide its {channels} channels:"
+                " change num_heads or num_head_channels"
+            )
+        return heads
 
     def _check(self, x, context_blc, label):
         """ValueError when inputs do not fit the model."""
@@ -205,7 +213,8 @@ class UNet(nn.Module):
         for name in ("num_heads", "only_cross_attention"):
             value = getattr(self, name)
             levels = len(self.channel_mult)
-            if isinstance(value, tuple) and value and len(value) != levels:
+            given = value if name == "num_heads" or value else None
+            if isinstance(given, tuple) and len(given) != levels:
                 raise ValueError(f"{name}={value}: give one value for each of the {levels} levels")
         if self.num_classes is not None and self.vector_dim is not None:
             raise ValueError(

@@ -20,8 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ldm_jax import sharding
-from ldm_jax.runtime import checksums, processes, storage
+from ldm_jax.runtime import checkpoint_bounds, checksums, processes, reading, storage
 from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
 
@@ -29,6 +28,8 @@ DRAFT = ".orbax-checkpoint-tmp"  # in the name of a folder that is not complete 
 PACKED = 0.9  # compressed size of weights over their size in memory
 FORMAT = 1  # of checkpoints, snapshots and frozen parts; a reader refuses a newer one
 SMALL = ("step", "bad_steps", "skips")  # fields of a state that are kept in its meta
+RESUME_SO = "use the config that the run was started with, or another workdir"
+LOAD_SO = "bring back the config.json that the run was started with"
 
 
 class DamagedError(ValueError):
@@ -133,12 +134,15 @@ def restore(source: epath.PathLike | Manager, abstract: Any, step: int | None = 
     meta, restored = processes.on_all(str(folder), read, DamagedError)
     for name, tree in restored.items():  # sums over all processes: all reach the same verdict
         _check_sum(folder, name, tree, meta)
-    for name in SMALL:
-        like = getattr(abstract, name)
-        if name in meta:
-            restored[name] = jax.tree.map(_placed, like, meta[name])
-        else:  # saved by a version without this field
-            restored[name] = jax.tree.map(lambda x: _placed(x, np.zeros(x.shape)), like)
+    try:  # the same meta in all processes
+        for name in SMALL:
+            like = getattr(abstract, name)
+            if name in meta:
+                restored[name] = jax.tree.map(_placed, like, meta[name])
+            else:  # saved by a version without this field
+                restored[name] = jax.tree.map(lambda x: _placed(x, np.zeros(x.shape)), like)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise _damaged(folder, ValueError(f"{name} of its meta is {meta[name]!r:.40}")) from error
     return dataclasses.replace(abstract, **restored)
 
 
@@ -147,15 +151,30 @@ def _placed(like: Any, value: Any) -> jax.Array:
     return jax.make_array_from_callback(like.shape, like.sharding, lambda i: value[i])
 
 
+def saved_shapes(source: epath.PathLike | Manager, step: int | None, part: str) -> Any:
+    """The tree of Orbax's metadata of a part, with shapes and dtypes; {} if it was empty."""
+    folder = _step_folder(_folder(source), step)
+    with _remedy():
+        return _metadata(folder, part) if part in read_meta(folder)["checksums"] else {}
+
+
 def restore_parts(
-    source: epath.PathLike | Manager, step: int | None, parts: Sequence[str]
+    source: epath.PathLike | Manager,
+    step: int | None,
+    parts: Sequence[str],
+    shapes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """{part: tree of host arrays}; a part that the state held empty comes back as {}."""
+    """{part: tree of host arrays}; a part that the state held empty comes back as {}.
+
+    shapes: as of `read_tree`, for each part.
+    """
     folder = _step_folder(_folder(source), step)
     with _remedy():
         meta = read_meta(folder)
         held = meta["checksums"]
-        return {name: read_tree(folder, name, meta) if name in held else {} for name in parts}
+        return {
+            name: read_tree(folder, name, meta, shapes) if name in held else {} for name in parts
+        }
 
 
 @contextlib.contextmanager
@@ -188,12 +207,17 @@ def snapshot_steps(run: epath.PathLike) -> list[int]:
     return _steps(absolute(run) / "snapshots")
 
 
-def load_snapshot(run: epath.PathLike, step: int | None = None) -> tuple[dict, dict]:
-    """(host parameters, meta with "step" and "model") of the snapshot of `step`, or the newest."""
+def load_snapshot(
+    run: epath.PathLike, step: int | None = None, shapes: Mapping[str, Any] | None = None
+) -> tuple[dict, dict]:
+    """(host parameters, meta with "step" and "model") of the snapshot of `step`, or the newest.
+
+    shapes: as of `read_tree`.
+    """
     folder = _step_folder(absolute(run) / "snapshots", step)
     with _remedy():
         meta = read_meta(folder)
-        return read_tree(folder, "params", meta), meta
+        return read_tree(folder, "params", meta, shapes), meta
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -235,13 +259,11 @@ def write_folder(folder: epath.Path, params: dict, meta: Mapping[str, Any]) -> N
 def read_meta(folder: epath.Path) -> dict[str, Any]:
     """The meta of a checkpoint, snapshot or frozen part. DamagedError, ValueError if newer."""
 
-    def read() -> dict[str, Any]:
-        return ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
-
+    path = folder / "meta" / "metadata"  # where Orbax's JsonSave writes it
     try:
-        meta = storage.retried(f"{folder}/meta", read)
+        meta = storage.retried(f"{folder}/meta", lambda: reading.read_object(path))
         version, _ = int(meta["format"]), dict(meta["checksums"])
-    except Exception as error:  # Orbax has no common class of errors for damaged files
+    except Exception as error:  # whatever is wrong with it
         raise _unreadable(folder, error) from error
     if version > FORMAT:
         raise ValueError(
@@ -252,37 +274,56 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     return meta
 
 
-def read_tree(folder: epath.Path, part: str, meta: Mapping[str, Any]) -> Any:
-    """One part of a folder as host arrays; `meta` is that of the folder. DamagedError."""
-    tree = _read(folder, part)
+def read_tree(
+    folder: epath.Path,
+    part: str,
+    meta: Mapping[str, Any],
+    shapes: Mapping[str, Any] | None = None,
+) -> Any:
+    """One part of a folder as host arrays; `meta` is that of the folder. DamagedError.
+
+    shapes: {name: tree of shapes} of all that the part may hold, by its names on top; ValueError,
+    before anything is read, for other arrays in those that it holds.
+    """
+    tree = _read(folder, part, shapes=shapes)
     _check_sum(folder, part, tree, meta)
     return tree
 
 
-def _read(folder: epath.Path, part: str, abstract: Any = None) -> Any:
+def _metadata(folder: epath.Path, part: str) -> Any:
+    """Names, shapes and dtypes of a part, as far as its files can hold that much."""
+    handler = ocp.PyTreeCheckpointHandler()
+
+    def read() -> Any:
+        held = checkpoint_bounds.held_bytes(folder / part)
+        tree = handler.metadata(folder / part).tree
+        checkpoint_bounds.check_claims(tree, held)
+        return tree
+
+    try:
+        return storage.retried(f"{folder}/{part}", read)
+    except Exception as error:  # Orbax has no common class of errors for damaged files
+        raise _unreadable(folder, error) from error
+
+
+def _read(
+    folder: epath.Path, part: str, abstract: Any = None, shapes: Mapping[str, Any] | None = None
+) -> Any:
     """A part as it is on disk, like `abstract` in structure and sharding; without it host arrays.
 
     Uses Orbax's handlers, not its Checkpointer, in which the processes wait for each other: one
     that fails would never arrive. ValueError for other paths, shapes or dtypes than `abstract`.
     """
-    handler = ocp.PyTreeCheckpointHandler()
-
-    def metadata() -> Any:
-        return handler.metadata(folder / part).tree
-
-    def restore() -> Any:
-        return handler.restore(folder / part, args=args)
-
-    try:
-        saved = storage.retried(f"{folder}/{part}", metadata)
-    except Exception as error:  # as above
-        raise _unreadable(folder, error) from error
+    handler, saved = ocp.PyTreeCheckpointHandler(), _metadata(folder, part)
     if abstract is None:
+        if shapes is not None:
+            wanted = {n: tree for n, tree in shapes.items() if n in saved}
+            checkpoint_bounds.check_fit(folder / part, saved, wanted, LOAD_SO, dtypes=False)
         args = ocp.args.PyTreeRestore(
             restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         )
     else:
-        _check_fit(folder / part, saved, abstract)
+        checkpoint_bounds.check_fit(folder / part, saved, abstract, RESUME_SO, dtypes=True)
         like = jax.tree.map(
             lambda x: ocp.ArrayRestoreArgs(
                 sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
@@ -291,7 +332,9 @@ def _read(folder: epath.Path, part: str, abstract: Any = None) -> Any:
         )
         args = ocp.args.PyTreeRestore(abstract, restore_args=like)
     try:
-        return storage.retried(f"{folder}/{part}", restore)
+        return storage.retried(
+            f"{folder}/{part}", lambda: handler.restore(folder / part, args=args)
+        )
     except Exception as error:  # as above
         raise _unreadable(folder, error) from error
 
@@ -376,21 +419,6 @@ def _step_folder(folder: epath.Path, step: int | None) -> epath.Path:
         asked = "any step" if step is None else f"step {step}"
         raise FileNotFoundError(f"{folder}: nothing saved of {asked}; it has {steps or 'nothing'}")
     return folder / str(steps[-1] if step is None else step)
-
-
-def _check_fit(folder: epath.Path, saved: Any, abstract: Any) -> None:
-    def described(tree: Any) -> dict[str, str]:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {sharding.path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in flat}
-
-    old, new = described(saved), described(abstract)
-    odd = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
-    if odd:
-        lines = [f"{n}: saved {old.get(n, 'not')}, expected {new.get(n, 'not')}" for n in odd[:3]]
-        raise ValueError(
-            f"{folder}: is of another model, {len(odd)} arrays differ ({'; '.join(lines)}): use"
-            " the config that the run was started with, or another workdir"
-        )
 
 
 def _unreadable(folder: epath.Path, error: Exception) -> Exception:

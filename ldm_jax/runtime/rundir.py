@@ -182,18 +182,24 @@ def write_frozen(run: epath.PathLike, name: str, params: dict, config: Any) -> N
     checkpoint.write_folder(folder, params, values)
 
 
-def read_frozen(run: epath.PathLike, name: str) -> tuple[dict, Any] | None:
+def read_frozen(
+    run: epath.PathLike, name: str, shapes: Callable[[Any], dict] | None = None
+) -> tuple[dict, Any] | None:
     """(host arrays, config) of a frozen part, or None if the run has none of that name.
 
-    ValueError if they are damaged.
+    shapes: the arrays that a config asks for. ValueError if there are others, or damaged ones.
     """
     folder = _frozen(run, name)
     if not checkpoint.is_complete(folder):
         return None
     meta = checkpoint.read_meta(folder)
-    params = checkpoint.read_tree(folder, "params", meta) if meta["checksums"] else {}
-    config = meta["config"]
-    return params, config if config is None else serialize.from_dict(config, str(folder))
+    with reading.refusals(folder):
+        config = (
+            None if meta["config"] is None else serialize.from_dict(meta["config"], str(folder))
+        )
+        wanted = None if shapes is None else shapes(config)
+    params = checkpoint.read_tree(folder, "params", meta, wanted) if meta["checksums"] else {}
+    return params, config
 
 
 def write_frozen_files(

@@ -106,7 +106,7 @@ def open_stage(options: Options, mesh: Any) -> Stage:
     path, kind = loading.recognise(options.model)
     config = rundir.read_config(path) if kind == "run" else None
     if isinstance(config, schema.LatentDiffusionTrainConfig):
-        kept = rundir.read_frozen(path, "first_stage")
+        kept = loading.kept_first_stage(path)
         if kept is None:
             raise ValueError(f"{path}: frozen/first_stage is missing: copy the whole run")
         params, model = kept

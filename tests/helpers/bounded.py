@@ -37,10 +37,10 @@ for path in paths:
 """
 
 
-def read_all(imports: str, read: str, paths) -> dict[str, str]:
+def read_all(imports: str, read: str, paths, memory: int = MEMORY) -> dict[str, str]:
     """{path: "read", or what the refusal says}; `read` is a statement about `path`."""
     code = CHILD.format(imports=imports, read=read)
-    argument = json.dumps([SECONDS, MEMORY, [os.fspath(path) for path in paths]])
+    argument = json.dumps([SECONDS, memory, [os.fspath(path) for path in paths]])
     command = [sys.executable, "-c", code, argument]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(map(json.loads, done.stdout.splitlines()))

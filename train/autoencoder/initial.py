@@ -73,18 +73,24 @@ def _discriminator(
     if kind in ("diffusers", "first_stage"):
         given, about = None, f"{path} is a diffusers folder, which holds none"
     else:
-        given, about = _kept(path) if kind == "run" else _published(path)
-    if given is not None:
         wanted = {"params": shapes.disc_params, "batch_stats": shapes.disc_stats["batch_stats"]}
-        known, own = _shapes(given), _shapes(wanted)
-        odd = [n for n in sorted(known.keys() | own.keys()) if known.get(n) != own.get(n)]
-        if not odd:
-            disc = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), given, wanted)
-            return disc, f"the discriminator starts from {about} too"
-        about += (
-            f" has {known.get(odd[0], 'none')} at {odd[0]}, the config's {own.get(odd[0], 'none')}"
-        )
-    return None, f"the discriminator starts anew: {about}"
+        given, about = _kept(path, wanted) if kind == "run" else _published(path)
+        if given is not None:
+            different = _difference(given, wanted)
+            about, given = about + different, None if different else given
+    if given is None:
+        return None, f"the discriminator starts anew: {about}"
+    disc = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), given, wanted)
+    return disc, f"the discriminator starts from {about} too"
+
+
+def _difference(given: dict, wanted: dict) -> str:
+    """The first array that two discriminators do not share, as the end of a line; or ""."""
+    known, own = _shapes(given), _shapes(wanted)
+    odd = [n for n in sorted(known.keys() | own.keys()) if known.get(n) != own.get(n)]
+    if not odd:
+        return ""
+    return f" has {known.get(odd[0], 'none')} at {odd[0]}, the config's {own.get(odd[0], 'none')}"
 
 
 def _published(path: epath.Path) -> tuple[dict | None, str]:
@@ -95,14 +101,21 @@ def _published(path: epath.Path) -> tuple[dict | None, str]:
         return None, str(error)
 
 
-def _kept(run: epath.Path) -> tuple[dict | None, str]:
+def _kept(run: epath.Path, wanted: dict) -> tuple[dict | None, str]:
     """(discriminator of a run's newest checkpoint, its name), or (None, reason)."""
     step = checkpoint.latest_step(run)
     if step is None or rundir.read_config(run).discriminator is None:
         return None, f"{run} has {'no checkpoint' if step is None else 'none'}"
+    about = f"that of {run} at step {step}"
+    saved = {
+        "params": checkpoint.saved_shapes(run, step, "disc_params"),
+        "batch_stats": checkpoint.saved_shapes(run, step, "disc_stats").get("batch_stats"),
+    }
+    if different := _difference(saved, wanted):  # before anything of another size is read
+        return None, about + different
     restored = checkpoint.restore_parts(run, step, ("disc_params", "disc_stats"))
     disc = {"params": restored["disc_params"], "batch_stats": restored["disc_stats"]["batch_stats"]}
-    return disc, f"that of {run} at step {step}"
+    return disc, about
 
 
 def start(

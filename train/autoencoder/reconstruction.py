@@ -137,7 +137,7 @@ def find_perceptual(config: schema.AutoencoderTrainConfig, workdir: epath.PathLi
         return {}
     if loss.perceptual_vgg == "random":
         return jax.device_get(lpips.random_params(jax.random.key(0)))
-    kept = rundir.read_frozen(workdir, "perceptual")
+    kept = rundir.read_frozen(workdir, "perceptual", lambda config: lpips.shapes())
     if kept is not None:
         return kept[0]
     for option, path, published in (

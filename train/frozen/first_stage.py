@@ -34,7 +34,7 @@ def find(
 def _find(
     config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
 ) -> tuple[dict, schema.FirstStageModelConfig]:
-    kept, path = rundir.read_frozen(workdir, "first_stage"), config.first_stage.path
+    kept, path = loading.kept_first_stage(workdir), config.first_stage.path
     if kept is not None:
         if path not in ("", rundir.read_config(workdir).first_stage.path):
             other, _ = _load(config)

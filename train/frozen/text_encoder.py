@@ -103,9 +103,9 @@ def _encoder(
     flag: str,
 ) -> tuple[dict, Any]:
     """(host parameters, tokenizer beside them or None) of a frozen encoder."""
-    kept = rundir.read_frozen(workdir, "cond_stage")
+    kept = loading.kept_text_encoder(workdir, before) if before else None
     if kept is not None and text.path in ("", before.path):
-        return kept[0], None
+        return kept, None
     if not text.path:
         raise ValueError(
             f"no text encoder: it does not train ({flag}.no-trainable), so give {flag}.path, a"
@@ -118,7 +118,7 @@ def _encoder(
             f"{flag}.path {text.path}: its text encoder is not that of the config, {flag}.encoder:"
             f" {'; '.join(lines)}"
         )
-    if kept is not None and rundir.params_hash(params) != rundir.params_hash(kept[0]):
+    if kept is not None and rundir.params_hash(params) != rundir.params_hash(kept):
         raise ValueError(
             f"{flag}.path {text.path}: is not the text encoder in {workdir}/frozen that this run"
             " was trained with; leave the option out, or use another --workdir"

@@ -8,7 +8,6 @@ import socket
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -94,13 +93,11 @@ def begin(run: epath.Path, state: Any, shardings: Any) -> Any:
     """
     if 0 not in checkpoint.snapshot_steps(run):
         return state
-    given, _ = checkpoint.load_snapshot(run, 0)
+    given, _ = checkpoint.load_snapshot(run, 0, state.params)
     host = {}
     for part, fresh in state.params.items():
         # no model has a logvar; arrays that are split over hosts cannot be fetched
         weights = given[part] if part in given else jax.device_get(fresh)
-        if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, fresh):
-            raise ValueError(f"{run}/snapshots/0: its {part} is not that of the config")
         host[part] = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), weights, fresh)
     LOG.info(f"starts from the weights in {run}/snapshots/0")
     average = {part: host[part] for part in state.ema_params}

@@ -10,11 +10,14 @@ from ldm_jax.convert.compvis.checkpoints import (
 )
 from ldm_jax.convert.compvis.first_stage_files import load_first_stage_file
 from ldm_jax.convert.compvis.parts import (
+    cond_shapes,
     cond_stage_state_dict,
+    first_stage_shapes,
     first_stage_state_dict,
     load_cond_stage,
     load_first_stage,
     load_unet,
+    unet_shapes,
     unet_state_dict,
 )
 from ldm_jax.convert.compvis.selection import COND_STAGE_PREFIX, FIRST_STAGE_PREFIX, UNET_PREFIX
@@ -24,7 +27,9 @@ __all__ = [
     "FIRST_STAGE_PREFIX",
     "UNET_PREFIX",
     "as_written",
+    "cond_shapes",
     "cond_stage_state_dict",
+    "first_stage_shapes",
     "first_stage_state_dict",
     "load",
     "load_cond_stage",
@@ -34,6 +39,7 @@ __all__ = [
     "model_entries",
     "model_shapes",
     "save",
+    "unet_shapes",
     "unet_state_dict",
     "yaml_text",
 ]
