@@ -16,6 +16,7 @@ from ldm_jax.train import autoencoder, ldm
 
 STAGES = {
     "digits": ("first_stage", "gan", "ldm"),
+    "emoji": ("first_stage", "pixels", "text"),
     "first_stages": (*first_stages.KL, *first_stages.VQ),
     "folder": ("first_stage", "ldm", "class", "text", "clip"),
     "imagenet": ("cin256-v2", "first_stage"),
@@ -27,6 +28,7 @@ STAGES = {
 # Tracing a deep one takes seconds. imagenet's UNet is that of folder:class; the first stages left
 # out have the layers of those here, and clip those of text.
 QUICK = {
+    "emoji": ("first_stage", "text"),
     "first_stages": ("kl-f2", "vq-f4-noattn"),
     "folder": ("first_stage", "ldm", "class", "text"),
     "imagenet": (),
@@ -44,7 +46,7 @@ ALL = [
 ]
 PAIRS = [  # with one first stage of their own
     (name, stage)
-    for name in ("digits", "folder", "own", "photos", "tiny")
+    for name in ("digits", "emoji", "folder", "own", "photos", "tiny")
     for stage in STAGES[name]
     if isinstance(
         importlib.import_module(f"ldm_jax.configs.{name}").get_config(stage),

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             target.write_bytes((ROOT / name).read_bytes())
             continue
-        for path in (ROOT / name).rglob("*.py"):
+        for path in (f for end in (".py", ".txt") for f in (ROOT / name).rglob(f"*{end}")):
             copy = source / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())

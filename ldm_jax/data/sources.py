@@ -15,6 +15,7 @@ import numpy as np
 
 from ldm_jax import schema
 from ldm_jax.data import packed, transforms
+from ldm_jax.data.emoji import EmojiSource
 from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.photos import PhotosSource
 from ldm_jax.data.synthetic import SyntheticSource
@@ -64,6 +65,8 @@ def open_source(config: schema.DataConfig, split: Literal["train", "eval"]) -> S
             return SyntheticSource(source, split)
         case schema.PhotosConfig() as source:
             return PhotosSource(source, split)
+        case schema.EmojiConfig() as source:
+            return EmojiSource(source, split)
 
 
 def arrays(source: Source, channels: Literal[1, 3] = 3) -> tuple[np.ndarray, np.ndarray]:

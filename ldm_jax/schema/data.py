@@ -71,7 +71,19 @@ class PhotosConfig:
     """Pixels between two training crops; held-out ones lie side by side."""
 
 
-SourceConfig = TFDSConfig | FolderConfig | SyntheticConfig | PhotosConfig
+@dataclass(frozen=True)
+class EmojiConfig:
+    """Scenes of one or two named icons, with captions, drawn from the record's index."""
+
+    font: Path = execution("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+    """Noto Color Emoji; the default is where Debian's fonts-noto-color-emoji puts it."""
+    num_images: int = 20_000
+    """Scenes in the training split."""
+    size: int = 32
+    """Side of a scene in pixels; an icon takes half of it."""
+
+
+SourceConfig = TFDSConfig | FolderConfig | SyntheticConfig | PhotosConfig | EmojiConfig
 
 
 @dataclass(frozen=True)
