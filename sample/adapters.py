@@ -1,13 +1,17 @@
-"""Adapters on the command line: `--lora FILE[:UNET[:TEXT]]`, added to a model that was loaded."""
+"""Adapters on the command line, added to a model that was loaded.
+
+`--lora FILE[:UNET[:TEXT]]`, `--embedding FILE[=<TOKEN>]`
+"""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import jax
 
 from ldm_jax import bundle, finite
-from ldm_jax.adapters import lora
-from ldm_jax.convert.adapters import lora_files
+from ldm_jax.adapters import lora, textual_inversion
+from ldm_jax.convert.adapters import embedding_files, lora_files
 from ldm_jax.runtime.log import LOG
 
 
@@ -31,9 +35,18 @@ def file_and_scales(text: str) -> tuple[str, tuple[float, float]]:
     return path, (first, *(more or [first]))
 
 
-def files(given: Sequence[str]) -> list[str]:
-    """The file of each --lora, also where that names a folder."""
-    return [str(lora_files.file_of(file_and_scales(text)[0])) for text in given]
+def file_and_token(text: str) -> tuple[str, str | None]:
+    """(file, token or None) of FILE[=<TOKEN>]; a path may hold other equals signs."""
+    match = re.fullmatch(r"(.+)=(<[^<>]*>)", text, re.DOTALL)
+    return (match[1], match[2]) if match else (text, None)
+
+
+def files(loras: Sequence[str], embeddings: Sequence[str]) -> list[str]:
+    """The file of each --lora and --embedding, also where that names a folder."""
+    return [
+        *(str(lora_files.file_of(file_and_scales(text)[0])) for text in loras),
+        *(str(embedding_files.file_of(file_and_token(text)[0])) for text in embeddings),
+    ]
 
 
 def with_loras(
@@ -54,3 +67,24 @@ def with_loras(
     params = lora.merged(model.params, loras)
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, model.params)
     return dataclasses.replace(model, params=placed)
+
+
+def with_embeddings(model: bundle.LatentDiffusion, given: Sequence[str]) -> bundle.LatentDiffusion:
+    """`model` that knows the words of --embedding.
+
+    ValueError names the file that is none, is broken, or is made for another model, and a token
+    that two files have.
+    """
+    words: dict[str, textual_inversion.Embedding] = {}
+    for text in given:
+        path, token = file_and_token(text)
+        one = textual_inversion.read(path, model, token=token)
+        same = next((p for p, w in words.items() if w.token.lower() == one.token.lower()), None)
+        if same is not None:
+            raise ValueError(
+                f"--embedding: {same} and {path} are both {one.token}; give one of them another"
+                f' token, as "{path}=<other>"'
+            )
+        LOG.info(f"{path}: {one!r}")
+        words[text] = one
+    return textual_inversion.added(model, list(words.values()))

@@ -20,6 +20,7 @@ from ldm_jax import (
     sharding,
     solvers,
 )
+from ldm_jax.prompting import clip_skip
 from ldm_jax.runtime import checkpoint, flags
 from ldm_jax.sample import adapters
 
@@ -86,6 +87,12 @@ class Options:
     added."""
     ignore_unknown: bool = False
     """Leave out tensors of a --lora that belong to no module of the model."""
+    embedding: flags.Embeddings = ()
+    """Words learned by textual inversion, of diffusers or stable-diffusion-webui, which prompts
+    then hold as <NAME>: FILE, named by its content or itself, or "FILE=<NAME>"."""
+    clip_skip: int = 1
+    """Layer of CLIP that the text is read from: 1 is the model's own, 2 the one before. Counted so
+    for Stable Diffusion 2 too, where stable-diffusion-webui ignores it."""
     init_latents: flags.OptionalFile = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image i
     starts from latent i."""
@@ -154,6 +161,8 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
             " --model takes a latent diffusion model"
         )
     model = adapters.with_loras(model, options.lora, options.ignore_unknown)
+    model = adapters.with_embeddings(model, options.embedding)
+    model = clip_skip.with_clip_skip(model, options.clip_skip)
     timesteps = len(model.schedule.betas)
     if not 1 <= options.steps <= timesteps:
         raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")

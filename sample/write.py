@@ -180,13 +180,14 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
             if "seeds" in settings:
                 settings["seeds"] = [seed % 2**32 for seed in settings["seeds"]]
         settings.setdefault("spacing_rule", "compvis")  # the only one before it had a name
+        settings.setdefault("clip_skip", 1)
     return settings
 
 
 def input_files(kind: type, values: Mapping[str, Any]) -> list[str]:
     """The files that an image depends on, by the options of its task; folders are not counted."""
     paths = [path for name in file_options(kind) for path in listed(values[name])]
-    paths += adapters.files(listed(values.get("lora")))
+    paths += adapters.files(listed(values.get("lora")), listed(values.get("embedding")))
     return [path for path in paths if path != "coco"]  # names of classes that need no file
 
 

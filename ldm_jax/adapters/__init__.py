@@ -1,1 +1,1 @@
-"""Small sets of parameters that change a trained model: LoRA."""
+"""Small sets of parameters that change a trained model: LoRA, textual inversion."""

@@ -64,6 +64,8 @@ def read(
     modules = {part: {p.rpartition("/")[0] for p in own} for part, own in shapes.items()}
     content = lora_files.read(path, modules)
     _say_unknown(path, content.unknown, ignore_unknown)
+    for token in content.embeddings:
+        LOG.warning(f'{path}: also holds the word {token}; --embedding "{path}={token}" adds it')
     lora_parts.check(path, content, shapes)
     made: dict[str, dict[str, Update]] = {part: {} for part in PARTS}
     for part, own in content.parts.items():

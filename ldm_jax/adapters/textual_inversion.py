@@ -8,6 +8,7 @@ the words; `init` and `extended` are for training; `write` gives a file for eith
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from ldm_jax import bundle, finite, schema, sharding
 from ldm_jax.adapters.lora_parts import BASES
 from ldm_jax.convert.adapters import embedding_files
 from ldm_jax.data.tokens import Tokenizer
+from ldm_jax.runtime import reading
 
 Format = Literal["diffusers", "webui"]
 TABLES = ("text_model/embeddings/token_embedding/embedding", "model/embed_tokens/embedding")
@@ -49,26 +51,24 @@ def read(
     ValueError names the file for another text encoder (before the tensor is read), a token that
     the model knows or that would be found inside of words, and values that are not finite.
     """
-    encoder = _text(model).encoder
-    if token is not None:
-        _check_spelling(token)
-    token, tensor = embedding_files.read(path, token)
-    shape = tuple(tensor.shape)
-    if len(shape) not in (1, 2) or 0 in shape:
-        raise ValueError(f"{path}: {token} has the shape {list(shape)}, not vectors [n, width]")
-    _check_width(f"{path}: {token}", shape[-1], encoder)
-    count = shape[0] if len(shape) == 2 else 1
-    if count > encoder.max_length:
-        raise ValueError(
-            f"{path}: {token} has {count} vectors, and a text has {encoder.max_length} tokens"
-        )
-    vectors = np.asarray(tensor).astype(np.float32).reshape(count, shape[-1])
-    finite.check_array(vectors, token, str(path))
-    try:
-        _tokenizer(model).check_name(token, count)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Embedding(token, vectors)
+    with reading.refusals(path):
+        encoder = _text(model).encoder
+        if token is not None:
+            _check_spelling(token)
+        token, tensor = embedding_files.read(path, token)
+        shape = tuple(tensor.shape)
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise ValueError(f"{token} has the shape {list(shape)}, not vectors [n, width]")
+        count, width = (1, *shape)[-2:]
+        _check_width(token, width, encoder)
+        if count > encoder.max_length:
+            raise ValueError(
+                f"{token} has {count} vectors, and a text has {encoder.max_length} tokens"
+            )
+        _tokenizer(model).check_names([(token, count)])
+        vectors = np.asarray(tensor).astype(np.float32).reshape(count, width)
+        finite.check_array(vectors, token, os.fspath(path))
+        return Embedding(token, vectors)
 
 
 def init(model: bundle.LatentDiffusion, token: str, init_word: str, vectors: int = 1) -> Embedding:
@@ -78,7 +78,7 @@ def init(model: bundle.LatentDiffusion, token: str, init_word: str, vectors: int
     """
     text, tokenizer = _text(model), _tokenizer(model)
     _check_spelling(token)
-    tokenizer.check_name(token, vectors)
+    tokenizer.check_names([(token, vectors)])
     if not 1 <= vectors <= text.encoder.max_length:
         raise ValueError(f"{vectors} vectors: give 1 to {text.encoder.max_length}")
     ids = tokenizer.ids(init_word)
@@ -100,16 +100,15 @@ def added(model: bundle.LatentDiffusion, embeddings: Sequence[Embedding]) -> bun
     if not embeddings:
         return model
     encoder, tokenizer = _text(model).encoder, _tokenizer(model)
-    size = encoder.vocab_size
     for one in embeddings:
-        count, width = one.vectors.shape
-        _check_width(one.token, width, encoder)
+        _check_width(one.token, one.vectors.shape[1], encoder)
         _check_spelling(one.token)
-        tokenizer = tokenizer.with_name(one.token, count, size)
-        size += count
+    names = [(one.token, len(one.vectors)) for one in embeddings]
+    tokenizer = tokenizer.with_names(names, encoder.vocab_size)
+    vectors = jnp.concatenate([one.vectors for one in embeddings])
+    size = encoder.vocab_size + len(vectors)
     encoder = dataclasses.replace(encoder, vocab_size=size)
     cond = schema.with_encoder(model.config.cond, encoder)
-    vectors = jnp.concatenate([one.vectors for one in embeddings])
     return dataclasses.replace(
         model,
         cond_stage=model.cond_stage.clone(vocab_size=size),

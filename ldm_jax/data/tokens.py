@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ FILES = (
 )
 SETS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 BYTES = "ByteTokenizer"  # our own entry for `tokenizer_class`
+Name = tuple[str, int]
+"""A word that is added to a tokenizer, and the number of its ids."""
 ADDED = "ldm_jax_added"  # and for the ids of added names, where they are not the next ones
 
 
@@ -80,27 +82,25 @@ class FileTokenizer:
         lost = _overflow(spelled, encoding) if encoding.overflowing else ""
         return self._in_table(encoding.ids), self._names.shortened(lost)
 
-    def check_name(self, name: str, count: int = 1) -> None:
-        """ValueError for a name of `count` tokens that is known."""
-        known = {token.casefold() for token in self._backend.get_vocab()}
-        for token in (name, *(f"{name}_{i}" for i in range(1, count))):
-            _refuse_known(token, token.casefold() in known)
+    def check_names(self, names: Iterable[Name]) -> None:
+        """ValueError for a name that the tokenizer has, or that is given twice."""
+        _refuse_known(names, self._backend.get_vocab())
 
-    def with_name(self, name: str, count: int, first_id: int) -> "FileTokenizer":
-        """A tokenizer that also knows `name`, a word of `count` ids from `first_id` on.
+    def with_names(self, names: Sequence[Name], first_id: int) -> "FileTokenizer":
+        """A tokenizer that also has `names`, whose ids follow each other from `first_id` on.
 
-        In its files these are the tokens NAME, NAME_1, ... as diffusers has them. ValueError for a
-        name that it knows.
+        In its files they are the tokens NAME, NAME_1, ..., as diffusers has them. ValueError as of
+        `check_names`.
         """
         import transformers
 
-        self.check_name(name, count)
+        self.check_names(names)
         tokenizer = _transformers(self._files)
-        tokens = [name, *(f"{name}_{i}" for i in range(1, count))]
+        tokens = [token for name in names for token in _tokens_of(name)]
         tokenizer.add_tokens([transformers.AddedToken(t, single_word=True) for t in tokens])
         (first, *_) = ids = tokenizer.convert_tokens_to_ids(tokens)
-        if ids != list(range(first, first + count)) or len(tokenizer) != first + count:
-            raise ValueError(f"the tokenizer gives {name} the ids {ids}, not the next {count}")
+        if ids != list(range(first, first + len(ids))) or len(tokenizer) != first + len(ids):
+            raise ValueError(f"the tokenizer does not give {tokens} the next {len(ids)} ids")
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             files = _read(epath.Path(folder))
@@ -172,18 +172,20 @@ class ByteTokenizer:
         """(the ids that `encode` gives, the end of `text` that is `lost`)."""
         return self.encode([text])[0], self.lost(text)
 
-    def check_name(self, name: str, count: int = 1) -> None:
-        """ValueError for a name that is known."""
-        del count
-        _refuse_known(name, name.casefold() in map(str.casefold, self._added))
+    def check_names(self, names: Iterable[Name]) -> None:
+        """ValueError for a name that the tokenizer has, or that is given twice."""
+        _refuse_known(names, self._added)
 
-    def with_name(self, name: str, count: int, first_id: int) -> "ByteTokenizer":
-        """A tokenizer that also knows `name`, a word of `count` ids from `first_id` on.
+    def with_names(self, names: Sequence[Name], first_id: int) -> "ByteTokenizer":
+        """A tokenizer that also has `names`, whose ids follow each other from `first_id` on.
 
-        ValueError for a name that it knows.
+        ValueError as of `check_names`.
         """
-        self.check_name(name)
-        added = {**self._added, name: list(range(first_id, first_id + count))}
+        self.check_names(names)
+        added = dict(self._added)
+        for name, count in names:
+            added[name] = list(range(first_id, first_id + count))
+            first_id += count
         return ByteTokenizer(self.max_length, added)
 
     def save(self, folder: epath.PathLike) -> None:
@@ -311,8 +313,7 @@ class _Names:
         """The text with every token of each name."""
         parts, start = [], 0
         for begin, end, name in self.found(text):
-            more = (f" {name}_{i}" for i in range(1, self._counts[name]))
-            parts += [text[start:begin], name, *more]
+            parts += [text[start:begin], " ".join(_tokens_of((name, self._counts[name])))]
             start = end
         return "".join([*parts, text[start:]])
 
@@ -335,6 +336,16 @@ def _names_of(tokenizer: Any) -> dict[str, int]:
     return counts
 
 
-def _refuse_known(name: str, known: bool) -> None:
-    if known:
-        raise ValueError(f"{name} is a token of the text encoder already: give it another name")
+def _tokens_of(name: Name) -> list[str]:
+    text, count = name
+    return [text, *(f"{text}_{i}" for i in range(1, count))]
+
+
+def _refuse_known(names: Iterable[Name], vocabulary: Iterable[str]) -> None:
+    """ValueError for a name of which a token is in the vocabulary, or in another name."""
+    known = {token.casefold() for token in vocabulary}
+    for name in names:
+        tokens = {token.casefold() for token in _tokens_of(name)}
+        if tokens & known:
+            raise ValueError(f"{name[0]} is a token of the model already: give it another name")
+        known |= tokens

@@ -364,6 +364,13 @@ def test_unknown_tensors_are_left_out_on_request(file_of, caplog):
     assert "2 tensors belong to no module" in caplog.text
 
 
+def test_words_in_a_lora_file_are_said(file_of, caplog):
+    word = {"bundle_emb.my cat.string_to_param.*": draw(2, 768)}
+    path = file_of(low_rank(kohya(Q)) | word)
+    assert list(lora.read(path, Model()).unet) == [Q]
+    assert f'--embedding "{path}=<my_cat>" adds it' in caplog.text
+
+
 def test_only_low_rank_is_written(file_of, tmp_path):
     model = Model()
     made = lora.read(file_of({f"{kohya(Q)}.diff": draw(OUT, IN)}), model)

@@ -204,7 +204,7 @@ Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(PICTURE, "WEBP")
         ("x.bin", {"<x>": NAN[:0]}, r"the shape \[0, 32\], not vectors"),
         ("x.bin", {"<x>": np.zeros((13, WIDTH), np.float32)}, "has 13 vectors, and a text has 12"),
         ("x.bin", {"<x>": WIDE, "<y>": WIDE}, "holds 2 tensors, as <x>, <y>, where"),
-        ("x.bin", {"<cat>": vectors(1)}, "<cat> is a token of the text encoder already"),
+        ("x.bin", {"<cat>": vectors(1)}, "<cat> is a token of the model already"),
         ("x.pt", {"string_to_param": {}}, "holds 0 tensors"),
         ("x.pt", {"string_to_param": 3}, "its string_to_param is no dict"),
         ("x.safetensors", {"clip_l": WIDE, "clip_g": WIDE}, "made for Stable Diffusion XL"),

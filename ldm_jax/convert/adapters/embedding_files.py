@@ -26,6 +26,8 @@ BUNDLE = "bundle_emb."
 CARD = "sd-ti-embedding"  # the text field of a picture that carries an embedding
 PICTURES = (b"\x89PNG", b"RIFF")  # beginnings of PNG and WebP
 WEBUI_ID = 265  # of "*" in CLIP's vocabulary, the name within webui's files
+FOLDER = ("learned_embeds.safetensors", "learned_embeds.bin")
+"""Files that the training scripts of diffusers write."""
 SUFFIXES = {"diffusers": ".safetensors", "webui": ".pt"}
 
 
@@ -36,7 +38,7 @@ def read(path: epath.PathLike, token: str | None = None) -> tuple[str, Any]:
     put around it. Of several embeddings in a LoRA file, `token` takes the one of this name.
     ValueError names the file, for one that holds none, or several.
     """
-    path = epath.Path(path)
+    path = file_of(path)
     with reading.opened(path) as file:
         head = file.read(4)
     if head in PICTURES:
@@ -53,6 +55,20 @@ def read(path: epath.PathLike, token: str | None = None) -> tuple[str, Any]:
         raise ValueError(f"{path}: holds the embeddings {', '.join(tokens)}: give the token of one")
     own = token if token in tokens else next(iter(tokens))
     return token or own, _vectors(path, tokens[own])
+
+
+def file_of(path: epath.PathLike) -> epath.Path:
+    """The file of an embedding at a path: itself, or the one that a folder of diffusers holds.
+
+    FileNotFoundError names the path.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist")
+    held = [path / name for name in FOLDER if (path / name).exists()]
+    if path.is_dir() and not held:
+        raise FileNotFoundError(f"{path}: holds no {' or '.join(FOLDER)}; give the file")
+    return held[0] if held else path
 
 
 def as_token(name: str) -> str:

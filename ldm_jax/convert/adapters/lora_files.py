@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ldm_jax import finite
+from ldm_jax.convert.adapters import embedding_files
 from ldm_jax.convert.formats import files
 
 PREFIXES = {
@@ -86,12 +87,14 @@ class Content(NamedTuple):
     alphas: {(part of the model, module): alpha} of PEFT's metadata; kohya's are tensors.
     rank_stabilized: the scale is alpha / sqrt(rank), not alpha / rank.
     unknown: names that belong to no module of the model.
+    embeddings: tokens of learned words that the file holds beside the LoRA.
     """
 
     parts: dict[str, dict[str, dict[str, Any]]]
     alphas: dict[tuple[str, str], float]
     rank_stabilized: bool
     unknown: tuple[str, ...]
+    embeddings: tuple[str, ...]
     metadata: dict[str, str]
 
 
@@ -129,6 +132,8 @@ def read(path: epath.PathLike, modules: Mapping[str, Iterable[str]]) -> Content:
     parts: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in modules}
     unknown = []
     for name, tensor in tensors.items():
+        if name.startswith(embedding_files.BUNDLE):
+            continue
         _refuse_foreign(name, path)
         place = _place(name, known)
         if place is None:
@@ -145,7 +150,8 @@ def read(path: epath.PathLike, modules: Mapping[str, Iterable[str]]) -> Content:
             f" encoder, as {', '.join(list(tensors)[:3])}: it is no LoRA, or another network's"
         )
     alphas, stabilized = _peft_settings(path, info.metadata, parts)
-    return Content(parts, alphas, stabilized, tuple(unknown), info.metadata)
+    words = embedding_files.bundled(tensors)
+    return Content(parts, alphas, stabilized, tuple(unknown), words, info.metadata)
 
 
 def _refuse_foreign(name: str, path: epath.Path) -> None:

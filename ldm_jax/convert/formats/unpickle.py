@@ -340,7 +340,9 @@ def _build(m: _Machine, _):
     if not m.stack:
         raise ValueError("a pickle sets the state of nothing")
     held = state.get("_parameters") if type(state) is dict else None
-    if type(held) is dict and m.stack[-1] == {}:  # torch's ParameterDict keeps its items so
+    if (
+        type(held) is dict and type(m.stack[-1]) is dict and not m.stack[-1]
+    ):  # torch's ParameterDict keeps its items so
         m.spend(len(held))
         _fill(m.stack[-1], held.items())
 
