@@ -65,10 +65,7 @@ MODEL = "ldm-sample class2img --out {tmp}/out --model"
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (
-            f"{FOLDER} {{tmp}}/gone",
-            "data folder '{tmp}/gone' is not a folder here: give that of",
-        ),
+        (f"{FOLDER} {{tmp}}/gone", "data folder '{tmp}/gone' is not a folder here: give that of"),
         (f"{FOLDER} {{tmp}}/empty", "no image in {tmp}/empty (looked for .bmp"),
         (f"{FOLDER} {{tmp}}/images {SMALL} --data.size 32", "allow_upscale"),
         (

@@ -44,56 +44,35 @@ def test_parts_that_fit(stage):
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (
-            section("class", in_channels=5),
-            r"unet\.in_channels is 5, .* 4 channels .* adds 0: set it",
-        ),
+        (section("class", in_channels=5),
+         r"unet\.in_channels is 5, .* 4 channels .* adds 0: set it"),
         (section("inpaint", in_channels=4), r"in_channels is 4, .* adds 5: set it to 9"),
         (section("class", out_channels=8), r"unet\.out_channels is 8, but the latent has 4"),
         (section("label", num_classes=4), r"unet\.num_classes is 4: .* it must be 5"),
         (section("class", context_dim=16), r"unet\.context_dim is 16, but cond\.embed_dim is 32"),
         (section("superres", {"factor": 4}), r"cond\.factor is 4, .* downsamples by 2"),
         (section("semantic", {"stages": 2}), r"cond\.stages is 2 \(divides by 4\), .* by 2"),
-        (
-            of(schema.TextCondConfig(encoder=BERT), context_dim=16),
-            r"unet\.context_dim is 16, but cond\.encoder\.width is 24",
-        ),
-        (
-            of(schema.LayoutCondConfig(encoder=BERT), context_dim=None),
-            r"unet\.context_dim is None, but cond\.encoder\.width is 24",
-        ),
-        (
-            of(schema.EmbeddingCondConfig(width=24), spatial_transformer=False),
-            r"unet\.spatial_transformer is False, but cond\.width is 24",
-        ),
-        (
-            of(hybrid(schema.DepthCondConfig()), in_channels=5, context_dim=8),
-            r"unet\.context_dim is 8, but cond\.text\.encoder\.width is 24",
-        ),
+        (of(schema.TextCondConfig(encoder=BERT), context_dim=16),
+         r"unet\.context_dim is 16, but cond\.encoder\.width is 24"),
+        (of(schema.LayoutCondConfig(encoder=BERT), context_dim=None),
+         r"unet\.context_dim is None, but cond\.encoder\.width is 24"),
+        (of(schema.EmbeddingCondConfig(width=24), spatial_transformer=False),
+         r"unet\.spatial_transformer is False, but cond\.width is 24"),
+        (of(hybrid(schema.DepthCondConfig()), in_channels=5, context_dim=8),
+         r"unet\.context_dim is 8, but cond\.text\.encoder\.width is 24"),
         (of(None), r"unet\.context_dim is 24, but the conditioning gives no context"),
-        (
-            of(hybrid(schema.DepthCondConfig())),
-            r"in_channels is 4, .* adds 1: set it to 5",
-        ),
-        (
-            of(hybrid(schema.UpscaleCondConfig(factor=2)), in_channels=7, num_classes=350),
-            r"unet\.num_classes is 350: .* cond\.concat\.max_noise_level is 350",
-        ),
-        (
-            of(hybrid(schema.UpscaleCondConfig()), in_channels=7, num_classes=1000),
-            r"cond\.concat\.factor is 4, .* downsamples by 2",
-        ),
-        (
-            of(schema.TextCondConfig(encoder=BERT), num_classes=3),
-            r"unet\.num_classes is 3, but the conditioning gives no label",
-        ),
-        (
-            section("class", {"null_class": False}),
-            r"cond\.dropout is 0\.1, but cond\.null_class is False",
-        ),
+        (of(hybrid(schema.DepthCondConfig())), r"in_channels is 4, .* adds 1: set it to 5"),
+        (of(hybrid(schema.UpscaleCondConfig(factor=2)), in_channels=7, num_classes=350),
+         r"unet\.num_classes is 350: .* cond\.concat\.max_noise_level is 350"),
+        (of(hybrid(schema.UpscaleCondConfig()), in_channels=7, num_classes=1000),
+         r"cond\.concat\.factor is 4, .* downsamples by 2"),
+        (of(schema.TextCondConfig(encoder=BERT), num_classes=3),
+         r"unet\.num_classes is 3, but the conditioning gives no label"),
+        (section("class", {"null_class": False}),
+         r"cond\.dropout is 0\.1, but cond\.null_class is False"),
         (section("class", size=17), r"data\.size 17 is not a multiple of the downsampling 2"),
     ],
-)
+)  # fmt: skip
 def test_parts_that_do_not_fit_are_named(config, complaint):
     with pytest.raises(ValueError, match=complaint):
         bundle.check(config)

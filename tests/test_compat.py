@@ -177,26 +177,3 @@ def test_what_is_not_there_is_named(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="norm_num_groups=16"):
         FlaxAutoencoderKL.from_config({**config, "norm_num_groups": 16})
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_equals_torch(tmp_path, safe):
-    torch = pytest.importorskip("torch", reason="torch is the reference here")
-    import pipelines
-
-    torch.manual_seed(0)
-    vae = pipelines.autoencoder()
-    vae.save_pretrained(tmp_path, safe_serialization=safe)
-    model, params = FlaxAutoencoderKL.from_pretrained(tmp_path, from_pt=True)
-    assert (model.config.scaling_factor, model.config.sample_size) == (0.18215, 16)
-    images, latents = reference.draw(3, 3, 16, 12), reference.draw(1, 4, 6, 8)
-    with torch.no_grad():
-        theirs = vae.encode(torch.from_numpy(images)).latent_dist
-        decoded = vae.decode(torch.from_numpy(latents)).sample.numpy()
-    ours = model.apply({"params": params}, images, method=model.encode).latent_dist
-    assert reference.max_difference(ours.mean, theirs.mean.numpy().transpose(0, 2, 3, 1)) < 1e-5
-    assert reference.max_difference(ours.std, theirs.std.numpy().transpose(0, 2, 3, 1)) < 1e-5
-    np.testing.assert_allclose(ours.kl(), theirs.kl().numpy(), rtol=1e-4)
-    image = model.apply({"params": params}, latents, method=model.decode).sample
-    assert reference.max_difference(image, decoded) < 1e-5

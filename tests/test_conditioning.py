@@ -135,20 +135,6 @@ def test_upscaling_noises_the_low_resolution_image_to_its_label():
     assert conditioning.concat_channels(config, 4, 3) == 3
 
 
-@pytest.mark.torch
-def test_upscaling_noises_as_diffusers_does():
-    torch = pytest.importorskip("torch", reason="torch is the reference here")
-    diffusers = pytest.importorskip("diffusers", reason="and diffusers")
-    scheduler = diffusers.DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02
-    )
-    arguments = (torch.tensor(UPSCALE[n]) for n in ("low_res", "low_res_noise", "noise_level"))
-    expected = scheduler.add_noise(*arguments)
-    cond, _, _ = made(schema.UpscaleCondConfig(), UPSCALE)
-    # their schedule is multiplied up in float32, ours in float64
-    np.testing.assert_allclose(cond.concat, expected.numpy(), atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "concat",
     [schema.InpaintCondConfig(), schema.DepthCondConfig(), schema.UpscaleCondConfig(factor=2)],
@@ -194,17 +180,6 @@ def test_default_mask_is_that_of_ldm():
     np.testing.assert_array_equal(cond.concat[..., 3:], 2 * MASK[:, ::2, ::2] - 1)
 
 
-@pytest.mark.torch
-def test_mask_is_resized_as_by_torch():
-    torch = pytest.importorskip("torch", reason="torch is the reference here")
-    cond, _, _ = made(
-        schema.InpaintCondConfig(mask_range=(0.0, 1.0)), {"image": IMAGE, "mask": MASK}
-    )
-    mask = torch.tensor(MASK).permute(0, 3, 1, 2)
-    expected = torch.nn.functional.interpolate(mask, (4, 4)).permute(0, 2, 3, 1)
-    np.testing.assert_array_equal(cond.concat[..., 3:], expected.numpy())
-
-
 def test_super_resolution():
     config = schema.SuperResCondConfig(factor=2)
     cond, _, _ = made(config, {"image": jnp.ones((2, 8, 8, 3))}, DROPPED)
@@ -215,11 +190,13 @@ def test_super_resolution():
     assert float(jnp.abs(superres.downsample(edge, 2)).max()) == 1  # bicubic overshoots
 
 
-@pytest.mark.parametrize("channels", [None, 2])
-def test_semantic_map(channels):
-    config = schema.SemanticCondConfig(num_classes=5, out_channels=channels, stages=1)
+@pytest.mark.parametrize(("channels", "stages"), [(None, 1), (2, 1), (None, 2)])
+def test_semantic_map(channels, stages):
+    """Each halving is the mean of four, as torch's bilinear interpolation to half the side."""
+    config = schema.SemanticCondConfig(num_classes=5, out_channels=channels, stages=stages)
     cond, _, params = made(config, {"segmentation": MAP})
-    expected = np.eye(5)[MAP].reshape(2, 4, 2, 4, 2, 5).mean((2, 4))
+    side = 8 // 2**stages
+    expected = np.eye(5)[MAP].reshape(2, side, 2**stages, side, 2**stages, 5).mean((2, 4))
     if channels:
         assert params["channel_mapper"]["kernel"].shape == (1, 1, 5, 2)
         expected = expected @ np.asarray(params["channel_mapper"]["kernel"])[0, 0]
@@ -236,17 +213,6 @@ def test_classes_that_a_map_may_not_hold_are_refused():
         conditioning.check_batch(config, {"segmentation": np.full((1, 8, 8), -1)})
     with pytest.raises(ValueError, match="is of type float32: give integers"):
         conditioning.check_batch(config, {"segmentation": np.zeros((1, 8, 8), np.float32)})
-
-
-@pytest.mark.torch
-def test_semantic_map_is_halved_as_by_the_reference():
-    torch = pytest.importorskip("torch", reason="torch is the reference here")
-    config = schema.SemanticCondConfig(num_classes=5, out_channels=None, stages=2)
-    cond, _, _ = made(config, {"segmentation": MAP})
-    x = torch.tensor(np.eye(5, dtype=np.float32)[MAP]).permute(0, 3, 1, 2)
-    for _ in range(2):
-        x = torch.nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear")
-    np.testing.assert_allclose(cond.concat, x.permute(0, 2, 3, 1).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

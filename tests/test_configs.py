@@ -37,9 +37,7 @@ QUICK = {
 }
 ALL = [
     pytest.param(
-        name,
-        stage,
-        marks=[pytest.mark.slow] if stage not in QUICK.get(name, stages) else [],
+        name, stage, marks=[pytest.mark.slow] if stage not in QUICK.get(name, stages) else []
     )
     for name, stages in STAGES.items()
     for stage in stages

@@ -16,7 +16,7 @@ from ldm_jax.convert import compvis
 from ldm_jax.convert.formats import safetensors_file
 from ldm_jax.models import autoencoder
 from ldm_jax.runtime import cli
-from ldm_jax.sample import convert, main
+from ldm_jax.sample import convert
 from ldm_jax.sample.evaluate import reconstruct
 from ldm_jax.train.frozen import first_stage
 
@@ -132,10 +132,3 @@ def test_a_published_file_of_a_first_stage(tmp_path):
     prefixed = {f"first_stage_model.{name}": x for name, x in state.items()}
     safetensors_file.write(tmp_path / "prefixed.safetensors", prefixed)
     recipes.assert_same_bits(ldm_jax.load(tmp_path / "prefixed.safetensors").params, model.params)
-
-
-def test_it_cannot_sample(tmp_path, capsys):
-    path = written(made(KL), "folder", tmp_path)
-    flags = ["unconditional", "--model", str(path), "--out", str(tmp_path / "out")]
-    assert cli.run("ldm-sample", main.sample, flags) == 1
-    assert "is a first stage alone, which encodes and decodes" in capsys.readouterr().err

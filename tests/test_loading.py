@@ -63,11 +63,6 @@ def test_a_mesh_places_the_parameters_by_the_training_rules(ldm_run):
     recipes.assert_same_bits(model.params, loading.load(ldm_run).params)
 
 
-def test_a_moved_run_loads(ldm_run, tmp_path):
-    shutil.copytree(ldm_run, tmp_path / "moved")
-    recipes.assert_same_bits(loading.load(tmp_path / "moved").params, loading.load(ldm_run).params)
-
-
 def test_what_is_not_there_is_an_error_with_its_name(ldm_run, first_stage_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: does not exist"):
         loading.load(tmp_path / "nowhere")

@@ -36,6 +36,7 @@ def test_public_names_are_no_modules():
     for name in NAMES:
         assert not inspect.ismodule(getattr(ldm_jax, name))
         assert name in dir(ldm_jax)
+    assert ldm_jax.Cond is Cond
     assert {UNet.__name__, AutoencoderKL.__name__, AutoencoderVQ.__name__} == {
         *("UNet", "AutoencoderKL", "AutoencoderVQ")
     }
@@ -310,7 +311,3 @@ def test_the_recipes_loss_trains_under_another_optimizer(tmp_path, first_stage_r
 
 def test_recognised_kinds_have_names():
     assert set(loading.KINDS) == {"run", "diffusers", "first_stage", "checkpoint"}
-
-
-def test_cond_is_exported():
-    assert ldm_jax.Cond is Cond

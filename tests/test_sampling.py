@@ -67,30 +67,6 @@ def test_an_image_depends_on_its_key_alone(ldm_run, model, guided, eta, record_p
     assert found < 1e-5
 
 
-def test_nothing_recompiles_for_another_request(model, guided):
-    first = guided(model.params, LABELS[:2], sampling.keys_of(0, range(2)), 2.0, 0.0, 0)
-    compiled = guided._cache_size()
-    for labels, seed, scale, eta, start in (
-        (LABELS[1:3], 0, 2.0, 0.0, 0),
-        (LABELS[:2], 9, 2.0, 0.0, 0),
-        (LABELS[:2], 0, 7.5, 0.0, 0),
-        (LABELS[:2], 0, 2.0, 0.5, 0),
-        (LABELS[:2], 0, 2.0, 0.0, 1),
-    ):
-        other = guided(model.params, labels, sampling.keys_of(seed, range(2)), scale, eta, start)
-        assert np.abs(other - first).max() > 1e-4, (labels, seed, scale, eta, start)
-    assert guided._cache_size() == compiled
-
-
-def test_guidance_of_one_is_the_plain_conditional_sampler(model, guided):
-    keys = sampling.keys_of(0, range(2))
-    plain = sampling.make_sampler(model, steps=STEPS)
-    cond, _ = conditions(model, LABELS[:2])
-    expected = jax.jit(plain)(model.params, cond, keys, None, None)
-    found = guided(model.params, LABELS[:2], keys, 1.0, 0.0, 0)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_latents_trace_and_given_noise_agree_with_the_images(model, guided):
     keys = sampling.keys_of(0, range(2))
     images = guided(model.params, LABELS[:2], keys, 2.0, 0.0, 0)
@@ -110,8 +86,3 @@ def test_latents_trace_and_given_noise_agree_with_the_images(model, guided):
     assert x.shape == x0.shape == (STEPS, 2, 8, 8, 4)
     np.testing.assert_array_equal(x[0], x_T)
     assert np.abs(x[1] - x[0]).max() > 0.01
-
-
-def test_an_unknown_solver_is_refused_at_once(model):
-    with pytest.raises(ValueError, match="ddim"):
-        sampling.make_sampler(model, shape=model.latent_shape, steps=2, solver="rk45")

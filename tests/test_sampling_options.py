@@ -125,12 +125,10 @@ def test_recomputed_steps_are_the_same_steps():
         ({"dynamic_threshold": 0}, r"dynamic_threshold=0 is not in \(0, 100\]"),
         ({"dynamic_threshold": 100.5}, "percentile, such as 99.5"),
         ({"dynamic_threshold": 99.5, "threshold_limit": 0}, "threshold_limit=0 is not positive"),
-        (
-            {"quantize_x0": True, "first_stage": schema.AutoencoderKLConfig()},
-            "quantize_x0 needs a first stage with a codebook .VQ., and this model has another",
-        ),
+        ({"quantize_x0": True, "first_stage": schema.AutoencoderKLConfig()},
+         "quantize_x0 needs a first stage with a codebook .VQ., and this model has another"),
     ],
-)
+)  # fmt: skip
 def test_an_option_that_cannot_apply_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         drawn(**options)

@@ -79,18 +79,12 @@ def test_clip_norm_scales_the_whole_gradient():
     [
         (OptimizerConfig(learning_rate=2.0), {0: 2, 1: 2, 10**6: 2}),
         (OptimizerConfig(learning_rate=2.0, warmup_steps=4), {0: 0.5, 1: 1, 3: 2, 4: 2, 99: 2}),
-        (
-            OptimizerConfig(learning_rate=2.0, schedule="linear", warmup_steps=2, decay_steps=12),
-            {0: 1, 1: 2, 2: 2, 7: 1, 12: 0, 20: 0},
-        ),
-        (
-            OptimizerConfig(
-                learning_rate=2.0, schedule="cosine", decay_steps=12, final_fraction=0.1
-            ),
-            {0: 2, 3: 0.2 + 1.8 * 0.5 * (1 + np.sqrt(0.5)), 6: 1.1, 12: 0.2, 50: 0.2},
-        ),
+        (OptimizerConfig(learning_rate=2.0, schedule="linear", warmup_steps=2, decay_steps=12),
+         {0: 1, 1: 2, 2: 2, 7: 1, 12: 0, 20: 0}),
+        (OptimizerConfig(learning_rate=2.0, schedule="cosine", decay_steps=12, final_fraction=0.1),
+         {0: 2, 3: 0.2 + 1.8 * 0.5 * (1 + np.sqrt(0.5)), 6: 1.1, 12: 0.2, 50: 0.2}),
     ],
-)
+)  # fmt: skip
 def test_learning_rate(config, expected):
     _, learning_rate = train_state.make_optimizer(config)
     found = {n: float(jax.jit(learning_rate)(n)) for n in expected}
@@ -181,17 +175,13 @@ def test_step_keys_depend_on_key_step_and_their_own_name():
     assert keys["noise"] != keys["t"]
     assert keys["noise"] == data_of(train_state.step_keys(root, 3, ("drop", "noise")))["noise"]
     assert keys["noise"] != data_of(train_state.step_keys(root, 4, ("noise",)))["noise"]
-    assert (
-        keys["noise"] != data_of(train_state.step_keys(jax.random.key(8), 3, ("noise",)))["noise"]
-    )
+    other = train_state.step_keys(jax.random.key(8), 3, ("noise",))
+    assert keys["noise"] != data_of(other)["noise"]
 
 
 def test_row_keys_depend_on_the_row_alone():
     key = jax.random.key(7)
-    small, large = (
-        data_of(train_state.example_keys(key, 3)),
-        data_of(train_state.example_keys(key, 8)),
-    )
+    small, large = (data_of(train_state.example_keys(key, n)) for n in (3, 8))
     assert small == large[:3]
     assert len({tuple(k) for k in large}) == 8
 

@@ -52,26 +52,12 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
-    paths = run(
-        scripts / "python",
-        "-c",
-        "import sysconfig; print(sysconfig.get_path('purelib'))",
-        cwd=folder,
-    )
-    purelib = Path(paths.strip())
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    purelib = Path(run(scripts / "python", "-c", code, cwd=folder).strip())
     dependencies = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     (purelib / "dependencies.pth").write_text("\n".join(sorted(dependencies)) + "\n")
-    pip = (sys.executable, "-m", "pip", "--python", scripts / "python")
-    run(
-        *pip,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--ignore-installed",
-        wheel,
-        cwd=folder,
-    )
+    pip = (sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet")
+    run(*pip, "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder)
     return scripts
 
 

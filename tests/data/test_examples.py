@@ -95,11 +95,6 @@ def test_neighbouring_seeds_share_no_epoch():
     assert len(set(orders)) == 16
 
 
-def test_without_shuffling_records_come_in_order():
-    stream = open_stream(dataclasses.replace(PLAIN, shuffle=False))
-    assert records_of(stream, range(26)) == [*range(13), *range(13)]
-
-
 def test_a_record_is_augmented_anew_in_every_epoch():
     stream = open_stream(dataclasses.replace(CONFIG, shuffle=False))
     assert not np.array_equal(stream[2]["image"], stream[2 + 13]["image"])
@@ -246,11 +241,6 @@ def greys(stream, count):
     return [round(float(stream[i]["image"][0, 0, 0] + 1) * 12.75) for i in range(count)]
 
 
-def test_undecodable_record_is_replaced_by_the_next(damaged):
-    stream = open_stream(folder(damaged, shuffle=False))
-    assert greys(stream, 20) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0] * 2
-
-
 def test_the_caption_is_that_of_the_record_that_replaces(damaged):
     for i in range(10):
         (damaged / f"{i}.txt").write_text(f"grey {i}\n")
@@ -306,20 +296,9 @@ def test_nothing_can_be_decoded(damaged):
         open_stream(folder(damaged, shuffle=False))[7]
 
 
-def test_broken_map_counts_as_a_broken_record(damaged):
-    for i in range(10):
-        Image.new("L", (16, 16), i).save(damaged / f"{i}_seg.png")
-    (damaged / "1_seg.png").write_bytes(b"")
-    config = folder(damaged, shuffle=False)
-    source = dataclasses.replace(config.source, segmentation_suffix="_seg")
-    stream = open_stream(dataclasses.replace(config, source=source))
-    assert greys(stream, 3) == [0, 2, 2]
-    assert stream[1]["segmentation"][0, 0] == 2
-
-
 def faulty(path):
-    """Six images with captions and maps, of which the first is as it should be."""
-    for i in range(6):
+    """Seven images with captions and maps, of which the first is as it should be."""
+    for i in range(7):
         Image.new("L", (16, 16), 10 * i).save(path / f"{i}.png")
         Image.new("L", (16, 16), i).save(path / f"{i}_seg.png")
         (path / f"{i}.txt").write_text(f"caption {i}")
@@ -328,6 +307,7 @@ def faulty(path):
     (path / "3.txt").write_bytes(b"\xff\xfe caption")
     Image.new("RGB", (16, 16)).save(path / "4_seg.png")
     Image.new("L", (8, 8)).save(path / "5_seg.png")
+    (path / "6_seg.png").write_bytes(b"")
     source = schema.FolderConfig(
         str(path), eval_path=str(path), captions="sidecar", segmentation_suffix="_seg"
     )
@@ -340,13 +320,12 @@ def test_every_fault_of_a_record_is_met_alike(tmp_path, caplog, crop):
     config = dataclasses.replace(faulty(tmp_path), crop=crop, crop_range=(1.0, 1.0))
     with caplog.at_level(logging.WARNING):
         stream = data.stream(config, batch_size=1, seed=0, tokenizer=Letters())
-        assert greys(stream, 6) == [0] * 6
-    assert stream.bad_records == 5
-    for i, reason in enumerate(
-        ("UnidentifiedImageError", "12x30", "not UTF-8", "one channel", "segmentation is 8x8"), 1
-    ):
+        assert greys(stream, 7) == [0] * 7
+    assert stream.bad_records == 6
+    reasons = ("", "12x30", "not UTF-8", "one channel", "segmentation is 8x8", "")
+    for i, reason in enumerate(reasons, 1):
         (line,) = (m for m in caplog.messages if f"{i}.png cannot be used" in m)
-        assert reason in line or i == 1
+        assert reason in line
     limited = dataclasses.replace(config, max_bad_records=2)
     with pytest.raises(data.BadDataError, match=r"3 records cannot be used, .*3\.png .*not UTF-8"):
         data.stream(limited, batch_size=1, seed=0, tokenizer=Letters())[1]
@@ -390,17 +369,6 @@ def test_a_file_that_vanished_is_an_error_not_a_bad_record(damaged):
     (damaged / "6.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"6.png"):
         stream[6]
-
-
-def test_errors_in_the_data_name_the_file(tmp_path):
-    Image.new("RGB", (30, 12)).save(tmp_path / "small.png")
-    config = dataclasses.replace(folder(tmp_path), size=16)
-    with pytest.raises(ValueError, match=r"small.png \(the image is 30x12 and its smallest crop"):
-        open_stream(config)[0]
-    Image.new("RGB", (30, 12)).save(tmp_path / "small_seg.png")
-    source = dataclasses.replace(config.source, segmentation_suffix="_seg")
-    with pytest.raises(ValueError, match=r"small.png \(a segmentation map has one channel"):
-        open_stream(dataclasses.replace(config, source=source))[0]
 
 
 def test_label_out_of_range():

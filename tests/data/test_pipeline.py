@@ -29,13 +29,8 @@ MESHES = [(1, 1, 1), (4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 1, 4), (2, 1, 2), (1, 
 
 
 def batch_sharding(data_, fsdp, tensor):
-    devices = jax.devices()[: data_ * fsdp * tensor]
-    mesh = jax.make_mesh(
-        (data_, fsdp, tensor),
-        ("data", "fsdp", "tensor"),
-        devices=devices,
-        axis_types=(AxisType.Auto,) * 3,
-    )
+    how = {"devices": jax.devices()[: data_ * fsdp * tensor], "axis_types": (AxisType.Auto,) * 3}
+    mesh = jax.make_mesh((data_, fsdp, tensor), ("data", "fsdp", "tensor"), **how)
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -95,12 +90,8 @@ def test_a_process_reads_the_rows_of_its_devices_and_no_others():
     replicas = batch_sharding(2, 1, 2)
     for process in ([devices[0], devices[2]], [devices[1], devices[3]]):
         assert pipeline.local_examples(8, PartOfASharding(replicas, process)) == list(range(8))
-    assert pipeline.local_examples(8, PartOfASharding(split, [devices[3], devices[0]])) == [
-        0,
-        1,
-        6,
-        7,
-    ]
+    ends = PartOfASharding(split, [devices[3], devices[0]])
+    assert pipeline.local_examples(8, ends) == [0, 1, 6, 7]
 
 
 def test_reading_ahead_takes_the_rows_of_this_process_only():
@@ -129,23 +120,13 @@ def test_pieces_are_in_order_and_nearly_equal(number, pieces):
     assert pipeline.pieces([2, 3, 4, 8, 9], number) == pieces
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("readers", [{"threads": n} for n in (0, 1, 3)] + [{"workers": 3}])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)])
-def test_threads_read_what_global_batch_reads(threads, mesh):
+def test_threads_and_workers_read_what_global_batch_reads(readers, mesh):
     sharding = batch_sharding(*mesh)
-    stream = open_stream(dataclasses.replace(CONFIG, threads=threads))
+    stream = open_stream(dataclasses.replace(CONFIG, **readers))
     with data.prefetch(stream, 5, sharding) as batches:
         for step in range(5, 10):
-            got, batch = next(batches)
-            assert got == step
-            assert_equal_batches(batch, data.global_batch(stream, step, sharding))
-
-
-def test_workers_read_what_global_batch_reads():
-    sharding = batch_sharding(2, 2, 1)
-    stream = open_stream(dataclasses.replace(CONFIG, workers=3))
-    with data.prefetch(stream, 2, sharding) as batches:
-        for step in range(2, 6):
             got, batch = next(batches)
             assert got == step
             assert_equal_batches(batch, data.global_batch(stream, step, sharding))
@@ -249,13 +230,9 @@ def test_limit_reaches_the_consumer_at_its_batch(damaged, workers):
 
 def test_errors_in_reading_ahead_reach_the_consumer(damaged):
     config = dataclasses.replace(damaged, size=9)
-    with (
-        data.prefetch(open_stream(config, 4), 0, batch_sharding(1, 1, 1)) as batches,
-        pytest.raises(
-            ValueError,
-            match=r"not one record can be used; the last: .*\.jpg \(the image is 8x8 and its",
-        ),
-    ):
+    message = r"not one record can be used; the last: .*\.jpg \(the image is 8x8 and its"
+    batches = data.prefetch(open_stream(config, 4), 0, batch_sharding(1, 1, 1))
+    with batches, pytest.raises(ValueError, match=message):
         next(batches)
 
 

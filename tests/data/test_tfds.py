@@ -63,6 +63,7 @@ def test_images_and_labels_belong_together(data_dir):
 
 
 def test_size_is_the_builders_config(data_dir):
+    assert pickle.loads(pickle.dumps(open_digits(data_dir)))[17] == open_digits(data_dir)[17]
     source = open_digits(data_dir, "test", name="sklearn_digits/32:1.0.0")
     assert transforms.decode_image(source[0]["image"], 1).size == (32, 32)
 
@@ -71,12 +72,6 @@ def test_part_of_a_split(data_dir):
     first, rest = open_digits(data_dir, "train[:100]"), open_digits(data_dir, "train[100:]")
     assert (len(first), len(rest)) == (100, 1337)
     assert rest[0] == open_digits(data_dir, "train")[100]
-
-
-def test_pickles(data_dir):
-    source = open_digits(data_dir)
-    again = pickle.loads(pickle.dumps(source))
-    assert again[17] == source[17]
 
 
 def test_open_source_takes_the_split_of_the_config(data_dir):
@@ -140,12 +135,9 @@ def test_wrong_split(data_dir):
         open_digits(data_dir, "dev")
 
 
-def test_dataset_that_is_not_prepared(tmp_path):
+def test_dataset_that_is_not_prepared_or_unknown(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar10 is not prepared in .*: tfds build cifar"):
         open_digits(str(tmp_path), name="cifar10")
-
-
-def test_unknown_dataset(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"knows no dataset 'nonesuch' and .* holds none"):
         open_digits(str(tmp_path), name="nonesuch")
 

@@ -48,10 +48,7 @@ def averages(unet):
         "model_ema." + n.removeprefix("model.").replace(".", ""): weight("ema" + n, x.shape)
         for n, x in unet.items()
     }
-    return copies | {
-        "model_ema.decay": np.float32(0.9999),
-        "model_ema.num_updates": np.int32(1000),
-    }
+    return copies | {"model_ema.decay": np.float32(0.9999), "model_ema.num_updates": np.int32(1000)}
 
 
 def kl():

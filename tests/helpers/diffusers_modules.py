@@ -8,12 +8,9 @@ from reference import weight
 torch = pytest.importorskip("torch", reason="torch is the reference here")
 
 COMMON = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (32, 64),
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64),
     "layers_per_block": 1,
-}
+}  # fmt: skip
 CROSS = {
     **COMMON,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -22,13 +19,10 @@ CROSS = {
     "attention_head_dim": 4,
 }
 PLAIN = {
-    **COMMON,
-    "in_channels": 6,
-    "out_channels": 3,
+    **COMMON, "in_channels": 6, "out_channels": 3,
     "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
-    "attention_head_dim": 8,
-}
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"), "attention_head_dim": 8,
+}  # fmt: skip
 SD2 = {
     **CROSS,
     "use_linear_projection": True,
@@ -36,13 +30,10 @@ SD2 = {
     "upcast_attention": True,
 }
 UPSCALER = {
-    **SD2,
-    "in_channels": 7,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "only_cross_attention": (False, True),
+    **SD2, "in_channels": 7, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "only_cross_attention": (False, True),
     "num_class_embeds": 20,
-}
+}  # fmt: skip
 VECTOR = {
     "class_embed_type": "projection",
     "projection_class_embeddings_input_dim": 5,
@@ -50,13 +41,10 @@ VECTOR = {
 }
 RESNET = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "attn_norm_num_groups": 32,
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"), "downsample_type": "resnet",
+    "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32,
     "attention_head_dim": None,
-}
+}  # fmt: skip
 LAYER = re.compile(r"(resnets|attentions|transformer_blocks|samplers)\.\d+$")
 UNETS = {
     "sd1": ("UNet2DConditionModel", CROSS),

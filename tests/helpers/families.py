@@ -8,12 +8,9 @@ FIRST_STAGE = schema.AutoencoderKLConfig(channels=32, channel_mult=(1, 2), num_r
 
 
 UNET = schema.UNetConfig(
-    model_channels=64,
-    channel_mult=(1, 2, 2),
-    num_res_blocks=1,
-    attention_downsample=(2, 1),
+    model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, attention_downsample=(2, 1),
     context_dim=64,
-)
+)  # fmt: skip
 
 
 SECOND = dataclasses.replace(
@@ -54,20 +51,12 @@ F4 = dataclasses.replace(FIRST_STAGE, channel_mult=(1, 2, 2))
 
 
 UPSCALER = model(
-    SECOND,
-    schema.HybridCondConfig(OPEN_TEXT, schema.UpscaleCondConfig()),
-    schema.DiffusionConfig(beta_start=1e-4, beta_end=0.02, prediction="v"),
-    size=512,
-    first_stage=F4,
-    in_channels=7,
-    num_classes=1000,
-    num_heads=8,
-    num_head_channels=None,
-    attention_downsample=(4, 2),
-    channel_mult=(1, 2, 4),
-    context_dim=64,
+    SECOND, schema.HybridCondConfig(OPEN_TEXT, schema.UpscaleCondConfig()),
+    schema.DiffusionConfig(beta_start=1e-4, beta_end=0.02, prediction="v"), size=512,
+    first_stage=F4, in_channels=7, num_classes=1000, num_heads=8, num_head_channels=None,
+    attention_downsample=(4, 2), channel_mult=(1, 2, 4), context_dim=64,
     only_cross_attention=(True, True, False),
-)
+)  # fmt: skip
 
 
 FAMILIES = {

@@ -3,13 +3,9 @@
 import text_model
 
 SD_SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
 
 
 def clip_tokenizer(folder):
@@ -45,16 +41,10 @@ def unet(in_channels=4, width=32, **options):
 
     options = {"attention_head_dim": 4, **options}
     return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=width,
-        **options,
-    ).eval()
+        sample_size=8, in_channels=in_channels, out_channels=4, block_out_channels=(32, 64),
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=width, **options,
+    ).eval()  # fmt: skip
 
 
 def clip_text(tokenizer, **options):
@@ -62,27 +52,17 @@ def clip_text(tokenizer, **options):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **options,
-    )
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **options,
+    )  # fmt: skip
     return CLIPTextModel(config).eval()
 
 
 def stable_diffusion(folder, kind="v1"):
     """StableDiffusionPipeline ("v1", "v") or StableDiffusionInpaintPipeline ("inpaint")."""
     import torch
-    from diffusers import (
-        DDIMScheduler,
-        StableDiffusionInpaintPipeline,
-        StableDiffusionPipeline,
-    )
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
     torch.manual_seed(0)
     tokenizer = clip_tokenizer(folder.parent / f"{folder.name}_tokenizer")
@@ -93,15 +73,11 @@ def stable_diffusion(folder, kind="v1"):
         text = {"hidden_act": "gelu"}
     cls = StableDiffusionInpaintPipeline if kind == "inpaint" else StableDiffusionPipeline
     made = cls(
-        vae=autoencoder(quiet=kind == "inpaint"),
-        text_encoder=clip_text(tokenizer, **text),
-        tokenizer=tokenizer,
-        unet=unet(in_channels=9 if kind == "inpaint" else 4, **options),
-        scheduler=DDIMScheduler(**scheduler),
-        safety_checker=None,
-        feature_extractor=None,
+        vae=autoencoder(quiet=kind == "inpaint"), text_encoder=clip_text(tokenizer, **text),
+        tokenizer=tokenizer, unet=unet(in_channels=9 if kind == "inpaint" else 4, **options),
+        scheduler=DDIMScheduler(**scheduler), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    )
+    )  # fmt: skip
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(folder)
     return made
@@ -121,22 +97,14 @@ def latent_diffusion(folder):
     words = text_model.bert_tokenizer(folder.parent / f"{folder.name}_tokenizer")
     tokenizer = BertTokenizer.from_pretrained(words)
     bert = LDMBertConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=77,
-        encoder_layers=2,
-        encoder_ffn_dim=128,
-        encoder_attention_heads=2,
-        head_dim=8,
-        d_model=32,
-    )
+        vocab_size=len(tokenizer), max_position_embeddings=77, encoder_layers=2,
+        encoder_ffn_dim=128, encoder_attention_heads=2, head_dim=8, d_model=32,
+    )  # fmt: skip
     scheduler = {k: v for k, v in SD_SCHEDULER.items() if not k.startswith(("set_", "steps_"))}
     made = LDMTextToImagePipeline(
-        vqvae=autoencoder(levels=4),
-        bert=LDMBertModel(bert).eval(),
-        tokenizer=tokenizer,
-        unet=unet(),
-        scheduler=DDIMScheduler(**scheduler),
-    )
+        vqvae=autoencoder(levels=4), bert=LDMBertModel(bert).eval(), tokenizer=tokenizer,
+        unet=unet(), scheduler=DDIMScheduler(**scheduler),
+    )  # fmt: skip
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(folder)
     return made

@@ -1,6 +1,7 @@
 """Tiny models with random weights for the sampling tasks: images of 16x16, latents of 8x8."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -54,17 +55,18 @@ def sample(task, *flags):
     return cli.run("ldm-sample", main.sample, [task, "--steps", "2", *map(str, flags)])
 
 
-def again(image, out):
+def again(image, *flags):
     """Exit code of `ldm-sample again`."""
-    return cli.run("ldm-sample", main.sample, ["again", str(image), "--out", str(out)])
+    return cli.run("ldm-sample", main.sample, ["again", *map(str, (image, *flags))])
 
 
 def assert_one_line(task, capsys, message, *flags):
-    """The command fails, and says so in one line on stderr that holds `message`."""
+    """The command fails, says so in one line on stderr that holds `message`, and writes nothing."""
     assert sample(task, *flags) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ldm-sample: error: ")
     assert message in line
+    assert "--out" not in flags or not pathlib.Path(flags[flags.index("--out") + 1]).exists()
 
 
 def write_png(path, values):

@@ -100,10 +100,6 @@ def hinge(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def vanilla(real, fake):
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-
-
 def quantized(codebook, z, beta):
     """(codes with the gradient of z, loss of `VectorQuantizer2` with legacy=True), z NCHW."""
     flat = z.permute(0, 2, 3, 1)
@@ -111,35 +107,3 @@ def quantized(codebook, z, beta):
     codes = codebook[indices]
     loss = ((codes.detach() - flat) ** 2).mean() + beta * ((codes - flat.detach()) ** 2).mean()
     return (flat + (codes - flat).detach()).permute(0, 3, 1, 2), loss
-
-
-def golden(image, reconstruction, features, weight):
-    """What these make of two batches [B, H, W, c], under weights by name: see `reference.weight`.
-
-    LPIPS of width 4, a discriminator of width 8 with 2 layers and each norm, and the adaptive
-    weight of a last convolution of `features` on which both losses depend linearly.
-    """
-    a, b = nchw(image), nchw(reconstruction)
-    distance = LPIPS(4)
-    _fill(distance, weight)
-    with torch.no_grad():
-        found = {"lpips": distance(a, b).flatten().numpy()}
-    for norm in ("batch", "act"):
-        net = patch_gan(3, 8, 2, norm)
-        _fill(net, weight)
-        with torch.no_grad():
-            found[f"{norm}_train"] = nhwc(net.train()(b))
-            found[f"{norm}_eval"] = nhwc(net.eval()(a))
-    kernel = torch.zeros(3, features.shape[-1], 3, 3, requires_grad=True)
-    images = b + F.conv2d(nchw(features), kernel, padding=1)
-    nll, generator = (a - images).abs().sum() / len(a), -net(images).mean()
-    found["d_weight"] = adaptive_weight(nll, generator, kernel, 0.5).numpy()
-    return found
-
-
-def _fill(module, weight):
-    """Sets the parameters, but not the buffers, by name."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if not isinstance(module, nn.Sequential) or not name.endswith((".loc", ".scale")):
-                p.copy_(torch.tensor(weight(name, tuple(p.shape))))

@@ -25,10 +25,7 @@ def two(tmp_path, command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = []
     try:
         for i in range(2):

@@ -106,13 +106,10 @@ def test_levels_with_attention_are_not_tiled():
     [
         (KL, {"tile": (24, 32)}, r"tile \(24, 32\): .* 12 pixels .* at least 28"),
         (KL, {"tile": TILE, "levels": 0}, "levels=0 .* no level to tile"),
-        (
-            schema.AutoencoderKLConfig(**SMALL, attention_downsample=(1,)),
-            {"tile": TILE},
-            r"attention_downsample=\(1,\): there is no level to tile",
-        ),
+        (schema.AutoencoderKLConfig(**SMALL, attention_downsample=(1,)), {"tile": TILE},
+         r"attention_downsample=\(1,\): there is no level to tile"),
     ],
-)
+)  # fmt: skip
 def test_impossible_tiles_are_refused(config, arguments, message):
     with pytest.raises(ValueError, match=message):
         shape_of(config, draw(1, 16, 10, 4), **arguments)

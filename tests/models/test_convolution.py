@@ -14,12 +14,7 @@ SAME = ((1, 1), (1, 1))
 
 def reference(x, kernel, strides, padding):
     return convolution.xla(
-        x,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision="highest",
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
     )
 
 

@@ -58,25 +58,6 @@ def test_every_layer_against_torch(weights, run):
 
 
 @pytest.mark.torch
-def test_against_torch_fidelity_itself(weights, run, tmp_path):
-    fidelity = pytest.importorskip(
-        "torch_fidelity.feature_extractor_inceptionv3",
-        reason="torch-fidelity is not installed (it needs torchvision)",
-        exc_type=ImportError,
-    )
-    import torch
-
-    torch.save({k: torch.as_tensor(v) for k, v in weights.items()}, tmp_path / "weights.pth")
-    layers = ("64", "192", "768", "2048", "logits_unbiased", "logits")
-    network = fidelity.FeatureExtractorInceptionV3(
-        "inception", list(layers), feature_extractor_weights_path=tmp_path / "weights.pth"
-    )
-    found = run(inception.prepare(nhwc(PIXELS).astype(np.float32)))
-    for name, expected in zip(layers, network(torch.as_tensor(PIXELS)), strict=True):
-        close(found[name], expected.numpy())
-
-
-@pytest.mark.torch
 @pytest.mark.parametrize("how", ["torch_fidelity", "pytorch_fid"])
 @pytest.mark.parametrize("size", [(40, 64), (299, 299), (512, 311)])
 def test_preparation(how, size):

@@ -1,5 +1,7 @@
 """One piece ahead."""
 
+import pytest
+
 from ldm_jax.runtime import overlap
 
 
@@ -9,3 +11,15 @@ def test_a_call_is_dispatched_before_the_one_before_it_is_fetched():
         events.append((call, out))
     assert events == ["a", "b", ("a", "A"), "c", ("b", "B"), ("c", "C")]
     assert list(overlap.prefetch([], str)) == []
+
+
+def test_what_is_done_is_not_lost_with_what_fails_after_it():
+    def dispatch(call):
+        if call == "c":
+            raise KeyboardInterrupt
+        return call.upper()
+
+    found = overlap.prefetch("abcd", dispatch)
+    assert [next(found), next(found)] == [("a", "A"), ("b", "B")]
+    with pytest.raises(KeyboardInterrupt):
+        next(found)

@@ -23,18 +23,14 @@ PARAMS = {
 def test_a_new_run_is_made_and_found_again(tmp_path):
     workdir = tmp_path / "deep" / "run"
     assert not rundir.is_run(workdir)
+    workdir.mkdir(parents=True)
+    (workdir / ".hidden").touch()  # else empty
     run, changed = rundir.open_run(str(workdir), CONFIG)
     assert changed == []
     assert rundir.is_run(workdir)
     assert rundir.read_config(run) == CONFIG
-    assert sorted(p.name for p in workdir.iterdir()) == ["config.json"]
+    assert sorted(p.name for p in workdir.iterdir()) == [".hidden", "config.json"]
     assert rundir.open_run(workdir, CONFIG) == (run, [])
-
-
-def test_an_empty_directory_becomes_a_run(tmp_path):
-    (tmp_path / ".hidden").touch()
-    rundir.open_run(tmp_path, CONFIG)
-    assert rundir.is_run(tmp_path)
 
 
 def test_execution_fields_may_change_and_are_told(tmp_path):

@@ -1,5 +1,6 @@
 """`ldm-sample again`: what it takes from a PNG, and images of tasks that have no such test."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,12 @@ LAYOUT = schema.BERTTextConfig(
     vocab_size=64, max_length=8, width=32, num_layers=1, num_heads=2, head_width=16
 )
 CONTEXT = task_models.CONTEXT
+MODELS = {  # condition, tokenizer, changes of the UNet
+    "class": (CLASSES, None, CONTEXT),
+    "upscaler": (UPSCALE, "bytes", {"in_channels": 7, "num_classes": 31, **CONTEXT}),
+    "map": (schema.SemanticCondConfig(num_classes=5, stages=1), None, {"in_channels": 7}),
+    "layout": (schema.LayoutCondConfig(LAYOUT), None, CONTEXT),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,53 +46,31 @@ def files(tmp_path_factory):
     return folder
 
 
+# task, kind of model, name of a picture, flags
+DRAWN = """\
+unconditional class 00005_seed3 --num-images 6
+inpaint class 00001_b_class2_seed3 --images a.png b.png --masks mask_a.png mask_b.png --labels 1 2
+superres upscaler 00004_small_b_seed3 --images small_a.png small_b.png --num-images 3 --prompt x
+semantic map 00003_map_b_seed3 --maps map_a.png map_b.png --num-images 3 --eta 1
+layout2img layout 00005_b_seed3 --boxes a.json b.json --num-images 3 --solver ddpm
+variations class 00004_leg0_004 --seeds 3 4 --labels 1 2 --num-images 6
+invert class 00001_b_class1_seed3 --images a.png b.png --labels 1
+megapixel class 00001_class2_seed3 --labels 2 --height 32 --width 16 --window 16 --stride 8
+""".splitlines()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "model", "flags", "name"),
-    [
-        ("unconditional", (CLASSES, None, CONTEXT), "--num-images 6", "00005_seed3"),
-        (
-            "inpaint",
-            (CLASSES, None, CONTEXT),
-            "--images {f}/a.png {f}/b.png --masks {f}/mask_a.png {f}/mask_b.png --labels 1 2"
-            " --num-images 3",
-            "00004_b_class2_seed3",
-        ),
-        (
-            "superres",
-            (UPSCALE, "bytes", {"in_channels": 7, "num_classes": 31, **CONTEXT}),
-            "--images {f}/small_a.png {f}/small_b.png --num-images 3 --prompt x",
-            "00004_small_b_seed3",
-        ),
-        (
-            "semantic",
-            (schema.SemanticCondConfig(num_classes=5, stages=1), None, {"in_channels": 7}),
-            "--maps {f}/map_a.png {f}/map_b.png --num-images 3 --eta 1",
-            "00003_map_b_seed3",
-        ),
-        (
-            "layout2img",
-            (schema.LayoutCondConfig(LAYOUT), None, CONTEXT),
-            "--boxes {f}/a.json {f}/b.json --num-images 3 --solver ddpm --guidance-scale 2",
-            "00005_b_seed3",
-        ),
-        (
-            "variations",
-            (CLASSES, None, CONTEXT),
-            "--seeds 3 4 --labels 1 2 --num-images 6",
-            "00004_leg0_004",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
-)
-def test_an_image_is_drawn_again(files, tmp_path, capsys, task, model, flags, name):
-    cond, tokenizer, changes = model
+@pytest.mark.parametrize("asked", DRAWN, ids=lambda line: line.split()[0])
+def test_an_image_is_drawn_again(files, tmp_path, capsys, asked):
+    task, kind, name, *flags = asked.split()
+    cond, tokenizer, changes = MODELS[kind]
     run = task_models.save(task_models.make(cond, tokenizer, **changes), tmp_path)
-    flags = ["--model", run, "--out", tmp_path / "out", *flags.format(f=files).split()]
-    assert task_models.sample(task, *flags, "--seed", 3, "--batch-size", 4) == 0
-    one = tmp_path / "out" / f"{name}.png"
-    capsys.readouterr()
-    assert task_models.again(one, tmp_path / "again") == 0
+    flags = ["--model", run, "--out", tmp_path / "out", *flags, "--seed", 3, "--batch-size", 4]
+    with contextlib.chdir(files):
+        assert task_models.sample(task, *flags) == 0
+        one = tmp_path / "out" / f"{name}.png"
+        capsys.readouterr()
+        assert task_models.again(one, "--out", tmp_path / "again") == 0
     assert capsys.readouterr().err.endswith(f"equal to {one}, pixel for pixel\n")
     new = task_models.pixels(tmp_path / "again" / one.name)
     np.testing.assert_array_equal(new, task_models.pixels(one))
@@ -96,18 +81,9 @@ def test_an_image_is_drawn_again(files, tmp_path, capsys, task, model, flags, na
 # --- a PNG from anywhere --------------------------------------------------------------------------
 
 KEPT = {
-    "task": "text2img",
-    "model": "somewhere",
-    "prompt": "a cat",
-    "steps": 2,
-    "seed": 7,
-    "first_index": 1,
-    "num_images": 1,
-    "index": 1,
-    "call": [4, 2],
-    "guided": True,
-    "files": {},
-    "made_with": {"ldm_jax": "0.1.0"},
+    **{"task": "text2img", "model": "somewhere", "prompt": "a cat", "steps": 2, "seed": 7},
+    **{"first_index": 1, "num_images": 1, "index": 1, "call": [4, 2], "guided": True},
+    **{"files": {}, "made_with": {"ldm_jax": "0.1.0"}},
 }
 LEFT = {
     *("out", "overwrite", "resume", "save_latents", "npz", "export", "export_platforms"),

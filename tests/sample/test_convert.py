@@ -130,12 +130,10 @@ def test_a_failure_leaves_nothing(source, model, tmp_path, capsys):
         (["{tmp}/none", "{tmp}/x", "--to", "ldm_jax"], "none: does not exist"),
         (["{tmp}", "{tmp}-x", "--to", "ldm_jax"], "is not a run directory (no config.json), nor a"),
         (["{tmp}/a.yaml", "{tmp}/x", "--to", "ldm_jax"], "is a configuration; give the checkpoint"),
-        (
-            ["{source}", "{tmp}/x", "--to", "ldm_jax", "--config", "a"],
-            "config=a is of a checkpoint",
-        ),
+        (["{source}", "{tmp}/x", "--to", "ldm_jax", "--config", "a"],
+         "config=a is of a checkpoint"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line(source, tmp_path, capsys, flags, message):
     (tmp_path / "a.yaml").write_text("")
     assert run(*(f.format(source=source, tmp=tmp_path) for f in flags)) == 1

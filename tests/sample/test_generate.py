@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 import task_models
-from PIL import Image
+from task_models import again, assert_one_line, pixels, sample
 
 from ldm_jax import export, schema
-from ldm_jax.runtime import cli, images
-from ldm_jax.sample import draw, generate, img2img, main, program, progress, request
+from ldm_jax.runtime import images
+from ldm_jax.sample import draw, generate, img2img, program, progress, request
 from ldm_jax.sample.options import Options
 
 
@@ -37,16 +37,6 @@ def what(run, photo):
     """The plan of two images from a photo, of which two of four levels run."""
     flags = {"steps": 4, "strength": 0.5, "labels": (1, 3), "images": (str(photo),)}
     return img2img.request(img2img.Options(model=str(run), out="", **flags))
-
-
-def sample(task, *flags):
-    """Exit code of the command."""
-    return cli.run("ldm-sample", main.sample, [task, *map(str, flags)])
-
-
-def pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
 
 
 def test_what_an_image_starts_from_is_donated(what):
@@ -103,13 +93,12 @@ def test_previews_are_of_levels_that_ran(start, count, number, expected):
 
 
 def test_an_image_of_a_photo_is_drawn_again(run, photo, tmp_path, capsys):
-    flags = ["--model", run, "--out", tmp_path / "out", "--steps", 2, "--images", photo]
+    flags = ["--model", run, "--out", tmp_path / "out", "--images", photo]
     assert sample("img2img", *flags, "--labels", 1, 3, "--num-images", 3, "--batch-size", 4) == 0
     one = tmp_path / "out" / "00004_photo_class3_seed0.png"
-    again = ["again", one, "--model"]
     moved = run.rename(run.parent / "moved")
     try:
-        assert sample(*again, moved, "--out", tmp_path / "again") == 0
+        assert again(one, "--model", moved, "--out", tmp_path / "again") == 0
     finally:
         moved.rename(run)
     assert capsys.readouterr().err.endswith(f"equal to {one}, pixel for pixel\n")
@@ -117,17 +106,17 @@ def test_an_image_of_a_photo_is_drawn_again(run, photo, tmp_path, capsys):
 
     before = photo.read_bytes()
     photo.write_bytes(before + b" ")
-    assert sample(*again, run, "--out", tmp_path / "other") == 1
+    assert again(one, "--model", run, "--out", tmp_path / "other") == 1
     photo.write_bytes(before)
     assert capsys.readouterr().err.endswith(f"was made from {photo}, which has changed since\n")
-    assert sample("again", tmp_path / "out" / "grid.png") == 1
+    assert again(tmp_path / "out" / "grid.png") == 1
     assert "grid.png: is a grid; give one of its 6 images" in capsys.readouterr().err
-    assert sample("again", photo) == 1
+    assert again(photo) == 1
     assert "carries no ldm_jax settings" in capsys.readouterr().err
 
 
 def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
-    flags = ["--model", run, "--labels", 2, "--num-images", 3, "--steps", 2, "--batch-size", 4]
+    flags = ["--model", run, "--labels", 2, "--num-images", 3, "--batch-size", 4]
     file = tmp_path / "sampler.bin"
     out = ["--out", tmp_path / "unused", "--export", file, "--export-platforms", "cpu", "tpu"]
     assert sample("class2img", *flags, *out) == 0
@@ -167,11 +156,7 @@ def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
-    given = ["--model", run, "--out", tmp_path / "out", "--steps", 2, *flags]
-    assert sample("class2img", *given) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "out").exists()
+    assert_one_line("class2img", capsys, message, "--model", run, "--out", tmp_path / "out", *flags)
 
 
 def test_a_bar_of_steps_is_for_a_cpu_with_a_terminal(monkeypatch):

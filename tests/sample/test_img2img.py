@@ -7,20 +7,16 @@ import numpy as np
 import pytest
 import reference
 import text_model
+from task_models import assert_one_line, sample
 
 from ldm_jax import latents, loading, sampling, saving, solvers
-from ldm_jax.runtime import cli, images
-from ldm_jax.sample import editing, img2img, main
+from ldm_jax.runtime import images
+from ldm_jax.sample import editing, img2img
 from ldm_jax.sample.inputs import read_images
 from ldm_jax.sample.options import null_batch
 from ldm_jax.sample.program import make_run
 
 STEPS = 5
-
-
-def sample(task, *flags):
-    """Exit code of the command."""
-    return cli.run("ldm-sample", main.sample, [task, *map(str, flags)])
 
 
 def picture(seed, *shape):
@@ -82,26 +78,8 @@ def test_between_the_image_is_noised_to_the_level_that_runs_first(model):
     assert [sampling.start_of(0.01 * s, 100) for s in (0, 29, 57, 100)] == [100, 71, 43, 0]
 
 
-def test_nothing_recompiles_for_another_request(model, run, batch):
-    first = run(model.params, batch, sampling.keys_of(0, [0, 1]), 2.0, 0.0, 2)[0]
-    compiled = run._cache_size()
-    for change, seed, scale, eta, start in (
-        ({"label": np.array([2, 0], np.int32)}, 0, 2.0, 0.0, 2),
-        ({"init": -batch["init"]}, 0, 2.0, 0.0, 2),
-        ({}, 5, 2.0, 0.0, 2),
-        ({}, 0, 7.5, 0.0, 2),
-        ({}, 0, 2.0, 1.0, 2),
-        ({}, 0, 2.0, 0.0, 1),
-        ({}, 0, 2.0, 0.0, 5),
-    ):
-        keys = sampling.keys_of(seed, [0, 1])
-        other = run(model.params, batch | change, keys, scale, eta, start)[0]
-        assert np.abs(other - first).max() > 1e-4, (change, seed, scale, eta, start)
-    assert run._cache_size() == compiled
-
-
 def test_files_of_a_model_of_classes(ldm_run, photos, tmp_path):
-    flags = ["--images", photos / "0.png", "--labels", 3, 1, "--num-images", 2, "--steps", 2]
+    flags = ["--images", photos / "0.png", "--labels", 3, 1, "--num-images", 2]
     assert sample("img2img", "--model", ldm_run, "--out", tmp_path, *flags) == 0
     names = ["00000_0_class3", "00001_0_class3", "00002_0_class1", "00003_0_class1"]
     assert {f.name for f in tmp_path.iterdir()} == {*(f"{n}_seed0.png" for n in names), "grid.png"}
@@ -114,7 +92,7 @@ def test_files_of_a_model_of_classes(ldm_run, photos, tmp_path):
 def test_a_model_of_text_takes_prompts_and_sizes(photos, tmp_path):
     saving.save(text_model.make(), tmp_path / "run", to="ldm_jax")
     flags = ["--images", photos / "0.png", photos / "2.png", "--height", 8, "--width", 12]
-    flags += ["--prompt", "a disc", "--steps", 2, "--num-images", 2]
+    flags += ["--prompt", "a disc", "--num-images", 2]
     assert sample("img2img", "--model", tmp_path / "run", "--out", tmp_path / "out", *flags) == 0
     kept = images.read_settings(tmp_path / "out" / "00003_2_a_disc_seed0.png")
     assert (kept["asked"], kept["guidance_scale"]) == ("a disc", 7.5)
@@ -133,7 +111,7 @@ def test_nothing_in_particular_is_the_null_class_or_the_empty_text(model):
 
 @pytest.mark.slow
 def test_unconditional_is_the_null_class(model, ldm_run, tmp_path):
-    flags = ["--num-images", 3, "--steps", 2, "--save-latents"]
+    flags = ["--num-images", 3, "--save-latents"]
     assert sample("unconditional", "--model", ldm_run, "--out", tmp_path, *flags) == 0
     assert (tmp_path / "grid.png").exists()
     assert len(list(tmp_path.glob("0*.png"))) == 3
@@ -175,18 +153,10 @@ def test_images_and_labels_pair_up():
         ("--images {p}/0.png --solver abc", "solver 'abc' is not one of ddim, ddpm"),
         ("--images {p}/0.png --spacing abc", "spacing 'abc' is not one of leading, "),
         ("--images {p}/0.png --solver ddpm --eta 1", "eta=1.0: solver 'ddpm' takes none"),
+        ("--guidance-scale 2", "nothing to guide; leave it at 1"),  # of unconditional
     ],
 )
 def test_bad_input_is_one_line(ldm_run, photos, tmp_path, capsys, flags, message):
     flags = flags.format(p=photos).split()
-    assert sample("img2img", "--model", ldm_run, "--out", tmp_path / "out", *flags) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ldm-sample: error: ")
-    assert message in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_unconditional_has_nothing_to_guide(ldm_run, tmp_path, capsys):
-    flags = ["--out", tmp_path / "out", "--guidance-scale", 2]
-    assert sample("unconditional", "--model", ldm_run, *flags) == 1
-    assert "nothing to guide; leave it at 1" in capsys.readouterr().err
+    task = "unconditional" if "nothing to guide" in message else "img2img"
+    assert_one_line(task, capsys, message, "--model", ldm_run, "--out", tmp_path / "out", *flags)

@@ -18,6 +18,9 @@ SCENE = {
     "size": [16, 32],
     "objects": [{"class": "dog", "box": [0, 16, 16, 32]}, {"class": 0, "box": [8, 0, 16, 32]}],
 }
+
+
+TYPO = {"objects": [{"class": "dgo", "box": [0, 0, 1, 1]}]}
 # a grid of 10 x 10: (class, upper left, lower right) of both, and the whole picture
 TOKENS = [[1, 40, 99, 0, 4, 99, 0, 99]]
 
@@ -61,11 +64,7 @@ def test_images_of_a_layout(run, files, tmp_path):
         ([[0, 0, 1, 1]] * 3, [], "scene.json: 3 objects, but the model takes at most 2"),
         ([[0, 0, 1, 2]], [], "scene.json: object 1: box [0, 0, 1, 2] lies outside the picture"),
         ([[0, 0, 1, 1]], ["--height", "15"], "--height 15 is not a multiple of 2"),
-        (
-            {"objects": [{"class": "dgo", "box": [0, 0, 1, 1]}]},
-            ["--class-names", "coco"],
-            "scene.json: object 1: unknown class 'dgo'",
-        ),
+        (TYPO, ["--class-names", "coco"], "scene.json: object 1: unknown class 'dgo'"),
         (None, [], "give --boxes FILE.json"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
@@ -78,4 +77,3 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, scene, flags, message):
     flags = [flag.format(none=tmp_path / "none") for flag in flags]
     common = ["--model", run, "--out", tmp_path / "out", *given]
     task_models.assert_one_line("layout2img", capsys, message, *common, *flags)
-    assert not (tmp_path / "out").exists()

@@ -12,8 +12,7 @@ import task_models
 from ldm_jax import latents, sampling, schema, sharding
 from ldm_jax.conditioning import Cond
 from ldm_jax.large import windows
-from ldm_jax.runtime import cli, images
-from ldm_jax.sample import main, megapixel
+from ldm_jax.sample import megapixel
 
 LABEL = schema.ClassCondConfig(num_classes=3, via="label")
 
@@ -47,6 +46,12 @@ def whole(run, tmp_path_factory):
     return z, task_models.pixels(out / "00000_class2_seed0.png")
 
 
+def windowed(model, how, height, width):
+    """The sampler of the public functions, over windows of the latent."""
+    wrap = {"wrap_model": lambda net: windows.windowed(net, **how), "decode": False}
+    return jax.jit(sampling.make_sampler(model, shape=(height, width, 4), steps=2, **wrap))
+
+
 def test_without_flags_and_with_one_window_it_is_the_plain_sampler(run, whole, tmp_path, capsys):
     assert whole[0].shape == (2, 16, 12, 4)
     for name, flags in (("plain", []), ("window", ["--window", 32])):
@@ -64,37 +69,23 @@ def test_windows_are_blended_at_every_step(plain, run, whole, tmp_path):
     flags = ["--window", 16, 12, "--stride", 8, "--at-once", 2, "--window-clip", 0.1, 0.3]
     found = drawn(tmp_path, run, *sized(32, 24, *flags, "--tie-clip", 0.2, 1))
     how = {"window": (8, 6), "stride": (4, 4), "clip": (0.1, 0.3), "tie_clip": (0.2, 1)}
-    sample = sampling.make_sampler(
-        plain, shape=(16, 12, 4), steps=2, wrap_model=lambda net: windows.windowed(net, **how),
-        decode=False,
-    )  # fmt: skip
     cond, null = (Cond(label=np.full(1, i)) for i in (2, 3))
-    draw = jax.jit(sample)
+    draw = windowed(plain, how, 16, 12)
     expected = draw(plain.params, cond, sampling.keys_of(0, [1]), null, 1.5)
     np.testing.assert_allclose(found[1:], expected / plain.latent_scale, atol=1e-4)
     assert np.abs(found - whole[0]).max() > 0.01
 
 
-def test_tiles_are_decoded_to_the_same_image(plain):
-    options = megapixel.Options(model="", out="", tile=(20,), tile_levels=1)
+@pytest.mark.parametrize("tile", [{"tile": (20,), "tile_levels": 1}, {"tile": (64,)}])
+def test_tiles_are_decoded_to_the_same_image(plain, tile):
+    options = megapixel.Options(model="", out="", **tile)
     _, decode = megapixel.way(plain, options, None, (16, 12, 4))
     stage, z = plain.params["first_stage"], reference.draw(1, 16, 12, 4)
-    expected = jax.jit(
-        lambda p, z: latents.decode(plain.first_stage, p, z, 1.0)
-    )(stage, z)  # fmt: skip
+    expected = jax.jit(lambda p, z: latents.decode(plain.first_stage, p, z, 1.0))(stage, z)
     np.testing.assert_allclose(jax.jit(decode)(stage, z), expected, atol=1e-4)
     _, small = megapixel.way(plain, dataclasses.replace(options, tile=(8,)), None, (16, 12, 4))
     with pytest.raises(ValueError, match="tiles reach"):
         jax.eval_shape(small, stage, z)
-
-
-@pytest.mark.slow
-def test_tiles_from_the_command_line(run, whole, tmp_path):
-    for name, flags in (("many", ["--tile", 20, "--tile-levels", 1]), ("one", ["--tile", 64])):
-        found = drawn(tmp_path / name, run, *sized(32, 24, *flags))
-        np.testing.assert_allclose(found, whole[0], atol=1e-5)
-        picture = task_models.pixels(tmp_path / name / "00000_class2_seed0.png")
-        assert np.abs(picture - whole[1]).max() <= 1
 
 
 def test_an_image_over_four_devices_has_the_same_pixels(run, whole, tmp_path, capsys):
@@ -143,12 +134,9 @@ def test_maps_are_cut_like_the_image(maps, tmp_path):
     onehot = np.eye(3, dtype=np.float32)[task_models.pixels(maps)]
     concat = onehot.reshape(1, 12, 2, 8, 2, 3).mean((2, 4))
     how = {"window": (8, 8), "stride": (4, 4)}
-    sample = sampling.make_sampler(
-        model, shape=(12, 8, 4), steps=2, decode=False,
-        wrap_model=lambda net: windows.windowed(net, **how),
-    )  # fmt: skip
-    draw = jax.jit(sample)
-    expected = draw(model.params, Cond(concat=concat), sampling.keys_of(0, [0]), None, 1.0)
+    expected = windowed(model, how, 12, 8)(
+        model.params, Cond(concat=concat), sampling.keys_of(0, [0]), None, 1.0
+    )
     np.testing.assert_allclose(found, expected / model.latent_scale, atol=1e-4)
     assert (tmp_path / "out" / "00000_street_seed0.png").exists()
 
@@ -192,18 +180,4 @@ def test_small_images_are_enlarged_window_by_window(tmp_path):
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
     out = ["--model", run, "--out", tmp_path / "out"]
-    message = message.format(run=run)
-    task_models.assert_one_line("megapixel", capsys, message, *out, *flags.split())
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_picture_says_how_to_draw_it_again(run, tmp_path, capsys):
-    drawn(tmp_path / "out", run, *sized(32, 16, "--window", 16, "--stride", 8))
-    path = tmp_path / "out" / "00001_class2_seed0.png"
-    kept = images.read_settings(path)
-    assert (kept["task"], kept["window"], kept["asked"]) == ("megapixel", [16], "2")
-    argv = ["again", str(path), "--out", str(tmp_path / "again")]
-    assert cli.run("ldm-sample", main.sample, argv) == 0
-    said = capsys.readouterr().err
-    assert "pixel for pixel" in said or "by up to 1 of 255" in said
+    task_models.assert_one_line("megapixel", capsys, message.format(run=run), *out, *flags.split())

@@ -212,11 +212,7 @@ def text_to_image(pipe, scheduler, **options):
     return pixels(theirs(PROMPTS, height=SIDE, width=SIDE, **given, **options).images)
 
 
-THRESHOLD = {
-    "thresholding": True,
-    "dynamic_thresholding_ratio": 0.8,
-    "sample_max_value": 1e6,
-}
+THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1e6}
 
 
 def test_thresholding_and_guidance_rescale(made, model, record_property):

@@ -9,8 +9,7 @@ import task_models
 from ldm_jax import neighbours, sampling, schema
 from ldm_jax.conditioning import Cond
 from ldm_jax.convert import clip_folder
-from ldm_jax.runtime import cli, images
-from ldm_jax.sample import main
+from ldm_jax.runtime import images
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +86,9 @@ def test_again_repeats_an_image(flags, photos, tmp_path, capsys):
     asked += ["--neighbours", 2, "--num-images", 1, "--index-file", tmp_path / "index.npz"]
     assert task_models.sample("retrieval", *flags, "--out", tmp_path / "out", *asked) == 0
     path = str(tmp_path / "out" / "00001_c_seed0.png")
-    argv = ["again", path, "--out", str(tmp_path / "again")]
-    assert cli.run("ldm-sample", main.sample, argv) == 0
+    assert task_models.again(path, "--out", tmp_path / "again") == 0
     said = capsys.readouterr().err
     assert "pixel for pixel" in said or "by up to 1 of 255" in said
-
-
-@pytest.mark.slow
-def test_without_neighbours_the_text_stands_alone(model, flags, tmp_path):
-    asked = ["--prompt", "red", "--num-images", 1, "--save-latents", "--guidance-scale", 1]
-    assert task_models.sample("retrieval", *flags, "--out", tmp_path, *asked) == 0
-    towers = clip_folder.load(flags[3])
-    context = unit(neighbours.embed_texts(towers, ["red"]))[:, None]
-    sample = sampling.make_sampler(model, shape=(8, 8, 4), steps=2, decode=False)
-    draw = jax.jit(sample)
-    expected = draw(model.params, Cond(context=context), sampling.keys_of(0, [0]), None, 1.0)
-    latents = model.latent_scale * np.load(tmp_path / "latents.npy")
-    np.testing.assert_allclose(latents, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

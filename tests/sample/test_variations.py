@@ -147,4 +147,3 @@ def test_rows_of_longer_paths():
 def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
     common = ["--model", run, "--out", tmp_path / "out"]
     task_models.assert_one_line("variations", capsys, message, *common, *flags)
-    assert not (tmp_path / "out").exists()

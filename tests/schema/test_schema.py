@@ -84,15 +84,13 @@ def test_json_may_write_floats_as_integers():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (
-            json.dumps({"format": serialize.FORMAT + 1, "config": {}}),
-            "here: format 2 is newer than 1",
-        ),
+        (json.dumps({"format": serialize.FORMAT + 1, "config": {}}),
+         "here: format 2 is newer than 1"),
         (json.dumps({"_class_name": "UNet2DConditionModel"}), "here: not a config written by"),
         (json.dumps([1]), "here: not a config written by"),
         ('{"format": 1, "conf', "here: is damaged, not JSON"),
     ],
-)
+)  # fmt: skip
 def test_other_files_are_refused(text, complaint):
     with pytest.raises(ValueError, match=complaint):
         serialize.from_json(text, "here")
@@ -108,11 +106,8 @@ def test_difference_separates_identity_from_execution():
         data=dataclasses.replace(BASE.data, threads=7, flip=False),
     )
     identity, execution = serialize.difference(BASE, changed)
-    assert identity == [
-        "data.flip: True -> False",
-        "batch_size: 8 -> 16",
-        "unet.dropout: 0.0 -> 0.5",
-    ]
+    flip, dropout = "data.flip: True -> False", "unet.dropout: 0.0 -> 0.5"
+    assert identity == [flip, "batch_size: 8 -> 16", dropout]
     assert execution == ["data.threads: 2 -> 7", "steps: 8 -> 99", "mesh.fsdp: 1 -> 2"]
     assert serialize.difference(BASE, BASE) == ([], [])
 

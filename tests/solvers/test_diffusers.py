@@ -14,10 +14,7 @@ from ldm_jax import diffusion, solvers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 SD = diffusion.make_schedule("scaled_linear")
 SHAPE = (3, 4, 4)
@@ -173,15 +170,12 @@ class ThirdOrder(diffusers.DPMSolverMultistepScheduler):
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
         ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-        (
-            "dpmpp_3m_sde",
-            ThirdOrder,
-            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"},
-        ),
+        ("dpmpp_3m_sde", ThirdOrder,
+         {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"}),
         ("unipc", "UniPCMultistepScheduler", {}),
         ("deis", "DEISMultistepScheduler", {"solver_order": 3}),
     ],
-)
+)  # fmt: skip
 def test_multistep(name, kind, options, steps, spacing, their_spacing, monkeypatch):
     low = kind == "DEISMultistepScheduler" or "final_sigmas_type" in options
     table = solvers.levels(SD, steps, spacing, "alphas_cumprod_0" if low else "one")

@@ -105,22 +105,6 @@ def test_trace_holds_what_the_denoiser_said():
     np.testing.assert_allclose(x_0, last, atol=1e-6)
 
 
-def test_new_arguments_do_not_recompile():
-    traces = []
-
-    @jax.jit
-    def counted(x, keys, eta, start):
-        traces.append(1)
-        solver = solvers.SOLVERS["ddim"](eta=eta)
-        return solvers.sample(solver, gaussian.denoise, LEVELS, x, keys, start=start)
-
-    outs = [counted(X, KEYS, 0.0, 0), counted(X, KEYS, 0.7, 0), counted(X, KEYS, 0.7, 3)]
-    outs += [counted(2 * X, KEYS, 0.7, 3), counted(X, KEYS[::-1], 0.7, 3)]
-    assert len(traces) == 1
-    for a in range(5):
-        assert not any(np.allclose(outs[a], outs[b], atol=1e-3) for b in range(a))
-
-
 @pytest.mark.parametrize("start", [None, 2], ids=["whole", "traced start"])
 def test_gradient_through_the_scan_equals_the_difference_quotient(start):
     levels = solvers.levels(SD, 20, "trailing")

@@ -56,8 +56,7 @@ QUICK = ("ddim", "plms", "heun", "dpmpp_2m")  # one of each kind: the others are
 
 
 @pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in solvers.SOLVERS],
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in solvers.SOLVERS]
 )
 def test_what_is_outside_the_hole_in_x_never_matters(name):
     @jax.jit

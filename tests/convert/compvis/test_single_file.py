@@ -121,18 +121,12 @@ def test_what_is_written_comes_back_from_the_bare_file(family, tmp_path):
     ("change", "message"),
     [
         (lambda t: {n: x for n, x in t.items() if not n.startswith("first")}, "no tensors named"),
-        (
-            lambda t: {n.replace("text_model", "x"): x for n, x in t.items()},
-            "no known text encoder",
-        ),
-        (
-            lambda t: (
-                t | {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((64, 6, 3, 3))}
-            ),
-            "takes 2 channels beside the latent: no known model",
-        ),
+        (lambda t: {n.replace("text_model", "x"): x for n, x in t.items()},
+         "no known text encoder"),
+        (lambda t: (t | {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((64, 6, 3, 3))}),
+         "takes 2 channels beside the latent: no known model"),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_known_is_refused(change, message):
     tensors = change(tensors_of(FAMILIES["Stable Diffusion 1"]))
     with pytest.raises(ValueError, match=message):

@@ -21,15 +21,11 @@ from ldm_jax.convert.compvis.yaml_options import (
 
 DDCONFIG = {
     **{
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 64,
-        "in_channels": 3,
-        "out_ch": 3,
+        "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3,
         "ch": 32,
     },
     **{"ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [32], "dropout": 0.0},
-}
+}  # fmt: skip
 FIRST_STAGE = {"embed_dim": 4, "monitor": "val/rec_loss", "lossconfig": {}, "ddconfig": DDCONFIG}
 QUANTIZED = {"embed_dim": 3, "n_embed": 64, "ddconfig": DDCONFIG | {"double_z": False}}
 
@@ -95,16 +91,9 @@ def test_options_of_golden_models_are_kept():
 def test_unet_options():
     got = unet_config(UNET | {"legacy": False, "use_checkpoint": True, "dropout": 0.1})
     assert got == schema.UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_downsample=(2, 1),
-        num_heads=8,
-        context_dim=16,
-        dropout=0.1,
-    )
+        in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+        attention_downsample=(2, 1), num_heads=8, context_dim=16, dropout=0.1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -115,19 +104,15 @@ def test_unet_options():
         ({"use_scale_shift_norm": True}, {"scale_shift_norm": True}),
         ({"resblock_updown": True}, {"resblock_updown": True}),
         ({"num_classes": 10}, {"num_classes": 10, "vector_dim": None}),
-        (
-            {"num_classes": "sequential", "adm_in_channels": 7},
-            {"num_classes": None, "vector_dim": 7},
-        ),
+        ({"num_classes": "sequential", "adm_in_channels": 7},
+         {"num_classes": None, "vector_dim": 7}),
         ({"num_res_blocks": [2, 2], "context_dim": [9]}, {"num_res_blocks": 2, "context_dim": 9}),
-        (
-            {"use_spatial_transformer": False, "context_dim": None},
-            {"spatial_transformer": False, "context_dim": None},
-        ),
+        ({"use_spatial_transformer": False, "context_dim": None},
+         {"spatial_transformer": False, "context_dim": None}),
         ({"disable_self_attentions": [True, False]}, {"only_cross_attention": (True, False)}),
         ({"disable_self_attentions": None}, {"only_cross_attention": ()}),
     ],
-)
+)  # fmt: skip
 def test_unet_option_becomes_field_and_goes_back(options, fields):
     config = unet_config(UNET | options)
     assert {name: getattr(config, name) for name in fields} == fields
@@ -183,14 +168,9 @@ def test_first_stage_options():
 def test_quantized_first_stage_options():
     trained = {"use_ema": True, "lr_g_factor": 2.0, "scheduler_config": {}, "remap": None}
     assert first_stage_config(QUANTIZED | trained) == schema.AutoencoderVQConfig(
-        channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_downsample=(2,),
-        z_channels=4,
-        embed_dim=3,
-        num_codes=64,
-    )
+        channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_downsample=(2,), z_channels=4,
+        embed_dim=3, num_codes=64,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{}, {"vq_interface": True}])

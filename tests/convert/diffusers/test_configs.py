@@ -12,37 +12,23 @@ SD2 = schema.UNetConfig(
     num_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, upcast_attention=True
 )
 UPSCALER = schema.UNetConfig(
-    in_channels=7,
-    model_channels=256,
-    channel_mult=(1, 2, 2, 4),
-    attention_downsample=(8, 4, 2),
-    context_dim=1024,
-    only_cross_attention=(True, True, True, False),
-    linear_projection=True,
+    in_channels=7, model_channels=256, channel_mult=(1, 2, 2, 4), attention_downsample=(8, 4, 2),
+    context_dim=1024, only_cross_attention=(True, True, True, False), linear_projection=True,
     num_classes=1000,
-)
+)  # fmt: skip
 CELEBA = schema.UNetConfig(
-    in_channels=3,
-    out_channels=3,
-    model_channels=224,
-    channel_mult=(1, 2, 3, 4),
-    attention_downsample=(8, 4, 2),
-    num_heads=None,
-    num_head_channels=32,
-    spatial_transformer=False,
+    in_channels=3, out_channels=3, model_channels=224, channel_mult=(1, 2, 3, 4),
+    attention_downsample=(8, 4, 2), num_heads=None, num_head_channels=32, spatial_transformer=False,
     context_dim=None,
-)
+)  # fmt: skip
 UNETS = {
-    "sd1": schema.UNetConfig(),
-    "sd2": SD2,
-    "depth": dataclasses.replace(SD2, in_channels=5),
-    "inpaint": schema.UNetConfig(in_channels=9),
-    "upscaler": UPSCALER,
+    "sd1": schema.UNetConfig(), "sd2": SD2, "depth": dataclasses.replace(SD2, in_channels=5),
+    "inpaint": schema.UNetConfig(in_channels=9), "upscaler": UPSCALER,
     "vector": schema.UNetConfig(vector_dim=24, scale_shift_norm=True, dropout=0.1),
     "celeba": CELEBA,
     "resnet": dataclasses.replace(CELEBA, scale_shift_norm=True, resblock_updown=True),
     "one head": dataclasses.replace(CELEBA, num_heads=1, num_head_channels=None),
-}
+}  # fmt: skip
 FIRST_STAGES = {
     "kl-f8": schema.AutoencoderKLConfig(),
     "kl-f16": schema.AutoencoderKLConfig(
@@ -50,13 +36,10 @@ FIRST_STAGES = {
     ),
     "vq-f4-noattn": schema.AutoencoderVQConfig(mid_attention=False),
     "vq-f8": schema.AutoencoderVQConfig(
-        channel_mult=(1, 2, 2, 4),
-        attention_downsample=(8,),
-        z_channels=4,
-        embed_dim=2,
+        channel_mult=(1, 2, 2, 4), attention_downsample=(8,), z_channels=4, embed_dim=2,
         num_codes=16384,
     ),
-}
+}  # fmt: skip
 
 
 def unet_options(**changed):

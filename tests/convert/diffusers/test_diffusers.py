@@ -99,26 +99,26 @@ def saved_unet(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_unet_computes_the_same(name, saved_unet):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=() if quick else pytest.mark.slow)
+        for name in UNETS
+        for shape in ((3, 4, 6, 1), (1, 6, 10, 7))  # alone on odd shapes
+        for quick in (shape[0] == 3 or name in ("sd1", "superres"),)
+    ],
+)
+def test_unet_computes_the_same(name, shape, saved_unet):
     theirs, model, params = saved_unet(name)
     assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in jax.tree.leaves(params))
     run = jax.jit(lambda params, given: model.apply({"params": params}, **given))
-    given = unet_inputs(model, 3, 4, 6, 1)
+    given = unet_inputs(model, *shape)
     assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
 
 
 def some(names, quick):
     """All names; those that are not in `quick` only where slow tests run."""
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-@pytest.mark.parametrize("name", some(UNETS, ("sd1", "superres")))
-def test_unet_computes_the_same_alone_on_odd_shapes(name, saved_unet):
-    theirs, model, params = saved_unet(name)
-    run = jax.jit(lambda params, given: model.apply({"params": params}, **given))
-    given = unet_inputs(model, 1, 6, 10, 7)
-    assert max_difference(run(params, given), run_theirs(theirs, given)[0]) <= 1e-4
 
 
 @pytest.mark.parametrize("name", some(UNETS, ("sd1", "depth", "upscaler", "resnet")))
@@ -167,6 +167,14 @@ def test_first_stage_computes_the_same(name, batch, height, width, tmp_path):
     assert max_difference([*jax.tree.leaves(encoded), decoded], expected) <= 1e-4
 
 
+def assert_same_text(theirs, model, params):
+    for batch, tokens in ((1, 77), (3, 5)):
+        ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids))[0].numpy()
+        assert max_difference(jax.jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_clip_text_computes_the_same(activation, prefix, tmp_path):
@@ -186,12 +194,7 @@ def test_clip_text_computes_the_same(activation, prefix, tmp_path):
     names[f"{prefix}embeddings.position_ids"] = np.arange(77)[None]  # as old files have it
     safetensors_file.write(tmp_path / "model.safetensors", names)
     params, config = diffusers.load_text_encoder(tmp_path)
-    model = clip.text_from_config(config, precision="highest")
-    for batch, tokens in ((1, 77), (3, 5)):
-        ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
-        with torch.no_grad():
-            expected = theirs(torch.tensor(ids)).last_hidden_state.numpy()
-        assert max_difference(jax.jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+    assert_same_text(theirs, clip.text_from_config(config, precision="highest"), params)
 
 
 def test_bert_computes_the_same(tmp_path):
@@ -199,22 +202,13 @@ def test_bert_computes_the_same(tmp_path):
 
     torch.manual_seed(0)
     options = theirs.LDMBertConfig(
-        vocab_size=40,
-        encoder_layers=2,
-        encoder_ffn_dim=96,
-        encoder_attention_heads=2,
-        head_dim=8,
+        vocab_size=40, encoder_layers=2, encoder_ffn_dim=96, encoder_attention_heads=2, head_dim=8,
         d_model=24,
-    )
+    )  # fmt: skip
     module = theirs.LDMBertModel(options).eval()
     module.save_pretrained(tmp_path)
     params, config = diffusers.load_text_encoder(tmp_path)
-    model = bert.from_config(config, precision="highest")
-    for batch, tokens in ((1, 77), (3, 5)):
-        ids = np.random.default_rng(0).integers(0, 39, (batch, tokens))
-        with torch.no_grad():
-            expected = module(torch.tensor(ids))[0].numpy()
-        assert max_difference(jax.jit(model.apply)({"params": params}, ids), expected) <= 1e-4
+    assert_same_text(module, bert.from_config(config, precision="highest"), params)
 
 
 # --- real sizes, by shape ------------------------------------------------------------------------
@@ -227,14 +221,11 @@ REAL = {
         "use_linear_projection": True,
     },
     "upscaler": {
-        "in_channels": 7,
-        "block_out_channels": [256, 512, 512, 1024],
+        "in_channels": 7, "block_out_channels": [256, 512, 512, 1024],
         "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
         "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"],
-        "only_cross_attention": [True, True, True, False],
-        "cross_attention_dim": 1024,
-        "use_linear_projection": True,
-        "num_class_embeds": 1000,
+        "only_cross_attention": [True, True, True, False], "cross_attention_dim": 1024,
+        "use_linear_projection": True, "num_class_embeds": 1000,
     },
     "celeba": {"attention_head_dim": 32},
     "kl-f8": {
@@ -251,12 +242,8 @@ REAL = {
         "num_vq_embeddings": 16384,
         "latent_channels": 4,
     },
-}
-CLASSES = {
-    "celeba": "UNet2DModel",
-    "kl-f8": "AutoencoderKL",
-    "vq-f8": "VQModel",
-}
+}  # fmt: skip
+CLASSES = {"celeba": "UNet2DModel", "kl-f8": "AutoencoderKL", "vq-f8": "VQModel"}
 
 
 @pytest.mark.parametrize("name", REAL)

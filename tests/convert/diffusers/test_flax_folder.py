@@ -18,61 +18,31 @@ from ldm_jax.convert import diffusers
 WIDTH, CONTEXT, WORDS = 32, 32, 600  # narrowest level, text encoder, rows of its table
 
 UNET = {
-    "_class_name": "FlaxUNet2DConditionModel",
-    "_diffusers_version": "0.14.0.dev0",
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
+    "_class_name": "FlaxUNet2DConditionModel", "_diffusers_version": "0.14.0.dev0",
+    "sample_size": 8, "in_channels": 4, "out_channels": 4,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [WIDTH, 2 * WIDTH],
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-    "cross_attention_dim": CONTEXT,
-    "dropout": 0.0,
-    "only_cross_attention": False,
-    "use_linear_projection": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "use_memory_efficient_attention": False,
-}
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "block_out_channels": [WIDTH, 2 * WIDTH],
+    "layers_per_block": 1, "attention_head_dim": 4, "cross_attention_dim": CONTEXT, "dropout": 0.0,
+    "only_cross_attention": False, "use_linear_projection": False, "flip_sin_to_cos": True,
+    "freq_shift": 0, "use_memory_efficient_attention": False,
+}  # fmt: skip
 VAE = {
-    "_class_name": "FlaxAutoencoderKL",
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [WIDTH, 2 * WIDTH],
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 16,
-}
+    "_class_name": "FlaxAutoencoderKL", "in_channels": 3, "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [WIDTH, 2 * WIDTH], "layers_per_block": 1, "act_fn": "silu",
+    "latent_channels": 4, "norm_num_groups": 32, "sample_size": 16,
+}  # fmt: skip
 TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "vocab_size": WORDS,
-    "max_position_embeddings": 16,
-    "hidden_size": CONTEXT,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-05,
-    "transformers_version": "4.24.0",
-}
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": WORDS,
+    "max_position_embeddings": 16, "hidden_size": CONTEXT, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05, "transformers_version": "4.24.0",
+}  # fmt: skip
 SCHEDULER = {
-    "_class_name": "FlaxPNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
+    "_class_name": "FlaxPNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+}  # fmt: skip
 INDEX = {
     "_class_name": "FlaxStableDiffusionPipeline",
     "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
@@ -157,25 +127,19 @@ def middle(name, width):
 def vae():
     w = WIDTH
     return {
-        **conv("encoder/conv_in", 3, w),
-        **resnet("encoder/down_blocks_0/resnets_0", w, w),
+        **conv("encoder/conv_in", 3, w), **resnet("encoder/down_blocks_0/resnets_0", w, w),
         **conv("encoder/down_blocks_0/downsamplers_0/conv", w, w),
-        **resnet("encoder/down_blocks_1/resnets_0", w, 2 * w),
-        **middle("encoder/mid_block", 2 * w),
-        **norm("encoder/conv_norm_out", 2 * w),
-        **conv("encoder/conv_out", 2 * w, 8),
-        **conv("quant_conv", 8, 8, 1),
-        **conv("post_quant_conv", 4, 4, 1),
-        **conv("decoder/conv_in", 4, 2 * w),
-        **middle("decoder/mid_block", 2 * w),
+        **resnet("encoder/down_blocks_1/resnets_0", w, 2 * w), **middle("encoder/mid_block", 2 * w),
+        **norm("encoder/conv_norm_out", 2 * w), **conv("encoder/conv_out", 2 * w, 8),
+        **conv("quant_conv", 8, 8, 1), **conv("post_quant_conv", 4, 4, 1),
+        **conv("decoder/conv_in", 4, 2 * w), **middle("decoder/mid_block", 2 * w),
         **resnet("decoder/up_blocks_0/resnets_0", 2 * w, 2 * w),
         **resnet("decoder/up_blocks_0/resnets_1", 2 * w, 2 * w),
         **conv("decoder/up_blocks_0/upsamplers_0/conv", 2 * w, 2 * w),
         **resnet("decoder/up_blocks_1/resnets_0", 2 * w, w),
-        **resnet("decoder/up_blocks_1/resnets_1", w, w),
-        **norm("decoder/conv_norm_out", w),
+        **resnet("decoder/up_blocks_1/resnets_1", w, w), **norm("decoder/conv_norm_out", w),
         **conv("decoder/conv_out", w, 3),
-    }
+    }  # fmt: skip
 
 
 def text_encoder():

@@ -1,5 +1,6 @@
 """Whole pipelines: from diffusers to ours and back, without a warning and bit for bit."""
 
+import functools
 import json
 import logging
 import pathlib
@@ -18,31 +19,16 @@ from ldm_jax.convert.formats import files
 torch = pytest.importorskip("torch", reason="torch is the reference here")
 pytestmark = pytest.mark.torch
 
+KL, VQ = schema.AutoencoderKLConfig, schema.AutoencoderVQConfig
 EXPECTED = {  # kind: (their pipeline, our conditioning, our first stage)
-    "v1": ("StableDiffusionPipeline", schema.TextCondConfig, schema.AutoencoderKLConfig),
-    "v": ("StableDiffusionPipeline", schema.TextCondConfig, schema.AutoencoderKLConfig),
-    "inpaint": (
-        "StableDiffusionInpaintPipeline",
-        schema.InpaintCondConfig,
-        schema.AutoencoderKLConfig,
-    ),
-    "depth": (
-        "StableDiffusionDepth2ImgPipeline",
-        schema.DepthCondConfig,
-        schema.AutoencoderKLConfig,
-    ),
-    "upscale": (
-        "StableDiffusionUpscalePipeline",
-        schema.UpscaleCondConfig,
-        schema.AutoencoderKLConfig,
-    ),
-    "bert": ("LDMTextToImagePipeline", schema.TextCondConfig, schema.AutoencoderKLConfig),
-    "uncond": ("LDMPipeline", type(None), schema.AutoencoderVQConfig),
-    "superres": (
-        "LDMSuperResolutionPipeline",
-        schema.SuperResCondConfig,
-        schema.AutoencoderVQConfig,
-    ),
+    "v1": ("StableDiffusionPipeline", schema.TextCondConfig, KL),
+    "v": ("StableDiffusionPipeline", schema.TextCondConfig, KL),
+    "inpaint": ("StableDiffusionInpaintPipeline", schema.InpaintCondConfig, KL),
+    "depth": ("StableDiffusionDepth2ImgPipeline", schema.DepthCondConfig, KL),
+    "upscale": ("StableDiffusionUpscalePipeline", schema.UpscaleCondConfig, KL),
+    "bert": ("LDMTextToImagePipeline", schema.TextCondConfig, KL),
+    "uncond": ("LDMPipeline", type(None), VQ),
+    "superres": ("LDMSuperResolutionPipeline", schema.SuperResCondConfig, VQ),
     "pixels": ("DDIMPipeline", type(None), schema.IdentityFirstStageConfig),
 }
 
@@ -51,27 +37,20 @@ def plain_unet(in_channels):
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=8,
-        in_channels=in_channels,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
+        sample_size=8, in_channels=in_channels, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    )  # fmt: skip
 
 
 def quantized():
     from diffusers import VQModel
 
     return VQModel(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        num_vq_embeddings=20,
-        vq_embed_dim=3,
-        sample_size=16,
-        scaling_factor=1.0,
-    )
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=20, vq_embed_dim=3,
+        sample_size=16, scaling_factor=1.0,
+    )  # fmt: skip
 
 
 def save_theirs(kind, folder):
@@ -110,39 +89,28 @@ def save_theirs(kind, folder):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """kind -> folder that diffusers wrote."""
-    folders = {}
 
+    @functools.cache
     def folder(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(kind) / "theirs"
-            save_theirs(kind, folders[kind])
-        return folders[kind]
+        save_theirs(kind, folder := tmp_path_factory.mktemp(kind) / "theirs")
+        return folder
 
     return folder
 
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    models = {}
-
-    def model(kind):
-        if kind not in models:
-            models[kind] = diffusers.load(saved(kind))
-        return models[kind]
-
-    return model
+    return functools.cache(lambda kind: diffusers.load(saved(kind)))
 
 
 @pytest.fixture(scope="module")
 def written(loaded, tmp_path_factory):
     """kind -> folder that we wrote."""
-    folders = {}
 
+    @functools.cache
     def folder(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(kind) / "ours"
-            diffusers.save(loaded(kind), folders[kind])
-        return folders[kind]
+        diffusers.save(loaded(kind), folder := tmp_path_factory.mktemp(kind) / "ours")
+        return folder
 
     return folder
 

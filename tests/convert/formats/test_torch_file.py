@@ -1,7 +1,6 @@
 """The reader of PyTorch files: against torch.save, and on files made by hand."""
 
 import collections
-import io
 import struct
 import sys
 
@@ -277,8 +276,3 @@ def test_what_is_no_file(tmp_path):
         torch_file.read(tmp_path / "gone")
     with pytest.raises(ValueError, match="no regular file"):
         torch_file.read("/dev/zero")
-
-
-def test_reading_from_memory_is_not_promised():
-    with pytest.raises(TypeError):
-        torch_file.read(io.BytesIO(b""))

@@ -140,20 +140,6 @@ def test_steps_move_every_parameter_and_statistic(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"fsdp": 4}], ids=str)
-def test_steps_on_four_devices_equal_those_on_one(alone, mesh, record_property):
-    """BatchNorm's statistics are those of the whole batch."""
-    state, metrics = recipes.steps(CONFIG, recipes.mesh_of(**mesh), STEPS)
-    found = recipes.largest_difference(state, alone[0])
-    record_property("largest_difference", found)
-    assert found < TOLERANCE
-    for a, b in zip(metrics, alone[1]):
-        assert a == pytest.approx(b, rel=1e-4)
-    kernel = state.disc_params["conv_1"]["kernel"]
-    assert kernel.addressable_shards[0].data.size * mesh["fsdp"] == kernel.size
-
-
-@pytest.mark.slow
 def test_accumulated_steps_equal_those_of_the_batch_without_batch_statistics():
     """ActNorm whose first batch is behind it: then a microbatch changes nothing."""
     disc = schema.DiscriminatorConfig(width=8, layers=2, norm="act")

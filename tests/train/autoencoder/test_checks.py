@@ -27,26 +27,16 @@ from ldm_jax.train import main
             "--loss.perceptual-vgg names no file: give VGG16 of torchvision, trained on ImageNet:"
             " vgg16-397923af.pth from",
         ),
-        (
-            "gan",
-            "--loss.perceptual-weight 1 --loss.perceptual-vgg FILE",
-            "--loss.perceptual-lin names no file: give the last layers of LPIPS",
-        ),
-        (
-            "gan",
-            "--loss.perceptual-weight 1 --loss.perceptual-vgg FILE --loss.perceptual-lin FILE",
-            "is not VGG16 of torchvision",
-        ),
-        (
-            "gan",
-            "--loss.perceptual-weight 1 --loss.perceptual-vgg no.pth --loss.perceptual-lin no.pth",
-            "no.pth: No such file or directory; wanted: VGG16 of torchvision",
-        ),
-        (
-            "gan",
-            "--loss.perceptual-weight 1 --loss.perceptual-vgg random --loss.perceptual-lin FILE",
-            "goes with a file in loss.perceptual_vgg, not with random features",
-        ),
+        ("gan", "--loss.perceptual-weight 1 --loss.perceptual-vgg FILE",
+         "--loss.perceptual-lin names no file: give the last layers of LPIPS"),
+        ("gan", "--loss.perceptual-weight 1 --loss.perceptual-vgg FILE --loss.perceptual-lin FILE",
+         "is not VGG16 of torchvision"),
+        ("gan",
+         "--loss.perceptual-weight 1 --loss.perceptual-vgg no.pth --loss.perceptual-lin no.pth",
+         "no.pth: No such file or directory; wanted: VGG16 of torchvision"),
+        ("gan",
+         "--loss.perceptual-weight 1 --loss.perceptual-vgg random --loss.perceptual-lin FILE",
+         "goes with a file in loss.perceptual_vgg, not with random features"),
         (
             "gan",
             "--loss.perceptual-weight 1 --loss.perceptual-vgg random --data.size 8"
@@ -54,7 +44,7 @@ from ldm_jax.train import main
             "LPIPS takes 3 channels (or 1, repeated) and sides of at least 16 pixels",
         ),
     ],
-)
+)  # fmt: skip
 def test_it_is_refused_and_the_option_named(tmp_path, capsys, stage, flags, complaint):
     other = tmp_path / "other.safetensors"
     safetensors_file.write(other, {"weight": np.zeros(3, np.float32)}, {})

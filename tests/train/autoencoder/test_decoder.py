@@ -178,10 +178,7 @@ def test_the_discriminator_of_a_run_goes_on_too(run, tmp_path, capsys, shown):
     [
         ("--train-only decoder", "--train-only decoder: give --init-from"),
         ("--init-from /nowhere", "/nowhere: does not exist"),
-        (
-            "--init-from RUN --model.channels 64",
-            "is another first stage (AutoencoderKLConfig(",
-        ),
+        ("--init-from RUN --model.channels 64", "is another first stage (AutoencoderKLConfig("),
     ],
 )
 def test_what_cannot_be_started_from_is_refused(

@@ -163,16 +163,13 @@ def _compiler_is_there(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "words", "kept"),
     [
-        (
-            "os.kill(os.getpid(), signal.SIGSEGV)",
-            ["ended by SIGSEGV", "known to crash on large"],
-            1,
-        ),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", ["ended by SIGSEGV", "known to crash on large"],
+         1),
         ("os.abort()", ["ended by SIGABRT", "[8, 8, 4096, 4096], 4.29 GB over all devices"], 1),
         ("os.kill(os.getpid(), signal.SIGKILL)", ["ended by SIGKILL", "memory runs out"], 0),
         ("sys.exit('F0101 check failed: x')", ["exit code 1: F0101 check failed: x"], 0),
     ],
-)
+)  # fmt: skip
 def test_a_dead_compiler_is_told(tmp_path, capsys, code, words, kept):
     result, out = planned(tmp_path, capsys, code)
     assert result == 1

@@ -159,10 +159,8 @@ def assert_same(a, b):
 
 def test_random_crops_are_written_several_times(first_stage_run, tmp_path):
     flags = ("--data.crop", "random", "--data.allow-upscale", "--cache.views", "3")
-    assert (
-        main.train(command(tmp_path / "c", first_stage_run, *flags, "--cache.dtype", "float16"))
-        == 0
-    )
+    flags += ("--cache.dtype", "float16")
+    assert main.train(command(tmp_path / "c", first_stage_run, *flags)) == 0
     found = cache.CacheSource(str(tmp_path / "c"), "train")[0]
     assert found["mean"].shape == (3, 2, 8, 8, 4)
     assert found["mean"].dtype == np.float16
@@ -232,13 +230,8 @@ def test_two_processes_write_the_files_of_one(cached, first_stage_run, tmp_path)
     path = tmp_path / "cache"
 
     def run(address):
-        return [
-            "-m",
-            "ldm_jax.train.main",
-            *command(path, first_stage_run),
-            "--distributed",
-            address,
-        ]
+        own = command(path, first_stage_run)
+        return ["-m", "ldm_jax.train.main", *own, "--distributed", address]
 
     with two(tmp_path, run) as processes:
         assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)

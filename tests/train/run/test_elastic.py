@@ -61,10 +61,7 @@ def test_a_mesh_that_does_not_fit_leaves_the_run_as_it_was(
 def test_it_goes_on_on_fewer_devices(tmp_path, ldm_run, first_stage_run, flags, record_property):
     half = recipes.copy_until(ldm_run, 12, tmp_path / "half")
     arguments = ldm_flags(first_stage_run, "--workdir", str(half), *flags.split())
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-m", "ldm_jax.train.main", "tiny:class", *arguments]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600

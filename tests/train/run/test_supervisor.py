@@ -111,7 +111,7 @@ def test_a_signal_is_passed_on_and_ends_the_restarts(supervise, tmp_path):
 
     threading.Thread(target=stop).start()
     code, said, starts = supervise(
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\ntime.sleep(60)",
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\ntime.sleep(60)"
     )
     assert (code, said, starts) == (cli.INTERRUPTED, [], 1)
 
@@ -173,14 +173,11 @@ def test_looking_for_checkpoints_leaves_the_devices_alone(tmp_path):
         ("tiny --restart never --steps 4", Restart(), "tiny --steps 4"),
         ("--restart on-failure tiny", Restart("on-failure"), "tiny"),
         ("tiny --restart=on-failure --max-restarts 2", Restart("on-failure", 2), "tiny"),
-        (
-            "tiny --restart on-failure --a.b_c d_e --restart-delay=0.5 --steps -4 --debug",
-            Restart("on-failure", 5, 0.5),
-            "tiny --a.b_c d_e --steps -4 --debug",
-        ),
+        ("tiny --restart on-failure --a.b_c d_e --restart-delay=0.5 --steps -4 --debug",
+         Restart("on-failure", 5, 0.5), "tiny --a.b_c d_e --steps -4 --debug"),
         ("encode tiny --distributed off --restart on-failure", Restart("on-failure"), None),
     ],
-)
+)  # fmt: skip
 def test_the_child_gets_every_option_but_those_of_restarts(monkeypatch, argv, restart, rest):
     called = []
     monkeypatch.setattr(main, "train", lambda argv: called.append((argv, Restart())))
