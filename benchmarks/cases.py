@@ -33,6 +33,8 @@ class UNet:
     size: int
     """Height and width of the latents."""
     train: bool
+    rank: int | None = None
+    """Rank of updates of the attentions that train beside frozen weights; None: all weights."""
 
     def inputs(self) -> dict[str, np.ndarray]:
         """x and target [B, H, W, 4], t int32 [B], context [B, 77, 768]."""
@@ -125,6 +127,10 @@ FAMILIES = {
         "full-forward-1": UNet(320, 1, 64, train=False),
         "full-training-1": UNet(320, 1, 32, train=True),
     },
+    "finetune": {
+        **{f"finetune-full-{b}": UNet(64, b, 32, train=True) for b in (1, 4)},
+        **{f"finetune-lora-{b}": UNet(64, b, 32, train=True, rank=4) for b in (1, 4)},
+    },
     "sampling": {
         "full-1": Sampling(320, 1, 64, steps=2, guided=False),
         **{f"reduced-{b}": Sampling(64, b, 32, steps=4, guided=False) for b in (1, 4, 16)},
@@ -149,7 +155,11 @@ DEFAULT = {
     ("sampling", "gpu"): ("guided-1", "guided-4", "guided-8", "guided-16", "operations-guided"),
 }
 """Cases of a family on a platform; all of them where it is not named."""
-REPORTS = {"unet": "unet_vs_diffusers", "sampling": "sampling_{platform}"}
+REPORTS = {
+    "unet": "unet_vs_diffusers",
+    "finetune": "finetune_vs_peft",
+    "sampling": "sampling_{platform}",
+}
 
 OURS, DIFFUSERS, TORCH, COMPILED = "ldm_jax", "diffusers", "torch", "torch.compile"
 PLAIN, CHANNELS_LAST = "ldm_jax, plain attention", "diffusers, channels_last"

@@ -1,5 +1,6 @@
 """The pages of `paired.py`: tables from the figures of all its processes."""
 
+import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator
@@ -121,7 +122,9 @@ def processes(report: dict, name: str, side: str) -> list[dict]:
 # --- the UNet ------------------------------------------------------------------------------------
 
 
-def unet_page(report: dict) -> str:
+def unet_page(
+    report: dict, title: str = "Stable Diffusion v1 UNet: ldm_jax against diffusers on torch"
+) -> str:
     """Times and ratios, then the split by kind of operation, then processes."""
     measured = {side for case in report["cases"].values() for side in case}
     sides = [side for side in cases.SIDES[cases.UNet] if side in measured]
@@ -137,7 +140,7 @@ def unet_page(report: dict) -> str:
     ]
     kinds = ["AdamW" if kind == cases.OUTSIDE else kind for kind in cases.KINDS]
     return page(
-        "# Stable Diffusion v1 UNet: ldm_jax against diffusers on torch",
+        f"# {title}",
         *machines(report),
         UNET_NOTE,
         table(["case", *sides, "ratio", "difference", "compilation"], times),
@@ -323,4 +326,12 @@ FIRST_STAGE_ROWS = {
     cases.Encode: encode_row,
     cases.LatentTraining: latent_row,
 }
-PAGES = {"unet": unet_page, "sampling": sampling_page, "first_stage": first_stage_page}
+FINETUNE = (
+    "A training step of all weights and of a LoRA: ldm_jax against diffusers and PEFT on torch"
+)
+PAGES = {
+    "unet": unet_page,
+    "finetune": functools.partial(unet_page, title=FINETUNE),
+    "sampling": sampling_page,
+    "first_stage": first_stage_page,
+}

@@ -13,9 +13,11 @@ import optax
 import sides
 import xla_kinds
 
-from ldm_jax import bundle, latents, sampling, schema, train_state
+from ldm_jax import bundle, latents, sampling, schema, sharding, train_state
+from ldm_jax.adapters import lora
 from ldm_jax.conditioning import Cond
 from ldm_jax.convert import diffusers
+from ldm_jax.convert.adapters import lora_files
 from ldm_jax.cost import flops
 from ldm_jax.models import attention, unet
 
@@ -48,7 +50,7 @@ def time_unet(job: sides.Job, case: cases.UNet) -> tuple[dict, np.ndarray]:
     params = jax.tree.map(jnp.array, params)  # copies, which training can give away
     sides.forget_peak()  # of loading
     net = unet.from_config(config, dtype=job.dtype, **bundle.kernels(None, job.variant))
-    start = training if case.train else forward
+    start = functools.partial(training, rank=case.rank) if case.train else forward
     run, program, about = start(net, params, case.inputs())
     figures, values = sides.measure(run, job.seconds)
     figures |= about
@@ -65,30 +67,51 @@ def forward(net: unet.UNet, params: dict, inputs: dict) -> tuple[Callable, Any, 
     return lambda: jax.block_until_ready(program(*given)), program, about
 
 
-def training(net: unet.UNet, params: dict, inputs: dict) -> tuple[Callable, Any, dict]:
-    """(run, program, its figures) of loss, gradients and AdamW."""
-    batch = jax.tree.map(jnp.array, inputs)
+def training(
+    net: unet.UNet, params: dict, inputs: dict, rank: int | None
+) -> tuple[Callable, Any, dict]:
+    """(run, program, its figures) of loss, gradients and AdamW, of all weights or of a LoRA."""
+    batch, frozen = jax.tree.map(jnp.array, inputs), {}
+    if rank is not None:
+        frozen, params = {"unet": params, "cond_stage": {}}, new_lora(params, rank)
     tx, _ = train_state.make_optimizer(schema.OptimizerConfig(learning_rate=cases.LEARNING_RATE))
 
-    def loss(params, batch):
+    def loss(params, given):
+        frozen, batch = given
+        if frozen:
+            params = lora.merged(frozen, [(lora.from_tree(params), 1.0)])["unet"]
         out = net.apply({"params": params}, batch["x"], batch["t"], batch["context"])
         return jnp.mean(jnp.square(out - batch["target"])), {}
 
-    def step(state, batch):
+    def step(state, frozen, batch):
         params, opt_state = state
-        grads, metrics = train_state.gradients(loss, params, batch, 1)
+        grads, metrics = train_state.gradients(loss, params, (frozen, batch), 1)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), metrics["loss"]
 
     state = [(params, tx.init(params))]
-    program, about = compiled(jax.jit(step, donate_argnums=0), state[0], batch)
+    program, about = compiled(jax.jit(step, donate_argnums=0), state[0], frozen, batch)
 
     def run():
-        state[0], value = program(state[0], batch)
+        state[0], value = program(state[0], frozen, batch)
         jax.block_until_ready(state[0])
         return float(value)
 
     return run, program, about
+
+
+def new_lora(params: dict, rank: int) -> dict:
+    """Updates of the attentions, `down` by the module's name, as on the side of torch."""
+    tree = lora.to_tree(lora.init({"unet": params}, rank))
+
+    def down(path, leaf):
+        name = sharding.path_name(path)
+        if not name.endswith("/down"):
+            return leaf
+        module = lora_files.dotted("unet", name.removeprefix("unet/").removesuffix("/down"))
+        return jnp.array(cases.draw(module, leaf.shape[::-1], 1 / rank).T)
+
+    return jax.tree_util.tree_map_with_path(down, tree)
 
 
 # --- sampling ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import cases
 import diffusers
 import numpy as np
+import peft
 import sides
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -106,7 +107,10 @@ def time_unet(job: sides.Job, case: cases.UNet) -> tuple[dict, np.ndarray]:
     autocast = contextlib.nullcontext()
     if case.train:
         unet.train()
-        optimizer = torch.optim.AdamW(unet.parameters(), cases.LEARNING_RATE, fused=True)
+        if case.rank is not None:
+            add_lora(unet, case.rank)
+        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, cases.LEARNING_RATE, fused=True)
         if dtype != torch.float32:
             autocast = torch.autocast(device, dtype)
     else:
@@ -133,6 +137,17 @@ def time_unet(job: sides.Job, case: cases.UNet) -> tuple[dict, np.ndarray]:
     if job.split:
         figures["split"] = split(run, job)
     return {"parts": {"run": figures}}, np.array(values) if case.train else nhwc(values[0])
+
+
+def add_lora(unet: diffusers.UNet2DConditionModel, rank: int) -> None:
+    """PEFT's updates of the attentions beside frozen weights, as in the scripts of diffusers."""
+    unet.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    for name, parameter in unet.named_parameters():
+        if name.endswith(".lora_A.default.weight"):
+            module = name.removesuffix(".lora_A.default.weight")
+            parameter.data = torch.from_numpy(cases.draw(module, tuple(parameter.shape), 1 / rank))
 
 
 def nhwc(x: torch.Tensor) -> np.ndarray:

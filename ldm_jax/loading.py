@@ -1,7 +1,6 @@
 """Load a model from a path, whose kind is recognised by its files."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,10 +10,10 @@ from etils import epath
 from flax import errors
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, conditioning, diffusion, finite, schema, sharding
+from ldm_jax import bundle, diffusion, finite, schema, shapes, sharding
+from ldm_jax.adapters import lora, runs, textual_inversion
 from ldm_jax.convert import compvis, diffusers
 from ldm_jax.data import tokens
-from ldm_jax.models import autoencoder, unet
 from ldm_jax.runtime import checkpoint, reading, rundir
 
 CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
@@ -172,6 +171,7 @@ def _load_run(
     if isinstance(config, schema.AutoencoderTrainConfig):
         return _load_first_stage_run(run, config, step, ema, mesh, dtype, param_dtype)
     trained, _ = weights(run, config, step, ema)
+    trained = {**(kept_base(run, config) or {}), **trained}
     kept, known = kept_first_stage(run), rundir.read_latents(run)
     if kept is None or known is None:
         raise FileNotFoundError(f"{run}: frozen/ or latents.json is missing: copy the whole run")
@@ -186,6 +186,10 @@ def _load_run(
         "first_stage": first_stage,
         "cond_stage": _cond_stage(run, text, trained),
     }
+    if "lora" in trained:
+        settings: schema.LoRAConfig = getattr(config, "lora")  # noqa: B009
+        update = lora.from_tree(trained["lora"], settings.alpha)
+        params = jax.device_get(lora.merged(params, [(update, 1.0)]))
     params = jax.tree.map(lambda x: np.asarray(x).astype(param_dtype, copy=False), params)
     finite.check_tree(params, str(run))
     model = bundle.build(
@@ -197,7 +201,42 @@ def _load_run(
     )
     if text is None:
         return dataclasses.replace(model, classes=_classes(run, config.cond))
-    return dataclasses.replace(model, tokenizer=kept_tokenizer(run, text.encoder.max_length))
+    model = dataclasses.replace(model, tokenizer=kept_tokenizer(run, text.encoder.max_length))
+    if isinstance(config, schema.TextualInversionTrainConfig):
+        vectors = jnp.asarray(trained["embedding"]["vectors"], param_dtype)
+        model = textual_inversion.added(model, [textual_inversion.Embedding(config.token, vectors)])
+    return model
+
+
+def kept_base(run: epath.PathLike, config: schema.TrainConfig) -> dict | None:
+    """Host {"unet"}, or {"unet", "cond_stage"} of a model without text, that an adapter was trained
+    beside; None in another run.
+
+    ValueError if the model that the run names, where it keeps none, is another one by now.
+    """
+    if not runs.trains_adapter(config):
+        return None
+    wanted = runs.base_shapes(config)
+    kept = rundir.read_frozen(run, "unet", lambda _: wanted["unet"])
+    elsewhere = rundir.read_base(run)
+    if kept is not None:
+        base = {"unet": kept[0]}
+    elif elsewhere is not None:
+        model = load(elsewhere["path"], param_dtype=elsewhere["dtype"])
+        base = {"unet": jax.device_get(model.params["unet"])}
+        if rundir.params_hash(base["unet"]) != elsewhere["hash"]:
+            raise ValueError(
+                f"{elsewhere['path']}: is not the model that {run} was trained beside; bring that"
+                " back to this path"
+            )
+    else:
+        return None
+    if schema.text_of(config.cond) is None and wanted["cond_stage"]:
+        cond_stage = rundir.read_frozen(run, "cond_stage", lambda _: wanted["cond_stage"])
+        if cond_stage is None:
+            raise FileNotFoundError(f"{run}: frozen/cond_stage is missing: copy the whole run")
+        base["cond_stage"] = cond_stage[0]
+    return base
 
 
 def _classes(run: epath.Path, cond: schema.CondConfig) -> tuple[str, ...] | None:
@@ -260,12 +299,12 @@ def kept_first_stage(run: epath.PathLike) -> tuple[dict, schema.FirstStageModelC
 
     ValueError if the parameters are damaged, or not those of the config.
     """
-    return rundir.read_frozen(run, "first_stage", first_stage_shapes)
+    return rundir.read_frozen(run, "first_stage", shapes.first_stage)
 
 
 def kept_text_encoder(run: epath.PathLike, cond: schema.CondConfig) -> dict | None:
     """Host parameters of the frozen text encoder of a run on `cond`, or None if it has none."""
-    kept = rundir.read_frozen(run, "cond_stage", lambda encoder: cond_shapes(cond))
+    kept = rundir.read_frozen(run, "cond_stage", lambda encoder: shapes.cond(cond))
     return None if kept is None else kept[0]
 
 
@@ -282,30 +321,7 @@ def weights(
 
     With `ema` the averaged weights of the parts that have an average.
     """
-    snapshots = set(checkpoint.snapshot_steps(run)) if ema else set()
-    saved = set(checkpoint.saved_steps(run))
-    if not snapshots | saved:
-        raise FileNotFoundError(
-            f"{run}: holds no {'snapshot or ' if ema else ''}checkpoint yet: train it first"
-        )
-    chosen = max(snapshots | saved) if step is None else step
-    if chosen not in snapshots | saved:
-        raise ValueError(f"{run}: has no step {chosen}; it has {sorted(snapshots | saved)}")
-    shapes = trained_shapes(run, config)
-    if chosen in snapshots:
-        trained = checkpoint.load_snapshot(run, chosen, shapes)[0]
-    else:
-        parts = ("params", "ema_params") if ema else ("params",)
-        restored = checkpoint.restore_parts(run, chosen, parts, shapes)
-        trained = {**restored["params"], **restored.get("ema_params", {})}
-    if missing := shapes.keys() - trained.keys() - {"logvar"}:
-        raise ValueError(
-            f"{run}: step {chosen} holds no {', '.join(sorted(missing))}: copy it anew"
-        )
-    return trained, chosen
-
-
-# --- the arrays that a config asks for ------------------------------------------------------------
+    return checkpoint.trained(run, trained_shapes(run, config), step, ema)
 
 
 def trained_shapes(run: epath.Path, config: schema.TrainConfig) -> dict:
@@ -314,30 +330,17 @@ def trained_shapes(run: epath.Path, config: schema.TrainConfig) -> dict:
         try:
             if isinstance(config, schema.AutoencoderTrainConfig):
                 logvar = jax.ShapeDtypeStruct((), jnp.float32)
-                return {"autoencoder": first_stage_shapes(config.model), "logvar": logvar}
+                return {"autoencoder": shapes.first_stage(config.model), "logvar": logvar}
+            if runs.trains_adapter(config):
+                return runs.trained_shapes(config)
             logvar = jax.ShapeDtypeStruct((config.diffusion.timesteps,), jnp.float32)
-            shapes = {"unet": unet_shapes(config.unet), "logvar": logvar}
+            wanted = {"unet": shapes.unet(config.unet), "logvar": logvar}
             text = schema.text_of(config.cond)
-            if (text is None or text.trainable) and (learned := cond_shapes(config.cond)):
-                shapes["cond_stage"] = learned
-            return shapes
+            if (text is None or text.trainable) and (learned := shapes.cond(config.cond)):
+                wanted["cond_stage"] = learned
+            return wanted
         except errors.FlaxError as error:
             raise ValueError(str(error)) from error
-
-
-@functools.lru_cache(16)
-def unet_shapes(config: schema.UNetConfig) -> dict:
-    return compvis.unet_shapes(unet.from_config(config))
-
-
-@functools.lru_cache(16)
-def first_stage_shapes(config: schema.FirstStageModelConfig) -> dict:
-    return compvis.first_stage_shapes(autoencoder.from_config(config))
-
-
-@functools.lru_cache(16)
-def cond_shapes(config: schema.CondConfig) -> dict:
-    return compvis.cond_shapes(config, conditioning.build(config))
 
 
 # --- parts of a model, to train on ---------------------------------------------------------------
@@ -351,7 +354,12 @@ def load_first_stage(
     if kind == "run":
         config = rundir.read_config(path)
         if not isinstance(config, schema.AutoencoderTrainConfig):
-            raise ValueError(f"{path}: is not the run of a first stage, but of a diffusion model")
+            kept = rundir.read_frozen(path, "first_stage")
+            if kept is None:
+                raise FileNotFoundError(
+                    f"{path}: frozen/first_stage is missing: copy the whole run"
+                )
+            return kept
         params, _ = weights(path, config, step, ema=True)
         return params["autoencoder"], config.model
     if kind in ("diffusers", "first_stage"):

@@ -62,6 +62,10 @@ RULES = (
     (r"(to_logits|visual_projection)/kernel", P("fsdp", None), P(None, "fsdp"), P()),
     # class ids: table of the UNet or of the conditioning stage
     (r"(class_embedding|cond_stage/embedding)/embedding", P(None, "fsdp"), P("fsdp", None), P()),
+    # low-rank updates: `down` by input, `up` by output
+    (r"down", P(None, None, "fsdp", None), P("fsdp", None), P()),
+    (r"up", P(None, "fsdp"), P()),
+    (r"embedding/vectors", P()),  # of a word that textual inversion learns
     # replicated: norms, biases, codebooks (narrow), the log-variances of the losses, counters
     (r"(scale|bias)", P()),
     (r"quantize/embedding", P()),

@@ -11,7 +11,14 @@ import optax
 
 from ldm_jax import finite, schema
 
-PARTS = ("unet", "cond_stage", "logvar", "autoencoder")  # names that a config may average
+PARTS = (
+    "unet",
+    "cond_stage",
+    "logvar",
+    "autoencoder",
+    "lora",
+    "embedding",
+)  # names that a config may average
 
 
 @flax.struct.dataclass

@@ -1,6 +1,6 @@
 """Convert a model between the formats of ldm_jax, diffusers and CompVis.
 
-`ldm-convert SRC DST --to {ldm_jax,diffusers,compvis}`
+`ldm-convert SRC DST --to {ldm_jax,diffusers,compvis,peft,kohya}`
 """
 
 import contextlib
@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from tyro.conf import Positional, arg
 
-from ldm_jax import bundle, loading, saving
-from ldm_jax.runtime import checkpoint, cli, flags
+from ldm_jax import bundle, loading, saving, schema
+from ldm_jax.adapters import lora, runs
+from ldm_jax.runtime import checkpoint, cli, flags, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import adapters
 
@@ -27,9 +29,10 @@ class Options:
     """Run directory, diffusers folder, CompVis .ckpt or .safetensors, or Stable Diffusion file; or
     a first stage alone in one of these forms."""
     target: Annotated[str, Positional, arg(metavar="DST")]
-    """New folder; with --to compvis a new .safetensors or .ckpt file, with its YAML beside it."""
-    to: saving.Format
-    """Format of the target."""
+    """New folder; with --to compvis a new .safetensors or .ckpt file, with its YAML beside it; with
+    --to peft and kohya a new .safetensors file."""
+    to: saving.Format | lora.Format
+    """Format of the target; `peft` and `kohya` are files of the LoRA that a run trained."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the weights written."""
     check: bool = False
@@ -61,6 +64,8 @@ def convert(argv: Sequence[str]) -> int:
     source, target = checkpoint.absolute(options.source), checkpoint.absolute(options.target)
     if not options.check:
         refuse_target(options, source, target)
+    if options.to in ("peft", "kohya"):
+        return convert_lora(options, source, target)
     with on_host():
         model = loading.load(
             source,
@@ -85,12 +90,29 @@ def convert(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert_lora(options: Options, source: epath.Path, target: epath.Path) -> int:
+    """Write the LoRA of a run as a file for others; the weights of its base are not read."""
+    update = runs.lora_of(source, step=options.step, ema=options.ema)
+    LOG.info(f"{source}: {update!r}")
+    if not options.check:
+        config = rundir.read_config(source)
+        text = schema.text_of(getattr(config, "cond", None))
+        second = text is not None and text.encoder.width == 1024
+        of_second = "v2-768-v" if config.diffusion.prediction == "v" else "v2-512"
+        base = of_second if second else "v1"
+        lora.write(target, update, options.to, base=base, dtype=jnp.dtype(options.dtype))
+        LOG.info(f"written: {target} ({options.to}, {options.dtype})")
+    return 0
+
+
 def refuse_target(options: Options, source: epath.Path, target: epath.Path) -> None:
     """ValueError if the target holds something, or is not named as its format asks."""
     if target == source or source in target.parents or target in source.parents:
         raise ValueError(f"{target}: source and target are the same, or one lies in the other")
     if options.to == "compvis" and target.suffix not in (".safetensors", ".ckpt"):
         raise ValueError(f"{target}: --to compvis writes .safetensors or .ckpt: name it so")
+    if options.to in ("peft", "kohya") and target.suffix != ".safetensors":
+        raise ValueError(f"{target}: --to {options.to} writes .safetensors: name it so")
     held = [path for path in results(options, target) if path.exists() and not _empty(path)]
     if not held:
         return
@@ -99,9 +121,8 @@ def refuse_target(options: Options, source: epath.Path, target: epath.Path) -> N
     kinds = {
         "ldm_jax": ("run",),
         "diffusers": ("diffusers", "first_stage"),
-        "compvis": ("checkpoint",),
-    }[options.to]
-    file = options.to == "compvis"
+    }.get(options.to, ("checkpoint",))
+    file = kinds == ("checkpoint",)
     if target.exists() and (target.is_dir() == file or _kind(target) not in kinds):
         raise ValueError(
             f"{target}: --overwrite replaces {loading.KINDS[kinds[0]]}, which this is not; remove"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     "schema cost seeds finite diffusion sharding runtime",
     "models solvers guidance denoising data metrics",
-    "latents conditioning losses train_state bundle large convert neighbours adapters",
+    "latents conditioning losses train_state bundle large convert shapes neighbours adapters",
     "sampling prompting loading saving compat export",
     "configs",
     "train sample",

@@ -60,8 +60,12 @@ class Check:
 RECIPES = {
     schema.AutoencoderTrainConfig: "ldm_jax.train.autoencoder",
     schema.LatentDiffusionTrainConfig: "ldm_jax.train.ldm",
+    schema.FinetuneTrainConfig: "ldm_jax.train.finetune.full",
+    schema.LoRATrainConfig: "ldm_jax.train.finetune.loop",
+    schema.DreamBoothTrainConfig: "ldm_jax.train.finetune.loop",
+    schema.TextualInversionTrainConfig: "ldm_jax.train.finetune.loop",
 }
-"""{class of a config: the folder with its `train(config, workdir, watch)`}."""
+"""{class of a config: the module with its `train(config, workdir, watch)`}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,20 @@ class Images:
     path: Annotated[str, arg(name="data.source.path")] = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The trained model whose config is read before the options are parsed, and the run."""
+
+    init_from: str = ""
+    workdir: str = ""
+
+
 def load_config(name: str, argv: Sequence[str] = ()) -> schema.TrainConfig:
     """The config of NAME[:STAGE]: a file in `configs/`, or a path to one with get_config(stage).
 
     A get_config(stage, facts) is given the facts of the images that --data.source.path in `argv`
-    names, so that channels and classes need no options.
+    names, so that channels and classes need no options. A diffusion model takes over the config of
+    the model that --init-from names, at a resume that of its run.
     """
     file, _, stage = name.partition(":")
     module = _from_path(Path(file)) if file.endswith(".py") else _by_name(file)
@@ -83,7 +96,13 @@ def load_config(name: str, argv: Sequence[str] = ()) -> schema.TrainConfig:
     if "facts" in inspect.signature(module.get_config).parameters:
         images, _ = flags.parse_known(argv, "ldm-train", Images)
         given |= {"facts": data.facts_of(images.path)} if images.path else {}
-    return module.get_config(**given)
+    config = module.get_config(**given)
+    if not isinstance(config, schema.LatentDiffusionTrainConfig):
+        return config
+    from ldm_jax.train.ldm import initial
+
+    base, _ = flags.parse_known(argv, "ldm-train", Base)
+    return initial.adopt(config, base.init_from, base.workdir)
 
 
 def _by_name(name: str) -> ModuleType:

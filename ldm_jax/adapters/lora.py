@@ -8,6 +8,7 @@ stable-diffusion-webui read.
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -183,6 +184,54 @@ def write(
     safetensors_file.write(path, arrays, trained | spec | _kohya_hashes(path))
 
 
+def to_tree(lora: LoRA) -> dict:
+    """{part: {module: ... {"down", "up"}}} of plain low-rank updates: what a run trains and keeps.
+
+    ValueError for an update of another kind.
+    """
+    tree: dict[str, dict] = {}
+    for part, path, update in _updates(lora):
+        if not isinstance(update.delta, LowRank) or update.magnitude is not None:
+            raise ValueError(f"{part}/{path}: is no plain low-rank update")
+        module = path.removesuffix("/kernel")
+        flat = {f"{module}/down": update.delta.down, f"{module}/up": update.delta.up}
+        tree.setdefault(part, {}).update(flat)
+    return {part: traverse_util.unflatten_dict(flat, sep="/") for part, flat in tree.items()}
+
+
+def from_tree(tree: dict, alpha: float | None = None) -> LoRA:
+    """Inverse of `to_tree`, of updates scaled by alpha / rank; None: by 1."""
+    parts: dict[str, dict[str, Update]] = {part: {} for part in PARTS}
+    for part, nested in tree.items():
+        flat = traverse_util.flatten_dict(nested, sep="/")
+        for path in sorted(flat):
+            module, leaf = path.rpartition("/")[::2]
+            if leaf == "up":
+                delta = LowRank(flat[f"{module}/down"], flat[path])
+                scale = 1.0 if alpha is None else alpha / delta.rank
+                parts[part][f"{module}/kernel"] = Update(delta, scale)
+    return LoRA(**parts)
+
+
+def dropped(lora: LoRA, rate: float, key: jax.Array) -> LoRA:
+    """The LoRA with a share of the inputs of every update left out, and the others scaled up.
+
+    One draw for a whole batch, where PEFT draws for every token: an update that is added to a
+    kernel sees no tokens.
+    """
+
+    def one(path: str, update: Update) -> Update:
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        down = update.delta.down
+        kept = jax.random.bernoulli(own, 1 - rate, (down.shape[-2], 1)) / (1 - rate)
+        return update.replace(delta=update.delta.replace(down=down * kept))
+
+    parts: dict[str, dict[str, Update]] = {part: {} for part in PARTS}
+    for part, path, update in _updates(lora):
+        parts[part][path] = one(f"{part}/{path}", update)
+    return LoRA(**parts)
+
+
 def _kohya_hashes(path: epath.PathLike) -> dict[str, str]:
     content = epath.Path(path).read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
@@ -224,4 +273,14 @@ def total_size(lora: LoRA) -> int:
     return sum(deltas.size(update.delta) for _, _, update in _updates(lora))
 
 
-__all__ = ["LoRA", "init", "merged", "read", "total_size", "write"]
+__all__ = [
+    "LoRA",
+    "dropped",
+    "from_tree",
+    "init",
+    "merged",
+    "read",
+    "to_tree",
+    "total_size",
+    "write",
+]

@@ -74,21 +74,37 @@ def read(
 def init(model: bundle.LatentDiffusion, token: str, init_word: str, vectors: int = 1) -> Embedding:
     """An embedding to train: all of its vectors are that of `init_word`, a word of one token.
 
-    ValueError for a word of several tokens, and for a `token` that is not `<name>` or is known.
+    A word of as many tokens as there are vectors gives each its own. ValueError for a word of
+    another number, and for a `token` that is not `<name>` or is known.
     """
-    text, tokenizer = _text(model), _tokenizer(model)
+    tokenizer = _tokenizer(model)
+    with_token(tokenizer, token, vectors, _text(model).encoder.vocab_size)
+    return Embedding(token, vectors_of(tokenizer, model.params["cond_stage"], init_word, vectors))
+
+
+def with_token(tokenizer: Tokenizer, token: str, vectors: int, first_id: int) -> Tokenizer:
+    """`tokenizer` that knows a new word, whose vectors are rows `first_id` and those after it.
+
+    ValueError for a `token` that is not `<name>` or is known, and for numbers out of range.
+    """
     _check_spelling(token)
-    tokenizer.check_names([(token, vectors)])
-    if not 1 <= vectors <= text.encoder.max_length:
-        raise ValueError(f"{vectors} vectors: give 1 to {text.encoder.max_length}")
-    ids = tokenizer.ids(init_word)
-    if len(ids) != 1:
+    if not 1 <= vectors <= tokenizer.max_length:
+        raise ValueError(f"{vectors} vectors: give 1 to {tokenizer.max_length}")
+    return tokenizer.with_names([(token, vectors)], first_id)
+
+
+def vectors_of(
+    tokenizer: Tokenizer, cond_params: dict[str, Any], word: str, vectors: int
+) -> np.ndarray:
+    """[vectors, width] float32: those of a word of one token, repeated, or of as many tokens."""
+    ids = tokenizer.ids(word)
+    if len(ids) not in (1, vectors):
         raise ValueError(
-            f"the word to begin with, {init_word!r}, is {len(ids)} tokens of the text encoder: give"
-            " a word of one token"
+            f"the word to begin with, {word!r}, is {len(ids)} tokens of the text encoder: give a"
+            f" word of one token, or of as many as vectors ({vectors})"
         )
-    row = np.asarray(_table(model.params["cond_stage"])[1][ids[0]], np.float32)
-    return Embedding(token, np.tile(row, (vectors, 1)))
+    rows = np.asarray(_table(cond_params)[1][np.asarray(ids)], np.float32)
+    return np.tile(rows, (vectors // len(ids), 1))
 
 
 def added(model: bundle.LatentDiffusion, embeddings: Sequence[Embedding]) -> bundle.LatentDiffusion:

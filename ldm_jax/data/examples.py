@@ -7,7 +7,7 @@ on how far it reads ahead.
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -17,7 +17,7 @@ import numpy as np
 from ldm_jax import schema, seeds
 from ldm_jax.data import cache, tokens, transforms
 from ldm_jax.data.record_cache import RecordCache
-from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.sources import Captioned, Source, open_source
 from ldm_jax.runtime import processes, storage
 from ldm_jax.runtime.log import LOG
 
@@ -152,6 +152,7 @@ def stream(
     tokenizer: Any = None,
     cached: str = "",
     num_ids: int | None = None,
+    captions: Sequence[str] = (),
 ) -> Stream:
     """The examples of a split: "train" shuffled and augmented, "eval" in order and centre-cropped.
 
@@ -159,13 +160,15 @@ def stream(
     example has `null_tokens` int32 [L], those of the empty text. With `cached`, the path of a
     latent cache of the same data, examples have `mean` and `logvar` [h, w, z] instead of `image`;
     order, mirroring and all else stay. `num_ids` is the number of classes of segmentation maps: a
-    pixel of another is a ValueError. Errors as from `sources.open_source`; ValueError also for a
+    pixel of another is a ValueError. `captions` take the place of the records' own: each example
+    draws one. Errors as from `sources.open_source`; ValueError also for a
     value out of range, for a tokenizer without captions, and for a cache of other data.
     """
     check(config, batch_size, seed)
     if cached:
         cache.check(cached, config)
     source = cache.CacheSource(cached, split) if cached else open_source(config, split)
+    source = Captioned(source, captions) if captions else source
     if tokenizer is not None and "caption" not in source.features:
         raise ValueError(
             "text conditioning needs captions, but the data have none: set"

@@ -174,8 +174,12 @@ def _is_image(name: str) -> bool:
 
 
 def _part(images: list[str], config: schema.FolderConfig, split: str) -> list[str]:
+    if config.eval_every == 0:
+        return images
     if config.eval_every < 2:
-        raise ValueError(f"eval_every {config.eval_every} leaves no image to train: use 2 or more")
+        raise ValueError(
+            f"eval_every {config.eval_every} leaves no image to train: use 2 or more, or 0"
+        )
     held_out = split == "eval"
     part = [image for i, image in enumerate(images) if (i % config.eval_every == 0) == held_out]
     if not part:

@@ -49,10 +49,9 @@ class Batches:
         self._pieces = pieces(self._local, max(1, config.threads) * workers)
         examples = _LocalExamples(stream.made, stream.batch_size, first_step, self._pieces)
         buffer = -(-config.read_ahead * len(self._pieces) // workers)  # of each, rounded up
+        threads = min(config.threads, buffer)  # Grain warns of more threads than elements
         ahead = examples.to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=config.threads, prefetch_buffer_size=buffer if config.threads else 0
-            )
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer if threads else 0)
         )
         if config.workers:
             # Grain's workers read absl flags, which only absl programs have parsed

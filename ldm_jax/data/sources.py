@@ -9,6 +9,7 @@ A record is a dict of
 or of a latent cache, see `cache.CacheSource`.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -46,6 +47,30 @@ def stamp(source: Source, first: int, last: int) -> str:
     """The source's `stamp`; "" for a source whose records never change under one name."""
     own = getattr(source, "stamp", None)
     return "" if own is None else own(first, last)
+
+
+class Captioned:
+    """A source whose records all have the same captions, one of which is drawn for an example."""
+
+    def __init__(self, source: Source, captions: Sequence[str]) -> None:
+        self._source, self._captions = source, list(captions)
+        self.features = source.features | {"caption"}
+        self.num_classes, self.classes = source.num_classes, source.classes
+        self.latent_shape = getattr(source, "latent_shape", None)  # of a latent cache
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._source[index], "caption": self._captions}
+
+    def describe(self, index: int) -> str:
+        """Path or name of a record, for messages."""
+        return self._source.describe(index)
+
+    def stamp(self, first: int, last: int) -> str:
+        """See `Source`."""
+        return stamp(self._source, first, last)
 
 
 def open_source(config: schema.DataConfig, split: Literal["train", "eval"]) -> Source:

@@ -220,6 +220,36 @@ def load_snapshot(
         return read_tree(folder, "params", meta, shapes), meta
 
 
+def trained(
+    run: epath.PathLike, shapes: Mapping[str, Any], step: int | None = None, ema: bool = True
+) -> tuple[dict, int]:
+    """(host parameters of the parts that trained, their step): snapshot or checkpoint, the newest.
+
+    shapes: {part: shapes} of the run's config. With `ema` the averaged weights of the parts that
+    have an average. FileNotFoundError or ValueError for a run that has none, or not of that step.
+    """
+    snapshots = set(snapshot_steps(run)) if ema else set()
+    saved = set(saved_steps(run))
+    if not snapshots | saved:
+        raise FileNotFoundError(
+            f"{run}: holds no {'snapshot or ' if ema else ''}checkpoint yet: train it first"
+        )
+    chosen = max(snapshots | saved) if step is None else step
+    if chosen not in snapshots | saved:
+        raise ValueError(f"{run}: has no step {chosen}; it has {sorted(snapshots | saved)}")
+    if chosen in snapshots:
+        found = load_snapshot(run, chosen, shapes)[0]
+    else:
+        parts = ("params", "ema_params") if ema else ("params",)
+        restored = restore_parts(run, chosen, parts, shapes)
+        found = {**restored["params"], **restored.get("ema_params", {})}
+    if missing := shapes.keys() - found.keys() - {"logvar"}:
+        raise ValueError(
+            f"{run}: step {chosen} holds no {', '.join(sorted(missing))}: copy it anew"
+        )
+    return found, chosen
+
+
 # --- folders ------------------------------------------------------------------------------------
 
 

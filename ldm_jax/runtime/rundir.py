@@ -202,6 +202,30 @@ def read_frozen(
     return params, config
 
 
+def has_frozen(run: epath.PathLike, name: str) -> bool:
+    """True if the run keeps a frozen part of that name."""
+    return checkpoint.is_complete(_frozen(run, name))
+
+
+def write_base(run: epath.PathLike, values: Mapping[str, Any]) -> None:
+    """Write frozen/base.json: {"path", "hash", "dtype"} of a UNet that the run does not keep."""
+    path = _frozen(run, "base.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"format": FORMAT, **values}, indent=2) + "\n")
+    processes.barrier("base")
+
+
+def read_base(run: epath.PathLike) -> dict[str, Any] | None:
+    """Content of frozen/base.json, or None. ValueError if it is damaged or of a newer format."""
+    path = _frozen(run, "base.json")
+    if not path.exists():
+        return None
+    with reading.refusals(path, "copy it from the run again"):
+        values = reading.read_object(path, "copy it from the run again")
+        reading.check_format(values.pop("format"), FORMAT, str(path))
+        return {name: str(values[name]) for name in ("path", "hash", "dtype")}
+
+
 def write_frozen_files(
     run: epath.PathLike, name: str, save: Callable[[epath.PathLike], None]
 ) -> None:

@@ -37,7 +37,8 @@ class FolderConfig:
     eval_path: OptionalPath = None
     """Folder of held-out images; default: every `eval_every`-th image of `path`."""
     eval_every: int = 20
-    """Without eval_path, image number i is held out when i % eval_every == 0."""
+    """Without eval_path, image number i is held out when i % eval_every == 0; 0 holds none out:
+    what is held-out elsewhere are the training images then."""
     class_from_folder: bool = False
     """The name of the image's folder is its class (sorted names give ids)."""
     captions: Literal["none", "sidecar", "metadata"] = "none"

@@ -153,11 +153,16 @@ class SamplingConfig:
 class LatentDiffusionTrainConfig(BaseTrainConfig):
     """Training of the latent diffusion model: `train/ldm`."""
 
+    init_from: Path = execution("")
+    """Trained model to start from: a run, a diffusers folder or a checkpoint. Its UNet, condition,
+    schedule, prediction, latent scale, first stage and tokenizer become those of the run."""
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     cache: LatentCacheConfig = execution(LatentCacheConfig())
     unet: UNetConfig = field(default_factory=UNetConfig)
     cond: CondConfig = None
     """Conditioning; None trains an unconditional model."""
+    cond_learning_rate: float | None = None
+    """Peak rate of what the conditioning learns, as a text encoder; None: that of the UNet."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = execution(SamplingConfig())
     num_samples: int = execution(16)
@@ -165,6 +170,86 @@ class LatentDiffusionTrainConfig(BaseTrainConfig):
     sample_steps: int = execution(50)
     sample_guidance: float = execution(1.5)
     """Guidance scale of the sample grid."""
+    sample_prompts: tuple[str, ...] = execution(())
+    """Texts of the sample grid, which take turns; default: captions of held-out images."""
+
+
+@dataclass(frozen=True)
+class FinetuneTrainConfig(LatentDiffusionTrainConfig):
+    """Training of all of a trained model, which `init_from` names: `train/finetune`."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank updates of the kernels of a frozen model (Hu et al. 2021)."""
+
+    rank: int = 4
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; None: by 1."""
+    targets: Literal["attention", "transformer", "all"] = "attention"
+    """Kernels with an update: the projections of every attention (as diffusers); every layer of
+    the transformers (as kohya); those and the convolutions of the residual blocks."""
+    text_encoder: bool = False
+    """Update the text encoder as well."""
+    dropout: float = 0.0
+    """Share of each kernel's inputs that its update does not see in a step; all images of a
+    microbatch lose the same."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Distribution of `down`, as in the scripts of diffusers or as in kohya's; `up` is zero."""
+
+
+@dataclass(frozen=True)
+class AdapterTrainConfig(FinetuneTrainConfig):
+    """Training of few numbers beside a frozen model."""
+
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen weights; what trains is float32."""
+    keep_base: bool = execution(True)
+    """Keep the frozen UNet in the run; without it the run needs `init_from` where it was."""
+
+
+@dataclass(frozen=True)
+class LoRATrainConfig(AdapterTrainConfig):
+    """Training of a LoRA."""
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass(frozen=True)
+class DreamBoothTrainConfig(AdapterTrainConfig):
+    """Training on few pictures of one subject (Ruiz et al. 2023), of all weights or of a LoRA."""
+
+    instance_prompt: str = ""
+    """Text of every picture of the subject, with a rare word for it: "a photo of sks dog"."""
+    class_prompt: str = ""
+    """Text of the pictures that keep the subject's class as it was: "a photo of a dog"; none train
+    without it."""
+    class_path: Path = execution("")
+    """Folder of these pictures; default: `class_images` in the run. The model draws the missing
+    ones."""
+    num_class_images: int = 200
+    prior_weight: float = 1.0
+    """Weight of the loss of the class's pictures, of which a step takes as many."""
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(rank=0))
+    """With a rank a LoRA trains instead of all weights."""
+    train_text_encoder: bool = False
+    """Train the text encoder as well; of a LoRA, `lora.text_encoder` says it."""
+
+
+@dataclass(frozen=True)
+class TextualInversionTrainConfig(AdapterTrainConfig):
+    """Training of vectors of the text encoder for a new word (Gal et al. 2022)."""
+
+    token: str = "<new>"
+    """The new word, in angle brackets."""
+    init_word: str = ""
+    """A word of one token that the vectors start as: the subject's class, as "dog"."""
+    vectors: int = 1
+    """Vectors that the word stands for."""
+    templates: Literal["object", "style"] = "object"
+    """Texts around the word that the pictures are trained with."""
+    template_file: Path = ""
+    """Texts of your own, one a line, with {} for the word."""
 
 
 @dataclass(frozen=True)

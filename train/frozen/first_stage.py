@@ -35,7 +35,7 @@ def _find(
     config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike
 ) -> tuple[dict, schema.FirstStageModelConfig]:
     kept, path = loading.kept_first_stage(workdir), config.first_stage.path
-    if kept is not None:
+    if kept is not None:  # a run that began from a model has no other path
         if path not in ("", rundir.read_config(workdir).first_stage.path):
             other, _ = _load(config)
             if rundir.params_hash(other) != rundir.params_hash(kept[0]):
@@ -44,7 +44,7 @@ def _find(
                     " this run was trained on; leave the option out, or use another --workdir"
                 )
         return kept
-    if not path:
+    if not path and not config.init_from:
         raise ValueError(
             "no first stage: give --first-stage.path, the run of CONFIG:first_stage, a diffusers"
             ' folder, a checkpoint, or "identity" to diffuse pixels'
@@ -57,7 +57,7 @@ def _load(
 ) -> tuple[dict, schema.FirstStageModelConfig]:
     if config.first_stage.path == "identity":
         return {}, schema.IdentityFirstStageConfig(config.data.channels)
-    return loading.load_first_stage(config.first_stage.path)
+    return loading.load_first_stage(config.first_stage.path or config.init_from)
 
 
 def prepare(

@@ -39,11 +39,17 @@ class Frozen:
     config: schema.FirstStageModelConfig
     cond_stage: dict | None = None
     """Parameters of a frozen text encoder."""
+    unet: dict | None = None
+    """Parameters of a UNet that an adapter trains beside."""
 
     @property
     def arguments(self) -> dict:
-        """{"first_stage", "cond_stage"}: the first argument of a loss, beside the state."""
-        return {"first_stage": self.params, "cond_stage": self.cond_stage or {}}
+        """{"first_stage", "cond_stage"}: the first argument of a loss, beside the state.
+
+        With "unet" where that does not train.
+        """
+        unet = {} if self.unet is None else {"unet": self.unet}
+        return {"first_stage": self.params, "cond_stage": self.cond_stage or {}, **unet}
 
 
 def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> Sources:

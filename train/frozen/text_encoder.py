@@ -41,8 +41,13 @@ def find(config: schema.LatentDiffusionTrainConfig, workdir: epath.PathLike) -> 
         return None
     flag = "--cond.text" if isinstance(config.cond, schema.HybridCondConfig) else "--cond"
     before = _text_before(workdir)
-    encoder, beside = (None, None) if text.trainable else _encoder(text, workdir, before, flag)
+    source = text.path or config.init_from
+    encoder, beside = (None, None)
+    if not text.trainable:
+        encoder, beside = _encoder(text, source, workdir, before, flag)
     tokenizer = _tokenizer(text, workdir, before, flag) or beside
+    if tokenizer is None and config.init_from:
+        tokenizer = loading.load_text_encoder(config.init_from, text.encoder.max_length)[2]
     if tokenizer is None:
         raise ValueError(
             f'no tokenizer: give {flag}.tokenizer, a folder with tokenizer files or "bytes"'
@@ -98,29 +103,30 @@ def _tokenizer(
 
 def _encoder(
     text: schema.TextCondConfig,
+    path: str,
     workdir: epath.PathLike,
     before: schema.TextCondConfig | None,
     flag: str,
 ) -> tuple[dict, Any]:
-    """(host parameters, tokenizer beside them or None) of a frozen encoder."""
+    """(host parameters, tokenizer beside them or None) of the frozen encoder at a path."""
     kept = loading.kept_text_encoder(workdir, before) if before else None
     if kept is not None and text.path in ("", before.path):
         return kept, None
-    if not text.path:
+    if not path:
         raise ValueError(
             f"no text encoder: it does not train ({flag}.no-trainable), so give {flag}.path, a"
             " diffusers folder, a checkpoint or a run that holds one"
         )
-    params, encoder, tokenizer = loading.load_text_encoder(text.path, text.encoder.max_length)
+    params, encoder, tokenizer = loading.load_text_encoder(path, text.encoder.max_length)
     if encoder != text.encoder:
         lines, _ = serialize.difference(text.encoder, encoder)
         raise ValueError(
-            f"{flag}.path {text.path}: its text encoder is not that of the config, {flag}.encoder:"
+            f"{flag}.path {path}: its text encoder is not that of the config, {flag}.encoder:"
             f" {'; '.join(lines)}"
         )
     if kept is not None and rundir.params_hash(params) != rundir.params_hash(kept):
         raise ValueError(
-            f"{flag}.path {text.path}: is not the text encoder in {workdir}/frozen that this run"
+            f"{flag}.path {path}: is not the text encoder in {workdir}/frozen that this run"
             " was trained with; leave the option out, or use another --workdir"
         )
     return params, tokenizer

@@ -8,6 +8,8 @@ from ldm_jax.train.ldm.loss import (
     init_state,
     make_eval_step,
     make_loss,
+    make_losses,
+    make_optimizer,
     make_train_step,
     modules,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "init_state",
     "make_eval_step",
     "make_loss",
+    "make_losses",
+    "make_optimizer",
     "make_train_step",
     "modules",
     "train",

@@ -12,11 +12,12 @@ from ldm_jax import bundle, conditioning, data, schema, sharding
 from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.schema import serialize
 from ldm_jax.train import frozen
-from ldm_jax.train.ldm import preview
+from ldm_jax.train.ldm import initial, preview
 from ldm_jax.train.ldm.loss import abstract_state, init_state, make_eval_step, make_train_step
 from ldm_jax.train.run import dataset, startup
 from ldm_jax.train.run.loop import Loop, averaged, ended, plain
 from ldm_jax.train.run.watchdog import Watch
+from ldm_jax.train.step import Loss
 from ldm_jax.train_state import TrainState
 
 INIT, _, EVALUATE, SAMPLE = range(4)  # folded into the root key; `step.TRAIN` is 1
@@ -49,13 +50,15 @@ def train(
     state = startup.resume(run, manager, *abstract_state(config, mesh))
     dataset.keep(run, known, resumed=state is not None)
     if state is None:
-        state = startup.begin(run, *init_state(config, jax.random.fold_in(root, INIT), mesh))
+        fresh, shardings = init_state(config, jax.random.fold_in(root, INIT), mesh)
+        state = initial.begin(config, run, fresh, shardings, mesh)
     startup.report(config, mesh, state, stream)
     if ended(config, run, state):
         return 0
 
     evaluate = make_evaluate(config, fixed, mesh, held_out, jax.random.fold_in(root, EVALUATE))
-    draw = preview.make(config, fixed, mesh, held_out, jax.random.fold_in(root, SAMPLE))
+    key = jax.random.fold_in(root, SAMPLE)
+    draw = preview.make(config, fixed, mesh, held_out, key, tokenizer=given.tokenizer)
     model_config = serialize.to_dict(bundle.model_config(config, fixed.config))
     loop = Loop(config, run, mesh, stream, manager, state, started=started, watch=watch)
     train_step = loop.compile(
@@ -90,9 +93,13 @@ def make_evaluate(
     mesh: Mesh,
     held_out: data.Stream,
     key: jax.Array,
+    loss: Loss | None = None,
 ) -> Callable[[TrainState], dict[str, float]]:
-    """evaluate(state) -> {"eval/loss", "eval/loss_ema"}, means over `config.eval_batches`."""
-    eval_step = make_eval_step(config, fixed, mesh)
+    """evaluate(state) -> {"eval/loss", "eval/loss_ema"}, means over `config.eval_batches`.
+
+    loss: default: that of `make_loss`.
+    """
+    eval_step = make_eval_step(config, fixed, mesh, loss)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         sums = {"eval/loss": 0.0, "eval/loss_ema": 0.0}

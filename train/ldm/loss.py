@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from ldm_jax import conditioning, diffusion, latents, schema, sharding, train_state
@@ -53,10 +54,30 @@ def init_params(config: schema.LatentDiffusionTrainConfig, key: jax.Array) -> di
     return params
 
 
+def make_optimizer(config: schema.LatentDiffusionTrainConfig) -> optax.GradientTransformation:
+    """The optimizer of all that trains, the conditioning at a rate of its own if it has one."""
+    tx, _ = train_state.make_optimizer(config.optimizer)
+    if config.cond_learning_rate is None:
+        return tx
+    if not config.optimizer.learning_rate:
+        raise ValueError(
+            "--cond-learning-rate goes with an --optimizer.learning-rate above 0, whose schedule"
+            " it follows"
+        )
+    # AdamW's updates are proportional to the rate
+    ratio = config.cond_learning_rate / config.optimizer.learning_rate
+
+    def scale(updates: dict, params: dict | None) -> dict:
+        if "cond_stage" not in updates:
+            raise ValueError("--cond-learning-rate: the conditioning of this model does not train")
+        return {**updates, "cond_stage": optax.tree.scale(ratio, updates["cond_stage"])}
+
+    return optax.chain(tx, optax.stateless(scale))
+
+
 def fresh(config: schema.LatentDiffusionTrainConfig, key: jax.Array) -> TrainState:
     """A new state, on one device."""
-    tx, _ = train_state.make_optimizer(config.optimizer)
-    return train_state.create(init_params(config, key), tx, config.ema)
+    return train_state.create(init_params(config, key), make_optimizer(config), config.ema)
 
 
 def abstract_state(
@@ -79,11 +100,27 @@ def make_loss(config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: M
     `params` are already gathered along fsdp. `examples` is {"batch": {...}, "keys": {draw: [B]
     keys}}: every draw but dropout's depends on its example's key.
     """
-    net, cond_stage = modules(config, mesh)
-    schedule = diffusion.from_config(config.diffusion)
-    cond_trains = text_encoder.trains(config.cond)
+    losses = make_losses(config, frozen, mesh)
 
     def loss(frozen_params: dict, params: dict, examples: step.Examples, train: bool) -> tuple:
+        loss_b, metrics = losses(frozen_params, params, examples, train)
+        return jnp.mean(loss_b), {"loss": jnp.mean(loss_b), **metrics}
+
+    # dropout draws one mask for a microbatch, the same on every mesh
+    return step.Loss(loss, frozen.arguments, DRAWS, per_example=not config.unet.dropout)
+
+
+def make_losses(
+    config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: Mesh
+) -> Callable[..., tuple[jax.Array, dict]]:
+    """losses(frozen_params, params, examples, train) -> ([B] losses, mean metrics).
+
+    As `make_loss`, before the mean. Parts that `params` lack are taken from `frozen_params`.
+    """
+    net, cond_stage = modules(config, mesh)
+    schedule = diffusion.from_config(config.diffusion)
+
+    def losses(frozen_params: dict, params: dict, examples: step.Examples, train: bool) -> tuple:
         batch, keys = examples["batch"], examples["keys"]
         encode = functools.partial(
             latents.encode, frozen.module, frozen_params["first_stage"], scale=frozen.scale
@@ -99,7 +136,7 @@ def make_loss(config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: M
         dropped = False
         if train and config.cond is not None and config.cond.dropout:
             dropped = jax.vmap(jax.random.uniform)(keys["drop_cond"]) < config.cond.dropout
-        cond_params = params.get("cond_stage", {}) if cond_trains else frozen_params["cond_stage"]
+        cond_params = params.get("cond_stage") or frozen_params.get("cond_stage", {})
         cond = conditioning.from_batch(config.cond, cond_stage, cond_params, batch, encode, dropped)
         x_t = diffusion.q_sample(schedule, x0, t, noise)
         if cond.concat is not None:
@@ -113,28 +150,31 @@ def make_loss(config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: M
             train=train,
             rngs={"dropout": keys["dropout"][0]},
         ).astype(jnp.float32)
-        loss_b, metrics = diffusion.training_loss(
+        return diffusion.training_loss(
             schedule, config.diffusion, out, x0, noise, t, params.get("logvar")
         )
-        return jnp.mean(loss_b), {"loss": jnp.mean(loss_b), **metrics}
 
-    # dropout draws one mask for a microbatch, the same on every mesh
-    return step.Loss(loss, frozen.arguments, DRAWS, per_example=not config.unet.dropout)
+    return losses
 
 
 def make_train_step(
     config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: Mesh
 ) -> step.Step:
     """step(state, batch, key) -> (state, metrics): `step.make_step` of this recipe's loss."""
-    tx, _ = train_state.make_optimizer(config.optimizer)
-    return step.make_step(make_loss(config, frozen, mesh), tx, config, mesh)
+    return step.make_step(make_loss(config, frozen, mesh), make_optimizer(config), config, mesh)
 
 
 def make_eval_step(
-    config: schema.LatentDiffusionTrainConfig, frozen: Frozen, mesh: Mesh
+    config: schema.LatentDiffusionTrainConfig,
+    frozen: Frozen,
+    mesh: Mesh,
+    loss: step.Loss | None = None,
 ) -> Callable:
-    """evaluate(params, batch, key) -> held-out loss: a key gives the same t and noise each time."""
-    loss = make_loss(config, frozen, mesh)
+    """evaluate(params, batch, key) -> held-out loss: a key gives the same t and noise each time.
+
+    loss: default: that of `make_loss`.
+    """
+    loss = make_loss(config, frozen, mesh) if loss is None else loss
 
     def evaluate(frozen_params: dict, params: dict, batch: dict, key: jax.Array) -> jax.Array:
         examples = step.with_keys(key, 0, DRAWS, batch, config.batch_size)

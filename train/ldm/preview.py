@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,18 @@ def make(
     mesh: Mesh,
     held_out: data.Stream,
     key: jax.Array,
+    *,
+    tokenizer: Any = None,
+    whole: Callable[[dict, dict], dict] = lambda frozen, params: {**frozen, **params},
 ) -> Callable:
     """draw(params, path): writes a grid of `num_samples` images made with `params` to `path`.
 
-    Classes take turns; captions and concat conditioning come from held-out images. Captions go to
-    a text file beside the grid, one line per image.
+    Classes take turns; captions and concat conditioning come from held-out images, captions from
+    `config.sample_prompts` if it has any. They go to a text file beside the grid, one line per
+    image. whole(frozen, params): the parts of the model, of gathered parameters.
     """
+    if config.sample_prompts and tokenizer is None:
+        raise ValueError("--sample-prompts: the model is not conditioned on text; leave it out")
     model_config = bundle.model_config(config, frozen.config)
     model = bundle.build(
         model_config,
@@ -47,8 +54,8 @@ def make(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def run(params: dict, batch: dict, keys: jax.Array) -> jax.Array:
-        params = sharding.all_gather(params, mesh)
+    def run(params: tuple[dict, dict], batch: dict, keys: jax.Array) -> jax.Array:
+        params = whole(*sharding.all_gather(params, mesh))
         encode = functools.partial(
             latents.encode, model.first_stage, params["first_stage"], scale=frozen.scale
         )
@@ -58,9 +65,8 @@ def make(
         return sample(params, cond, keys, null, scale)
 
     def draw(params: dict, path: epath.Path) -> None:
-        batch = _conditions(config, held_out, count)
-        params = {**frozen.arguments, **params}
-        drawn = np.asarray(run(params, batch, keys))
+        batch, texts = _conditions(config, held_out, count, tokenizer)
+        drawn = np.asarray(run((frozen.arguments, params), batch, keys))
         if not finite.is_finite(drawn):
             LOG.warning("%s is not written: its images are not finite (NaN or infinity)", path)
             return
@@ -70,19 +76,25 @@ def make(
             images.save_png(
                 path, images.grid(pictures, columns, scale=max(1, 64 // pictures.shape[1]))
             )
-            if "tokens" in batch:
-                lines = [" ".join(held_out.caption(i).split()) for i in range(count)]
+            if texts:
+                lines = [" ".join(text.split()) for text in texts]
                 rundir.write_text(path.with_suffix(".txt"), "".join(f"{x}\n" for x in lines))
 
     return draw
 
 
 def _conditions(
-    config: schema.LatentDiffusionTrainConfig, held_out: data.Stream, count: int
-) -> dict[str, np.ndarray]:
-    """Batch of the grid's conditions: host arrays, the same in every process."""
+    config: schema.LatentDiffusionTrainConfig, held_out: data.Stream, count: int, tokenizer: Any
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(batch of the grid's conditions, its texts): host arrays, the same in every process."""
     batch = conditioning.kind_of(config.cond).in_turn(config.cond, count)
     if batch is not None:
-        return batch
+        return batch, []
     examples = [held_out[i] for i in range(count)]
-    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    if "tokens" not in batch:
+        return batch, []
+    if not config.sample_prompts:
+        return batch, [held_out.caption(i) for i in range(count)]
+    texts = [config.sample_prompts[i % len(config.sample_prompts)] for i in range(count)]
+    return {**batch, "tokens": tokenizer.encode(texts)}, texts

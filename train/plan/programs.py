@@ -26,7 +26,7 @@ from ldm_jax.models import attention, autoencoder, lpips
 from ldm_jax.models import unet as unets
 from ldm_jax.schema import serialize
 from ldm_jax.train import autoencoder as first_stages
-from ldm_jax.train import ldm
+from ldm_jax.train import finetune, ldm
 from ldm_jax.train.frozen import Frozen, text_encoder
 from ldm_jax.train.plan import topologies
 
@@ -112,13 +112,16 @@ def first_stage_step(config: schema.AutoencoderTrainConfig, mesh: Mesh) -> Progr
 
 
 def ldm_step(target: Target, mesh: Mesh) -> Program:
-    """`train.ldm`'s step, with the frozen first stage and text encoder as arguments."""
-    config = target.config
+    """`train.ldm`'s step or `train.finetune`'s, with the frozen parts as arguments."""
+    config, recipe = target.config, ldm
+    if isinstance(config, schema.AdapterTrainConfig):
+        config, recipe = finetune.settled(config), finetune
+        target = dataclasses.replace(target, config=config)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     bundle.check(bundle.model_config(config, target.first_stage), config.data.channels)
-    state = sharding.with_shardings(*ldm.abstract_state(config, mesh))
+    state = sharding.with_shardings(*recipe.abstract_state(config, mesh))
     frozen = abstract_frozen(target, mesh)
-    step = ldm.make_train_step(config, frozen, mesh)
+    step = recipe.make_train_step(finetune.widened(config), frozen, mesh)
     batch = abstract_batch(target, mesh)
     resident = {**state_arrays(state), "frozen": frozen.arguments, "batch": batch}
     return Program(step, (state, batch, root_key(mesh)), resident)
@@ -136,7 +139,15 @@ def abstract_frozen(target: Target, mesh: Mesh) -> Frozen:
     encoder = None
     if not text_encoder.trains(config.cond):
         encoder = by_rules({"cond_stage": cond_shapes(config.cond)}, mesh)["cond_stage"]
-    return Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
+    frozen = Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
+    if not isinstance(config, schema.AdapterTrainConfig) or not finetune.trains_adapter(config):
+        return frozen
+    base = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.base_dtype)),
+        finetune.base_shapes(config),
+    )
+    base = by_rules(base, mesh)
+    return dataclasses.replace(frozen, **base)
 
 
 def abstract_batch(target: Target, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -153,6 +164,9 @@ def abstract_batch(target: Target, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
         shapes["mean"] = latent
         if isinstance(model, schema.AutoencoderKLConfig):
             shapes["logvar"] = latent
+    if finetune.has_prior(config):
+        for name in ("image", "tokens"):
+            shapes[finetune.PRIOR + name] = shapes[name]
     return {name: examples(config, mesh, *example) for name, example in shapes.items()}
 
 

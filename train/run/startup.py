@@ -8,7 +8,6 @@ import socket
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -84,27 +83,6 @@ def resume(run: epath.Path, manager: Manager, shapes: Any, shardings: Any) -> An
             f" {last}, stay until the same steps are reached"
         )
     return state
-
-
-def begin(run: epath.Path, state: Any, shardings: Any) -> Any:
-    """The fresh state, with the weights of a run that a conversion or `ldm_jax.save` made.
-
-    Such a run has a snapshot of step 0 and no checkpoint. ValueError if the weights do not fit.
-    """
-    if 0 not in checkpoint.snapshot_steps(run):
-        return state
-    given, _ = checkpoint.load_snapshot(run, 0, state.params)
-    host = {}
-    for part, fresh in state.params.items():
-        # no model has a logvar; arrays that are split over hosts cannot be fetched
-        weights = given[part] if part in given else jax.device_get(fresh)
-        host[part] = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), weights, fresh)
-    LOG.info(f"starts from the weights in {run}/snapshots/0")
-    average = {part: host[part] for part in state.ema_params}
-    return state.replace(
-        params=sharding.place(host, shardings.params),
-        ema_params=sharding.place(average, shardings.ema_params),
-    )
 
 
 def report(config: schema.BaseTrainConfig, mesh: Mesh, state: Any, stream: data.Stream) -> None:

@@ -11,6 +11,7 @@ from ldm_jax.runtime import checkpoint, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train import autoencoder, ldm
 from ldm_jax.train.autoencoder import initial
+from ldm_jax.train.ldm import initial as ldm_initial
 from ldm_jax.train.run import startup
 
 CONFIG = recipes.ldm_config()
@@ -30,7 +31,7 @@ def test_a_converted_model_trains_on(fresh, tmp_path, caplog):
     state, shardings = fresh
     given = jax.tree.map(lambda x: (2 * np.asarray(x)).astype(np.float16), state.params)
     checkpoint.save_snapshot(tmp_path, 0, given, {})
-    found = startup.begin(tmp_path, state, shardings)
+    found = ldm_initial.begin(CONFIG, tmp_path, state, shardings, recipes.mesh_of())
     wanted = jax.tree.map(np.float32, given)
     recipes.assert_same_bits(found.params, wanted)
     recipes.assert_same_bits(found.ema_params, {part: wanted[part] for part in state.ema_params})
@@ -39,7 +40,7 @@ def test_a_converted_model_trains_on(fresh, tmp_path, caplog):
 
 
 def test_without_a_snapshot_the_weights_are_fresh(fresh, tmp_path):
-    assert startup.begin(tmp_path, *fresh) is fresh[0]
+    assert ldm_initial.begin(CONFIG, tmp_path, *fresh, recipes.mesh_of()) is fresh[0]
 
 
 def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(fresh, tmp_path, caplog):
@@ -49,7 +50,7 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(fresh, tmp_pat
     assert not caplog.messages
     checkpoint.save_snapshot(tmp_path, 12, state.params, {})
     assert startup.resume(tmp_path, manager, state, shardings) is None
-    assert startup.begin(tmp_path, state, shardings) is state
+    assert ldm_initial.begin(CONFIG, tmp_path, state, shardings, recipes.mesh_of()) is state
     assert "has no checkpoint, and begins anew at step 0; its snapshots, the last of step 12" in (
         caplog.text
     )
@@ -59,7 +60,7 @@ def test_weights_of_another_model_are_refused(fresh, tmp_path):
     cond = {**jax.device_get(fresh[0].params)["cond_stage"], "more": np.zeros(3)}
     checkpoint.save_snapshot(tmp_path, 0, {"cond_stage": cond}, {})
     with pytest.raises(ValueError, match=r"snapshots/0/params: is of another model, 1 arrays"):
-        startup.begin(tmp_path, *fresh)
+        ldm_initial.begin(CONFIG, tmp_path, *fresh, recipes.mesh_of())
 
 
 def test_a_converted_first_stage_trains_on(tmp_path):

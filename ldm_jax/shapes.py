@@ -1,0 +1,26 @@
+"""Shapes of the parameters that a config asks for, without computing anything."""
+
+import functools
+
+from ldm_jax import conditioning, schema
+from ldm_jax.convert import compvis
+from ldm_jax.models import autoencoder
+from ldm_jax.models import unet as unet_module
+
+
+@functools.lru_cache(16)
+def unet(config: schema.UNetConfig) -> dict:
+    """Of a UNet."""
+    return compvis.unet_shapes(unet_module.from_config(config))
+
+
+@functools.lru_cache(16)
+def first_stage(config: schema.FirstStageModelConfig) -> dict:
+    """Of a first stage."""
+    return compvis.first_stage_shapes(autoencoder.from_config(config))
+
+
+@functools.lru_cache(16)
+def cond(config: schema.CondConfig) -> dict:
+    """Of the learned part of a conditioning; {} if nothing of it is learned."""
+    return compvis.cond_shapes(config, conditioning.build(config))
