@@ -27,6 +27,7 @@ def train(
     started, root = time.time(), rundir.root_key(workdir, config)
     config = adapter.settled(config)
     adapter.check(config)
+    dreambooth.check(config)
     mesh = sharding.make_mesh(config.mesh)
     host = base.find(config, workdir)
     given = frozen.find(config, workdir)
@@ -46,7 +47,6 @@ def train(
     labels = "label" in conditioning.needs(config.cond)
     known = dataset.check(workdir, stream, held_out, labels=labels)
     ldm.check(config, given.first_stage, stream, mesh)
-    dreambooth.check(config)
     run = startup.open_run(workdir, config)  # only now is anything written
     fixed = frozen.prepare(config, run, mesh, stream, given)
     fixed = base.prepare(config, host, run, fixed, mesh)
