@@ -19,7 +19,7 @@ from ldm_jax.adapters import lora
 from ldm_jax.configs import finetune
 from ldm_jax.convert.adapters import lora_files
 from ldm_jax.train import frozen, ldm, step
-from ldm_jax.train.finetune import adapter, base, loss
+from ldm_jax.train.finetune import adapter, base, inversion, loss
 from ldm_jax.train.ldm import initial
 
 pytestmark = pytest.mark.torch
@@ -87,13 +87,21 @@ def torch_loss(torch_pipeline, unet, batch, keys, weights=None):
         shape = np.moveaxis(np.empty(posterior.mean.shape), 1, -1).shape[1:]
         drawn = nchw(diffusion.rowwise_normal(keys["encode"], shape))
         x0 = (posterior.mean + posterior.std * drawn) * torch_pipeline.vae.config.scaling_factor
-        ids = torch.from_numpy(np.array(batch["tokens"])).long()
-        context = torch_pipeline.text_encoder(ids)[0]
+    context = torch_pipeline.text_encoder(torch.from_numpy(np.array(batch["tokens"])).long())[0]
     t = jax.vmap(lambda key: jax.random.randint(key, (), 0, 1000))(keys["t"])
     t, noise = torch.from_numpy(np.array(t)), nchw(diffusion.rowwise_normal(keys["noise"], shape))
     out = unet(torch_pipeline.scheduler.add_noise(x0, noise, t), t, context).sample
     squares = ((out - noise) ** 2).mean(dim=(1, 2, 3))
     return squares.mean() if weights is None else (squares * torch.from_numpy(weights)).sum()
+
+
+def value_and_grad(made, fixed, examples):
+    """The jitted function from parameters to ((loss, metrics), gradient)."""
+
+    def of_params(params):
+        return made(fixed.arguments, params, examples, True)
+
+    return jax.jit(jax.value_and_grad(of_params, has_aux=True))
 
 
 def test_twenty_steps_on_a_frozen_first_stage_and_text_encoder(pipeline, images, tmp_path):
@@ -119,7 +127,7 @@ def test_twenty_steps_on_a_frozen_first_stage_and_text_encoder(pipeline, images,
         theirs.backward()
         optimizer.step()
         state, metrics = train_step(state, batch, ROOT)
-        losses.append((float(metrics["loss"]), float(theirs)))
+        losses.append((float(metrics["loss"]), float(theirs.detach())))
     ours, theirs = np.array(losses).T
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     assert np.ptp(theirs) > 0.01
@@ -152,9 +160,7 @@ def test_a_step_of_lora_has_the_gradients_of_peft(pipeline, images, tmp_path):
     value = torch_loss(pipeline.torch, unet, batch, examples["keys"])
     value.backward()
     made = loss.make_loss(config, fixed, mesh)
-    (ours, _), grads = jax.value_and_grad(
-        lambda p: made(fixed.arguments, p, examples, True), has_aux=True
-    )(params)
+    (ours, _), grads = value_and_grad(made, fixed, examples)(params)
     np.testing.assert_allclose(float(ours), float(value.detach()), rtol=1e-5)
     found = by_module(grads)
     largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(grads))
@@ -190,9 +196,7 @@ def test_the_prior_is_a_second_half_of_the_batch_with_its_weight(pipeline, image
     params = loading.load(pipeline.folder).params
     examples = step.with_keys(ROOT, 0, ldm.DRAWS, batch, BATCH)
     made = loss.make_loss(config, fixed, mesh)
-    (ours, metrics), grads = jax.value_and_grad(
-        lambda p: made(fixed.arguments, {"unet": p}, examples, True), has_aux=True
-    )(params["unet"])
+    (ours, metrics), grads = value_and_grad(made, fixed, examples)({"unet": params["unet"]})
     unet = copy.deepcopy(pipeline.torch.unet)
     both = loss.with_prior(examples)
     weights = np.repeat(np.float32([1 / BATCH, 0.3 / BATCH]), BATCH)
@@ -201,7 +205,7 @@ def test_the_prior_is_a_second_half_of_the_batch_with_its_weight(pipeline, image
     np.testing.assert_allclose(float(ours), float(value.detach()), rtol=1e-5)
     assert float(metrics["loss_subject"]) != float(metrics["loss_prior"])
     wanted = unet.conv_in.weight.grad.permute(2, 3, 1, 0).numpy()
-    found = np.asarray(grads["conv_in"]["kernel"])
+    found = np.asarray(grads["unet"]["conv_in"]["kernel"])
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
     half = {name: x[:BATCH] for name, x in both["batch"].items()}
     np.testing.assert_array_equal(half["image"], batch["image"])
@@ -226,10 +230,11 @@ def test_more_input_channels_change_nothing_at_first(pipeline, images, tmp_path)
     context = jax.random.normal(jax.random.key(2), (2, 3, config.unet.context_dim))
     t = jnp.array([3.0, 800.0])
     given = loading.load(pipeline.folder)
-    wanted = given.unet.apply({"params": given.params["unet"]}, x, t, context, None)
+    wanted = jax.jit(given.unet.apply)({"params": given.params["unet"]}, x, t, context, None)
     net, _ = ldm.modules(wide)
     concatenated = jnp.concatenate([x, 50 * beside], axis=-1)
-    found = net.apply({"params": state.params["unet"]}, concatenated, t, context, None)
+    apply = jax.jit(net.apply)
+    found = apply({"params": state.params["unet"]}, concatenated, t, context, None)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
@@ -262,3 +267,39 @@ def test_the_text_encoder_trains_at_its_own_rate():
     wanted, _ = alone.update(grads, alone.init(params), params)
     np.testing.assert_allclose(updates["cond_stage"]["w"], wanted["cond_stage"]["w"], rtol=1e-6)
     np.testing.assert_allclose(updates["unet"]["w"], 10 * wanted["unet"]["w"], rtol=1e-6)
+
+
+def test_a_step_of_textual_inversion_has_the_gradients_of_torch(pipeline, images, tmp_path):
+    """Of the rows that torch's longer table has for the word."""
+    import torch
+
+    options = {"token": "<x>", "init_word": "a", "vectors": 2}
+    config = configured("textual_inversion", pipeline, images, **options)
+    mesh, fixed, _ = prepared(config, tmp_path)
+    given = frozen.find(config, tmp_path)
+    tokenizer, vectors = inversion.find(config, given)
+    captions = inversion.texts(config)
+    stream = data.stream(
+        config.data, batch_size=BATCH, seed=1, tokenizer=tokenizer, captions=captions
+    )
+    batch = data.global_batch(stream, 0, sharding.batch_sharding(mesh))
+    examples = step.with_keys(ROOT, 0, ldm.DRAWS, batch, BATCH)
+    wide = inversion.widened(config)
+    made = loss.make_loss(wide, fixed, mesh)
+    (ours, _), grads = value_and_grad(made, fixed, examples)(
+        {"embedding": {"vectors": jnp.asarray(vectors)}}
+    )
+
+    known = config.cond.encoder.vocab_size
+    theirs = copy.deepcopy(pipeline.torch)
+    theirs.text_encoder.resize_token_embeddings(known + 2)
+    table = theirs.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[known:] = torch.from_numpy(vectors.copy())
+    value = torch_loss(theirs, theirs.unet, batch, examples["keys"])
+    value.backward()
+    np.testing.assert_allclose(float(ours), float(value.detach()), rtol=1e-5)
+    wanted = table.grad[known:].numpy()
+    found = np.asarray(grads["embedding"]["vectors"])
+    assert np.abs(wanted).min(axis=1).all()
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
