@@ -65,18 +65,18 @@ def train(
         return 0
 
     model_config = serialize.to_dict(bundle.model_config(config, fixed.config))
-    config = inversion.widened(config)  # the module's table has the new word from here on
-    loss, whole = make_loss(config, fixed, mesh), adapter.make_whole(config)
+    wide = inversion.widened(config)
+    loss, whole = make_loss(wide, fixed, mesh), adapter.make_whole(config)
     key = jax.random.fold_in(root, EVALUATE)
-    evaluate = make_evaluate(config, fixed, mesh, held_out, key, loss)
+    evaluate = make_evaluate(wide, fixed, mesh, held_out, key, loss)
     key = jax.random.fold_in(root, SAMPLE)
-    draw = preview.make(config, fixed, mesh, held_out, key, tokenizer=tokenizer, whole=whole)
+    draw = preview.make(wide, fixed, mesh, held_out, key, tokenizer=tokenizer, whole=whole)
     loop = Loop(config, run, mesh, stream, manager, state, started=started, watch=watch)
     train_step = loop.compile(
-        make_train_step(config, fixed, mesh),
+        make_train_step(wide, fixed, mesh),
         state,
         root,
-        lambda: make_train_step(plain(config), fixed, mesh),
+        lambda: make_train_step(plain(wide), fixed, mesh),
     )
     with loop:
         for i, batch in loop.batches:
