@@ -34,6 +34,10 @@ BESIDE_THE_PROGRAM = (
     "num_samples",
     "seed",
     "deterministic",
+    "init_from",
+    "sample_prompts",
+    "keep_base",
+    "class_path",
 )
 """Fields of a config that change no program."""
 CHILD = (sys.executable, "-m", "ldm_jax.train.plan.programs")
