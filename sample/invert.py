@@ -163,6 +163,7 @@ def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Leve
     without a change of level is left out.
     """
     own = model.config.sampling
+    # as `sampling.levels_of`: the model's offset belongs to its own spacing
     offset = own.steps_offset if options.spacing == own.spacing else 1
     rule = options.spacing_rule
     if rule == "diffusers" and options.spacing in solvers.DIFFUSERS_SPACINGS:
@@ -173,6 +174,7 @@ def levels_back(model: bundle.LatentDiffusion, options: Options) -> solvers.Leve
         table = solvers.levels(
             model.schedule, options.steps, options.spacing, "alphas_cumprod_0", offset
         )
+    # at timestep 0 the last step leads to itself: inverted, it would divide by a change of zero
     moves = table.alpha != table.alpha_next
     table = solvers.Levels(*(None if x is None else x[moves] for x in table))
     return solvers.inverted(table)

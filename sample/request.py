@@ -85,6 +85,7 @@ def calls_of(request: Request, size: int | None = None) -> list[Call]:
     """
     count, split = request.count, request.mesh.shape["data"] * request.mesh.shape["fsdp"]
     if size is None:
+        # no larger than the list, rounded up so that every device has as many rows
         size = min(request.options.batch_size, -(-count // split) * split)
     return [
         Call(np.minimum(np.arange(first, first + size), count - 1), np.arange(last - first))
@@ -112,6 +113,7 @@ def indices_of(request: Request) -> np.ndarray:
 
 def keys_of(request: Request, places: np.ndarray) -> jax.Array:
     """Keys of some of the images; see `sampling.keys_of`."""
+    # a list of thousands of prompts has few seeds: a root key for each of those
     different, which = np.unique(seeds_of(request)[places], return_inverse=True)
     roots = jnp.stack([seeds.root_key(seed) for seed in different])
     return jax.vmap(jax.random.fold_in)(roots[which], indices_of(request)[places].astype(np.uint32))

@@ -239,7 +239,7 @@ def slerp(a: np.ndarray, b: np.ndarray, t: float, axis: int | None = -1) -> np.n
     one, other = (x / np.where(n > 0, n, 1) for x, n in zip((a64, b64), norms, strict=True))
     cosine = np.clip(np.sum(one * other, axis=axis, keepdims=True), -1, 1)
     angle = np.arccos(cosine)
-    flat = np.sin(angle) < 1e-6
+    flat = np.sin(angle) < 1e-6  # parallel: no circle; opposite: any of many
     sine = np.where(flat, 1, np.sin(angle))
     first = np.where(flat, 1 - t, np.sin((1 - t) * angle) / sine)
     last = np.where(flat, t, np.sin(t * angle) / sine)

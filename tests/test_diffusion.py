@@ -62,10 +62,6 @@ def test_sqrt_schedule_is_the_root_of_the_linear_one():
     np.testing.assert_allclose(linear.betas[[0, 3, -1]], [0.01, 0.09, 0.25])
 
 
-def test_cosine_betas_stop_below_one():
-    assert make_schedule("cosine", 50).betas[-1] == 0.999
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -234,6 +234,7 @@ def dropped(lora: LoRA, rate: float, key: jax.Array) -> LoRA:
 
 def _kohya_hashes(path: epath.PathLike) -> dict[str, str]:
     content = epath.Path(path).read_bytes()
+    # sd-scripts: one hash of all that follows the header, and an older one of 64 KiB from 1 MiB on
     begin = 8 + int.from_bytes(content[:8], "little")
     legacy = content[0x100000 : 0x100000 + 0x10000]
     return {

@@ -30,6 +30,7 @@ FLASH_LOGITS = 2**18
 
 def xla(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     """The plain formula, all logits at once."""
+    # float32: at 64 the next number that bfloat16 knows is 64.5, and softmax takes the exponential
     logits_bnqk = jnp.einsum(
         "bqnd,bknd->bnqk", q_bqnd, k_bknd, precision=precision, preferred_element_type=jnp.float32
     )
@@ -107,7 +108,7 @@ def cudnn(q_bqnd, k_bknd, v_bknd, precision: PrecisionLike = None):
     if q_bqnd.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
         return xla(q_bqnd, k_bknd, v_bknd, precision)
     batch, queries, keys = q_bqnd.shape[0], q_bqnd.shape[1], k_bknd.shape[1]
-    lengths = {}
+    lengths = {}  # none where nothing is padded: masks cost time
     if queries % 2 or keys % 2:
         lengths = {
             "query_seq_lengths": jnp.full((batch,), queries, jnp.int32),
@@ -177,7 +178,7 @@ def _split(function, mesh, q_bqnd, k_bknd, v_bknd, precision=None):
     free = [axis for axis in mesh.axis_names if axis not in context.manual_axes]
     batch, _, heads, _ = q_bqnd.shape
     batch_axes: tuple[str, ...] = ()
-    for axis in ("data", "fsdp"):
+    for axis in ("data", "fsdp"):  # in the order of `sharding.batch_sharding`: rows stay in place
         if axis in free and batch % mesh.shape[axis] == 0:
             batch_axes, batch = (*batch_axes, axis), batch // mesh.shape[axis]
     head_axis = "tensor" if "tensor" in free and heads % mesh.shape["tensor"] == 0 else None

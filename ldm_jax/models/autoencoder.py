@@ -75,6 +75,7 @@ class Level(nn.Module):
             if self.with_attention:
                 x = attend(attention=self.attention, name=f"attentions_{i}", **num)(x)
         if self.resample == "down":
+            # right and below only, as the reference: its weights expect this shift of half a pixel
             x = Downsample(padding=(0, 1), name="downsamplers_0", **num)(x)
         elif self.resample == "up":
             x = Upsample(name="upsamplers_0", **num)(x)
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
             level = levels - 1 - i
             x = Level(
                 channels=self.channels * self.channel_mult[level],
-                num_layers=self.num_res_blocks + 1,
+                num_layers=self.num_res_blocks + 1,  # one more than the encoder, as the reference
                 with_attention=2**level in self.attention_downsample,
                 resample="up" if level > 0 and i + 1 != stop else None,
                 name=f"up_blocks_{i}",

@@ -84,6 +84,7 @@ class TextTransformer(nn.Module):
     def __call__(self, ids_bl):
         x_blc = self.make_embeddings(name="embeddings")(ids_bl)
         states = Encoder(self.make_layer, self.num_layers, name="encoder")(x_blc)
+        # the last norm belongs to the last layer, and Stable Diffusion 2 puts it on the one before
         x_blc = states[{"last": -1, "penultimate": -2}[self.layer]]
         return layer_norm("final_layer_norm", self.dtype)(x_blc).astype(jnp.float32)
 
@@ -234,6 +235,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_blc):
         width = x_blc.shape[-1]
+        # OpenAI's initial weights: what a layer adds shrinks with the number of layers, so that
+        # the sum of all has the same spread in an encoder of any depth
         std = width**-0.5
         out_std = std * (2 * self.num_layers) ** -0.5
         num = numerics(self)

@@ -71,14 +71,16 @@ class Attention(nn.Module):
             return einops.rearrange(a, "b l (n d) -> b l n d", n=self.num_heads)
 
         q_bqnd = project(x_bqc, "q")
+        # a sampler makes keys and values of its context once, before its loop over levels
         if context_blc is not None and self.has_variable("context", "keys_values"):
             k_blnd, v_blnd = self.get_variable("context", "keys_values")
         else:
             k_blnd, v_blnd = project(source, "k"), project(source, "v")
+            # not in init, which would return them beside the parameters
             if context_blc is not None and not self.is_initializing():
                 made = (k_blnd, v_blnd)
                 self.sow("context", "keys_values", made, reduce_fn=lambda _, new: new)
-        if self.upcast:
+        if self.upcast:  # logits of Stable Diffusion 2.1 are beyond what float16 can hold
             q_bqnd, k_blnd, v_blnd = (a.astype(jnp.float32) for a in (q_bqnd, k_blnd, v_blnd))
         out_bqnd = self.attention(q_bqnd, k_blnd, v_blnd, precision=self.precision)
         out_bqc = einops.rearrange(out_bqnd, "b q n d -> b q (n d)").astype(self.dtype)
@@ -175,6 +177,7 @@ class TransformerBlock(nn.Module):
             fast = one_pass(x_bqc)
             return nn.LayerNorm(1e-5, use_fast_variance=fast, dtype=self.dtype, name=name)
 
+        # under guidance an image has two contexts: what is before the first of them runs once
         if self.only_cross_attention:
             x_bqc = repeat_for(x_bqc, context_blc)
         x_bqc += Attention(name="attn1", **heads, **num)(norm("norm1")(x_bqc), first)
@@ -209,6 +212,7 @@ class SpatialTransformer(nn.Module):
                 return dense(channels, channels, zero=zero, name=name, **num)
             return conv(channels, channels, 1, zero=zero, name=name, **num)
 
+        # 1e-6 here and 1e-5 in residual blocks: the reference's epsilons, which its weights know
         h = project("proj_in")(group_norm(channels, 1e-6, name="norm", dtype=self.dtype)(x))
         h_bqc = einops.rearrange(h, "b h w c -> b (h w) c")
         for i in range(self.depth):

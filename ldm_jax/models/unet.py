@@ -108,7 +108,7 @@ class UNet(nn.Module):
             channels = self.model_channels * self.channel_mult[level]
             up = UpBlock(
                 channels=channels,
-                num_layers=self.num_res_blocks + 1,
+                num_layers=self.num_res_blocks + 1,  # one for the skip of conv_in or a downsampler
                 resnet=resnet,
                 attend=self._attend(level),
                 upsample=self._change("up", channels) if level > 0 else None,

@@ -76,10 +76,14 @@ FIRST_STAGES = {
 
 
 def made(name, options):
-    """A module of diffusers or transformers with weights by formula."""
+    """A module of diffusers with weights by formula."""
     import diffusers as theirs
 
-    module = getattr(theirs, name)(**options).eval()
+    return by_formula(getattr(theirs, name)(**options).eval())
+
+
+def by_formula(module):
+    """The module with weights so large that each of its operations shows in its output."""
     state = {k: torch.tensor(weight(k, tuple(x.shape))) for k, x in module.state_dict().items()}
     module.load_state_dict(state)
     return module

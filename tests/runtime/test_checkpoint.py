@@ -101,14 +101,6 @@ def test_restore_is_exact_on_any_mesh_and_after_a_move(run, mesh_config):
     tree_equal(checkpoint.restore(run, fresh), expected)  # a state of arrays describes one too
 
 
-def test_resumed_training_goes_on_as_if_uninterrupted(run):
-    straight = trained(5)
-    resumed = checkpoint.restore(run, abstract_on(MIXED))
-    for _ in range(2):
-        resumed = update(resumed)
-    tree_equal(resumed, straight)
-
-
 def test_each_part_restores_alone_on_the_host(run):
     for part in ("params", "ema_params"):
         kept = run / "checkpoints" / "3" / part
@@ -175,19 +167,6 @@ def test_oldest_are_removed_and_a_step_is_saved_once(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [2, 10]
     assert checkpoint.latest_step(tmp_path) == 10
     assert int(checkpoint.restore(tmp_path, state, step=2).step) == 2
-
-
-def test_an_interrupted_save_is_no_checkpoint(run):
-    unfinished = [run / "checkpoints" / f"{step}.orbax-checkpoint-tmp" for step in (8, 9)]
-    for folder in unfinished:
-        shutil.copytree(run / "checkpoints" / "3", folder)
-    assert checkpoint.latest_step(run) == 3
-    manager = checkpoint.manager(run)
-    state = trained(3).replace(step=jnp.asarray(9, jnp.int32))
-    assert checkpoint.save(manager, state, {})
-    manager.close()
-    assert checkpoint.saved_steps(run) == [3, 9]
-    assert not any(folder.exists() for folder in unfinished)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

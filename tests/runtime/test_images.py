@@ -70,8 +70,6 @@ def test_png_without_settings_is_refused_by_name(tmp_path):
 
 # --- reading ------------------------------------------------------------------------------------
 
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-
 
 def encoded(kind: str) -> bytes:
     out = io.BytesIO()

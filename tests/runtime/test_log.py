@@ -14,13 +14,6 @@ from ldm_jax.runtime.log import LOG
 OTHER = logging.getLogger("somebody.else")
 
 
-@pytest.fixture
-def second(monkeypatch):
-    """This is process 1 of two."""
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-
-
 def test_messages_alone_are_shown_inside(capsys):
     LOG.warning("before")
     with log.shown():
@@ -40,14 +33,6 @@ def test_it_is_shown_once_however_often_it_is_entered(capsys):
             LOG.info("inner")
         LOG.info("outer")
     assert capsys.readouterr().err == "inner\nouter\n"
-
-
-def test_another_process_shows_errors_alone_with_its_number(capsys, second):
-    with log.shown():
-        LOG.info("a fact")
-        OTHER.warning("odd")
-        LOG.error("wrong")
-    assert capsys.readouterr().err == "process 1: wrong\n"
 
 
 def test_devices_are_not_asked_for_before_processes_are_joined(capsys, monkeypatch):

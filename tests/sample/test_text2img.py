@@ -122,12 +122,6 @@ def test_negative_prompt_and_guidance(run, made, tmp_path, capsys):
     )
 
 
-def test_sides_are_those_asked_for(run, tmp_path):
-    flags = ["--model", run, "--prompt", "x", "--height", 8, "--width", 20, *FAST]
-    assert sample(*flags, "--out", tmp_path) == 0
-    assert pixels(tmp_path / "00000_x_seed0.png").shape == (8, 20, 3)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

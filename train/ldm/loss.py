@@ -125,6 +125,7 @@ def make_losses(
         encode = functools.partial(
             latents.encode, frozen.module, frozen_params["first_stage"], scale=frozen.scale
         )
+        # no gradient passes the frozen first stage, so that none of its activations are kept
         x0 = jax.lax.stop_gradient(
             first_stage.latent(frozen.module, frozen_params, batch, frozen.scale, keys["encode"])
         )
@@ -139,7 +140,7 @@ def make_losses(
         cond_params = params.get("cond_stage") or frozen_params.get("cond_stage", {})
         cond = conditioning.from_batch(config.cond, cond_stage, cond_params, batch, encode, dropped)
         x_t = diffusion.q_sample(schedule, x0, t, noise)
-        if cond.concat is not None:
+        if cond.concat is not None:  # beside the noised latent, itself without noise
             x_t = jnp.concatenate([x_t, cond.concat], axis=-1)
         out = net.apply(
             {"params": params["unet"]},

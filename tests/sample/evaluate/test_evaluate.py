@@ -151,18 +151,6 @@ def test_saved_statistics_give_the_same_distance(drawn, statistics, tmp_path):
     assert (saved.features.count, saved.meta["size"]) == (64, [16, 16, 3])
 
 
-def test_a_folder_of_images(drawn, ldm_run, tmp_path):
-    with np.load(drawn / "samples.npz") as file:
-        pixels = file["arr_0"]
-    for i, image in enumerate(pixels):
-        images.save_png(tmp_path / "in" / f"{i:03d}.png", image)
-    images.save_png(tmp_path / "in" / "grid.png", images.grid(pixels, 2))
-    flags = ["--samples", tmp_path / "in", "--reference", ldm_run, *RANDOM]
-    assert run("samples", *flags, "--out", tmp_path / "out") == 0
-    expected = result(drawn)["figures"]
-    assert result(tmp_path / "out")["figures"] == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.slow
 def test_a_model_of_text_is_asked_with_the_captions_of_the_data(tmp_path, capsys):
     """FD in CLIP features and the CLIP score, of a model that brings no data of its own."""
