@@ -121,7 +121,7 @@ def added(model: bundle.LatentDiffusion, embeddings: Sequence[Embedding]) -> bun
         _check_spelling(one.token)
     names = [(one.token, len(one.vectors)) for one in embeddings]
     tokenizer = tokenizer.with_names(names, encoder.vocab_size)
-    vectors = jnp.concatenate([one.vectors for one in embeddings])
+    vectors = np.concatenate([np.asarray(one.vectors) for one in embeddings])
     size = encoder.vocab_size + len(vectors)
     encoder = dataclasses.replace(encoder, vocab_size=size)
     cond = schema.with_encoder(model.config.cond, encoder)
@@ -162,17 +162,17 @@ def write(path: epath.PathLike, embedding: Embedding, to: Format = "diffusers") 
     embedding_files.write(path, embedding.token, vectors, to)
 
 
-def _placed(params: dict[str, Any], vectors: jax.Array) -> dict[str, Any]:
-    """`extended`, each array where the rules of training put it if they have put the table."""
-    _, table = _table(params)
+def _placed(params: dict[str, Any], vectors: np.ndarray) -> dict[str, Any]:
+    """`extended`, laid out by the rules of training where the table is so."""
+    shapes, (_, table) = jax.eval_shape(extended, params, vectors), _table(params)
     if isinstance(table, jax.ShapeDtypeStruct):
-        return jax.eval_shape(extended, params, vectors)
-    params, where = extended(params, vectors), getattr(table, "sharding", None)
+        return shapes
+    where = getattr(table, "sharding", None)
     if not isinstance(where, jax.sharding.NamedSharding):
-        return params
-    tree = {"cond_stage": params}
-    rules = sharding.by_rules(tree, sharding.RULES, where.mesh)
-    return jax.tree.map(jax.device_put, tree, rules)["cond_stage"]
+        return extended(params, vectors)
+    tree = {"cond_stage": shapes}
+    rules = sharding.by_rules(tree, sharding.RULES, where.mesh)["cond_stage"]
+    return jax.jit(extended, out_shardings=rules)(params, vectors)
 
 
 def _table(params: dict[str, Any]) -> tuple[str, Any]:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 import text_model
 from PIL import Image, PngImagePlugin
 
-from ldm_jax import prompts, schema
+from ldm_jax import conditioning, prompts, schema, sharding
 from ldm_jax.adapters import textual_inversion
 from ldm_jax.convert.formats import safetensors_file, torch_writer
 from ldm_jax.data import tokens
@@ -115,6 +116,20 @@ def test_tables_keep_their_dtype_or_take_that_of_the_vectors(model):
         new = textual_inversion.extended(low, jnp.asarray(vectors(2), dtype))
         dtypes = {x.dtype for x in jax.tree.leaves(new)}
         assert dtypes == {jnp.dtype(jnp.bfloat16), jnp.dtype(dtype)}
+
+
+def test_parameters_are_those_of_the_new_config_where_the_rules_put_them(model):
+    mesh = recipes.mesh_of(fsdp=4)
+    rules = sharding.by_rules(model.params, sharding.RULES, mesh)
+    model = dataclasses.replace(model, params=sharding.place(model.params, rules))
+    new = textual_inversion.added(model, [embedding(count=3)])
+    wanted = jax.eval_shape(
+        lambda: conditioning.init(new.config.cond, new.cond_stage, jax.random.key(0))
+    )
+    shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (new.params["cond_stage"], wanted)]
+    assert shapes[0] == shapes[1]
+    table = next(x for x in jax.tree.leaves(new.params) if x.shape == (VOCAB + 3, WIDTH))
+    assert table.sharding.spec == jax.P(None, "fsdp")
 
 
 def test_models_of_text_and_image_and_of_shapes_alone(model):
