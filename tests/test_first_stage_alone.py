@@ -58,7 +58,7 @@ def test_every_form_loads_wherever_a_first_stage_is_asked_for(config, form, tmp_
     alone = ldm_jax.load(path)
     assert alone.unet is None
     assert alone.config.first_stage == config
-    assert alone.latent_scale == (1.0 if form == "bare" else 0.5)
+    assert alone.latent_scale == 0.5
     recipes.assert_same_bits(alone.params, model.params)
     params, found = loading.load_first_stage(path)
     assert found == config

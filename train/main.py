@@ -164,6 +164,7 @@ def train(argv: Sequence[str]) -> int:
         name, rest = _config_first(argv[bool(does) :], does)
         if does != "plan":
             cli.start(process)
+            early.install_again()
         elif process.distributed is not None:
             raise ValueError("--distributed: plan compiles in one process; leave the option out")
         elif process.compilation_cache:

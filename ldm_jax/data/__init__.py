@@ -2,7 +2,7 @@
 
 from ldm_jax.data.examples import BadDataError, Stream, stream
 from ldm_jax.data.facts import facts_of
-from ldm_jax.data.pipeline import Batches, global_batch, prefetch
+from ldm_jax.data.pipeline import Batches, batch_of_nan, global_batch, prefetch
 from ldm_jax.data.sources import Source, arrays, open_source, stamp
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Source",
     "Stream",
     "arrays",
+    "batch_of_nan",
     "facts_of",
     "global_batch",
     "open_source",

@@ -7,7 +7,6 @@
 several lines; each example of it draws one.
 """
 
-import json
 import os
 import posixpath
 import unicodedata
@@ -90,12 +89,12 @@ def _one(texts: list[str]) -> Caption:
 def _entry(line: str, where: str) -> tuple[str, list[str]]:
     """(file name, captions) of a line."""
     try:
-        entry: Any = json.loads(line)
+        entry: Any = reading.parse_json(line, where)
         name, text = entry["file_name"], entry["text"]
         texts = text if isinstance(text, list) else [text]
         if not isinstance(name, str) or not texts or not all(isinstance(x, str) for x in texts):
             raise TypeError(f"file_name is {name!r:.80}, text is {text!r:.80}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{where}: each line is an object with file_name and text, or a list of texts"
             f" ({error!r:.300})"

@@ -90,6 +90,16 @@ class Batches:
         self.close()
 
 
+def batch_of_nan(stream: Stream, sharding: jax.sharding.Sharding) -> Batch:
+    """A global batch whose images, or latents, are NaN in this process: a step on it is skipped."""
+    local = local_examples(stream.batch_size, sharding)
+    example = {
+        name: np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else 0, dtype)
+        for name, (shape, dtype) in stream.spec.items()
+    }
+    return _assemble(stream, [example] * len(local), local, sharding)
+
+
 class _LocalExamples(grain.MapDataset):
     """The examples that this process decodes, piece after piece of batch after batch.
 

@@ -1,6 +1,6 @@
 """Communication between the processes of a run outside of any step; all call each function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -15,6 +15,14 @@ def any_of(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def gathered(numbers: Sequence[int]) -> np.ndarray:
+    """[processes, n]: the n numbers of each process."""
+    mine = np.asarray(numbers, np.int32)
+    if jax.process_count() == 1:
+        return mine[None]
+    return np.asarray(multihost_utils.process_allgather(mine))
 
 
 def union(numbers: set[int]) -> set[int]:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -94,7 +95,10 @@ def _seed_bits(run: epath.Path, config: schema.TrainConfig) -> int:
     if config.seed < 2**32:
         return 32
     path = run / "config.json"
-    return json.loads(path.read_text()).get("seed_bits", 32) if path.exists() else 64
+    bits = reading.read_object(path).get("seed_bits", 32) if path.exists() else 64
+    if bits not in (32, 64):
+        raise ValueError(f"{path}: seed_bits {bits!r:.40} is neither 32 nor 64")
+    return bits
 
 
 def meta(config: schema.TrainConfig, mesh: Mesh) -> dict[str, Any]:
@@ -151,17 +155,12 @@ def read_data(run: epath.PathLike) -> dict[str, Any] | None:
     path = epath.Path(run) / "data.json"
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text())
-        version, classes = values.pop("format"), values["classes"]
+    with reading.refusals(path, "remove it"):
+        values = reading.read_object(path, "remove it")
+        reading.check_format(values.pop("format"), FORMAT, str(path))
+        classes = values["classes"]
         if classes is not None and not all(isinstance(name, str) for name in classes):
-            raise TypeError(f"classes {classes!r}"[:80])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); remove it") from error
-    if version > FORMAT:
-        raise ValueError(
-            f"{path}: format {version} is newer than {FORMAT}; install a newer ldm_jax"
-        )
+            raise ValueError(f"classes are {classes!r:.80}, not names")
     return values
 
 
@@ -253,7 +252,7 @@ def frozen_files(run: epath.PathLike, name: str) -> Iterator[str | None]:
         return
     with tempfile.TemporaryDirectory() as local:  # readers of such files know no gs://
         for path in folder.iterdir():
-            (epath.Path(local) / path.name).write_bytes(path.read_bytes())
+            (epath.Path(local) / path.name).write_bytes(reading.read_bytes(path))
         yield local
 
 
@@ -308,14 +307,15 @@ def _parts(run: epath.PathLike) -> list[tuple[epath.Path, list[dict[str, Any]]]]
     if not folder.exists():
         return []
     paths = sorted(p for p in folder.iterdir() if p.suffix == ".jsonl" and p.stem.isdigit())
-    return [(p, [_record(p, line) for line in p.read_text().split("\n") if line]) for p in paths]
+    lines = {p: reading.read_text(p).split("\n") for p in paths}
+    return [(p, [_record(p, line) for line in lines[p] if line]) for p in paths]
 
 
 def _record(path: epath.Path, line: str) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}: is damaged ({error}); remove that part") from error
+    record = reading.parse_json(line, os.fspath(path), "remove that part")
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError(f"{path}: is damaged (a line without a step); remove that part")
+    return record
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> str:

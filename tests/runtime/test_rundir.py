@@ -238,7 +238,7 @@ def test_a_damaged_part_is_named(tmp_path):
     rundir.write_metrics(tmp_path, [{"step": 5}])
     part = tmp_path / "metrics" / "000005.jsonl"
     part.write_text(part.read_text() + '{"step": 1')
-    with pytest.raises(ValueError, match=r"000005\.jsonl: is damaged"):
+    with pytest.raises(ValueError, match=r"000005\.jsonl: is not JSON .*; remove that part"):
         rundir.read_metrics(tmp_path)
 
 

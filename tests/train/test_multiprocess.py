@@ -101,6 +101,42 @@ def test_two_processes_go_on_where_one_stopped_and_one_where_they_did(
     one_goes_on(run, ldm_run, first_stage_run)
 
 
+# The data of process 1 end after five batches, of four examples each: before them are read those
+# of the latent scale and that of the compilation.
+ENDING = """
+import sys
+from ldm_jax import data
+from ldm_jax.runtime import cli
+from ldm_jax.train import main
+accept, left = data.Stream.accept, 8 + 4 + 20
+def ending(self, made):
+    global left
+    left -= 1
+    if left < 0:
+        raise data.BadDataError("all is broken")
+    return accept(self, made)
+if sys.argv[3].endswith(",1"):
+    data.pipeline.Batches.accept = data.Stream.accept = ending
+sys.exit(cli.run("ldm-train", main.train, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("most", [0, pytest.param(100, marks=pytest.mark.slow)])
+def test_data_that_end_in_one_process_are_saved_by_both(tmp_path, ldm_run, first_stage_run, most):
+    run = tmp_path / "run"
+    flags = ["--max-bad-steps", str(most), "--steps", "400", *MIXED.split()]
+    command = training(run, first_stage_run, *flags)
+    with two(tmp_path, lambda address: ["-c", ENDING, *command(address)[2:]]) as processes:
+        assert codes(tmp_path, processes) == [1, 1], logs(tmp_path)
+    assert "error: process 1 could not make batch 5" in (tmp_path / "0.log").read_text()
+    assert "error: all is broken" in (tmp_path / "1.log").read_text()
+    assert checkpoint.saved_steps(run) == [4, 5]
+    assert_losses_as(run, ldm_run, 5)
+    config = ldm_config(first_stage_run, "--steps", "8")
+    assert ldm.train(config, run) == 0
+    assert_losses_as(run, ldm_run, 8)
+
+
 def one_goes_on(run, ldm_run, first_stage_run):
     """One process on the mesh of `ldm_run`, for two steps."""
     config = ldm_config(first_stage_run, "--steps", "8")

@@ -14,6 +14,7 @@ from ldm_jax.schema import serialize
 from ldm_jax.train import frozen
 from ldm_jax.train.ldm import initial, preview
 from ldm_jax.train.ldm.loss import abstract_state, init_state, make_eval_step, make_train_step
+from ldm_jax.train.prepare import shards
 from ldm_jax.train.run import dataset, startup
 from ldm_jax.train.run.loop import Loop, averaged, ended, plain
 from ldm_jax.train.run.watchdog import Watch
@@ -40,6 +41,8 @@ def train(
         num_ids=conditioning.map_ids(config.cond),
     )
     stream, held_out = open_stream(), open_stream(split="eval")
+    if config.cache.path:
+        shards.warn_of_changes(config.cache.path, config.data)
     labels = "label" in conditioning.needs(config.cond)
     known = dataset.check(workdir, stream, held_out, labels=labels)
     check(config, given.first_stage, stream, mesh)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from ldm_jax import schema
-from ldm_jax.runtime import flags
+from ldm_jax.runtime import flags, reading
 from ldm_jax.schema import serialize
 from ldm_jax.train.plan import reports, topologies
 from ldm_jax.train.plan.programs import Target
@@ -198,7 +198,7 @@ def _chosen(values: Any) -> Any:
 
 def read(path: Path) -> tuple[Target, Result]:
     """A kept result. FileNotFoundError if there is none."""
-    values = json.loads((path / "result.json").read_text())
+    values = reading.read_object(path / "result.json")
     target = Target.from_json(values["request"])
     text = path / "program.txt.gz"
     done = "failed" not in values["about"]

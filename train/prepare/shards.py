@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
-from ldm_jax import data
+from ldm_jax import data, schema
 from ldm_jax.data import cache
-from ldm_jax.runtime import storage
+from ldm_jax.runtime import reading, storage
 from ldm_jax.runtime.log import LOG
 
 
@@ -77,13 +78,38 @@ def read(path: epath.Path, shard: cache.Shard) -> dict[str, Any] | None:
     file = summary_path(path, shard)
     if not file.exists():
         return None
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise TypeError("no object")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: is damaged ({error}); remove it and run again") from error
-    return values
+    return reading.read_object(file, "remove it and run again")
+
+
+def warn_of_changes(path: epath.PathLike, config: schema.DataConfig) -> None:
+    """Warn of shards of a cache whose images, maps or captions have changed since.
+
+    Where the folder that was encoded is at hand; process 0 looks at its files, not into them.
+    """
+    source = config.source
+    if jax.process_index() != 0 or not isinstance(source, schema.FolderConfig):
+        return
+    folder, changed, total, resized = epath.Path(path), 0, 0, False
+    for split, says in cache.read(path)["splits"].items():
+        try:
+            now = data.open_source(config, split)
+        except (OSError, ValueError):
+            return
+        known = cache.shards(split, says["records"], -(-says["records"] // max(1, says["shards"])))
+        total += len(known)
+        for shard in known:
+            stamp = (read(folder, shard) or {}).get("stamp")
+            if len(now) != says["records"]:
+                changed, resized = changed + 1, True
+            elif stamp is not None:  # older versions kept none
+                changed += stamp != data.stamp(now, shard.first, shard.last)
+    if changed:
+        again = "into another folder" if resized else "once more makes those shards again"
+        LOG.warning(
+            f"warning: {changed} of {total} shards of {path} were encoded from files that have"
+            f" changed since, in {source.path}: this run trains on them as they were; `ldm-train"
+            f" encode` {again}"
+        )
 
 
 def write(path: epath.Path, due: Due, **values: Any) -> None:

@@ -4,6 +4,7 @@ Nothing is lost then, so that the process leaves at once, with the exit code tha
 to schedulers. Imports nothing but the standard library: it stands before all other imports.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from types import FrameType
 INTERRUPTED = 75  # EX_TEMPFAIL, as `cli.INTERRUPTED`
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _leaving = threading.Lock()
+_handlers: list[int | None] = []  # addresses of handlers in C that stand back
 
 
 def install() -> None:
@@ -48,3 +50,26 @@ def _look(reader: int) -> None:
     while data := os.read(reader, 1):
         if signal.getsignal(data[0]) is leave:  # else the main thread's own handler does it
             leave(data[0], None)
+
+
+def install_again() -> None:
+    """Take SIGTERM back from JAX, which takes it when processes join, until `hand_over`.
+
+    JAX's handler only makes a note, for the training loop; before its first step nobody looks.
+    """
+    if signal.getsignal(signal.SIGTERM) is leave:  # as Python has it; in truth it may be JAX's
+        _handlers.append(_libc_signal(signal.SIGTERM, None))
+        signal.signal(signal.SIGTERM, leave)
+
+
+def hand_over() -> None:
+    """Give SIGTERM to the handler that it was taken from, which Python cannot see."""
+    if _handlers:
+        _libc_signal(signal.SIGTERM, _handlers.pop())
+
+
+def _libc_signal(number: int, handler: int | None) -> int | None:
+    """`signal` of C: sets the address of a handler, and returns that of the former one."""
+    function = ctypes.CDLL(None).signal
+    function.argtypes, function.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    return function(number, handler)

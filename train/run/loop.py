@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import data, schema, sharding
-from ldm_jax.runtime import checkpoint, cli, rundir
+from ldm_jax import data, finite, schema, sharding
+from ldm_jax.runtime import checkpoint, cli, processes, reading, rundir
 from ldm_jax.runtime.checkpoint_manager import Manager
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import goodput, profiling, stop, writers
@@ -89,7 +90,10 @@ class Loop:
         self.monitor.skipped_steps = int(state.skips["count"])
         self.batches: Iterator[tuple[int, dict]] = iter(())
         self._unsaved: tuple[int, Any] | None = None
-        self._data_error: BaseException | None = None
+        self._data_error: Exception | None = None
+        self._failed_at = -1  # the batch that this process could not make
+        self._ended: tuple[int, Exception] | None = None
+        """Steps made before the data of a process ended this run, and the error for it."""
         self.exit_code = cli.INTERRUPTED
 
     def compile(self, step: Any, state: Any, root: jax.Array, model_step: Callable) -> Callable:
@@ -118,23 +122,59 @@ class Loop:
         return self
 
     def _watched(self, batches: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
-        """The batches; an error of the data is known as such in `__exit__`."""
+        """The batches; an error of the data is known as such in `__exit__`.
+
+        With several processes the others may have begun this step, and wait for this one: it takes
+        part with batches of NaN, whose steps change nothing, until all have stopped.
+        """
+        i = self.first - 1
         try:
-            yield from batches
+            for i, batch in batches:
+                yield i, batch
         except Exception as error:
             self._data_error = error
-            raise
+            if jax.process_count() == 1:
+                raise
+        LOG.warning(f"no batch {i + 1}, the run stops: {self._data_error}")
+        self._failed_at = i + 1
+        stop.request()
+        nothing = data.batch_of_nan(self.stream, sharding.batch_sharding(self.mesh))
+        while True:
+            i += 1
+            yield i, nothing
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if error is not None and error is self._data_error:
+        data_end = error is self._data_error or isinstance(error, data.BadDataError)
+        if error is not None and data_end:
             self._save_before_the_end()
         self._stack.__exit__(kind, error, traceback)
         if kind is not None:
             self.monitor.abandon()
             return
         self.monitor.flush()
-        stop.refuse_bad(self.monitor, self.config, self.manager)
+        if self._ended is None:
+            stop.refuse_bad(self.monitor, self.config, self.manager)
         self.monitor.close()
+        if self._ended is not None:
+            raise self._ended[1]
+
+    def _agree_on_the_data(self, state: Any) -> None:
+        """Learn whether the data of any process have ended this run; all call this at one step.
+
+        A step on a batch of NaN is skipped by all, so that none was if the last one was not.
+        """
+        if jax.process_count() == 1 or self._ended or not int(state.bad_steps):
+            return
+        failed_n, permanent_n = processes.gathered(
+            (self._failed_at, isinstance(self._data_error, ValueError))
+        ).T
+        if (failed_n < 0).all():
+            return
+        step = int(failed_n[failed_n >= 0].min())
+        process = int(np.argmax(failed_n == step))
+        kind = data.BadDataError if permanent_n[process] else RuntimeError
+        other = kind(f"process {process} could not make batch {step}, see its log")
+        self._ended = step, self._data_error or other
 
     def traced(self, i: int) -> contextlib.AbstractContextManager:
         """Context of the step after `i` others: traced if it is in the window of --profile."""
@@ -146,11 +186,15 @@ class Loop:
         FloatingPointError after too many steps in a row that were skipped.
         """
         self.clock.made = metrics["loss"]
+        self._unsaved = step, state
         self.watch.step(step)
         self.manager.check_writes()
         log = is_due(self.config.intervals.log, step) or step == self.config.steps
         self.monitor.step(step, metrics, self.stream.bad_records, log=log)
-        stop.refuse_bad(self.monitor, self.config, self.manager)
+        if self.monitor.bad_steps > self.config.max_bad_steps:
+            self._agree_on_the_data(state)
+        if self._ended is None:
+            stop.refuse_bad(self.monitor, self.config, self.manager)
         if self.profile.ends(step):
             with self.paused("tracing", state):
                 self.profile.close()
@@ -182,23 +226,37 @@ class Loop:
         """True if the loop ends with this step: the last one, or a signal. Call once a step."""
         # first, at every step and in every process: with several it is a collective agreement
         interrupted = self._stopping(step)
-        if step == self.config.steps:
+        last = step == self.config.steps
+        if self._unsaved is not None and (interrupted or last or self._saves(step)):
+            self._agree_on_the_data(self._unsaved[1])
+        if self._ended is not None:
+            LOG.info(f"the data end this run; step {self._ended[0]} is saved first")
+        elif last:
             self.exit_code = 0
         elif interrupted:
             LOG.info(f"stopped at step {step} of {self.config.steps}")
-        return self.exit_code == 0 or interrupted
+        return self._ended is not None or last or interrupted
+
+    def _saves(self, step: int) -> bool:
+        every = self.config.intervals
+        return any(is_due(n, step) for n in (every.save, every.snapshot)) or self.manager.retry_due
 
     def save(self, step: int, state: Any, model_config: Mapping[str, Any], *, final: bool) -> None:
         """Save a checkpoint and a snapshot where they are due; `final`: a checkpoint that may not
         fail. `model_config` is the config of the model, as JSON values, which a snapshot holds."""
         every = self.config.intervals
-        due = is_due(every.save, step) or self.manager.retry_due or final
-        self._unsaved = None if due else (step, state)
-        if due:
+        if self._ended is not None:
+            state = _without_last_steps(state, step - self._ended[0])
+            step = self._ended[0]
+        if is_due(every.save, step) or self.manager.retry_due or final:
+            self._unsaved = None
             with self.paused("saving", state):
                 self._save_checkpoint(step, state, final)
-                self.stream.agree()  # a collective: here, where all processes meet anyway
+                if self._ended is None:
+                    self.stream.agree()  # a collective: here, where all processes meet anyway
                 self.monitor.flush()
+        if self._ended is not None:
+            rundir.drop_metrics_after(self.run, step)
         if is_due(every.snapshot, step) or step == self.config.steps:
             with self.paused("saving", state):
                 checkpoint.save_snapshot(self.run, step, averaged(state), model_config)
@@ -210,10 +268,7 @@ class Loop:
             self.watch.saved(step)
 
     def _save_before_the_end(self) -> None:
-        """Save the steps made since the last checkpoint, when the data end a run.
-
-        In one process alone: of several, the others still wait for this one's part of a step.
-        """
+        """Save the steps made since the last checkpoint, when the data end a run of one process."""
         if self._unsaved is None or jax.process_count() > 1:
             return
         step, state = self._unsaved
@@ -226,7 +281,19 @@ class Loop:
             LOG.warning(f"step {step} was not saved: {error}")
 
 
+def _without_last_steps(state: Any, count: int) -> Any:
+    """The state before its last `count` steps, all of which were skipped."""
+    skips = {**state.skips, "count": state.skips["count"] - count}
+    return state.replace(step=state.step - count, bad_steps=state.bad_steps - count, skips=skips)
+
+
 def _spent(manager: Manager, first: int) -> dict[str, Any] | None:
     """Times in checkpoint `first`; None without one, or in one of an older version."""
     folder = epath.Path(manager.directory) / str(first)
-    return checkpoint.read_meta(folder).get("clock") if folder.exists() else None
+    spent = checkpoint.read_meta(folder).get("clock") if folder.exists() else None
+    if spent is not None:
+        with reading.refusals(folder, "give another step, or bring back a copy"):
+            for name in ("trained_s", "wall_s", "time"):
+                finite.checked(spent[name], f"its clock: {name}", least=0)
+            _ = spent["orderly"]
+    return spent

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from ldm_jax import schema
 from ldm_jax.runtime import checkpoint, interrupts
 from ldm_jax.runtime.checkpoint_manager import Manager
+from ldm_jax.train.run import early
 from ldm_jax.train.run.monitor import Monitor
 
 SAVES = "stopping: finishes this step and saves; Ctrl-C again leaves without saving"
@@ -28,6 +29,7 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
     """
     caught: list[int] = []
     several = jax.process_count() > 1
+    early.hand_over()
 
     def remember(number: int, frame: object) -> None:
         del frame
@@ -60,6 +62,11 @@ def on_signal() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def request() -> None:
+    """Ask all processes to stop, as a SIGTERM to this one does."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def refuse_bad(monitor: Monitor, config: schema.TrainConfig, manager: Manager) -> None:

@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ldm_jax import data, schema
-from ldm_jax.runtime import cli, log, storage
+from ldm_jax.runtime import cli, log, reading, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.train.run import logs
 
@@ -41,6 +41,9 @@ PERMANENT = (  # errors of the system that another start would meet again
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
+
+BEAT = {"attempt", "beat", "index", "host", "pid", "step", "doing", "state", "why", "retry"}
+FAULT = {"attempt", "by", "why", "retry"}  # names in fault.json; BEAT: in a sign of life
 
 _pipe: int | None = None
 
@@ -286,9 +289,10 @@ def who(beat: dict[str, Any]) -> str:
 def read(run: epath.PathLike, name: str) -> dict[str, Any] | None:
     """Content of RUN/processes/NAME; None if it is missing, or half-written on a storage."""
     try:
-        return json.loads((epath.Path(run) / "processes" / name).read_text())
+        values = reading.read_object(epath.Path(run) / "processes" / name)
     except (FileNotFoundError, ValueError):
         return None
+    return values if values.keys() >= (FAULT if name == "fault.json" else BEAT) else None
 
 
 def write_fault(run: epath.PathLike, attempt: int, by: str, why: str, retry: bool) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import schema
-from ldm_jax.runtime import rundir
+from ldm_jax.runtime import reading, rundir
 from ldm_jax.runtime.log import LOG
 from ldm_jax.schema import serialize
 
@@ -138,7 +138,7 @@ class Wandb:
         self.run = self.module.init(
             project=config.wandb,
             name=run.name,
-            id=json.loads(path.read_text())["id"],
+            id=reading.read_object(path, "remove it").get("id"),
             resume="allow",
             config=serialize.to_dict(config),
             dir=None if "://" in str(run) else str(run),

@@ -21,6 +21,7 @@ from etils import epath
 from ldm_jax import finite
 from ldm_jax.convert.adapters import embedding_files
 from ldm_jax.convert.formats import files
+from ldm_jax.runtime import reading
 
 PREFIXES = {
     "unet": ("lora_unet_", "unet."),
@@ -207,7 +208,7 @@ def _peft_settings(
     settings = _json(metadata.get("lora_adapter_metadata"), f"{path}: lora_adapter_metadata")
     beside = path.parent / "adapter_config.json"
     if not settings and path.name.startswith("adapter_model") and beside.exists():
-        settings = _json(beside.read_text(), str(beside))
+        settings = reading.read_object(beside)
     alphas, stabilized = {}, False
     for part, modules in parts.items():
         prefix = PREFIXES[part][-1]
@@ -236,10 +237,7 @@ def _matches(pattern: str, dotted: str) -> bool:
 def _json(text: str | None, what: str) -> dict[str, Any]:
     if text is None:
         return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from error
+    value = reading.parse_json(text, what)
     if not isinstance(value, dict):
         raise ValueError(f"{what} is no JSON object")
     return value

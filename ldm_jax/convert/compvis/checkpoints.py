@@ -1,6 +1,7 @@
 """Models of CompVis/latent-diffusion and Stable Diffusion: checkpoints into models, and back."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ def load(
         It may hold a first stage alone.
     yaml_path: its YAML; None for a single file of Stable Diffusion, recognised by its names and
         shapes; the rest is guessed and printed, and `variant` ("v2", "v2-v") overrides guesses.
+        A file of `save` says what it is.
     ema: take the averaged weights where there are both.
     dtype, param_dtype: of computation and of the parameters.
     mesh: places the parameters by the training rules; None: on the default device.
@@ -62,7 +64,8 @@ def load(
         return load_first_stage_alone(
             path, tensors, info, yaml_path, ema, dtype, param_dtype, mesh, shapes_only
         )
-    config, scale = _config(path, yaml_path, variant, tensors, marked)
+    known = model_yaml.of_metadata(info.metadata, path) if variant is None else None
+    config, scale = _config(path, yaml_path, variant, tensors, marked, known)
     model = bundle.build(
         config,
         {},
@@ -94,13 +97,27 @@ def save(model: bundle.LatentDiffusion, path: epath.PathLike, *, dtype: Any = No
     model = as_written(model)
     text = yaml_text(model)
     tensors = table.to_torch(model_entries(model), model.params, dtype=dtype, lazy=True)
-    if model.prediction == "v" and any(name.startswith(TRANSFORMERS_TEXT) for name in tensors):
-        tensors["v_pred"] = np.zeros(0, np.float32)  # as other programs mark version 1 with v
+    for name in _markers(model, tensors):
+        tensors[name] = np.zeros(0, np.float32)
+    about = model_yaml.metadata(model.config, model.latent_scale)
     if path.suffix == ".ckpt":
-        torch_writer.write(path, tensors)
+        torch_writer.write_object(path, {"state_dict": tensors, **about})
     else:
-        safetensors_file.write(path, tensors, {"format": "pt", **_metadata(model)})
+        safetensors_file.write(path, tensors, {"format": "pt", **about, **_metadata(model)})
     path.with_suffix(".yaml").write_text(text)
+
+
+def _markers(model: bundle.LatentDiffusion, names: Iterable[str]) -> list[str]:
+    """Names of the empty tensors by which other programs know what a UNet predicts.
+
+    Version 2 that predicts v has none: they find that out, and some take a marked file for
+    version 1.
+    """
+    if model.unet is None or model.prediction != "v":
+        return []
+    snr = model.config.diffusion.zero_terminal_snr
+    first = any(name.startswith(TRANSFORMERS_TEXT) for name in names)
+    return ["v_pred"] * (first or snr) + ["ztsnr"] * snr
 
 
 def _metadata(model: bundle.LatentDiffusion) -> dict[str, str]:
@@ -159,8 +176,9 @@ def _config(
     variant: str | None,
     tensors: StateDict,
     marked: spellings.Markers,
+    known: tuple[schema.LatentDiffusionConfig, float] | None,
 ) -> tuple[schema.LatentDiffusionConfig, float | None]:
-    """(config, latent scale or None), with guesses printed."""
+    """(config, latent scale or None), with guesses printed; known: what the file itself says."""
     if yaml_path is not None:
         if variant is not None:
             raise ValueError(f"{path}: variant={variant!r}, but {yaml_path} says what it is")
@@ -173,6 +191,11 @@ def _config(
         said = [f"{yaml_path}: read as {guess}" for guess in guesses]
         if marked.by_names:
             config = _marked(config, marked, said)
+    elif known is not None:
+        config, scale = known
+        with reading.refusals(path, "give its YAML (--config)"):
+            bundle.check(config, config.first_stage.in_channels)
+        said = [f"{path.name}: the model that the file says, as ldm_jax wrote it"]
     else:
         try:
             named = spellings.with_unet_names(tensors)

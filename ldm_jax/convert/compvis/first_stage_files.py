@@ -37,7 +37,7 @@ def load_first_stage_file(
     path = epath.Path(path)
     state_dict, info = files.open_state_dict(path)
     tensors, _ = spellings.common(state_dict)
-    config, _ = _first_stage_config(path, yaml_path, tensors)
+    config, _ = _first_stage_config(path, yaml_path, tensors, info)
     first_stage = config.first_stage
     return _first_stage_params(path, tensors, info, first_stage, ema), first_stage
 
@@ -63,7 +63,7 @@ def load_first_stage_alone(
     shapes_only: bool,
 ) -> bundle.LatentDiffusion:
     """The model (see `checkpoints.load`) of a file that holds a first stage alone."""
-    config, scale = _first_stage_config(path, yaml_path, tensors)
+    config, scale = _first_stage_config(path, yaml_path, tensors, info)
     module = autoencoder.from_config(config.first_stage)
     place = table.placer({"first_stage": parts.first_stage_shapes(module)}, mesh)
     params = _first_stage_params(
@@ -84,10 +84,12 @@ def load_first_stage_alone(
 
 
 def _first_stage_config(
-    path: epath.Path, yaml_path: epath.PathLike | None, tensors: StateDict
+    path: epath.Path, yaml_path: epath.PathLike | None, tensors: StateDict, info: files.Info
 ) -> tuple[schema.LatentDiffusionConfig, float]:
     """(config without a UNet, latent scale) of the first stage in a file."""
     tensors = _first_stage_tensors(path, tensors)
+    if yaml_path is None and (known := model_yaml.of_metadata(info.metadata, path)) is not None:
+        return known
     if yaml_path is None:
         shapes = {n: tuple(x.shape) for n, x in tensors.items()}
         return schema.LatentDiffusionConfig(single_file.first_stage_config(shapes), unet=None), 1.0

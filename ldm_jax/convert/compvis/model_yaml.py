@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import yaml
 from etils import epath
 
-from ldm_jax import schema
+from ldm_jax import finite, schema
 from ldm_jax.convert.compvis import conditions, yaml_options
 from ldm_jax.convert.compvis.conditions import SCHEDULES
 from ldm_jax.runtime import reading
-from ldm_jax.schema import serialize
+from ldm_jax.schema import serialize, sizes
 
 MODEL = "ldm.models.diffusion.ddpm."
 
@@ -58,6 +60,8 @@ IGNORED = (
 )
 
 
+OURS = "ldm_jax"
+"""Name of our section in a YAML, and of the text beside the tensors of a file."""
 MAX_TEXT = 2**17
 """Largest number of characters of a YAML; published ones have 3000."""
 MAX_NODES = 20_000
@@ -136,6 +140,31 @@ def dumps_first_stage(config: schema.LatentDiffusionConfig, scale: float) -> str
         "ldm_jax": {"format": serialize.FORMAT, **section},
     }
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def metadata(config: schema.LatentDiffusionConfig, scale: float) -> dict[str, str]:
+    """{name: JSON} that tells the model of a file without its YAML, beside the file's tensors."""
+    values = {"format": serialize.FORMAT, "config": serialize.to_dict(config), "scale": scale}
+    return {OURS: json.dumps(values)}
+
+
+def of_metadata(
+    texts: Mapping[str, str], path: epath.PathLike
+) -> tuple[schema.LatentDiffusionConfig, float] | None:
+    """Inverse of `metadata`; None if the file has none, or of a newer version."""
+    if OURS not in texts:
+        return None
+    with reading.refusals(path, "give its YAML (--config)"):
+        if len(texts[OURS]) > MAX_TEXT:
+            raise ValueError(f"{OURS} is longer than {MAX_TEXT} characters")
+        values = reading.parse_json(texts[OURS], f"{os.fspath(path)}: {OURS}")
+        if values["format"] > serialize.FORMAT:
+            return None
+        config = serialize.from_dict(values["config"], f"{OURS}.config")
+        if not isinstance(config, schema.LatentDiffusionConfig):
+            raise ValueError(f"{OURS} has no config of a model")
+        sizes.check(config, "model")
+        return config, finite.checked(values["scale"], f"{OURS}.scale", nonzero=True)
 
 
 def first_stage_options(config: schema.FirstStageModelConfig) -> dict[str, Any]:
@@ -222,13 +251,12 @@ def model_options(config: schema.LatentDiffusionConfig, scale: float) -> dict[st
     """Inverse of `model_config`: the `model` section that the reference builds the model from.
 
     Options that only change training (min_snr_gamma, offset noise, dropped conditions) are left
-    out. ValueError for a model that the reference has no option for.
+    out, and zero_terminal_snr, which the reference lacks: our own section and the tensor `ztsnr`
+    hold it. ValueError for a model that the reference has no option for.
     """
     kind, cond = conditions.cond_options(config)
     side = config.size // config.first_stage.downsample
     noise = config.diffusion
-    if noise.zero_terminal_snr:
-        raise ValueError("zero_terminal_snr=True has no option in a CompVis YAML")
     values = {
         "linear_start": noise.beta_start,
         "linear_end": noise.beta_end,

@@ -95,8 +95,8 @@ def _prediction(
     if marked is not None:
         return marked, []
     if second:
-        return "v", ["it predicts v (variant v2, the base model, predicts eps)"]
-    return "eps", ["it predicts eps (variant v is for a model that was trained to predict v)"]
+        return "v", ["it predicts v (--variant v2 is the base model, which predicts eps)"]
+    return "eps", ["it predicts eps (--variant v is for a model that was trained to predict v)"]
 
 
 def _concat(extra: int, upscales: bool, first_stage: schema.FirstStageModelConfig):

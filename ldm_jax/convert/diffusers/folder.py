@@ -207,8 +207,11 @@ def _config(folder: epath.Path, index: Index) -> tuple[schema.LatentDiffusionCon
         scale = 1.0  # this pipeline ignores the factor
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(path)
-    for option in scheduler_config.left_out(scheduler, index.pipeline):
-        LOG.info(f"{path}: {option} is left out: our sampler does not clip")
+    if left := scheduler_config.left_out(scheduler, index.pipeline):
+        LOG.warning(
+            f"{path}: pictures differ a little from diffusers', for these are not followed:"
+            f" {', '.join(left)}"
+        )
     if not scheduler_config.is_known(scheduler):
         name = part_configs.class_name(scheduler)
         LOG.info(f"{path}: {name} is no solver of ours: its noise schedule is taken; see --solver")

@@ -49,6 +49,8 @@ STABLE_BETAS = (
 AS_OURS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas"), (False, None)),
     **dict.fromkeys(("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"), (False, None)),
+    **dict.fromkeys(("use_dynamic_shifting", "sigma_min", "sigma_max"), (False, None)),
+    "shift_terminal": (None,),
     "euler_at_final": (False, None),
     "lower_order_final": (True, None),
     "final_sigmas_type": ("zero", None),
@@ -62,6 +64,12 @@ AS_OURS: dict[str, tuple[Any, ...]] = {
     "lambda_min_clipped": (-math.inf, None),
     "variance_type": ("fixed_small", None),
     "thresholding": (False, None),
+}
+# Options of ours that do the same as one that is not followed by itself.
+INSTEAD = {
+    "use_karras_sigmas": "--spacing karras",
+    "use_exponential_sigmas": "--spacing exponential",
+    "thresholding": "--dynamic-threshold",
 }
 # Pipelines whose timesteps have offset 1 whatever their scheduler's file has.
 OFFSET_ONE = (
@@ -160,16 +168,16 @@ def sampling_config(options: Mapping[str, Any], pipeline: str, where: str) -> sc
 
 def left_out(options: Mapping[str, Any], pipeline: str) -> list[str]:
     """Options that change what this pipeline samples and that our sampler does not have."""
-    clips = class_name(options) in ("DDIMScheduler", "DDPMScheduler")
-    clips = clips and pipeline not in OFFSET_ONE and options.get("clip_sample", True)
+    by_default = class_name(options) in ("DDIMScheduler", "DDPMScheduler")
+    clips = pipeline not in OFFSET_ONE and options.get("clip_sample", by_default)
     others = [
-        f"{key}={options[key]!r:.40}"
+        f"{key}={options[key]!r:.40}" + (f" ({INSTEAD[key]})" if key in INSTEAD else "")
         for key, ours in AS_OURS.items()
         if key in options and options[key] not in ours
     ]
     if class_name(options) == "PNDMScheduler" and not options.get("skip_prk_steps", False):
         others.append("skip_prk_steps=False")
-    return ["clip_sample=True"] * clips + others
+    return ["clip_sample=True"] * bool(clips) + others
 
 
 def scheduler_options(

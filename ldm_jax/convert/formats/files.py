@@ -24,7 +24,7 @@ class Info(NamedTuple):
     """Format, metadata and other content of a file.
 
     format: "torch", "safetensors" or "msgpack".
-    metadata: of safetensors.
+    metadata: of safetensors, or the texts beside the state dict of a PyTorch file.
     left: paths of values that are no tensors of the state dict (optimizer, counters, ...).
     """
 
@@ -56,8 +56,8 @@ def open_state_dict(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], Inf
         return state_dict, Info(kind, {}, left)
     content = torch_file.read(path)
     with tensors.refusals(file.path):
-        state_dict, left = _innermost(content)
-    return state_dict, Info(kind, {}, left)
+        state_dict, left, texts = _innermost(content)
+    return state_dict, Info(kind, texts, left)
 
 
 def format_of(path: str | os.PathLike) -> str:
@@ -115,9 +115,12 @@ def _is_tar(file: tensors.File) -> bool:
     return file.size > 262 and file.read(257, 5) == b"ustar"
 
 
-def _innermost(content: Any, where: str = "") -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """The state dict within wrappers, and the paths of other values."""
+def _innermost(
+    content: Any, where: str = ""
+) -> tuple[dict[str, LazyTensor], tuple[str, ...], dict[str, str]]:
+    """The state dict within wrappers, the paths of other values, and those that are texts."""
     left: list[str] = []
+    texts: dict[str, str] = {}
     for _ in range(MAX_NESTING):
         if type(content) is not dict:
             break
@@ -128,10 +131,11 @@ def _innermost(content: Any, where: str = "") -> tuple[dict[str, LazyTensor], tu
             tensors = {k: v for k, v in content.items() if _is_tensor(k, v)}
             left += [f"{where}{_short(k)}" for k in content if k not in tensors]
             if tensors:
-                return tensors, tuple(left)
+                return tensors, tuple(left), texts
             break
         name = next(key for key, value in content.items() if value is inner)
         left += [f"{where}{_short(k)}" for k in content if k is not name]
+        texts |= {k: v for k, v in content.items() if type(k) is type(v) is str}
         content, where = inner, f"{where}{_short(name)}."
     kind = type(content).__name__ if type(content) is not dict else f"dict of {_some(content)}"
     kind = getattr(content, "name", kind)

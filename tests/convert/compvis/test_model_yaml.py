@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 
 import jax
+import numpy as np
 import pytest
 import yaml
 from compvis_options import SD2, UPSCALER
@@ -12,8 +14,9 @@ from families import FAMILIES, FIRST_STAGE, UNET
 from reference import released
 
 from ldm_jax import bundle, schema
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, table
 from ldm_jax.convert.compvis import checkpoints, conditions, model_yaml
+from ldm_jax.convert.formats import files, torch_writer
 from ldm_jax.models import unet
 
 CLIP = schema.TextCondConfig(schema.CLIPTextConfig(), trainable=False)
@@ -100,6 +103,69 @@ def test_the_section_of_the_reference_says_the_same(name, tmp_path):
         assert read.cond == config.cond
 
 
+SNR = {"zero_terminal_snr": True}
+OBJECTIVES = {
+    "1 eps": ("Stable Diffusion 1", {}),
+    "1 v snr": ("Stable Diffusion 1", {"prediction": "v", **SNR}),
+    "2 eps": ("Stable Diffusion 2", {"prediction": "eps"}),
+    "2 v snr": ("Stable Diffusion 2", {"prediction": "v", **SNR}),
+    "upscaler snr": ("Stable Diffusion 2 upscaler", SNR),
+    "x0 snr": ("none", {"prediction": "x0", **SNR}),
+}
+OWN = {name: CONFIGS[name] for name in CONFIGS} | {
+    name: dataclasses.replace(
+        CONFIGS[kind], diffusion=dataclasses.replace(CONFIGS[kind].diffusion, **diffusion)
+    )
+    for name, (kind, diffusion) in OBJECTIVES.items()
+}
+
+
+@pytest.mark.parametrize(("name", "ending"), zip(OWN, itertools.cycle(("ckpt", "safetensors"))))
+def test_every_kind_of_our_files_comes_back(name, ending, tmp_path, caplog):
+    """Also alone: heads, objective and size are not in the names and shapes of tensors."""
+    path = tmp_path / f"own.{ending}"
+    model = bundle.build(OWN[name], {}, 0.25)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float16), compvis.model_shapes(model))
+    compvis.save(dataclasses.replace(model, params=params), path)
+    for yaml_path in (tmp_path / "own.yaml", None):
+        again = compvis.load(path, yaml_path, shapes_only=True)
+        assert (again.config, again.latent_scale) == (model.config, 0.25)
+    assert not any("guess" in line for line in caplog.messages)
+    if name.startswith(("1 v", "2 v", "ups")) and SNR.items() <= OBJECTIVES[name][1].items():
+        assert {"v_pred", "ztsnr"} <= files.open_state_dict(path)[0].keys()
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2"])
+def test_files_of_others_are_guessed_aloud(name, tmp_path, caplog):
+    model = bundle.build(CONFIGS[name], {}, 1.0)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float16), compvis.model_shapes(model))
+    tensors = table.to_torch(compvis.model_entries(model), params)
+    torch_writer.write(tmp_path / "x.ckpt", tensors)
+    assert compvis.load(tmp_path / "x.ckpt", shapes_only=True).config == model.config
+    (said,) = [line for line in caplog.messages if "predicts" in line]
+    assert said.startswith("x.ckpt: a guess: it predicts")
+    assert "--variant v" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 1000, "nested deeper than 100 levels"),
+        ("[1]", "damaged .TypeError"),
+        (
+            '{"format": 1, "config": {"class": "UNetConfig"}, "scale": 1}',
+            "has no config of a model",
+        ),
+        ("x" * 2**18, "is longer than"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_looked_at(text, message, tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch_writer.write_object(path, {"state_dict": {"a": np.zeros(1)}, "ldm_jax": text})
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}.*; give its YAML"):
+        compvis.load(path)
+
+
 def test_an_edited_section_holds_over_ours(tmp_path):
     config = CONFIGS["inpaint"]
     values = there_and_back(config, 1.0, tmp_path)
@@ -161,7 +227,6 @@ def text(encoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"diffusion": schema.DiffusionConfig("linear", zero_terminal_snr=True)}, "zero_term"),
         ({"cond": schema.InpaintCondConfig(fill=0.5)}, "has no option in a CompVis YAML, only"),
         ({"cond": schema.DepthCondConfig()}, "a depth map alone has no option"),
         (text(schema.CLIPTextConfig(layer="penultimate")), "'penultimate' of a CLIP with quick"),

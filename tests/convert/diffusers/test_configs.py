@@ -283,8 +283,13 @@ def test_defaults_of_the_classes_are_not_ours():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"use_karras_sigmas": True}, ["use_karras_sigmas=True"]),
-        ({"solver_order": 3, "thresholding": True}, ["solver_order=3", "thresholding=True"]),
+        ({"use_karras_sigmas": True}, ["use_karras_sigmas=True (--spacing karras)"]),
+        (
+            {"solver_order": 3, "thresholding": True},
+            ["solver_order=3", "thresholding=True (--dynamic-threshold)"],
+        ),
+        ({"sigma_min": 0.03, "sigma_max": None}, ["sigma_min=0.03"]),
+        ({"_class_name": "HeunDiscreteScheduler", "clip_sample": True}, ["clip_sample=True"]),
         ({"algorithm_type": "dpmsolver"}, ["algorithm_type='dpmsolver'"]),
         ({"final_sigmas_type": "sigma_min"}, ["final_sigmas_type='sigma_min'"]),
         ({"use_karras_sigmas": False, "solver_order": 2, "lower_order_final": True}, []),

@@ -113,6 +113,37 @@ def test_an_interrupted_repair_is_no_complete_pack(images, tmp_path, monkeypatch
     assert data.open_source(config_of(path), "train")[2]["caption"] == "three"
 
 
+@pytest.mark.parametrize("change", [*CHANGES, "a new image", "nothing", "gone"])
+def test_a_run_says_that_its_cache_is_stale(images, tmp_path, caplog, change):
+    config, path = config_of(images), tmp_path / "cache"
+    sources = {split: data.open_source(config, split) for split in ("train", "eval")}
+    path.mkdir()
+    splits = {}
+    for split, source in sources.items():
+        known = cache.shards(split, len(source), 2)
+        splits[split] = {"records": len(source), "shards": len(known)}
+        for shard in known:
+            shards.write(
+                path, shards.Due(split, shard, data.stamp(source, shard.first, shard.last))
+            )
+    facts = {"format": 1, "complete": True, "first_stage": "", "splits": splits}
+    (path / "cache.json").write_text(json.dumps(facts))
+    {
+        **CHANGES,
+        "a new image": lambda f: [(f / f"4b.{n}").write_bytes(b"") for n in ("png", "txt")],
+        "nothing": lambda f: None,
+        "gone": lambda f: f.rename(f.parent / "elsewhere"),
+    }[change](images)
+    shards.warn_of_changes(path, config)
+    if change in ("nothing", "gone"):
+        assert not caplog.messages
+        return
+    (line,) = caplog.messages
+    count, again = (2, "into another") if change == "a new image" else (1, "once more")
+    assert line.startswith(f"warning: {count} of 4 shards of {path} were encoded from files that")
+    assert f"in {images}: this run trains on them as they were; `ldm-train encode` {again}" in line
+
+
 def test_shards_of_an_older_version_are_taken_once(images, tmp_path, caplog):
     """They have no summary in a cache, and one without a stamp in a pack."""
     caplog.set_level("INFO", logger=LOG.name)
@@ -136,7 +167,7 @@ def test_shards_of_an_older_version_are_taken_once(images, tmp_path, caplog):
     assert json.loads(shards.summary_path(tmp_path, shard).read_text())["records"] == 5
     (tmp_path / shard.name).write_bytes(b"")
     shards.summary_path(tmp_path, shard).write_text("{")
-    with pytest.raises(ValueError, match=r"train-00000-of-00001\.json: is damaged"):
+    with pytest.raises(ValueError, match=r"00001\.json: is not JSON .*; remove it and run again"):
         due()
 
 

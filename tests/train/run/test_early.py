@@ -1,6 +1,7 @@
 """Signals before the first step: in imports, start-up and compilation; in their own processes."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -16,9 +17,13 @@ os.kill(os.getpid(), signal.{name})
 """
 
 
-def run(code, **options):
+def run(code, argument="", **options):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-c", code, argument],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
     )
 
 
@@ -44,6 +49,37 @@ while (left := end - time.monotonic()) > 0:
     ctypes.CDLL(None).usleep(int(left * 1e6))
 """
     assert run(code).returncode == 75
+
+
+JOINED = """
+import os, signal, sys, time
+from ldm_jax.train.run import early
+early.install()
+import jax
+jax.distributed.initialize(sys.argv[1], 1, 0)
+early.install_again()
+"""
+
+
+@pytest.mark.parametrize("loop_begins", [False, True])
+def test_a_process_that_has_joined_others(loop_begins):
+    """JAX then has SIGTERM for itself, and would note it for a loop that has not begun."""
+    code = JOINED
+    if loop_begins:
+        code += "from jax.experimental import multihost_utils\nearly.hand_over()\n"
+    code += "os.kill(os.getpid(), signal.SIGTERM)\n"
+    if loop_begins:
+        code += (
+            "for step in range(600):\n"
+            "    time.sleep(0.05)\n"
+            "    if multihost_utils.reached_preemption_sync_point(step): os._exit(5)\n"
+        )
+    code += "time.sleep(20)\n"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = run(code, env={**os.environ, "JAX_PLATFORMS": "cpu"}, argument=address)
+    assert done.returncode == (5 if loop_begins else 75), done.stderr
 
 
 def test_what_nohup_ignores_stays_ignored():
