@@ -163,6 +163,7 @@ def last_kernel_gradient(features: jax.Array, cotangent: jax.Array) -> jax.Array
             features, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout
         )
 
+    # linear in the kernel: its transpose is the gradient, and nothing is convolved forwards
     transposed = jax.linear_transpose(convolve, jax.ShapeDtypeStruct(shape, features.dtype))
     return transposed(cotangent.astype(features.dtype))[0].astype(jnp.float32)
 
@@ -183,6 +184,7 @@ def with_gradient(value: jax.Array, inputs: Any, cotangents: Any) -> jax.Array:
     """Return the scalar `value` with `cotangents` as its only gradients, to the arrays `inputs`."""
 
     def zero(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        # 0, with the cotangent as its gradient to x
         return jnp.sum(jax.lax.stop_gradient(cotangent) * (x - jax.lax.stop_gradient(x)))
 
     return jax.lax.stop_gradient(value) + sum(
@@ -210,6 +212,7 @@ def adversarial(
     which the adaptive weight is made, cost one convolution each, and the decoder and encoder see
     one backward pass, of the weighted sum. Metrics: "nll", "generator", "d_weight".
     """
+    # both gradients end here, where they are weighted; the decoder is passed once, with their sum
     fixed = jax.lax.stop_gradient((reconstruction, error_logvar))
     of_nll = jax.value_and_grad(nll, argnums=(0, 1), has_aux=True)
     (nll_value, nll_aux), (nll_grad, logvar_grad) = of_nll(*fixed)

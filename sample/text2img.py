@@ -46,6 +46,7 @@ def main(options: Options) -> int:
 
 def request(options: Options) -> Request:
     """The request of the options. ValueError for options that the model does not allow."""
+    # before the model, whose weights may take minutes: a fault of the prompts is said at once
     entries, problems = read_prompts(options)
     model, mesh, options = open_model(options)
     check_model(model, options)
@@ -106,6 +107,7 @@ def numbered(entries: list[prompts.Prompt], options: Options) -> tuple[list[int]
     """Seed of each image, and its number under it."""
     seeds, indices = [], []
     for entry in entries:
+        # a line with a seed of its own gives the same images wherever it stands in the file
         first = options.first_index + len(seeds) if entry.seed is None else 0
         seeds += [options.seed if entry.seed is None else entry.seed] * entry.num_images
         indices += range(first, first + entry.num_images)

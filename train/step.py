@@ -101,6 +101,7 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        # before the step is judged: a second model's loss and gradients count too
         new, metrics, norms = finish(state, new, metrics, examples, key)
         judged = metrics.pop("total", metrics["loss"])
         new = train_state.keep_or_skip(config.spikes, judged, [norm, *norms], new, state)

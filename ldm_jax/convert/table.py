@@ -215,6 +215,7 @@ def placer(shapes: dict, mesh: Mesh | None) -> Place:
     shards = traverse_util.flatten_dict(shards, sep="/")
 
     def place(path: str, x: np.ndarray) -> jax.Array:
+        # each device is given its own slice: none holds the whole
         return jax.make_array_from_callback(
             x.shape, shards[path], lambda index: x[index]
         ).block_until_ready()

@@ -44,6 +44,7 @@ def pack(config: schema.DataConfig, workdir: epath.PathLike, per_shard: int = 40
     open_folder(path, meta)
 
     every = [(s, shard) for s in SPLITS for shard in cache.shards(s, len(sources[s]), per_shard)]
+    # every so-manieth, not a block: the last shards, of `eval`, would all fall to one process
     mine = every[jax.process_index() :: jax.process_count()]
     due = shards.find_due(path, sources, mine, "images to pack", needs_summary=True)
     shards.begin_again(path / "pack.json", due, _json(meta))
@@ -144,6 +145,7 @@ class Reader:
         file = self.source.describe(index).removeprefix(self._root)
         try:
             record = examples.read(self.source, index)
+            # only to find what cannot be decoded, before training: the bytes stay as they are
             transforms.decode(record, self.config.channels)
         except ValueError as error:
             return Read({"file": file}, str(error))

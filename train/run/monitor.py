@@ -81,6 +81,7 @@ class Monitor:
         self.bar.update()
         if log:
             self.pending.append((step, {**metrics, "bad_records": bad_records}))
+        # the newest stays: its step is still running, and to fetch it is to wait for it
         while len(self.pending) > 1:
             self._fetch()
 
