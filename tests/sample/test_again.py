@@ -55,7 +55,7 @@ semantic map 00003_map_b_seed3 --maps map_a.png map_b.png --num-images 3 --eta 1
 layout2img layout 00005_b_seed3 --boxes a.json b.json --num-images 3 --solver ddpm
 variations class 00004_leg0_004 --seeds 3 4 --labels 1 2 --num-images 6
 invert class 00001_b_class1_seed3 --images a.png b.png --labels 1
-megapixel class 00001_class2_seed3 --labels 2 --height 32 --width 16 --window 16 --stride 8
+megapixel class 00001_class2_seed3 --labels 1 2 --height 32 --width 16 --window 16 --stride 8
 """.splitlines()
 
 
