@@ -39,7 +39,7 @@ def pixels() -> schema.AutoencoderTrainConfig:
 
 def first_stage() -> schema.AutoencoderTrainConfig:
     """The same, from the weights of `pixels`, on VGG16's features too: sharp."""
-    loss = schema.FirstStageLossConfig(kl_weight=1e-3, perceptual_weight=1.0)
+    loss = schema.FirstStageLossConfig(kl_weight=0.05, perceptual_weight=1.0)
     return _autoencoder(loss, batch_size=8, steps=400, learning_rate=4e-4)
 
 
@@ -93,7 +93,7 @@ def text() -> schema.LatentDiffusionTrainConfig:
             context_dim=encoder.width,
         ),
         cond=schema.TextCondConfig(encoder=encoder, tokenizer=str(WORDS), dropout=0.1),
-        diffusion=schema.DiffusionConfig(beta_start=0.0015, beta_end=0.0195),
+        diffusion=schema.DiffusionConfig(beta_start=0.0015, beta_end=0.0195, prediction="v"),
         optimizer=schema.OptimizerConfig(
             learning_rate=1e-3,
             schedule="cosine",

@@ -88,6 +88,9 @@ def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any =
         _save_first_stage_run(model, run, dtype)
         return
     text = schema.text_of(model_config.cond)
+    # the run keeps encoder and tokenizer: where they once lay is of no use elsewhere
+    cond = schema.with_text(model_config.cond, path="", tokenizer="")
+    model_config = dataclasses.replace(model_config, cond=cond)
     config = schema.LatentDiffusionTrainConfig(
         data=schema.DataConfig(
             size=model_config.size, channels=1 if model_config.first_stage.in_channels == 1 else 3

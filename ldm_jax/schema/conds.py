@@ -1,7 +1,7 @@
 """Kinds of conditioning, with their learned or frozen encoders."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ldm_jax.schema.mark import Path, execution
 
@@ -204,10 +204,15 @@ def text_of(cond: CondConfig) -> TextCondConfig | None:
     return cond if isinstance(cond, TextCondConfig) else None
 
 
+def with_text(cond: CondConfig, **changes: Any) -> CondConfig:
+    """A conditioning with these fields of the text that it is or holds; without text, as it is."""
+    if isinstance(cond, HybridCondConfig):
+        return replace(cond, text=replace(cond.text, **changes))
+    return replace(cond, **changes) if isinstance(cond, TextCondConfig) else cond
+
+
 def with_encoder(
     cond: TextCondConfig | HybridCondConfig, encoder: CLIPTextConfig | BERTTextConfig
 ) -> TextCondConfig | HybridCondConfig:
     """A conditioning that is or holds text, with another text encoder."""
-    if isinstance(cond, HybridCondConfig):
-        return replace(cond, text=replace(cond.text, encoder=encoder))
-    return replace(cond, encoder=encoder)
+    return with_text(cond, encoder=encoder)

