@@ -9,7 +9,7 @@ import pytest
 import recipes
 import text_model
 
-from ldm_jax import loading, saving, schema
+from ldm_jax import loading, saving
 from ldm_jax.convert.formats import files
 from ldm_jax.runtime import cli
 from ldm_jax.sample import convert
@@ -124,7 +124,7 @@ def test_a_failure_leaves_nothing(source, model, tmp_path, capsys):
 
 def test_a_run_forgets_where_its_tokenizer_lay(tmp_path):
     model = text_model.make()
-    cond = schema.with_text(model.config.cond, tokenizer=str(tmp_path / "gone"))
+    cond = dataclasses.replace(model.config.cond, tokenizer=str(tmp_path / "gone"))
     config = dataclasses.replace(model.config, cond=cond)
     saving.save(dataclasses.replace(model, config=config), tmp_path / "run")
     said = [f.read_text() for f in (tmp_path / "run").rglob("*.json")]
