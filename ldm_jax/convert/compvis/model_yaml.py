@@ -154,10 +154,11 @@ def of_metadata(
     """Inverse of `metadata`; None if the file has none, or of a newer version."""
     if OURS not in texts:
         return None
-    with reading.refusals(path, "give its YAML (--config)"):
+    remedy = "give its YAML (--config)"
+    with reading.refusals(path, remedy):
         if len(texts[OURS]) > MAX_TEXT:
             raise ValueError(f"{OURS} is longer than {MAX_TEXT} characters")
-        values = reading.parse_json(texts[OURS], f"{os.fspath(path)}: {OURS}")
+        values = reading.parse_json(texts[OURS], f"{os.fspath(path)}: {OURS}", remedy)
         if values["format"] > serialize.FORMAT:
             return None
         config = serialize.from_dict(values["config"], f"{OURS}.config")

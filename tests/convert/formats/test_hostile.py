@@ -74,6 +74,8 @@ FILES = {
     "tuples of one hash": equal_tuples(),
     "numbers of one hash": equal_numbers(),
     "sets of a text": repeated(PUSH["text"], PUSH["set"] + b"h\x00\x85R0", 30_000),
+    "sets of a list": repeated(b"](" + b"".join(b"J" + struct.pack("<i", n) for n in range(20_000))
+                               + b"e", PUSH["set"] + b"h\x00\x85R0", 20_000),
     "sizes of a text": repeated(PUSH["text"], b"ctorch\nSize\nh\x00\x85R0", 30_000),
     "names that grow": repeated(b"cx\nY\n", b"cbuiltins\ngetattr\nh\x00X\xfa\0\0\0" + b"a" * 250
                                 + b"\x86Rq\x000", 3000),
