@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, finite, schema
+from ldm_jax import bundle, diffusion, finite, schema
 from ldm_jax.convert import table, text_tables
 from ldm_jax.convert.compvis import model_yaml, parts, single_file, spellings, tables
 from ldm_jax.convert.compvis.first_stage_files import is_first_stage_alone, load_first_stage_alone
@@ -188,6 +188,7 @@ def _config(
             config, scale, guesses = model_yaml.config_of(values, shapes)
             sizes.check(serialize.from_dict(serialize.to_dict(config), "model"), "model")
             bundle.check(config, config.first_stage.in_channels)
+            diffusion.from_config(config.diffusion)
         said = [f"{yaml_path}: read as {guess}" for guess in guesses]
         if marked.by_names:
             config = _marked(config, marked, said)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ldm_jax import diffusion, schema
 from ldm_jax.convert.diffusers.part_configs import class_name
+from ldm_jax.runtime import reading
 from ldm_jax.solvers.levels import FINAL
 
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
@@ -100,11 +101,14 @@ def diffusion_config(options: Mapping[str, Any], where: str) -> schema.Diffusion
         fields = _schedule(
             SCHEDULES[kind], options.get("beta_start", start), options.get("beta_end", end)
         ) | {"timesteps": options.get("num_train_timesteps", 1000)}
-    return schema.DiffusionConfig(
+    config = schema.DiffusionConfig(
         **fields,
         zero_terminal_snr=bool(options.get("rescale_betas_zero_snr", False)),
         prediction=PREDICTIONS[prediction],
     )
+    with reading.refusals(where):
+        diffusion.from_config(config)
+    return config
 
 
 def _check_numbers(options: Mapping[str, Any], where: str) -> None:

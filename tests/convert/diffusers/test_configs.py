@@ -318,6 +318,8 @@ def test_clipping_is_reported():
         ({"beta_start": "x"}, "beta_start='x'"),
         ({"trained_betas": [[1]]}, "trained_betas=[[1]]"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        ({"beta_start": 2.0}, "beta_start=2.0"),
+        ({"rescale_betas_zero_snr": True}, "zero_terminal_snr=True with prediction='eps'"),
     ],
 )
 def test_a_scheduler_we_do_not_have_is_refused(changed, complaint):
