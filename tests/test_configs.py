@@ -16,7 +16,7 @@ from ldm_jax.train import autoencoder, ldm
 
 STAGES = {
     "digits": ("first_stage", "gan", "ldm"),
-    "emoji": ("first_stage", "pixels", "text"),
+    "emoji": ("pixels", "first_stage", "text"),
     "first_stages": (*first_stages.KL, *first_stages.VQ),
     "folder": ("first_stage", "ldm", "class", "text", "clip"),
     "imagenet": ("cin256-v2", "first_stage"),
