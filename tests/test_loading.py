@@ -68,8 +68,6 @@ def test_what_is_not_there_is_an_error_with_its_name(ldm_run, first_stage_run, t
         loading.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is not a run directory"):
         loading.load(tmp_path)
-    with pytest.raises(ValueError, match="is not the run of a first stage"):
-        loading.load_first_stage(ldm_run)
     with pytest.raises(ValueError, match=r"has no step 5; it has \[4, 8, 12, 16, 20, 24\]"):
         loading.load(ldm_run, step=5)
 

@@ -128,7 +128,7 @@ def test_what_may_change_on_resume():
         "steps", "accumulate", "mesh", "intervals", "max_to_keep", "max_failed_saves",
         "max_bad_steps", "spikes", "eval_batches", "sampling", "num_samples", "sample_steps",
         "sample_guidance", "remat", "attention", "deterministic", "cache", "profile", "watch",
-        "wandb",
+        "wandb", "sample_prompts", "init_from",
     }  # fmt: skip
     data = {f.name for f in dataclasses.fields(schema.DataConfig) if "execution" in f.metadata}
     assert data == {"threads", "workers", "read_ahead", "keep_mib"}

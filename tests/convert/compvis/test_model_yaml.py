@@ -419,7 +419,7 @@ def test_sizes_that_no_model_has(tmp_path, part, option, value, message):
     path = tmp_path / "model.yaml"
     path.write_text(yaml.safe_dump({"model": model}))
     with pytest.raises(ValueError, match=rf"model\.yaml: .*{message}"):
-        checkpoints._config(tmp_path / "model.ckpt", path, None, {}, None)
+        checkpoints._config(tmp_path / "model.ckpt", path, None, {}, None, None)
 
 
 @pytest.mark.parametrize("config", [

@@ -141,6 +141,7 @@ def test_a_process_that_jax_ended_is_explained_by_the_files_of_the_others(tmp_pa
     told = {"run": str(tmp_path), "attempt": 7, "count": 3, "index": 1, "step": 3}
     told |= {"host": "h", "pid": 5, "doing": "training", "every": 0.05, "timeout": 1.0}
     beat = {"attempt": 7, "beat": 3, "host": "b", "pid": 6, "step": 2, "doing": "saving"}
+    beat |= {"why": None, "retry": True}
     for index, state in ((0, "running"), (2, "stopped")):
         values = {**beat, "index": index, "state": state}
         watchdog.write(tmp_path, f"{index}.json", values)
