@@ -262,7 +262,8 @@ def params_hash(params: dict) -> str:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in sorted((sharding.path_name(p), np.asarray(x)) for p, x in flat):
         digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        # as bytes: bfloat16 has no buffer of its own
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
