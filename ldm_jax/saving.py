@@ -89,7 +89,7 @@ def save_run(model: bundle.LatentDiffusion, run: epath.PathLike, *, dtype: Any =
         return
     text = schema.text_of(model_config.cond)
     # the run keeps encoder and tokenizer: where they once lay is of no use elsewhere
-    cond = schema.without_paths(model_config.cond)
+    cond = schema.with_text(model_config.cond, path="", tokenizer="")
     model_config = dataclasses.replace(model_config, cond=cond)
     config = schema.LatentDiffusionTrainConfig(
         data=schema.DataConfig(

@@ -10,17 +10,17 @@ from ldm_jax.models import unet as unet_module
 
 @functools.lru_cache(16)
 def unet(config: schema.UNetConfig) -> dict:
-    """Of a UNet."""
+    """Shapes of a UNet's parameters."""
     return compvis.unet_shapes(unet_module.from_config(config))
 
 
 @functools.lru_cache(16)
 def first_stage(config: schema.FirstStageModelConfig) -> dict:
-    """Of a first stage."""
+    """Shapes of a first stage's parameters; {} for the identity."""
     return compvis.first_stage_shapes(autoencoder.from_config(config))
 
 
 @functools.lru_cache(16)
 def cond(config: schema.CondConfig) -> dict:
-    """Of the learned part of a conditioning; {} if nothing of it is learned."""
+    """Shapes of the learned part of a conditioning; {} if nothing of it is learned."""
     return compvis.cond_shapes(config, conditioning.build(config))

@@ -1,4 +1,4 @@
-"""What the runs of adapters hold: a LoRA or the vectors of a word, beside a frozen model."""
+"""Parameters in the runs of adapters: a LoRA or the vectors of a word, beside a frozen model."""
 
 from typing import TypeGuard
 

@@ -124,7 +124,7 @@ def added(model: bundle.LatentDiffusion, embeddings: Sequence[Embedding]) -> bun
     vectors = np.concatenate([np.asarray(one.vectors) for one in embeddings])
     size = encoder.vocab_size + len(vectors)
     encoder = dataclasses.replace(encoder, vocab_size=size)
-    cond = schema.with_encoder(model.config.cond, encoder)
+    cond = schema.with_text(model.config.cond, encoder=encoder)
     return dataclasses.replace(
         model,
         cond_stage=model.cond_stage.clone(vocab_size=size),

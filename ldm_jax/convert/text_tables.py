@@ -70,7 +70,7 @@ def without_last_layers(
     layers = {name: x for name, x in model["encoder"]["layers"].items() if int(name) < kept}
     model = {**model, "encoder": {"layers": layers}}
     return (
-        dataclasses.replace(config, cond=schema.with_encoder(config.cond, short)),
+        dataclasses.replace(config, cond=schema.with_text(config.cond, encoder=short)),
         {**params, "cond_stage": {"text_model": model}},
     )
 

@@ -36,7 +36,7 @@ class FolderSource:
         is_output: Callable[[str], bool] = lambda name: False,
     ):
         root, files = config.path, find_files(config.path)
-        left_out = {name for name in files if _is_image(name) and is_output(name)}
+        left_out = {name for name in files if is_image(name) and is_output(name)}
         self.left_out, files = sorted(left_out), files - left_out
         images = _images(root, files, config)
         self.folders = sorted({posixpath.basename(posixpath.dirname(f)) for f in images} - {""})
@@ -47,7 +47,7 @@ class FolderSource:
             images = _part(images, config, split)
         elif split == "eval":
             root, files = config.eval_path, find_files(config.eval_path)
-            files = {name for name in files if not (_is_image(name) and is_output(name))}
+            files = {name for name in files if not (is_image(name) and is_output(name))}
             images = _images(root, files, config)
 
         self._root = _path(root)
@@ -160,7 +160,7 @@ def _path(root: str) -> Path | epath.Path:
 def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str]:
     """The images among `files`, sorted, without segmentation maps and masks."""
     maps = tuple(s for s in (_png(config.segmentation_suffix), _png(config.mask_suffix)) if s)
-    images = sorted(f for f in files if _is_image(f) and not f.endswith(maps))
+    images = sorted(f for f in files if is_image(f) and not f.endswith(maps))
     if not images:
         raise FileNotFoundError(
             f"no image in {root} (looked for {' '.join(sorted(SUFFIXES))}):"
@@ -169,7 +169,8 @@ def _images(root: str, files: set[str], config: schema.FolderConfig) -> list[str
     return images
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """True for a file that counts as an image, by its name."""
     return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 

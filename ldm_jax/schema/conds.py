@@ -1,7 +1,7 @@
 """Kinds of conditioning, with their learned or frozen encoders."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ldm_jax.schema.mark import Path, execution
 
@@ -204,17 +204,8 @@ def text_of(cond: CondConfig) -> TextCondConfig | None:
     return cond if isinstance(cond, TextCondConfig) else None
 
 
-def with_encoder(
-    cond: TextCondConfig | HybridCondConfig, encoder: CLIPTextConfig | BERTTextConfig
-) -> TextCondConfig | HybridCondConfig:
-    """A conditioning that is or holds text, with another text encoder."""
+def with_text(cond: CondConfig, **changes: Any) -> Any:
+    """A conditioning with fields of the text that it is or holds changed; without text, itself."""
     if isinstance(cond, HybridCondConfig):
-        return replace(cond, text=replace(cond.text, encoder=encoder))
-    return replace(cond, encoder=encoder)
-
-
-def without_paths(cond: CondConfig) -> CondConfig:
-    """A conditioning that no longer says where its text encoder and tokenizer were read from."""
-    if isinstance(cond, HybridCondConfig):
-        return replace(cond, text=replace(cond.text, path="", tokenizer=""))
-    return replace(cond, path="", tokenizer="") if isinstance(cond, TextCondConfig) else cond
+        return replace(cond, text=replace(cond.text, **changes))
+    return replace(cond, **changes) if isinstance(cond, TextCondConfig) else cond

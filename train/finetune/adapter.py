@@ -10,7 +10,6 @@ Without an adapter, in DreamBooth of all weights, `params` are the model's own p
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from etils import epath
@@ -87,24 +86,23 @@ def _with_vectors(frozen: dict, params: dict, key: jax.Array | None = None) -> d
 
 def write_file(config: schema.AdapterTrainConfig, run: epath.Path) -> None:
     """Write what trained as a file that diffusers reads, into the run; nothing for all weights."""
-    if not trains_adapter(config) or jax.process_index() > 0:
+    if not trains_adapter(config):
         return
+    # every process reads, as functions of checkpoints ask for; one writes
     if isinstance(config, schema.TextualInversionTrainConfig):
         path = run / f"{config.token.strip('<>')}.safetensors"
         vectors = checkpoint.trained(run, runs.trained_shapes(config))[0]["embedding"]["vectors"]
-        textual_inversion.write(path, textual_inversion.Embedding(config.token, vectors))
+        word = textual_inversion.Embedding(config.token, vectors)
+        write = functools.partial(textual_inversion.write, path, word)
     else:
         path = run / "lora.safetensors"
-        lora.write(path, runs.lora_of(run), "peft")
+        write = functools.partial(lora.write, path, runs.lora_of(run), "peft")
+    if jax.process_index() == 0:
+        write()
     LOG.info(f"written: {path}")
 
 
 def settled(config: schema.AdapterTrainConfig) -> schema.AdapterTrainConfig:
     """The config with a text encoder that trains only where DreamBooth asks for it."""
     trains = getattr(config, "train_text_encoder", False) and not trains_adapter(config)
-    text = schema.text_of(config.cond)
-    if text is None:
-        return config
-    settled = dataclasses.replace(text, trainable=trains)
-    cond: Any = settled if config.cond is text else dataclasses.replace(config.cond, text=settled)
-    return dataclasses.replace(config, cond=cond)
+    return dataclasses.replace(config, cond=schema.with_text(config.cond, trainable=trains))

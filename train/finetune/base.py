@@ -58,7 +58,7 @@ def prepare(
         return fixed
     if config.keep_base:
         rundir.write_frozen(run, "unet", base["unet"], config.unet)
-    elif not rundir.has_frozen(run, "unet"):
+    elif not rundir.has_frozen(run, "unet") and rundir.read_base(run) is None:
         values = {"path": config.init_from, "hash": rundir.params_hash(base["unet"])}
         rundir.write_base(run, {**values, "dtype": config.base_dtype})
         LOG.info(f"the run does not keep its UNet: it needs {config.init_from} to go on or sample")

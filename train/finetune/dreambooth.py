@@ -6,8 +6,6 @@ the model itself before the first step, into a folder that says whose and of wha
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -149,7 +147,7 @@ def draw_missing(
     the same whenever it is drawn, so that an interrupted start goes on.
     """
     known = folder.find_files(str(path)) if path.exists() else set()
-    pictures = {name for name in known if re.search(r"\.(png|jpe?g|webp|bmp)$", name.lower())}
+    pictures = {name for name in known if folder.is_image(name)}
     if pictures and MARK not in known:
         LOG.info(f"{path}: {len(pictures)} pictures of your own are the class's; none is drawn")
         return
@@ -170,7 +168,8 @@ def draw_missing(
     batch = prompting.prompts(model, [config.class_prompt] * at_once)
     cond, null = jax.jit(model.encode)(batch, model.params)
     bar = tqdm.tqdm(total=len(missing), unit="image", desc="pictures of the class")
-    for some in _chunks(missing, at_once):
+    for first in range(0, len(missing), at_once):
+        some = missing[first : first + at_once]
         keys = sampling.keys_of(config.seed, np.resize(np.asarray(some), at_once))
         drawn = np.asarray(sample(model.params, cond, keys, null, guidance_scale=GUIDANCE))
         pixels = images.to_uint8(drawn[: len(some)])
@@ -180,8 +179,3 @@ def draw_missing(
         bar.update(len(some))
     bar.close()
     processes.barrier("class images")
-
-
-def _chunks(numbers: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(numbers), size):
-        yield numbers[first : first + size]

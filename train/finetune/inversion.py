@@ -123,4 +123,4 @@ def widened(config: schema.AdapterTrainConfig) -> schema.AdapterTrainConfig:
         return config
     size = text.encoder.vocab_size + config.vectors
     encoder = dataclasses.replace(text.encoder, vocab_size=size)
-    return dataclasses.replace(config, cond=schema.with_encoder(config.cond, encoder))
+    return dataclasses.replace(config, cond=schema.with_text(config.cond, encoder=encoder))

@@ -100,14 +100,11 @@ def _data(config: schema.LatentDiffusionTrainConfig, channels: Any, size: int) -
 
 def _condition(own: schema.CondConfig, model: schema.CondConfig) -> schema.CondConfig:
     """The model's condition, with the config's share of dropped ones where it is of its kind."""
-    text = schema.text_of(model)
-    if text is not None:
+    if schema.text_of(model) is not None:
         # files are found at init_from; a path of the model's own run may be gone
-        plain = dataclasses.replace(text, path="", tokenizer="")
         mine = schema.text_of(own)
-        if mine is not None:
-            plain = dataclasses.replace(plain, dropout=mine.dropout)
-        model = plain if model is text else dataclasses.replace(model, text=plain)
+        kept = {} if mine is None else {"dropout": mine.dropout}
+        model = schema.with_text(model, path="", tokenizer="", **kept)
     elif model is not None and type(own) is type(model):
         model = dataclasses.replace(model, dropout=own.dropout)
     beside = own.concat if isinstance(own, schema.HybridCondConfig) else own

@@ -41,8 +41,6 @@ def train(
         num_ids=conditioning.map_ids(config.cond),
     )
     stream, held_out = open_stream(), open_stream(split="eval")
-    if config.cache.path:
-        shards.warn_of_changes(config.cache.path, config.data)
     labels = "label" in conditioning.needs(config.cond)
     known = dataset.check(workdir, stream, held_out, labels=labels)
     check(config, given.first_stage, stream, mesh)
@@ -122,8 +120,13 @@ def check(
     stream: data.Stream,
     mesh: Mesh,
 ) -> None:
-    """ValueError if config, first stage, data and mesh do not fit each other."""
+    """ValueError if config, first stage, data and mesh do not fit each other.
+
+    Warns of a latent cache whose pictures have changed.
+    """
     startup.check(config, mesh)
+    if config.cache.path:
+        shards.warn_of_changes(config.cache.path, config.data)
     bundle.check(bundle.model_config(config, model), config.data.channels)
     if model.in_channels != config.data.channels:
         raise ValueError(

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ldm_jax import bundle, conditioning, latents, sampling, schema, sharding, train_state
+from ldm_jax import bundle, conditioning, latents, sampling, schema, shapes, sharding, train_state
 from ldm_jax.cost import flops
 from ldm_jax.models import attention, autoencoder, lpips
-from ldm_jax.models import unet as unets
 from ldm_jax.schema import serialize
 from ldm_jax.train import autoencoder as first_stages
 from ldm_jax.train import finetune, ldm
@@ -135,10 +134,10 @@ def abstract_frozen(target: Target, mesh: Mesh) -> Frozen:
         dtype=jnp.dtype(config.dtype),
         attention=attention.choose(mesh.devices.flat[0].platform, mesh, config.attention),
     )
-    stage = by_rules({"first_stage": stage_shapes(module, model)}, mesh)["first_stage"]
+    stage = by_rules({"first_stage": shapes.first_stage(model)}, mesh)["first_stage"]
     encoder = None
     if not text_encoder.trains(config.cond):
-        encoder = by_rules({"cond_stage": cond_shapes(config.cond)}, mesh)["cond_stage"]
+        encoder = by_rules({"cond_stage": shapes.cond(config.cond)}, mesh)["cond_stage"]
     frozen = Frozen(module, stage, config.first_stage.scale or 1.0, model, encoder)
     if not isinstance(config, schema.AdapterTrainConfig) or not finetune.trains_adapter(config):
         return frozen
@@ -199,14 +198,12 @@ def sampler(target: Target, mesh: Mesh) -> Program:
         null = conditioning.null_like(*arguments) if guided else None
         return sample(params, cond, keys, null, scale, 0.0, batch.get("x_T"))
 
-    shapes = {
-        "unet": jax.eval_shape(net.unet.init, jax.random.key(0), *unets.example_inputs(net.unet))[
-            "params"
-        ],
-        "first_stage": stage_shapes(net.first_stage, model),
-        "cond_stage": cond_shapes(config.cond) if net.cond_stage is not None else {},
+    parts = {
+        "unet": shapes.unet(config.unet),
+        "first_stage": shapes.first_stage(model),
+        "cond_stage": shapes.cond(config.cond),
     }
-    params = by_rules(shapes, mesh)
+    params = by_rules(parts, mesh)
     # a batch of the sampler: the arrays of a training batch that the conditioning needs
     sized = dataclasses.replace(
         config,
@@ -236,20 +233,6 @@ def sampler(target: Target, mesh: Mesh) -> Program:
 def by_rules(shapes: Any, mesh: Mesh) -> Any:
     """A tree of shapes with the shardings of training."""
     return sharding.with_shardings(shapes, sharding.by_rules(shapes, sharding.RULES, mesh))
-
-
-def stage_shapes(module: Any, model: schema.FirstStageModelConfig) -> dict:
-    """Parameters of a first stage."""
-    if isinstance(model, schema.IdentityFirstStageConfig):
-        return {}
-    image = jnp.zeros((1, model.downsample, model.downsample, model.in_channels))
-    return jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-
-
-def cond_shapes(cond: schema.CondConfig) -> dict:
-    """Parameters of a conditioning stage."""
-    init = functools.partial(conditioning.init, cond, conditioning.build(cond))
-    return jax.eval_shape(init, jax.random.key(0))
 
 
 def examples(
