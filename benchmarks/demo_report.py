@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def targets(folder: epath.Path) -> str:
-    """What `make demo` is about to do, how long that takes, and the figures it is to reach."""
+    """Text on the steps of `make demo`, how long they take, and the figures they are to reach."""
     least = ", ".join(f"{name} {value:g}" for name, value in TARGETS.items())
     return (
         f"Trains both stages on handwritten digits, samples and measures, in {folder}/: 8 to 12"

@@ -274,7 +274,7 @@ def convert() -> None:
 
 
 def python() -> None:
-    """What the calls of docs/python.md make of the demo's model."""
+    """Pictures that the calls of docs/python.md make of the demo's model."""
     model, labels = ldm_jax.load(DEMO), np.arange(10)
 
     def step(denoise, carry, x, level, keys):

@@ -213,7 +213,7 @@ class Shards:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What ArrayRecord says of a file, which may be nothing."""
+    """Return ArrayRecord's message about a file, which may be empty."""
     return f" ({error})" if str(error) else ""
 
 

@@ -1,4 +1,4 @@
-"""What a part of a checkpoint claims to hold, checked before any of its arrays takes memory."""
+"""Bounds of a part of a checkpoint, checked before any of its arrays takes memory."""
 
 import math
 import os
