@@ -2,7 +2,7 @@
 
 from ldm_jax.data.examples import BadDataError, Stream, stream
 from ldm_jax.data.facts import facts_of
-from ldm_jax.data.pipeline import Batches, batch_of_nan, global_batch, prefetch
+from ldm_jax.data.pipeline import Batches, batch_of_nan, global_batch, prefetch, read
 from ldm_jax.data.sources import Source, arrays, open_source, stamp
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "global_batch",
     "open_source",
     "prefetch",
+    "read",
     "stamp",
     "stream",
 ]

@@ -5,6 +5,7 @@ examples that its own devices hold, and no others.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -12,7 +13,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from ldm_jax.data.examples import Example, Made, Stream
+from ldm_jax.data.examples import BadDataError, Example, Made, Stream
+from ldm_jax.runtime import processes
 
 Batch = dict[str, jax.Array]
 
@@ -20,12 +22,21 @@ Batch = dict[str, jax.Array]
 def global_batch(stream: Stream, step: int, sharding: jax.sharding.Sharding) -> Batch:
     """Batch `step`: every array [B, ...], its axis 0 laid over the devices by `sharding`.
 
-    Decodes in this thread, at the call; `prefetch` reads ahead. ValueError when the devices do
-    not divide the batch, and as from `Stream`.
+    Decodes in this thread, at the call; `prefetch` reads ahead. With several processes all call
+    this. ValueError when the devices do not divide the batch, and as from `read`.
     """
     local = local_examples(stream.batch_size, sharding)
-    examples = [stream[step * stream.batch_size + example] for example in local]
+    examples = read(stream, [step * stream.batch_size + example for example in local])
     return _assemble(stream, examples, local, sharding)
+
+
+def read(stream: Stream, indices: Sequence[int]) -> list[Example]:
+    """Examples of these indices, decoded now; all processes call this, each with its own.
+
+    Raises as `Stream` does, in every process if in any, so that none waits for it in a step.
+    """
+    what = f"examples {min(indices)} to {max(indices)}"
+    return processes.on_all(what, lambda: [stream[i] for i in indices], BadDataError)
 
 
 def prefetch(stream: Stream, first_step: int, sharding: jax.sharding.Sharding) -> "Batches":

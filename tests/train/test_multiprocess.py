@@ -137,6 +137,40 @@ def test_data_that_end_in_one_process_are_saved_by_both(tmp_path, ldm_run, first
     assert_losses_as(run, ldm_run, 8)
 
 
+# Held-out records of process 1 cannot be read, which it learns at the first evaluation.
+UNREADABLE = """
+import sys
+from ldm_jax import data
+from ldm_jax.runtime import cli
+from ldm_jax.train import ldm, main
+evaluate = ldm.loop.make_evaluate
+class Broken(data.Stream):
+    def __getitem__(self, index):
+        raise data.BadDataError("all is broken")
+def of_broken(config, fixed, mesh, held_out, key):
+    held_out.__class__ = Broken
+    return evaluate(config, fixed, mesh, held_out, key)
+if sys.argv[3].endswith(",1"):
+    ldm.loop.make_evaluate = of_broken
+sys.exit(cli.run("ldm-train", main.train, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_held_out_data_that_fail_in_one_process_end_both_with_a_checkpoint(
+    tmp_path, ldm_run, first_stage_run
+):
+    run = tmp_path / "run"
+    flags = ["--intervals.evaluate", "5", "--steps", "400", *MIXED.split()]
+    command = training(run, first_stage_run, *flags)
+    with two(tmp_path, lambda address: ["-c", UNREADABLE, *command(address)[2:]]) as processes:
+        assert codes(tmp_path, processes) == [1, 1], logs(tmp_path)
+    assert "process 1 cannot read it, see its log" in (tmp_path / "0.log").read_text()
+    assert "error: all is broken" in (tmp_path / "1.log").read_text()
+    assert checkpoint.saved_steps(run) == [4, 5]
+    assert_losses_as(run, ldm_run, 5)
+
+
 def one_goes_on(run, ldm_run, first_stage_run):
     """One process on the mesh of `ldm_run`, for two steps."""
     config = ldm_config(first_stage_run, "--steps", "8")

@@ -43,7 +43,8 @@ def make_evaluate(
 def make_preview(config: schema.AutoencoderTrainConfig, mesh: Mesh, held_out: Any) -> Callable:
     """draw(params, path): writes held-out images above their reconstructions."""
     net = reconstruction.module(config, mesh)
-    image = np.stack([held_out[i]["image"] for i in range(config.num_samples)])
+    examples = data.read(held_out, range(config.num_samples))
+    image = np.stack([example["image"] for example in examples])
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def reconstruct(params: dict, image: jax.Array) -> jax.Array:

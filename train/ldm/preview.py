@@ -90,7 +90,7 @@ def _conditions(
     batch = conditioning.kind_of(config.cond).in_turn(config.cond, count)
     if batch is not None:
         return batch, []
-    examples = [held_out[i] for i in range(count)]
+    examples = data.read(held_out, range(count))
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
     if "tokens" not in batch:
         return batch, []

@@ -268,8 +268,12 @@ class Loop:
             self.watch.saved(step)
 
     def _save_before_the_end(self) -> None:
-        """Save the steps made since the last checkpoint, when the data end a run of one process."""
-        if self._unsaved is None or jax.process_count() > 1:
+        """Save the steps made since the last checkpoint, when the data end the run.
+
+        With several processes all come here: those of training end through `_agree_on_the_data`,
+        held-out ones through `data.read`, which raises in all.
+        """
+        if self._unsaved is None:
             return
         step, state = self._unsaved
         LOG.info(f"the data end this run; step {step} is saved first")
