@@ -127,8 +127,7 @@ def sample_path(run: epath.PathLike, step: int) -> epath.Path:
 def write_latents(run: epath.PathLike, latents: Mapping[str, Any]) -> None:
     """Writes {"scale": from latent to diffusion space, "how": how it was found}."""
     values = {"format": FORMAT, **latents}
-    write_text(epath.Path(run) / "latents.json", json.dumps(values, indent=2) + "\n")
-    processes.barrier("latents")
+    _write_for_all(epath.Path(run) / "latents.json", json.dumps(values, indent=2) + "\n")
 
 
 def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
@@ -146,8 +145,7 @@ def read_latents(run: epath.PathLike) -> dict[str, Any] | None:
 def write_data(run: epath.PathLike, values: Mapping[str, Any]) -> None:
     """Write data.json: {"classes": names by label or None, "records": {split: count}}."""
     text = json.dumps({"format": FORMAT, **values}, indent=2, ensure_ascii=False) + "\n"
-    write_text(epath.Path(run) / "data.json", text)
-    processes.barrier("data")
+    _write_for_all(epath.Path(run) / "data.json", text)
 
 
 def read_data(run: epath.PathLike) -> dict[str, Any] | None:
@@ -210,8 +208,7 @@ def write_base(run: epath.PathLike, values: Mapping[str, Any]) -> None:
     """Write frozen/base.json: {"path", "hash", "dtype"} of a UNet that the run does not keep."""
     path = _frozen(run, "base.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"format": FORMAT, **values}, indent=2) + "\n")
-    processes.barrier("base")
+    _write_for_all(path, json.dumps({"format": FORMAT, **values}, indent=2) + "\n")
 
 
 def read_base(run: epath.PathLike) -> dict[str, Any] | None:
@@ -328,6 +325,13 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 # --- files --------------------------------------------------------------------------------------
+
+
+def _write_for_all(path: epath.Path, text: str) -> None:
+    """Write a file that every process has looked for: none finds it too early, none too late."""
+    processes.barrier(f"looked for {path.name}")
+    write_text(path, text)
+    processes.barrier(path.name)
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import recipes
 from PIL import Image
+from two_processes import MIXED, assert_losses_as, codes, logs, two
 
 from ldm_jax import bundle, loading, saving, schema
 from ldm_jax.adapters import lora, runs, textual_inversion
@@ -70,6 +71,23 @@ CASES = {
 
 
 SLOW = "dreambooth"  # two trees of gradients to compile, twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name != SLOW])
+def test_two_processes_train_as_one(name, base, images, tmp_path):
+    stage, options, _ = CASES[name]
+    options = ("--init-from", str(base), *options, "--batch-size", "4", "--steps", "4")
+    options = (*options, "--intervals.log", "1", *MIXED.split())
+    train(stage, tmp_path / "one", images, *options)
+    command = ["-m", "ldm_jax.train.main", f"finetune:{stage}", *QUIET, *options]
+    command += ["--workdir", str(tmp_path / "two"), "--data.source.path", str(images)]
+    with two(tmp_path, lambda address: [*command, "--distributed", address]) as processes:
+        assert codes(tmp_path, processes) == [0, 0], logs(tmp_path)
+    assert_losses_as(tmp_path / "two", tmp_path / "one", 4)
+    parts = [loading.load(tmp_path / run).params for run in ("one", "two")]
+    for one, other in zip(*map(jax.tree.leaves, parts), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
