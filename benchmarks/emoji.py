@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 TARGET = 0.7  # of both icons and their order, on held-out pairs
 BATCH = 64
 COLUMNS, SCALE, GAP, LINE = 6, 4, 10, 13  # of the picture
-SHOWN = 24
+SHOWN = 12
 
 Names = tuple[str, ...]
 
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("model", help="what ldm-sample --model reads")
     parser.add_argument("--step", type=int, help="of the run; default: its newest weights")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs, at most 512")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "pictures")
