@@ -216,12 +216,15 @@ def with_kv_cache(net: UNet, params: dict, cond: Cond) -> Cond:
     """
     if cond.context is None:
         return cond
-    batch = len(cond.context)
+    *lead, length, width = cond.context.shape  # one context an image, or several: `Cond.texts`
+    context = cond.context.reshape(-1, length, width)
+    label = None if cond.label is None else blocks.repeat_for(cond.label, context)
     # A whole call of the UNet, on the smallest image: XLA drops all that only its output needs.
     x, t, _, _ = unet.example_inputs(net)
-    x, t = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (x, t))
-    _, made = net.apply({"params": params}, x, t, cond.context, cond.label, mutable=["context"])
-    return cond._replace(kv_cache=made["context"])
+    x, t = (jnp.broadcast_to(a, (len(context), *a.shape[1:])) for a in (x, t))
+    _, made = net.apply({"params": params}, x, t, context, label, mutable=["context"])
+    kept = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), made["context"])
+    return cond._replace(kv_cache=kept)
 
 
 def check(config: schema.LatentDiffusionConfig, image_channels: int = 3) -> None:

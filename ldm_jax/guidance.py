@@ -17,6 +17,7 @@ def classifier_free(
     rescale: jax.Array | float = 0.0,
     interval: tuple[jax.Array | float, jax.Array | float] | None = None,
     shared: bool = False,
+    weights: jax.Array | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Make `guided(x, t_b)` of `model(x, t_b, cond)`: classifier-free guidance away from `null`.
 
@@ -32,17 +33,30 @@ def classifier_free(
     outside of it the model is called once on `cond`. All timesteps of t_b must then be equal.
     shared: `model` takes x and t_b [B, ...] with cond [2 B, ...] and repeats examples itself, where
     they begin to differ (`bundle.bind`).
+    weights: [B, P], with cond [B, P, ...]: P conditions at once (Liu et al. 2022, eq. 11); then
+
+        out(cond) = out(null) + sum_p weights_p (out(cond_p) - out(null))
     """
+    number = 1 if weights is None else weights.shape[1]
 
     def in_turn(null, cond):
-        return jnp.stack([null, cond], axis=1).reshape(-1, *cond.shape[1:])
+        conds = cond[:, None] if weights is None else cond
+        return jnp.concatenate([null[:, None], conds], axis=1).reshape(-1, *null.shape[1:])
 
     both = jax.tree.map(in_turn, null, cond)
 
-    def guided(x, t_b):
-        inputs = (x, t_b) if shared else (jnp.repeat(a, 2, axis=0) for a in (x, t_b))
+    def outputs(x, t_b):
+        """(out(null), out(cond))."""
+        inputs = (x, t_b) if shared else (jnp.repeat(a, 1 + number, axis=0) for a in (x, t_b))
         out = model(*inputs, both).astype(x.dtype)
-        out_null, out_cond = jnp.moveaxis(out.reshape(len(x), 2, *out.shape[1:]), 1, 0)
+        out_null, *outs = jnp.moveaxis(out.reshape(len(x), 1 + number, *out.shape[1:]), 1, 0)
+        if weights is None:
+            return out_null, outs[0]
+        pulls = (append_dims(w, x.ndim) * (o - out_null) for w, o in zip(weights.T, outs))
+        return out_null, sum(pulls, start=out_null)
+
+    def guided(x, t_b):
+        out_null, out_cond = outputs(x, t_b)
         out = out_null + append_dims(scale, x.ndim) * (out_cond - out_null)
         if isinstance(rescale, int | float) and rescale == 0:
             return out
@@ -51,9 +65,11 @@ def classifier_free(
     if interval is None:
         return guided
 
+    def plain(x, t_b):
+        return model(x, t_b, cond).astype(x.dtype) if weights is None else outputs(x, t_b)[1]
+
     def guided_within(x, t_b):
         inside = (t_b[0] >= interval[0]) & (t_b[0] <= interval[1])
-        plain = lambda x, t_b: model(x, t_b, cond).astype(x.dtype)  # noqa: E731
         return jax.lax.cond(inside, guided, plain, x, t_b)
 
     return guided_within

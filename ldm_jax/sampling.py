@@ -1,5 +1,6 @@
 """The jittable sampler that every sampling command and every training preview runs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import denoising, diffusion, finite, guidance, schema, seeds, solvers
+from ldm_jax import conditioning, denoising, diffusion, finite, guidance, schema, seeds, solvers
 from ldm_jax.bundle import LatentDiffusion, bind, with_kv_cache
 from ldm_jax.conditioning import Cond
 from ldm_jax.models.unet import UNet
@@ -163,12 +164,17 @@ def make_sampler(
     _check_x0(model, dynamic_threshold, threshold_limit, quantize_x0)
     guide = (guidance_rescale, guidance_interval)
 
-    def denoiser(params: dict, cond: Cond, null: Cond | None, guidance_scale: Any) -> Callable:
+    def denoiser(
+        params: dict, cond: Cond, null: Cond | None, guidance_scale: Any, start: Any
+    ) -> Callable:
         """denoise(x, level) of one request."""
-        denoise = diffusion.denoiser(
-            _guided(unet, params["unet"], cond, null, guidance_scale, wrap_model, guide),
-            model.prediction,
-        )
+        model_at = _guided(unet, params["unet"], cond, null, guidance_scale, wrap_model, guide)
+
+        def of_step(x: jax.Array, level: Any) -> diffusion.Denoised:
+            step = None if cond.texts is None else level.number - start
+            return diffusion.denoiser(model_at(step), model.prediction)(x, level)
+
+        denoise: Callable = of_step
         if dynamic_threshold is not None:
             denoise = denoising.dynamic_threshold(denoise, dynamic_threshold / 100, threshold_limit)
         if quantize_x0:
@@ -193,7 +199,7 @@ def make_sampler(
         # two keys an image: the noise it starts from is independent of the noise of its steps
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
-        denoise = denoiser(params, cond, null, guidance_scale)
+        denoise = denoiser(params, cond, null, guidance_scale, start)
         if init is not None:
             x_T = noised(init, levels, start, x_T)
         if mask is not None:
@@ -227,19 +233,30 @@ def _guided(
     scale: Any,
     wrap_model: Callable[[Callable], Callable] | None,
     guide: tuple[float, tuple[float, float] | None],
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """model(x, t) -> raw prediction, guided away from `null` if that is given.
+) -> Callable[[Any], Callable[[jax.Array, jax.Array], jax.Array]]:
+    """model_at(step)(x, t) -> raw prediction, guided away from `null` if that is given.
 
     guide: rescale and interval of `guidance.classifier_free`.
+    step: number of the step, from that on which runs first; None for conditions without `texts`.
     """
     net = bind(unet, params)
     net = net if wrap_model is None else wrap_model(net)
     cond = with_kv_cache(unet, params, cond)
-    if null is None:
-        return lambda x, t: net(x, t, cond)
-    null = with_kv_cache(unet, params, null)
-    shared = wrap_model is None
-    return guidance.classifier_free(net, cond, null, scale, *guide, shared=shared)
+    null = None if null is None else with_kv_cache(unet, params, null)
+    guided = functools.partial(guidance.classifier_free, net, shared=wrap_model is None)
+
+    def model_at(step: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        if cond.texts is None:
+            if null is None:
+                return lambda x, t: net(x, t, cond)
+            return guided(cond, null, scale, *guide)
+        parts = conditioning.at_step(cond, step)
+        if null is None:
+            return lambda x, t: net(x, t, jax.tree.map(lambda x: x[:, 0], parts))
+        away = jax.tree.map(lambda x: x[:, 0], conditioning.at_step(null, step))
+        return guided(parts, away, scale, *guide, weights=cond.texts.weights)
+
+    return model_at
 
 
 def _solver(solver: str | solvers.Solver) -> Callable[[Any], solvers.Solver]:

@@ -6,12 +6,15 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+from etils import epath
 
 from ldm_jax import bundle, finite
 from ldm_jax.adapters import lora, textual_inversion
 from ldm_jax.convert.adapters import embedding_files, lora_files
+from ldm_jax.prompting import networks
 from ldm_jax.runtime.log import LOG
 
 
@@ -47,6 +50,41 @@ def files(loras: Sequence[str], embeddings: Sequence[str]) -> list[str]:
         *(str(lora_files.file_of(file_and_scales(text)[0])) for text in loras),
         *(str(embedding_files.file_of(file_and_token(text)[0])) for text in embeddings),
     ]
+
+
+def with_networks(options: Any) -> Any:
+    """Options whose prompts have no <lora:NAME:SCALE> of --prompt-syntax webui; --lora has these.
+
+    ValueError for a name that --lora-dir does not hold, and for prompts that ask for different
+    ones, since all images of a command have the same weights.
+    """
+    if options.prompt_syntax != "webui":
+        return options
+    given = (options.prompt,) if isinstance(options.prompt, str) else options.prompt
+    texts, asked = zip(*(networks.cut(text) for text in given)) if given else ((), ())
+    if any(one != asked[0] for one in asked):
+        raise ValueError("--prompt: all prompts of a command ask for the same LoRAs, these do not")
+    found = [
+        f"{_file_named(options.lora_dir, one.name)}:{one.unet:g}:{one.text:g}"
+        for one in (asked[0] if asked else ())
+    ]
+    prompt = texts[0] if isinstance(options.prompt, str) else texts
+    return dataclasses.replace(options, prompt=prompt, lora=(*options.lora, *found))
+
+
+def _file_named(folder: str | None, name: str) -> str:
+    """File of a LoRA in --lora-dir, by its name without ending."""
+    if folder is None:
+        raise ValueError(f"<lora:{name}>: give --lora-dir, the folder of {name}.safetensors")
+    known = {
+        path.stem: str(path)
+        for path in sorted(epath.Path(folder).iterdir())
+        if path.suffix in (".safetensors", ".pt", ".ckpt", ".bin")
+    }
+    if name not in known:
+        shown = ", ".join(list(known)[:20]) or "nothing"
+        raise ValueError(f"<lora:{name}>: --lora-dir {folder} has no such file, but {shown}")
+    return known[name]
 
 
 def with_loras(

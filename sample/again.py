@@ -31,6 +31,7 @@ SHAPING = frozenset(
         *("guidance_scale", "guidance_rescale"),
         *("guidance_interval", "dynamic_threshold", "quantize_x0", "preview"),
         *("lora", "ignore_unknown", "embedding", "clip_skip"),
+        *("prompt_syntax", "emphasis"),
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
         *("strength", "noise_level", "maps", "palette", "boxes", "class_names"),

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, conditioning, schema
+from ldm_jax.prompting import composed
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.options import Options, check_tokenizer, label_ids, null_batch
@@ -50,6 +51,11 @@ class Asked(NamedTuple):
     alone: Sequence[dict] = ()
     """Options that ask for each one alone."""
 
+    @property
+    def guided(self) -> bool:
+        """The program samples with guidance."""
+        return self.scale != 1 or composed.needs_guidance(self.batch)
+
 
 def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
     """The prompts or labels of the options, or nothing in particular.
@@ -71,7 +77,7 @@ def asked(model: bundle.LatentDiffusion, options: Options) -> Asked:
     if text is not None and (options.prompt or options.negative_prompt):
         check_tokenizer(model, options.model)
         prompts = options.prompt or ("",)
-        batch = text2img.tokenize(model.tokenizer, prompts, options.negative_prompt, 1)
+        batch = text2img.read(model, options, prompts, [options.negative_prompt] * len(prompts))
         scale = 7.5 if options.guidance_scale is None else options.guidance_scale
         alone = [{"prompt": [p]} for p in prompts]
         names = [text2img.slug(p) for p in prompts]

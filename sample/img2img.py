@@ -3,7 +3,7 @@
 import dataclasses
 
 from ldm_jax import bundle, conditioning, sampling, schema
-from ldm_jax.sample import editing
+from ldm_jax.sample import adapters, editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
 from ldm_jax.sample.options import latent_shape, levels_of, open_model
@@ -29,6 +29,7 @@ def request(options: Options) -> Request:
     """The request of the options. ValueError for options that the model does not allow."""
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
+    options = adapters.with_networks(options)
     model, mesh, options = open_model(options)
     check_model(model, options)
     what = editing.asked(model, options)
@@ -43,7 +44,7 @@ def request(options: Options) -> Request:
         model,
         mesh,
         shape=latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
-        guided=what.scale != 1,
+        guided=what.guided,
         batch={**batch, "init": image[made.image]},
         names=made.names,
         details=made.details,

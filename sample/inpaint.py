@@ -16,7 +16,7 @@ from tyro.conf import arg
 
 from ldm_jax import bundle, conditioning, schema
 from ldm_jax.runtime import flags
-from ldm_jax.sample import editing
+from ldm_jax.sample import adapters, editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, open_mask, read_images, resized, size_of
 from ldm_jax.sample.options import latent_shape, open_model
@@ -43,6 +43,7 @@ def main(options: Options) -> int:
 
 def request(options: Options) -> Request:
     """The request of the options. ValueError for options that the model does not allow."""
+    options = adapters.with_networks(options)
     model, mesh, options = open_model(options)
     beside = check_model(model, options)
     what = editing.asked(model, options)
@@ -67,7 +68,7 @@ def request(options: Options) -> Request:
         model,
         mesh,
         shape=latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
-        guided=what.scale != 1,
+        guided=what.guided,
         batch=batch,
         names=made.names,
         details=[

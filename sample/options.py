@@ -20,7 +20,7 @@ from ldm_jax import (
     sharding,
     solvers,
 )
-from ldm_jax.prompting import clip_skip
+from ldm_jax.prompting import clip_skip, composed
 from ldm_jax.runtime import checkpoint, flags
 from ldm_jax.sample import adapters
 
@@ -93,6 +93,14 @@ class Options:
     clip_skip: int = 1
     """Layer of CLIP that the text is read from: 1 is the model's own, 2 the one before. Counted so
     for Stable Diffusion 2 too, where stable-diffusion-webui ignores it."""
+    prompt_syntax: composed.Syntax = "plain"
+    """`plain` reads a prompt as it is; `webui` as stable-diffusion-webui does: (x:1.2), [x], BREAK,
+    [a:b:0.5], [a|b], AND, <lora:NAME:0.8>."""
+    emphasis: composed.Emphasis = "original"
+    """What the weights of `webui` do: `original` keeps the mean of the text, `no-norm` does not,
+    `ignore` leaves them out, `none` reads their brackets as text."""
+    lora_dir: flags.OptionalDir = None
+    """Folder of the files that <lora:NAME> in a prompt of `webui` names."""
     init_latents: flags.OptionalFile = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image i
     starts from latent i."""

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, conditioning, diffusion, sampling, schema
+from ldm_jax.prompting import composed
 from ldm_jax.runtime import flags
-from ldm_jax.sample import text2img
+from ldm_jax.sample import adapters, text2img
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
 from ldm_jax.sample.options import Options, check_tokenizer, open_model
@@ -55,19 +56,20 @@ def main(options: Options) -> int:
 
 def request(options: Options) -> Request:
     """The request of the options. ValueError for options that the model does not allow."""
-    model, mesh, options = open_model(options)
+    model, mesh, options = open_model(adapters.with_networks(options))
     options = with_defaults(model, options)
     channels = model.config.first_stage.in_channels
     low = read_images(options.images, (options.height, options.width), channels=channels)
     every = [path for path in options.images for _ in range(options.num_images)]
+    batch = inputs(model, options, np.repeat(low, options.num_images, axis=0))
     return Request(
         NAME,
         options,
         model,
         mesh,
         shape=latent_shape(model, options, low.shape[1:3]),
-        guided=options.guidance_scale != 1,
-        batch=inputs(model, options, np.repeat(low, options.num_images, axis=0)),
+        guided=options.guidance_scale != 1 or composed.needs_guidance(batch),
+        batch=batch,
         names=named(every, options.seed),
         details=[{"image": path, "images": [path]} for path in every],
         row_labels=[epath.Path(path).stem[:24] for path in options.images],
@@ -133,7 +135,7 @@ def inputs(model: bundle.LatentDiffusion, options: Options, low: np.ndarray) -> 
     count = len(low)
     if upscaler(model) is None:
         return {"low_res": low}
-    text = text2img.tokenize(model.tokenizer, [options.prompt], options.negative_prompt, count)
+    text = text2img.read(model, options, [options.prompt], [options.negative_prompt], [count])
     # the sampler splits an image's key into two (folds 0 and 1), make_run folds in 2: take another
     keys = jax.vmap(jax.random.fold_in, (0, None))(
         sampling.keys_of(options.seed, options.first_index + np.arange(count)), 3

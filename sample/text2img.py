@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from ldm_jax import bundle, conditioning, schema
+from ldm_jax.prompting import composed
 from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample import prompts
+from ldm_jax.sample import adapters, prompts
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.options import Options, check_tokenizer, latent_shape, open_model
+from ldm_jax.sample.options import Options, check_tokenizer, latent_shape, levels_of, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "text2img"
@@ -47,11 +48,15 @@ def main(options: Options) -> int:
 def request(options: Options) -> Request:
     """The request of the options. ValueError for options that the model does not allow."""
     # before the model, whose weights may take minutes: a fault of the prompts is said at once
+    options = adapters.with_networks(options)
     entries, problems = read_prompts(options)
     model, mesh, options = open_model(options)
     check_model(model, options)
     every = [entry for entry in entries for _ in range(entry.num_images)]
-    guided = any(entry.guidance_scale != 1 for entry in entries)
+    texts, negatives = ([getattr(entry, name) for entry in entries] for name in prompts.COLUMNS[:2])
+    batch = read(model, options, texts, negatives, [entry.num_images for entry in entries])
+    scaled = any(entry.guidance_scale != 1 for entry in entries)
+    guided = scaled or composed.needs_guidance(batch)
     if options.negative_prompt and not guided:
         LOG.info("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
     seeds, indices = numbered(entries, options)
@@ -62,7 +67,7 @@ def request(options: Options) -> Request:
         mesh,
         shape=latent_shape(model, options.height, options.width),
         guided=guided,
-        batch=encoded(model.tokenizer, entries),
+        batch=batch,
         names=[
             f"{i:05d}_{slug(entry.prompt)}_seed{seed}"
             for i, (entry, seed) in enumerate(zip(every, seeds, strict=True))
@@ -129,23 +134,40 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> None:
     check_tokenizer(model, options.model)
 
 
-def tokenize(
-    tokenizer: Any, prompts: Sequence[str], negative: str, num_images: int
+def read(
+    model: bundle.LatentDiffusion,
+    options: Options,
+    texts: Sequence[str],
+    negatives: Sequence[str],
+    counts: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`tokens` and `null_tokens`, int32 [prompts * num_images, L]; says which words do not fit."""
-    say_lost(tokenizer, prompts, [negative])
-    tokens = np.repeat(tokenizer.encode(list(prompts)), num_images, axis=0)
-    null_tokens = np.repeat(tokenizer.encode([negative]), len(tokens), axis=0)
-    return {"tokens": tokens, "null_tokens": null_tokens}
+    """Input of `conditioning.from_batch` for texts and as many negative ones, in --prompt-syntax.
+
+    counts: images of each, one by default. A plain text that is too long is read in chunks where
+    the text encoder is CLIP; of others the log says which words are left out.
+    """
+    long = [text for text in dict.fromkeys([*texts, *negatives]) if model.tokenizer.lost(text)]
+    if options.prompt_syntax == "webui" or (long and composed.reads_chunks(model)):
+        steps = len(levels_of(model, options).t)
+        syntax, mode = options.prompt_syntax, options.emphasis
+        batch = composed.batch(model, texts, negatives, steps=steps, syntax=syntax, mode=mode)
+        number = batch["tokens"].shape[3]
+        if number > 1:
+            LOG.info(f"the longest prompt has {number} chunks of {model.tokenizer.max_length - 2}")
+    else:
+        batch = read_plain(model.tokenizer, texts, negatives)
+    if counts is None:
+        return batch
+    return {name: np.repeat(array, counts, axis=0) for name, array in batch.items()}
 
 
-def encoded(tokenizer: Any, entries: list[prompts.Prompt]) -> dict[str, np.ndarray]:
-    """As `tokenize`, with a negative prompt and a number of images for each."""
-    texts, negatives = ([getattr(entry, name) for entry in entries] for name in prompts.COLUMNS[:2])
+def read_plain(
+    tokenizer: Any, texts: Sequence[str], negatives: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """`tokens` and `null_tokens`, int32 [N, L]; says which words do not fit."""
     say_lost(tokenizer, texts, dict.fromkeys(negatives))
-    counts = [entry.num_images for entry in entries]
     named = {"tokens": texts, "null_tokens": negatives}
-    return {name: np.repeat(tokenizer.encode(x), counts, axis=0) for name, x in named.items()}
+    return {name: tokenizer.encode(list(given)) for name, given in named.items()}
 
 
 def say_lost(tokenizer: Any, texts: Iterable[str], negatives: Iterable[str]) -> None:

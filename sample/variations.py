@@ -161,7 +161,12 @@ def conditions(
         return None, [""], None
     if isinstance(cond, schema.TextCondConfig) and options.prompt:
         text2img.check_model(model, options)
-        batch = text2img.tokenize(model.tokenizer, options.prompt, options.negative_prompt, 1)
+        if options.prompt_syntax != "plain":
+            raise ValueError(
+                f"--prompt-syntax {options.prompt_syntax}: {NAME} mixes whole texts; leave it out"
+            )
+        negatives = [options.negative_prompt] * len(options.prompt)
+        batch = text2img.read_plain(model.tokenizer, options.prompt, negatives)
         names = list(options.prompt)
     elif isinstance(cond, schema.ClassCondConfig) and options.labels:
         batch = {"label": np.asarray(options.labels, np.int32)}

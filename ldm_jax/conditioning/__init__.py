@@ -3,7 +3,7 @@
 A new kind is its config in `schema.conds`, its file here, and its line in `registry.KINDS`.
 """
 
-from ldm_jax.conditioning.kind import Batch, Cond, Encode, Example, Kind, Sizes
+from ldm_jax.conditioning.kind import Batch, Cond, Encode, Example, Kind, Sizes, at_step
 from ldm_jax.conditioning.registry import (
     KINDS,
     build,
@@ -30,6 +30,7 @@ __all__ = [
     "Example",
     "Kind",
     "Sizes",
+    "at_step",
     "build",
     "check_batch",
     "concat_channels",

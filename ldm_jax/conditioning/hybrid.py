@@ -33,7 +33,7 @@ def join(kinds: Mapping[type, Kind]) -> Kind:
         words, beside = parts(config)
         text = words.from_batch(config.text, module, params, batch, encode, dropped)
         image = beside.from_batch(config.concat, None, {}, batch, encode, False)
-        return image._replace(context=text.context)
+        return image._replace(context=text.context, texts=text.texts)
 
     def context_width(config: Config) -> tuple[str, int] | None:
         return "cond.text.encoder.width", config.text.encoder.width

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ldm_jax import schema
+from ldm_jax.conditioning.composed import Texts
 
 Encode = Callable[[jax.Array], jax.Array]  # image_bhwc -> scaled latent, the posterior's mode
 Batch = Mapping[str, Any]  # name -> [B, ...] array
@@ -28,6 +29,31 @@ class Cond(NamedTuple):
     """[B] class ids or [B, v] vectors added to the time embedding."""
     kv_cache: Mapping[str, Any] | None = None
     """Keys and values that a UNet's layers make of `context`, [B, ...]: `bundle.with_kv_cache`."""
+    texts: Texts | None = None
+    """Given: `context` is [B, P, V, l, c], of which a step reads a part, see `composed`."""
+
+
+def at_step(cond: Cond, step: Any) -> Cond:
+    """The conditions [B, P, ...] of the P prompts that AND joins, at one step; of one with `texts`.
+
+    step: int, also traced; later ones than `texts` knows read as its last.
+    """
+    if cond.texts is None:
+        raise ValueError("the condition is the same at all steps")
+    which = jnp.take(cond.texts.steps, step, axis=2, mode="clip")
+
+    def read(x: jax.Array) -> jax.Array:
+        return jax.vmap(jax.vmap(lambda texts, i: texts[i]))(x, which)
+
+    def beside(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x[:, None], which.shape[1], axis=1)
+
+    return Cond(
+        context=jax.tree.map(read, cond.context),
+        concat=jax.tree.map(beside, cond.concat),
+        label=jax.tree.map(beside, cond.label),
+        kv_cache=jax.tree.map(read, cond.kv_cache),
+    )
 
 
 class Sizes(NamedTuple):

@@ -1,5 +1,6 @@
 """Captions as context tokens of a text encoder."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ldm_jax import schema
+from ldm_jax.conditioning import composed
 from ldm_jax.conditioning.kind import Batch, Cond, Dropped, Encode, Example, Kind, Sizes
 from ldm_jax.models import bert, clip
 
@@ -28,7 +30,12 @@ def _example(config: Config, sizes: Sizes) -> dict[str, Example]:
 def _from_batch(
     config: Config, module: Any, params: dict, batch: Batch, encode: Encode | None, dropped: Dropped
 ) -> Cond:
-    return Cond(context=module.apply({"params": params}, _tokens(batch, dropped)))
+    read = functools.partial(module.apply, {"params": params})
+    if batch["tokens"].ndim == 2:
+        return Cond(context=read(_tokens(batch, dropped)))
+    prefix = "null_" if dropped else ""
+    texts = composed.Texts(batch[prefix + "steps"], batch[prefix + "weights"])
+    return Cond(context=composed.context(read, batch, prefix), texts=texts)
 
 
 def _tokens(batch: Batch, dropped: Dropped) -> jax.Array:

@@ -61,9 +61,10 @@ class FileTokenizer:
         return self._in_table(ids).reshape(len(texts), self.max_length)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text alone: without start, end and padding."""
+        """The ids of a text alone, however long: without start, end and padding."""
         encoding = self._backend.encode(self._names.spelled(text), add_special_tokens=False)
-        ids = [i for i, real in zip(encoding.ids, encoding.attention_mask) if real]
+        every = (encoding, *encoding.overflowing)
+        ids = [i for part in every for i, real in zip(part.ids, part.attention_mask) if real]
         return self._in_table(ids).tolist()
 
     def _in_table(self, ids: list) -> np.ndarray:
@@ -81,6 +82,11 @@ class FileTokenizer:
         encoding = self._backend.encode(spelled)
         lost = _overflow(spelled, encoding) if encoding.overflowing else ""
         return self._in_table(encoding.ids), self._names.shortened(lost)
+
+    @property
+    def names(self) -> dict[str, int]:
+        """{name: number of its ids} of the words that were added; they have the last ids."""
+        return self._names.counts
 
     def check_names(self, names: Iterable[Name]) -> None:
         """ValueError for a name that the tokenizer has, or that is given twice."""
@@ -300,26 +306,26 @@ class _Names:
     """
 
     def __init__(self, counts: dict[str, int]):
-        self._counts, self._spelling = counts, {name.casefold(): name for name in counts}
+        self.counts, self._spelling = counts, {name.casefold(): name for name in counts}
         longest_first = sorted(map(re.escape, counts), key=len, reverse=True)
         self._word = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
 
     def found(self, text: str) -> Iterator[tuple[int, int, str]]:
         """(start, end, name) of each name in a text."""
-        for match in self._word.finditer(text) if self._counts else ():
+        for match in self._word.finditer(text) if self.counts else ():
             yield *match.span(), self._spelling[match.group().casefold()]
 
     def spelled(self, text: str) -> str:
         """The text with every token of each name."""
         parts, start = [], 0
         for begin, end, name in self.found(text):
-            parts += [text[start:begin], " ".join(_tokens_of((name, self._counts[name])))]
+            parts += [text[start:begin], " ".join(_tokens_of((name, self.counts[name])))]
             start = end
         return "".join([*parts, text[start:]])
 
     def shortened(self, text: str) -> str:
         """Inverse of `spelled`, also of a text that begins within a name."""
-        for name in self._counts:
+        for name in self.counts:
             word = re.escape(name)
             text = re.sub(rf"{word}(_\d+)?( {word}_\d+)*", lambda _, name=name: name, text)
         return text

@@ -57,6 +57,8 @@ class Levels(NamedTuple):
     """sigma there; without meaning in a step from pure noise or to none."""
     weights: np.ndarray | None = None
     """[S, ...]: result of `Solver.weights` for the columns above."""
+    number: np.ndarray | None = None
+    """Number of the step, int32, from 0 on: `sample` gives it."""
 
 
 def levels(
@@ -141,8 +143,7 @@ def table(schedule: Schedule, t: np.ndarray, now: np.ndarray, following: np.ndar
         *(1 - now / following, lam_next - lam, t_next, _timestep_of(schedule, middle)),
         *(np.sqrt(middle), np.sqrt(1 - middle)),
     )
-    made = Levels(t, *columns)
-    made = Levels(*(a.astype(np.float32) for a in made[:-1]))
+    made = Levels(*(a.astype(np.float32) for a in (t, *columns)))
     return made._replace(t=t.astype(kind), t_next=t_next.astype(kind))
 
 

@@ -51,6 +51,7 @@ def sample(
     if fixed and not 0 <= start <= count:
         raise ValueError(f"start={start} is not in 0..{count}, the number of levels")
     first = start if fixed else 0
+    levels = levels._replace(number=np.arange(count, dtype=np.int32))
     if solver.weights is not None:
         levels = levels._replace(weights=solver.weights(levels).astype(np.float32))
     steps = (jnp.arange(first, count), jax.tree.map(lambda column: column[first:], levels))

@@ -77,10 +77,10 @@ def test_words_and_layers_are_recorded_and_repeated(word, tmp_path, capsys):
     assert (kept["embedding"], kept["clip_skip"]) == ([f"{word}=<dog>"], 2)
     assert kept["files"].keys() == {str(word)}
     capsys.readouterr()
-    assert task_models.again(path, tmp_path / "again") == 0
+    assert task_models.again(path, "--out", tmp_path / "again") == 0
     assert capsys.readouterr().err.endswith("pixel for pixel\n")
     word.write_bytes(word.read_bytes() + b"x")
-    assert task_models.again(path, tmp_path / "other") == 1
+    assert task_models.again(path, "--out", tmp_path / "other") == 1
     assert f"was made from {word}, which has changed since" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from task_models import pixels
 
 from ldm_jax import conditioning, loading, sampling, saving
 from ldm_jax.runtime import images
-from ldm_jax.sample import text2img
+from ldm_jax.sample import adapters, text2img
 from ldm_jax.sample.program import make_run
 
 FAST = ["--num-images", "2"]
@@ -61,7 +61,7 @@ def test_files_names_and_settings(made, run):
 
 def test_an_image_is_what_the_public_functions_give(made, model):
     """Prompt number 1, image number 2, without the command."""
-    batch = text2img.tokenize(model.tokenizer, ["a disc"], "", 1)
+    batch = text2img.read_plain(model.tokenizer, ["a disc"], [""])
     arguments = (model.config.cond, model.cond_stage, model.params["cond_stage"], batch)
     cond, null = conditioning.from_batch(*arguments), conditioning.null_like(*arguments)
     draw = jax.jit(sampling.make_sampler(model, shape=(8, 8, 4), steps=2))
@@ -86,7 +86,7 @@ def test_the_run_holds_the_model_bit_for_bit(run, model):
 def test_the_text_is_encoded_once_for_all_steps(model):
     options = text2img.Options(model="", out="", steps=4)
     run = make_run(model, options, guided=True, shape=(8, 8, 4))
-    batch = text2img.tokenize(model.tokenizer, ["a disc"], "", 1)
+    batch = text2img.read_plain(model.tokenizer, ["a disc"], [""])
     arguments = (model.params, batch, sampling.keys_of(0, [0]), 7.5, 0.0)
     scans = [e for e in jax.make_jaxpr(run)(*arguments).eqns if e.primitive.name == "scan"]
     assert [scan.params["length"] for scan in scans] == [4]
@@ -98,9 +98,10 @@ def test_the_text_is_encoded_once_for_all_steps(model):
 
 
 def test_lost_words_are_named(model, capsys, shown):
-    batch = text2img.tokenize(model.tokenizer, ["a red square of sand", "a disc"], "no", 3)
-    assert batch["tokens"].shape == batch["null_tokens"].shape == (6, 12)
-    np.testing.assert_array_equal(batch["tokens"][:3], model.tokenizer.encode(["a red square"] * 3))
+    texts = ["a red square of sand", "a disc"]
+    batch = text2img.read_plain(model.tokenizer, texts, ["no", "no"])
+    assert batch["tokens"].shape == batch["null_tokens"].shape == (2, 12)
+    np.testing.assert_array_equal(batch["tokens"][:1], model.tokenizer.encode(["a red square"]))
     (line,) = capsys.readouterr().err.splitlines()
     assert "prompt 'a red square of sand'... is longer than the text encoder's 12 tokens" in line
     assert line.endswith("left out: ' of sand'")
@@ -142,3 +143,38 @@ def test_bad_input_is_one_line(run, ldm_run, model, tmp_path, capsys, flags, mes
     places = {"tmp": tmp_path, "classes": ldm_run, "mute": tmp_path / "mute"}
     flags = ["--model", run, "--out", tmp_path / "out", *(f.format(**places) for f in flags)]
     task_models.assert_one_line("text2img", capsys, message, *flags)
+
+
+@pytest.fixture(scope="module")
+def words_run(tmp_path_factory):
+    """A run with the tokenizer of CLIP."""
+    folder = tmp_path_factory.mktemp("words")
+    saving.save(text_model.make(text_model.clip_tokenizer(folder / "clip")), folder / "run")
+    return folder / "run"
+
+
+def test_a_prompt_in_webuis_syntax_is_repeated_from_its_picture(words_run, tmp_path, capsys):
+    prompt = "[red:(blue:1.5):0.5] AND disc:0.5"
+    flags = ["--model", words_run, "--prompt", prompt, "--num-images", "1"]
+    assert sample(*flags, "--out", tmp_path / "out", "--prompt-syntax", "webui") == 0
+    (path,) = (tmp_path / "out").glob("0*.png")
+    assert images.read_settings(path)["prompt"] == prompt
+    assert task_models.again(path, "--out", tmp_path / "again") == 0
+    assert capsys.readouterr().err.endswith("pixel for pixel\n")
+    assert sample(*flags, "--out", tmp_path / "plain") == 0
+    (plain,) = (tmp_path / "plain").glob("0*.png")
+    assert (pixels(plain) != pixels(path)).any()
+
+
+def test_a_lora_of_the_prompt_is_that_of_the_option(words_run, tmp_path):
+    given = {"prompt": ("red <lora:sky:0.5>",), "prompt_syntax": "webui", "lora_dir": str(tmp_path)}
+    with pytest.raises(
+        ValueError, match=r"<lora:sky>: --lora-dir .* has no such file, but nothing"
+    ):
+        text2img.request(text2img.Options(str(words_run), "out", **given))
+    (tmp_path / "sky.safetensors").write_bytes(b"")
+    options = adapters.with_networks(text2img.Options(str(words_run), "out", **given))
+    assert (options.prompt, options.lora) == (("red ",), (f"{tmp_path}/sky.safetensors:0.5:0.5",))
+    two = {**given, "prompt": ("red <lora:sky:0.5>", "blue")}
+    with pytest.raises(ValueError, match="all prompts of a command ask for the same LoRAs"):
+        adapters.with_networks(text2img.Options(str(words_run), "out", **two))

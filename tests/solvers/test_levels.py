@@ -156,7 +156,7 @@ def test_inverted_levels_lead_back():
     np.testing.assert_array_equal(back.sigma_next, table.sigma[::-1])
     np.testing.assert_array_equal(back.alpha, table.alpha_next[::-1])
     np.testing.assert_allclose(back.beta, 1 - (back.alpha / back.alpha_next) ** 2, rtol=1e-4)
-    for column, same in zip(solvers.inverted(back)[:-1], table[:-1]):
+    for column, same in zip(solvers.inverted(back)[:-2], table[:-2]):  # without what `sample` adds
         np.testing.assert_allclose(column, same, rtol=1e-6)
     with pytest.raises(ValueError, match="final='alphas_cumprod_0'"):
         solvers.inverted(solvers.levels(SD, 8, "trailing"))
