@@ -32,6 +32,7 @@ SHAPING = frozenset(
         *("guidance_interval", "dynamic_threshold", "quantize_x0", "preview"),
         *("lora", "ignore_unknown", "embedding", "clip_skip"),
         *("prompt_syntax", "emphasis"),
+        *("noise_source", "subseed", "subseed_strength", "seed_resize_from"),
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
         *("strength", "noise_level", "maps", "palette", "boxes", "class_names"),

@@ -7,11 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ldm_jax import bundle, sharding, solvers
+from ldm_jax import bundle, finite, noise, seeds, sharding, solvers
 from ldm_jax.runtime import overlap
 from ldm_jax.sample import hosts, inputs, program, progress
 from ldm_jax.sample.options import Options
-from ldm_jax.sample.request import Call, Request, calls_of, keys_of, levels_of, scales_of
+from ldm_jax.sample.request import (
+    Call,
+    Request,
+    calls_of,
+    indices_of,
+    keys_of,
+    levels_of,
+    scales_of,
+    seeds_of,
+)
 
 DONATED = ("x_T", "init")  # as large as the latents and images that come out
 
@@ -94,9 +103,46 @@ def generate(
 
 
 def batch_of(request: Request) -> dict[str, np.ndarray]:
-    """The request's batch, and x_T of --init-latents."""
+    """The request's batch, and x_T of --init-latents or --noise-source."""
     x_T = inputs.start_latents(request.options, request.count, request.shape)
+    if request.options.noise_source != "own":
+        x_T = noise_of(request, x_T)
     return request.batch if x_T is None else {**request.batch, "x_T": x_T}
+
+
+def noise_of(request: Request, given: np.ndarray | None) -> np.ndarray:
+    """x_T of another program's noise, float32 [N, h, w, c].
+
+    ValueError for options that do not go together.
+    """
+    options = request.options
+    if given is not None:
+        raise ValueError("--init-latents and --noise-source both give the noise: leave out one")
+    finite.checked(options.subseed_strength, "--subseed-strength", least=0)
+    if options.subseed_strength > 1:
+        raise ValueError(f"--subseed-strength {options.subseed_strength} is not in 0..1")
+    smaller = options.seed_resize_from
+    if smaller is not None:
+        down = request.model.config.first_stage.downsample
+        smaller = tuple(pixels // down for pixels in smaller)
+        if min(smaller) < 1:
+            raise ValueError(f"--seed-resize-from {options.seed_resize_from}: at least {down} each")
+    varied = options.subseed_strength > 0
+    drawn = []
+    for seed, index in zip(seeds_of(request).tolist(), indices_of(request).tolist(), strict=True):
+        one, other = (seed, options.subseed + index) if varied else (seed + index, 0)
+        strength = options.subseed_strength
+        drawn.append(
+            noise.initial(
+                options.noise_source,
+                seeds.checked(one, "--seed"),
+                request.shape,
+                subseed=seeds.checked(other, "--subseed"),
+                strength=strength,
+                resized_from=smaller,
+            )
+        )
+    return np.stack(drawn)
 
 
 def ready(array: jax.Array) -> jax.Array:

@@ -135,8 +135,10 @@ def check(options: Options) -> None:
             f"--num-images {options.num_images}: an image has one noise; give 1, or more --labels"
             " or --prompt"
         )
-    if options.init_latents is not None:
-        raise ValueError("--init-latents has no use here: the noise is what is looked for")
+    if options.init_latents is not None or options.noise_source != "own":
+        raise ValueError(
+            "--init-latents has no use here, nor --noise-source: the noise is what is looked for"
+        )
     if options.eta or solvers.make(options.solver).noisy:
         what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
         known = ", ".join(name for name in solvers.SOLVERS if not solvers.make(name).noisy)

@@ -14,6 +14,7 @@ from ldm_jax import (
     conditioning,
     export,
     loading,
+    noise,
     sampling,
     schema,
     seeds,
@@ -101,6 +102,16 @@ class Options:
     `ignore` leaves them out, `none` reads their brackets as text."""
     lora_dir: flags.OptionalDir = None
     """Folder of the files that <lora:NAME> in a prompt of `webui` names."""
+    noise_source: noise.Source = "own"
+    """Who draws the noise that image number i starts from, of seed + i: `own` (of seed and i),
+    `cpu` as torch does, or `nv` as CUDA does, as stable-diffusion-webui; the noise of steps is
+    always our own."""
+    subseed: int = 0
+    """With `cpu` or `nv`: another seed, towards whose noise an image is varied."""
+    subseed_strength: float = 0.0
+    """Part of 0..1 by which it is; then image i is of seed and subseed + i."""
+    seed_resize_from: Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH")] = None
+    """With `cpu` or `nv`: pixels of an image whose noise lies in the middle of this one's."""
     init_latents: flags.OptionalFile = None
     """x_T for every image, instead of seeded noise: .npy float32 [N, h, w, c], unit normal; image i
     starts from latent i."""

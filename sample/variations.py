@@ -100,8 +100,10 @@ def check(options: Options) -> None:
         seeds.checked(seed, "--seeds")
     if options.labels and options.prompt:
         raise ValueError("give --labels or --prompt, not both")
-    if options.init_latents is not None:
-        raise ValueError("--init-latents has no use here: the noise is that of --seeds")
+    if options.init_latents is not None or options.noise_source != "own":
+        raise ValueError(
+            "--init-latents has no use here, nor --noise-source: the noise is that of --seeds"
+        )
     if options.eta or solvers.make(options.solver).noisy:
         what = f"--eta {options.eta:g}" if options.eta else f"--solver {options.solver}"
         raise ValueError(f"{what} draws new noise at every step; a path needs a solver without")

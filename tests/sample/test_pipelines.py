@@ -49,11 +49,12 @@ def nchw(x):
 
 
 def drawn(folder, tmp_path, x_T, *flags):
-    """What `ldm-sample text2img` draws: uint8 [2, H, W, 3] as int."""
-    np.save(tmp_path / "x_T.npy", x_T)
+    """What `ldm-sample text2img` draws: uint8 [2, H, W, 3] as int; x_T: None, or the noise."""
     flags = ["--steps", STEPS, "--guidance-scale", SCALE, "--num-images", 1, *flags]
-    flags += ["--prompt", *PROMPTS, "--init-latents", tmp_path / "x_T.npy"]
-    flags += ["--model", folder, "--out", tmp_path / "out"]
+    if x_T is not None:
+        np.save(tmp_path / "x_T.npy", x_T)
+        flags += ["--init-latents", tmp_path / "x_T.npy"]
+    flags += ["--prompt", *PROMPTS, "--model", folder, "--out", tmp_path / "out"]
     assert cli.run("ldm-sample", main.sample, ["text2img", *map(str, flags)]) == 0
     singles = sorted((tmp_path / "out").glob("0*.png"))
     return np.stack([np.asarray(Image.open(single)) for single in singles]).astype(int)
@@ -86,6 +87,16 @@ def test_stable_diffusion(made, tmp_path, record_property, kind, negative):
     ours = drawn(folder, tmp_path, x_T, *flags, "--height", 24, "--width", 16)
     record_property("grey_levels", int(same(ours, theirs)))
     assert same(ours, theirs) <= 1
+
+
+def test_noise_of_torchs_generators(made, tmp_path):
+    folder, pipe = made("v1")
+    theirs = pipe(
+        PROMPTS, generator=[torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)],
+        num_inference_steps=STEPS, guidance_scale=SCALE, height=24, width=16,
+    ).images  # fmt: skip
+    flags = ["--noise-source", "cpu", "--seed", 7, "--height", 24, "--width", 16]
+    assert same(drawn(folder, tmp_path, None, *flags), theirs) <= 1
 
 
 def test_latent_diffusion(made, tmp_path):
