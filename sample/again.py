@@ -17,10 +17,11 @@ from etils import epath
 from tyro.conf import Positional, arg
 
 from ldm_jax import finite
-from ldm_jax.runtime import flags, reading, storage
+from ldm_jax.prompting import parameters
+from ldm_jax.runtime import flags, images, reading, storage
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, write
-from ldm_jax.sample.draw import refuse_lost
+from ldm_jax.sample.draw import draw, refuse_lost
 from ldm_jax.sample.request import Call, Request
 from ldm_jax.schema import serialize
 
@@ -65,6 +66,9 @@ class Options:
 
 def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     """Writes the image under the same name. tasks: the modules by name."""
+    foreign = None if options.model is None else of_others(options, tasks["text2img"])
+    if foreign is not None:
+        return draw(foreign)
     kept = write.read_settings(options.image)
     task = tasks.get(str(kept.get("task")))
     if "grid" in kept:
@@ -99,6 +103,27 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
         refuse_lost(write.part(out, what, made, settings), what)
     LOG.info(f"{out / name}.png: {compared(out, options.image, name, kept)}")
     return 0
+
+
+def of_others(options: Options, task: types.ModuleType) -> Request | None:
+    """The request of a picture by another program: webui, NovelAI or ComfyUI; None for our own.
+
+    ValueError for one that says nothing. A warning tells what of its settings is not followed.
+    """
+    info = images.read_info(options.image)
+    if "ldm_jax" in info:
+        return None
+    with reading.refusals(options.image, "it is not as webui, NovelAI or ComfyUI write it"):
+        known = parameters.of_info(info, options.image)
+        if known is None:
+            raise ValueError("says nothing of how it was made")
+        given, left = parameters.options(known)
+    if left:
+        LOG.warning(f"{options.image}: not followed: {'; '.join(left)[:1000]}")
+    to = {"model": options.model, "out": options.out, "overwrite": options.overwrite}
+    asked = task.Options(**to, **given)
+    finite.check_fields(asked)
+    return task.request(asked)
 
 
 FACTS = {

@@ -21,6 +21,7 @@ from etils import epath
 
 from ldm_jax import finite
 from ldm_jax.data.folder import SUFFIXES
+from ldm_jax.prompting import parameters
 from ldm_jax.runtime import flags, images, reading, rundir, storage
 from ldm_jax.sample import adapters, hosts
 from ldm_jax.sample.generate import Made
@@ -249,7 +250,9 @@ def part(
             images.save_png(out / "previews" / f"{request.names[place]}.png", strip)
     pictures = images.to_uint8(made.image[sound])
     for place, picture in zip(made.places[sound], pictures, strict=True):
-        images.save_png(out / f"{request.names[place]}.png", picture, settings[place])
+        kept = settings[place]
+        text = parameters.written(kept, picture.shape[:2]) if "prompt" in kept else None
+        images.save_png(out / f"{request.names[place]}.png", picture, kept, text)
     return lost
 
 

@@ -90,14 +90,19 @@ def grid(
     return np.asarray(picture)
 
 
-def save_png(path: Any, image: np.ndarray, settings: dict | None = None) -> None:
+def save_png(
+    path: Any, image: np.ndarray, settings: dict | None = None, parameters: str | None = None
+) -> None:
     """Writes uint8 [H, W, c] with `settings` as JSON in the PNG text field "ldm_jax".
 
+    parameters: text for other programs, in the field "parameters"; see `prompting.parameters`.
     Readers see the whole file, or none under this name.
     """
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("ldm_jax", json.dumps(settings))
+    if parameters is not None:
+        text.add_text("parameters", parameters)
     buffer = io.BytesIO()
     squeezed = image[..., 0] if image.shape[-1] == 1 else image
     Image.fromarray(squeezed).save(buffer, "PNG", pnginfo=text)
@@ -118,6 +123,29 @@ def read_settings(path: Any) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: its ldm_jax settings are no object of names and values")
     return settings
+
+
+USER_COMMENT = (0x8769, 0x9286)
+"""EXIF directory and tag where JPEG and WebP files of other programs keep their text."""
+
+
+def read_info(path: Any) -> dict[str, Any]:
+    """Text fields of a picture; the EXIF comment of a JPEG or WebP as "parameters".
+
+    ValueError for what is no picture.
+    """
+    data = reading.read_bytes(path)
+    try:
+        with open_picture(data) as image:
+            image.load()  # PNG text may stand behind the pixels
+            info = dict(image.info)
+            folder, tag = USER_COMMENT
+            comment = image.getexif().get_ifd(folder).get(tag)
+    except Exception as error:
+        raise ValueError(f"{path}: is no picture, or a broken one ({error})") from error
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        info["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
+    return info
 
 
 def read_png(path: Any) -> np.ndarray:

@@ -178,3 +178,20 @@ def test_a_lora_of_the_prompt_is_that_of_the_option(words_run, tmp_path):
     two = {**given, "prompt": ("red <lora:sky:0.5>", "blue")}
     with pytest.raises(ValueError, match="all prompts of a command ask for the same LoRAs"):
         adapters.with_networks(text2img.Options(str(words_run), "out", **two))
+
+
+def test_a_picture_of_another_program_is_drawn_with_the_model_that_is_given(words_run, tmp_path):
+    prompt = "red (blue:1.5)"
+    flags = ["--model", words_run, "--prompt", prompt, "--num-images", "1", "--seed", "3"]
+    flags += ["--noise-source", "nv", "--prompt-syntax", "webui", "--solver", "euler"]
+    assert sample(*flags, "--spacing", "karras", "--out", tmp_path / "out") == 0
+    (path,) = (tmp_path / "out").glob("0*.png")
+    text = images.read_info(path)["parameters"]
+    assert text.startswith("red (blue:1.5)\nSteps: 2, Sampler: Euler, Schedule type: Karras, ")
+    other = tmp_path / "other.png"
+    images.save_png(other, np.zeros((16, 16, 3), np.uint8), parameters=text)
+    assert task_models.again(other, "--model", words_run, "--out", tmp_path / "again") == 0
+    (found,) = (tmp_path / "again").glob("0*.png")
+    np.testing.assert_array_equal(pixels(found), pixels(path))
+    images.save_png(other, np.zeros((16, 16, 3), np.uint8))
+    assert task_models.again(other, "--model", words_run, "--out", tmp_path / "no") == 1
