@@ -7,10 +7,12 @@ Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 42, Size: 512x768
 
 import json
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from ldm_jax.prompting.composed import Emphasis
 from ldm_jax.runtime import reading
 
 LONGEST = 1 << 20  # characters that are read
@@ -55,10 +57,16 @@ class Parameters(NamedTuple):
 
 def written(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
     """The text of a picture of (height, width) from the settings that `ldm-sample` keeps in it."""
-    prompt = settings.get("prompt", "")
-    lines = [prompt if isinstance(prompt, str) else "\n".join(prompt)]
+    plain = settings.get("prompt_syntax", "plain") == "plain"
+
+    def text(name: str) -> str:
+        given = settings.get(name) or ""
+        joined = given if isinstance(given, str) else "\n".join(given)
+        return re.sub(r"([()\[\]\\])", r"\\\1", joined) if plain else joined
+
+    lines = [text("prompt")]
     if settings.get("negative_prompt"):
-        lines.append(f"{NEGATIVE} {settings['negative_prompt']}")
+        lines.append(f"{NEGATIVE} {text('negative_prompt')}")
     given = {name: x for name, x in _fields(settings, size).items() if x is not None}
     lines.append(", ".join(f"{name}: {_quoted(str(x))}" for name, x in given.items()))
     return "\n".join(lines)
@@ -87,10 +95,15 @@ def _fields(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
         "Denoising strength": settings.get("strength"),
         "Clip skip": skip if skip > 1 else None,
         "RNG": SOURCES[source],
-        "Emphasis": None if mode == "original" else mode.capitalize().replace("-", " "),
+        "Emphasis": None if mode == "original" else _shown(mode),
         "Loras": ", ".join(names) or None,
         "Version": f"ldm_jax {settings.get('made_with', {}).get('ldm_jax', '')}".strip(),
     }
+
+
+def _shown(mode: str) -> str:
+    """A mode of emphasis as webui writes it: "No norm"."""
+    return mode.capitalize().replace("-", " ")
 
 
 def _quoted(value: str) -> str:
@@ -164,9 +177,8 @@ def _novel_ai(info: Mapping[str, Any], name: str) -> Parameters:
         "Denoising strength": "strength",
     }
     fields = {field: str(values[key]) for field, key in named.items() if key in values}
-    sampler = {f"k_{solver}": shown for solver, shown in SAMPLERS.items()} | SAMPLERS
-    if isinstance(values.get("sampler"), str):
-        fields["Sampler"] = sampler.get(values["sampler"], values["sampler"])
+    sampler = str(values.get("sampler", ""))
+    fields["Sampler"] = SAMPLERS.get(sampler.removeprefix("k_"), sampler)
     fields |= {"Clip skip": "2", "ENSD": "31337"}
     return Parameters(str(info.get("Description", "")), str(values.get("uc", "")), fields)
 
@@ -236,10 +248,13 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
     elif sampler:
         left.append(f"Sampler: {sampler}")
     sources = {shown: source for source, shown in SOURCES.items()} | {"GPU": "nv"}
-    given["noise_source"] = sources.get(fields.pop("RNG", "GPU"), "nv")
-    mode = fields.pop("Emphasis", "Original").lower().replace(" ", "-")
-    if mode in ("original", "no-norm", "ignore", "none"):
-        given["emphasis"] = mode
+    modes = {_shown(mode): mode for mode in typing.get_args(Emphasis)}
+    for field, name, values, default in (
+        ("RNG", "noise_source", sources, "GPU"),
+        ("Emphasis", "emphasis", modes, "Original"),
+    ):
+        if fields.get(field, default) in values:
+            given[name] = values[fields.pop(field, default)]
     if fields.get("Schedule type") == "Automatic":
         del fields["Schedule type"]
     silent = ("Size", "Model", "Model hash", "VAE", "VAE hash", "Version", "Loras", "Lora hashes")

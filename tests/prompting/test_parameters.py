@@ -52,7 +52,7 @@ def test_a_long_text_is_refused():
 
 
 OURS = {
-    "prompt": 'a "cat": x\nSteps: 1', "negative_prompt": "no", "steps": 30, "solver": "heun",
+    "prompt": 'a "(cat:2)": x\nSteps: 1', "prompt_syntax": "webui", "negative_prompt": "no", "steps": 30, "solver": "heun",
     "spacing": "karras", "guidance_scale": 7.5, "seed": 5, "index": 2, "noise_source": "cpu",
     "clip_skip": 2, "emphasis": "no-norm", "model": "models/sd, new", "lora": ["a/b.pt:1:0.5"],
     "made_with": {"ldm_jax": "0.1.0"},
@@ -81,6 +81,18 @@ def test_what_is_written_is_read(changes, asked):
     }  # fmt: skip
     assert given == {"noise_source": "cpu", **wanted, **asked}
     assert 'Model: "sd, new"' in text
+
+
+def test_brackets_of_a_plain_prompt_are_escaped():
+    text = parameters.written(OURS | {"prompt_syntax": "plain", "prompt": r"(a) [\b]"}, (8, 8))
+    assert parameters.parse(text).prompt == r"\(a\) \[\\b\]"
+
+
+def test_what_is_not_known_is_told():
+    text = "a\nSteps: 2, RNG: other, Emphasis: Odd, Sampler: Mine, Seed: x, Tiling: True"
+    given, left = parameters.options(parameters.parse(text))
+    assert left == ["Seed: x", "Sampler: Mine", "RNG: other", "Emphasis: Odd", "Tiling: True"]
+    assert given.keys() == {"steps", "prompt", "negative_prompt", "prompt_syntax", "num_images"}
 
 
 def test_novel_ai_and_comfy_ui():
