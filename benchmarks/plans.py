@@ -28,6 +28,11 @@ CASES = {
     "SD v1 training, 512 px, the published batch": (
         f"{SD} --topology v5e:4x4 --batch-size 2048 --accumulate 16 --mesh.fsdp 16"
     ),
+    "SD v1 LoRA of rank 4, 512 px": "finetune:lora --topology v5e:2x2 --dtype bfloat16",
+    "SD v1 textual inversion, 512 px": (
+        "finetune:textual_inversion --topology v5e:2x2 --dtype bfloat16"
+    ),
+    "SD v1 finetuning, 512 px": "finetune:full --topology v5e:2x2 --dtype bfloat16",
     "kl-f8 first stage with discriminator": (
         "first_stages:kl-f8 --topology v5e:4x4 --batch-size 64 --dtype bfloat16"
     ),

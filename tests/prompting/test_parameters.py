@@ -52,10 +52,10 @@ def test_a_long_text_is_refused():
 
 
 OURS = {
-    "prompt": 'a "(cat:2)": x\nSteps: 1', "prompt_syntax": "webui", "negative_prompt": "no", "steps": 30, "solver": "heun",
-    "spacing": "karras", "guidance_scale": 7.5, "seed": 5, "index": 2, "noise_source": "cpu",
-    "clip_skip": 2, "emphasis": "no-norm", "model": "models/sd, new", "lora": ["a/b.pt:1:0.5"],
-    "made_with": {"ldm_jax": "0.1.0"},
+    "prompt": 'a "(cat:2)": x\nSteps: 1', "prompt_syntax": "webui", "negative_prompt": "no",
+    "steps": 30, "solver": "heun", "spacing": "karras", "guidance_scale": 7.5, "seed": 5,
+    "index": 2, "noise_source": "cpu", "clip_skip": 2, "emphasis": "no-norm",
+    "model": "models/sd, new", "lora": ["a/b.pt:1:0.5"], "made_with": {"ldm_jax": "0.1.0"},
 }  # fmt: skip
 
 
