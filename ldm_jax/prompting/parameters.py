@@ -19,7 +19,9 @@ LONGEST = 1 << 20  # characters that are read
 NEGATIVE = "Negative prompt:"
 FEWEST = 3
 """Fields that the last line has at least, or it belongs to the prompt."""
-FIELD = re.compile(r'\s*(\w[\w /-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# the bounded name keeps the time linear in a line without colons
+FIELD = re.compile(r'(\w[\w /-]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+LARGEST_SIDE = 8192  # pixels that the text of a picture may ask for
 
 SAMPLERS = {
     "ddim": "DDIM",
@@ -234,6 +236,9 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
                 given[name] = kind(value)
             except ValueError:
                 left.append(f"{field}: {value}")
+    for name in ("height", "width"):
+        if given.get(name, 1) > LARGEST_SIDE:
+            raise ValueError(f"asks for {name} {given[name]}: {LARGEST_SIDE} pixels at most")
     sampler = fields.pop("Sampler", "")
     for spacing, shown in SCHEDULES.items():  # "DPM++ 2M Karras" of older versions
         if sampler.endswith(f" {shown}"):

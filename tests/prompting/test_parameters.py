@@ -46,6 +46,18 @@ def test_the_last_line_is_one_of_fields_if_it_has_three(text, prompt, fields):
     assert (read.prompt, len(read.fields)) == (prompt, fields)
 
 
+@pytest.mark.parametrize("character", [" ", "a", ":", '"', ","])
+def test_the_time_is_linear_in_a_line(character):
+    """A quadratic reader would need an hour."""
+    assert parameters.parse("a\n" + character * 1_000_000).prompt.startswith("a")
+
+
+def test_a_size_beyond_all_is_refused():
+    text = "a\nSteps: 2, Seed: 1, Size: 100000x16"
+    with pytest.raises(ValueError, match="asks for width 100000: 8192 pixels at most"):
+        parameters.options(parameters.parse(text))
+
+
 def test_a_long_text_is_refused():
     with pytest.raises(ValueError, match="at most"):
         parameters.parse("a" * (parameters.LONGEST + 1))
