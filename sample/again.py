@@ -36,6 +36,7 @@ SHAPING = frozenset(
         *("noise_source", "subseed", "subseed_strength", "seed_resize_from"),
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
+        *("content", "only_masked", "padding", "mask_blur"),
         *("strength", "noise_level", "maps", "palette", "boxes", "class_names"),
         *("window", "stride", "at_once", "window_clip", "tie_clip", "tile", "tile_levels", "space"),
         *("clip", "clip_tokenizer", "query_image", "database", "neighbours", "include_query"),

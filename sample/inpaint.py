@@ -7,19 +7,19 @@ every step. Outside of the mask every pixel of the result is the image's own, as
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import scipy.ndimage
 from PIL import Image
 from tyro.conf import arg
 
-from ldm_jax import bundle, conditioning, schema
+from ldm_jax import bundle, conditioning, finite, sampling, schema
 from ldm_jax.runtime import flags
-from ldm_jax.sample import adapters, editing
+from ldm_jax.sample import adapters, editing, masking
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, open_mask, read_images, resized, size_of
-from ldm_jax.sample.options import latent_shape, open_model
+from ldm_jax.sample.options import latent_shape, levels_of, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "inpaint"
@@ -34,6 +34,17 @@ class Options(editing.Options):
     layer: one per image, or one for all."""
     pad: Annotated[tuple[int, int, int, int], arg(metavar="ABOVE BELOW LEFT RIGHT")] = (0, 0, 0, 0)
     """Pixels to draw above, below, left and right of the images (outpainting)."""
+    strength: float = 1.0
+    """Share of the steps that run, 0..1: below 1 the drawn part begins with what is there."""
+    content: Literal["fill", "original"] = "fill"
+    """What is there: `fill`, the nearest known pixels, or `original`, what the mask covers."""
+    only_masked: bool = False
+    """Draw the part around the mask at --height and --width (default: the size of training), and
+    put it back into the whole image."""
+    padding: int = 32
+    """Pixels around the mask that --only-masked takes in."""
+    mask_blur: float = 0.0
+    """Softens the edge between what is drawn and what is kept: a Gaussian of so many pixels."""
 
 
 def main(options: Options) -> int:
@@ -43,31 +54,43 @@ def main(options: Options) -> int:
 
 def request(options: Options) -> Request:
     """The request of the options. ValueError for options that the model does not allow."""
+    _check(options)
     options = adapters.with_networks(options)
     model, mesh, options = open_model(options)
     beside = check_model(model, options)
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)
-    image = read_images(options.images, editing.side(options), channels=editing.channels(model))
-    image, mask = padded(image, read_masks(options, image.shape[1:3]), options)
+    side = (None, None) if options.only_masked else editing.side(options)
+    image = read_images(options.images, side, channels=editing.channels(model))
+    image, mask = padded(image, read_masks(options, image.shape[1:3], side), options)
     made = editing.pairs(options, what)
+    boxes, part, hole = _parts(model, options, image, mask)
 
     # The first stage sees beyond a pixel: masked pixels are filled, so that none shows through.
-    hidden = np.stack([filled(a, b) for a, b in zip(image, mask, strict=True)])
+    known = part
+    if options.content == "fill":
+        known = np.stack([filled(a, b) for a, b in zip(part, hole, strict=True)])
     names = ("image", "mask") if beside else ("init", "init_mask")
     batch = {name: x[made.asked] for name, x in what.batch.items()}
-    batch |= dict(zip(names, (hidden[made.image], mask[made.image]), strict=True))
+    batch |= dict(zip(names, (known[made.image], hole[made.image]), strict=True))
+    start = None
+    if options.strength < 1:
+        batch["init"] = known[made.image]
+        start = sampling.start_of(options.strength, len(levels_of(model, options).t))
+    soft = masking.blurred(mask, options.mask_blur)
 
     def finish(places, drawn):
-        known = made.image[places]
-        return np.where(mask[known] > 0.5, drawn, image[known])
+        which = made.image[places]
+        whole = np.stack([_put_back(image[i], boxes[i], d) for i, d in zip(which, drawn)])
+        share, old = soft[which], image[which]  # 0 and 1 leave either as it is, to the last bit
+        return np.where(share == 1, whole, np.where(share == 0, old, old + share * (whole - old)))
 
     return Request(
         NAME,
         options,
         model,
         mesh,
-        shape=latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
+        shape=latent_shape(model, *part.shape[1:3], where=f"{options.images[0]}: "),
         guided=what.guided,
         batch=batch,
         names=made.names,
@@ -77,8 +100,39 @@ def request(options: Options) -> Request:
         ],
         row_labels=made.row_labels,
         left=np.where(mask > 0.5, 0, image)[made.image[:: options.num_images]],
+        start=start,
         finish=finish,
     )
+
+
+def _check(options: Options) -> None:
+    """ValueError for numbers out of range."""
+    if not 0 <= options.strength <= 1:
+        raise ValueError(f"--strength {options.strength} is not in 0..1")
+    finite.checked(options.mask_blur, "--mask-blur", least=0)
+    if options.padding < 0:
+        raise ValueError(f"--padding {options.padding}: give 0 or more pixels")
+
+
+def _parts(
+    model: bundle.LatentDiffusion, options: Options, image: np.ndarray, mask: np.ndarray
+) -> tuple[list[masking.Box], np.ndarray, np.ndarray]:
+    """(box of each image, images and masks that the model sees): all of it, or around the mask."""
+    if not options.only_masked:
+        return [masking.Box(0, 0, *image.shape[1:3])] * len(image), image, mask
+    size = options.height or model.config.size, options.width or model.config.size
+    boxes = [masking.around(m, options.padding, size) for m in mask]
+    part = [masking.resized(box.of(i), size) for box, i in zip(boxes, image, strict=True)]
+    hole = [masking.resized_mask(box.of(m), size) for box, m in zip(boxes, mask, strict=True)]
+    return boxes, np.stack(part), np.stack(hole)
+
+
+def _put_back(image: np.ndarray, box: masking.Box, drawn: np.ndarray) -> np.ndarray:
+    """The image [H, W, c] with what was drawn in its box."""
+    size = box.bottom - box.top, box.right - box.left
+    whole = image.copy()
+    box.of(whole)[:] = drawn if drawn.shape[:2] == size else masking.resized(drawn, size)
+    return whole
 
 
 def mask_of(options: Options, which: int) -> list[str]:
@@ -100,10 +154,12 @@ def check_model(model: bundle.LatentDiffusion, options: Options) -> bool:
     return False
 
 
-def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
+def read_masks(
+    options: Options, size: tuple[int, int], side: tuple[int | None, int | None]
+) -> np.ndarray:
     """The masks of the images, float32 [N, H, W, 1], 1 where to draw; zeros without --masks.
 
-    side: that of the images as they were read.
+    size: that of the images as they were read, side: what they were scaled to.
     ValueError for a mask of another size than its image, or that is black or white all over.
     """
     images, masks = options.images, options.masks
@@ -111,7 +167,7 @@ def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
         raise ValueError("give --masks FILE [FILE ...] or --pad TOP BOTTOM LEFT RIGHT")
     if masks and len(masks) not in (1, len(images)):
         raise ValueError(f"{len(images)} --images and {len(masks)} --masks: give as many, or one")
-    wanted = np.zeros((len(images), *side, 1), np.float32)
+    wanted = np.zeros((len(images), *size, 1), np.float32)
     for i, path in enumerate(images if masks else ()):
         name = masks[i % len(masks)]
         mask, image = open_mask(name), open_image(path, 1)
@@ -120,7 +176,7 @@ def read_masks(options: Options, side: tuple[int, int]) -> np.ndarray:
                 f"{name}: the mask is {size_of(mask)} (height x width), but its image {path}"
                 f" is {size_of(image)}"
             )
-        mask = resized(mask, editing.side(options), Image.Resampling.NEAREST)
+        mask = resized(mask, side, Image.Resampling.NEAREST)
         wanted[i, ..., 0] = np.asarray(mask) >= 128
         if not wanted[i].any():
             raise ValueError(

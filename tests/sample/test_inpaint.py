@@ -12,7 +12,7 @@ from task_models import pixels
 from ldm_jax import latents, loading, sampling, schema
 from ldm_jax.configs import tiny
 from ldm_jax.runtime import images
-from ldm_jax.sample import inpaint
+from ldm_jax.sample import inpaint, masking
 from ldm_jax.sample.program import make_run
 
 
@@ -135,7 +135,7 @@ def test_strokes_on_a_transparent_layer_are_the_hole(files, tmp_path):
         layer[..., 3] = hole
         images.save_png(tmp_path / "layer.png", layer)
         given = dataclasses.replace(options, masks=(str(tmp_path / "layer.png"),))
-        found = inpaint.read_masks(given, (16, 16))
+        found = inpaint.read_masks(given, (16, 16), (None, None))
         np.testing.assert_array_equal(found[0, ..., 0], hole > 0)
 
 
@@ -162,3 +162,63 @@ def test_a_model_of_image_and_mask_takes_no_guidance(concat_run, files, tmp_path
     flags = ["--images", files / "a.png", "--masks", files / "low.png", "--guidance-scale", 2]
     given = ["--model", concat_run, "--out", tmp_path / "out", *flags]
     task_models.assert_one_line("inpaint", capsys, "nothing to guide", *given)
+
+
+def test_around_a_mask():
+    mask = np.zeros((40, 60, 1))
+    mask[10:14, 50:58] = 1
+    assert masking.around(mask, 0, (8, 8)) == (8, 50, 16, 58)
+    assert masking.around(mask, 4, (16, 16)) == (5, 46, 19, 60)  # at the edge
+    assert masking.around(mask, 0, (8, 32)) == (10, 44, 14, 60)
+    assert masking.around(mask, 100, (8, 8)) == (0, 0, 40, 60)
+    assert masking.around(np.ones((40, 60, 1)), 0, (32, 8)) == (0, 0, 40, 60)
+
+
+def test_the_part_around_the_mask_is_drawn_large_and_put_back(ldm_run, files, tmp_path):
+    rng = np.random.default_rng(1)
+    large = rng.integers(0, 256, (48, 40, 3), np.uint8)
+    hole = np.zeros((48, 40, 1), np.uint8)
+    hole[20:26, 30:36] = 255
+    images.save_png(tmp_path / "large.png", large)
+    images.save_png(tmp_path / "hole.png", hole)
+    flags = ["--model", ldm_run, "--images", tmp_path / "large.png", "--labels", 2]
+    flags += ["--masks", tmp_path / "hole.png", "--only-masked", "--padding", 4]
+    for out, more in (("sharp", []), ("soft", ["--mask-blur", 2])):
+        assert task_models.sample("inpaint", *flags, *more, "--out", tmp_path / out) == 0
+    sharp, soft = (pixels(next((tmp_path / out).glob("0*.png"))) for out in ("sharp", "soft"))
+    changed = np.any(sharp != large, axis=-1)
+    assert changed[20:26, 30:36].mean() > 0.9
+    changed[20:26, 30:36] = False
+    assert not changed.any()
+    beside = np.any(soft != large, axis=-1)
+    assert beside[20:26, 25:41].sum() > beside[20:26, 30:36].sum()  # blends over the edge
+    assert not beside[:14].any()
+
+
+def test_a_low_strength_begins_with_what_the_mask_covers(ldm_run, files, tmp_path):
+    flags = ["--model", ldm_run, "--images", files / "a.png", "--masks", files / "low.png"]
+    found = {}
+    for content in ("original", "fill"):
+        more = ["--content", content, "--strength", 0, "--out", tmp_path / content]
+        assert task_models.sample("inpaint", *flags, "--labels", 2, *more) == 0
+        found[content] = pixels(next((tmp_path / content).glob("0*.png"))).astype(int)
+    whole = pixels(files / "a.png")
+    model = loading.load(ldm_run)
+    through = model.decode(model.encode_image(whole[None].astype(np.float32) / 127.5 - 1))
+    assert np.abs(found["original"] - images.to_uint8(through)[0])[8:].max() <= 1
+    assert np.abs(found["fill"] - found["original"])[8:].max() > 1
+    np.testing.assert_array_equal(found["fill"][:8], whole[:8])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strength", "1.5"], "--strength 1.5 is not in 0..1"),
+        (["--mask-blur", "nan"], "--mask-blur nan is not a finite number"),
+        (["--padding", "-1"], "--padding -1: give 0 or more pixels"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(flags, message, ldm_run, files, tmp_path, capsys):
+    given = ["--model", ldm_run, "--images", files / "a.png", "--masks", files / "low.png"]
+    given += ["--out", tmp_path / "out", *flags]
+    task_models.assert_one_line("inpaint", capsys, message, *given)
