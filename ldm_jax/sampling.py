@@ -1,8 +1,9 @@
 """The jittable sampler that every sampling command and every training preview runs."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,65 @@ def make_sampler(
         name = next(iter(unknown))
         hint = f"; it is now {NEW_CALL}" if name == "guided" else ""
         raise TypeError(f"make_sampler has no option {name!r}{hint}")
+    return _made(
+        model, steps, shape, solver, spacing, spacing_rule, decode, trace, guidance_rescale,
+        guidance_interval, dynamic_threshold, threshold_limit, quantize_x0, wrap_model, remat,
+        levels,
+    )[0]  # fmt: skip
+
+
+class Segments(NamedTuple):
+    """`make_sampler`'s function in three, each to be jitted: another prompt, seed, number of
+    segments or length of one recompiles none of them."""
+
+    begin: Callable[..., tuple[Any, Any]]
+    """The arguments of `sample` -> (held, state): what stays, and what changes from level to
+    level."""
+    run: Callable[..., Any]
+    """(params, held, state, first, last) -> state after the levels `first` to `last` - 1. Begin at
+    `start`, end at `count`; `state[2]` is the scaled latent of the image that is predicted so
+    far."""
+    end: Callable[..., jax.Array]
+    """(params, held, state) -> images."""
+    count: int
+    """Number of levels."""
+
+
+def make_segments(model: LatentDiffusion, steps: int = 50, **options: Any) -> Segments:
+    """`make_sampler` that can be watched and stopped: the same images, bit for bit on CPU.
+
+    options: those of `make_sampler` but trace and remat.
+    """
+    defaults: dict[str, Any] = {
+        name: parameter.default
+        for name, parameter in inspect.signature(make_sampler).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    odd = {*options} - ({*defaults} - {"trace", "remat"})
+    if odd:
+        raise TypeError(f"make_segments has no option {min(odd)!r}")
+    return _made(model, steps, **{**defaults, **options})[1]
+
+
+def _made(
+    model: LatentDiffusion,
+    steps: int,
+    shape: tuple[int, int, int] | None,
+    solver: str | solvers.Solver,
+    spacing: solvers.Spacing | None,
+    spacing_rule: str | None,
+    decode: bool,
+    trace: Callable[[jax.Array, diffusion.Denoised], Any] | None,
+    guidance_rescale: float,
+    guidance_interval: tuple[float, float] | None,
+    dynamic_threshold: float | None,
+    threshold_limit: float,
+    quantize_x0: bool,
+    wrap_model: Callable[[Callable], Callable] | None,
+    remat: bool,
+    levels: solvers.Levels | None,
+) -> tuple[Callable[..., Any], Segments]:
+    """The results of `make_sampler` and of `make_segments`."""
     if model.unet is None:
         raise ValueError(
             "the model is a first stage alone, which encodes and decodes but cannot sample"
@@ -164,11 +224,11 @@ def make_sampler(
     _check_x0(model, dynamic_threshold, threshold_limit, quantize_x0)
     guide = (guidance_rescale, guidance_interval)
 
-    def denoiser(
-        params: dict, cond: Cond, null: Cond | None, guidance_scale: Any, start: Any
-    ) -> Callable:
+    def denoiser(params: dict, held: _Held) -> Callable:
         """denoise(x, level) of one request."""
-        model_at = _guided(unet, params["unet"], cond, null, guidance_scale, wrap_model, guide)
+        cond, start, init, mask = held.cond, held.start, held.init, held.mask
+        guided = (cond, held.null, held.guidance_scale, wrap_model, guide)
+        model_at = _guided(unet, params["unet"], *guided)
 
         def of_step(x: jax.Array, level: Any) -> diffusion.Denoised:
             step = None if cond.texts is None else level.number - start
@@ -179,9 +239,12 @@ def make_sampler(
             denoise = denoising.dynamic_threshold(denoise, dynamic_threshold / 100, threshold_limit)
         if quantize_x0:
             denoise = denoising.quantize_x0(denoise, _to_codes(model, params["first_stage"]))
+        if init is not None and mask is not None:
+            noise = solvers.fresh_noise(_other(held.keys), shape)
+            denoise = solvers.masked(denoise, init, mask, noise)
         return denoise
 
-    def sample(
+    def prepare(
         params: dict,
         cond: Cond,
         keys: jax.Array,
@@ -192,31 +255,66 @@ def make_sampler(
         start: Any = 0,
         init: jax.Array | None = None,
         mask: jax.Array | None = None,
-    ) -> Any:
+    ) -> tuple[_Held, jax.Array]:
         _check_call(cond, keys, null, guidance_scale, guidance_rescale, guidance_interval)
         finite.check_known(guidance_scale, "guidance_scale")
         finite.check_known(eta, "eta")
         # two keys an image: the noise it starts from is independent of the noise of its steps
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
-        denoise = denoiser(params, cond, null, guidance_scale, start)
         if init is not None:
             x_T = noised(init, levels, start, x_T)
-        if mask is not None:
-            if init is None:
-                raise ValueError("mask keeps `init` outside of it: give init too")
-            noise = solvers.fresh_noise(_other(step_keys), shape)
-            denoise = solvers.masked(denoise, init, mask, noise)
+        elif mask is not None:
+            raise ValueError("mask keeps `init` outside of it: give init too")
+        cond = with_kv_cache(unet, params["unet"], cond)
+        null = None if null is None else with_kv_cache(unet, params["unet"], null)
+        return _Held(cond, null, guidance_scale, eta, step_keys, start, init, mask), x_T
+
+    def finish(params: dict, held: _Held, latent: jax.Array) -> jax.Array:
+        if held.mask is not None and held.init is not None:
+            # outside, the solver leaves the model's guess
+            latent = solvers.composite(latent, held.init, held.mask)
+        return model.decode(latent, params) if decode else latent
+
+    @functools.wraps(prepare)  # names of the arguments, which may be given by position
+    def sample(params: dict, *args: Any, **named: Any) -> Any:
+        held, x_T = prepare(params, *args, **named)
         out = solvers.sample(
-            make_solver(eta), denoise, levels, x_T, step_keys, start=start, trace=trace, remat=remat
-        )
+            make_solver(held.eta), denoiser(params, held), levels, x_T, held.keys,
+            start=held.start, trace=trace, remat=remat,
+        )  # fmt: skip
         latent, traced = out if trace is not None else (out, None)
-        if mask is not None and init is not None:  # outside, the solver leaves the model's guess
-            latent = solvers.composite(latent, init, mask)
-        result = model.decode(latent, params) if decode else latent
+        result = finish(params, held, latent)
         return result if trace is None else (result, traced)
 
-    return sample
+    def begin(params: dict, *args: Any, **named: Any) -> tuple[_Held, Any]:
+        held, x_T = prepare(params, *args, **named)
+        return held, (make_solver(held.eta).init(x_T), x_T, x_T)
+
+    def run(params: dict, held: _Held, state: Any, first: Any, last: Any) -> Any:
+        denoise = denoiser(params, held)
+        return solvers.segment(
+            make_solver(held.eta), denoise, levels, state, held.keys, first, last
+        )
+
+    def end(params: dict, held: _Held, state: Any) -> jax.Array:
+        return finish(params, held, state[1])
+
+    return sample, Segments(begin, run, end, len(levels.t))
+
+
+class _Held(NamedTuple):
+    """Arrays of a request that stay the same at all its levels."""
+
+    cond: Cond
+    null: Cond | None
+    guidance_scale: Any
+    eta: Any
+    keys: jax.Array
+    """Typed keys [B] of the noise of the steps."""
+    start: Any
+    init: jax.Array | None
+    mask: jax.Array | None
 
 
 NEW_CALL = (
@@ -241,8 +339,6 @@ def _guided(
     """
     net = bind(unet, params)
     net = net if wrap_model is None else wrap_model(net)
-    cond = with_kv_cache(unet, params, cond)
-    null = None if null is None else with_kv_cache(unet, params, null)
     guided = functools.partial(guidance.classifier_free, net, shared=wrap_model is None)
 
     def model_at(step: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -51,14 +51,11 @@ def sample(
     if fixed and not 0 <= start <= count:
         raise ValueError(f"start={start} is not in 0..{count}, the number of levels")
     first = start if fixed else 0
-    levels = levels._replace(number=np.arange(count, dtype=np.int32))
-    if solver.weights is not None:
-        levels = levels._replace(weights=solver.weights(levels).astype(np.float32))
+    levels = prepared(solver, levels)
     steps = (jnp.arange(first, count), jax.tree.map(lambda column: column[first:], levels))
 
     def run(carry, x, i, level):
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        return solver.step(denoise, carry, x, level, step_keys)
+        return solver.step(denoise, carry, x, level, keys_at(keys, i))
 
     def skip(carry, x, i, level):
         del i, level
@@ -75,3 +72,39 @@ def sample(
         body = jax.checkpoint(body, prevent_cse=False)
     (_, x), traces = jax.lax.scan(body, (solver.init(x_T), x_T), steps)
     return x if trace is None else (x, traces)
+
+
+def segment(
+    solver: Solver,
+    denoise: Callable[[jax.Array, Any], Denoised],
+    levels: Levels,
+    state: tuple[Any, jax.Array, jax.Array],
+    keys: jax.Array,
+    first: jax.Array | int,
+    last: jax.Array | int,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Levels `first` to `last` - 1 of `sample`, from (carry, x, x0 of the level before) to those.
+
+    The bounds are traced: one program runs segments of any length. It cannot be differentiated.
+    """
+    table = jax.tree.map(jnp.asarray, prepared(solver, levels))
+
+    def body(i: jax.Array, state: tuple[Any, jax.Array, jax.Array]) -> Any:
+        level = jax.tree.map(lambda column: column[i], table)
+        carry, x, denoised = solver.step(denoise, *state[:2], level, keys_at(keys, i))
+        return carry, x, denoised.x0
+
+    return jax.lax.fori_loop(first, last, body, state)
+
+
+def prepared(solver: Solver, levels: Levels) -> Levels:
+    """The levels with their numbers and the weights of the solver."""
+    levels = levels._replace(number=np.arange(len(levels.t), dtype=np.int32))
+    if solver.weights is None:
+        return levels
+    return levels._replace(weights=solver.weights(levels).astype(np.float32))
+
+
+def keys_at(keys: jax.Array, number: Any) -> jax.Array:
+    """Keys [B] of the noise of one level."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
