@@ -169,11 +169,11 @@ class Segments(NamedTuple):
     level."""
     run: Callable[..., Any]
     """(params, held, state, first, last) -> state after the levels `first` to `last` - 1. Begin at
-    `start`, end at `count`; `state[2]` is the scaled latent of the image that is predicted so
+    `start`, end at `levels`; `state[2]` is the scaled latent of the image that is predicted so
     far."""
     end: Callable[..., jax.Array]
     """(params, held, state) -> images."""
-    count: int
+    levels: int
     """Number of levels."""
 
 

@@ -37,7 +37,7 @@ def test_segments_are_the_whole_bit_for_bit(given, solver, edits):
 
     parts = sampling.make_segments(model, STEPS, **options)
     begin, run, end = (jax.jit(x) for x in parts[:3])
-    for bounds in ((start, 2, parts.count), (start, 3, 4, parts.count)):
+    for bounds in ((start, 2, parts.levels), (start, 3, 4, parts.levels)):
         held, state = begin(*arguments, *more)
         for first, last in itertools.pairwise(bounds):
             state = run(model.params, held, state, first, last)
