@@ -9,7 +9,14 @@ import pytest
 from ldm_jax import conditioning, loading, sampling
 
 STEPS = 5
-SOLVERS = ("ddim", "euler_ancestral", "plms", "dpmpp_2m", "dpmpp_3m_sde", "unipc", "heun")
+QUICK = {("ddim", True), ("dpmpp_3m_sde", False)}  # of solver and edits; the others are slow
+CASES = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(
+        ("ddim", "euler_ancestral", "plms", "dpmpp_2m", "dpmpp_3m_sde", "unipc", "heun"),
+        (False, True),
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +29,7 @@ def given(ldm_run):
     return model, (model.params, cond, sampling.keys_of(1, [0, 1]), null, 2.0, 0.0)
 
 
-@pytest.mark.parametrize("edits", [False, True])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("solver", "edits"), CASES)
 def test_segments_are_the_whole_bit_for_bit(given, solver, edits):
     model, arguments = given
     start, more = 0, ()

@@ -31,9 +31,9 @@ def _from_batch(
     config: Config, module: Any, params: dict, batch: Batch, encode: Encode | None, dropped: Dropped
 ) -> Cond:
     read = functools.partial(module.apply, {"params": params})
-    if batch["tokens"].ndim == 2:
+    prefix = "null_" if dropped is True else ""
+    if batch[prefix + "tokens"].ndim == 2:
         return Cond(context=read(_tokens(batch, dropped)))
-    prefix = "null_" if dropped else ""
     texts = composed.Texts(batch[prefix + "steps"], batch[prefix + "weights"])
     return Cond(context=composed.context(read, batch, prefix), texts=texts)
 

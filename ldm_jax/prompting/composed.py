@@ -14,7 +14,7 @@ from ldm_jax.prompting import chunks, emphasis, schedules
 Syntax = Literal["plain", "webui"]
 Emphasis = Literal["original", "no-norm", "ignore", "none"]
 LONGEST = 20_000  # characters of a prompt
-MOST_CHUNKS = 64  # of a text
+MOST_CHUNKS = 64  # of a text, and 512 of all that a prompt is
 COMMENT = re.compile(r"#.*")
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ldm_jax.prompting.emphasis import NUMBER
+from ldm_jax.prompting.emphasis import BLANKS, NUMBER, clamped
 
 Part = tuple[str, float]
 """A prompt of those that AND joins, and its weight."""
@@ -23,7 +23,9 @@ Entry = tuple[int, str]
 DEEPEST = 64  # brackets in brackets; those beyond are text
 TOKEN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
 AND = re.compile(r"\bAND\b")
-WEIGHT = re.compile(rf"(.*):\s*({NUMBER})\s*", re.DOTALL)
+WEIGHT = re.compile(rf"(.*):{BLANKS}({NUMBER}){BLANKS}", re.DOTALL)
+MOST_PARTS, MOST_TEXTS = 16, 128
+"""Prompts that AND joins, and different texts that one is in turn."""
 
 
 class _Change(NamedTuple):
@@ -44,11 +46,15 @@ _Tree = list["str | _Change | _Turns"]
 
 
 def parts(prompt: str) -> list[Part]:
-    """The prompts that AND joins, each with its weight: `a AND b:0.5`."""
+    """The prompts that AND joins, each with its weight: `a AND b:0.5`. ValueError for too many."""
     found = []
     for text in AND.split(prompt):
         match = WEIGHT.fullmatch(text)
-        found.append((match.group(1), float(match.group(2))) if match else (text, 1.0))
+        found.append((match.group(1), clamped(float(match.group(2)))) if match else (text, 1.0))
+    if len(found) > MOST_PARTS:
+        raise ValueError(
+            f"prompt {prompt[:24]!r}... joins {len(found)} by AND, {MOST_PARTS} at most"
+        )
     return found
 
 
@@ -57,9 +63,19 @@ def schedule(prompt: str, steps: int, before: int = 0) -> list[Entry]:
 
     before: steps of a pass before this one, as the first of a hires fix: shares then count from 1
     on, and step numbers from the last of that pass on.
+    ValueError for a prompt that is too many different texts.
     """
     tree, ends = _parse(prompt, steps, before)
-    return [(end, _text(tree, end)) for end in sorted(ends | {steps})]
+    entries, different = [], set()
+    for end in sorted(ends | {steps}):
+        text = _text(tree, end)
+        entries.append((end, text))
+        different.add(text)
+        if len(different) > MOST_TEXTS:
+            raise ValueError(
+                f"prompt {prompt[:24]!r}... is more than {MOST_TEXTS} different texts in turn"
+            )
+    return entries
 
 
 def _text(tree: _Tree, step: int) -> str:

@@ -91,7 +91,7 @@ def test_a_step_reads_the_first_text_whose_last_step_is_not_before_it(model):
         np.testing.assert_array_equal(at_step(cond, step).context[0, 0], cond.context[0, 0, text])
 
 
-@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@pytest.mark.parametrize("solver", ["ddim", pytest.param("heun", marks=pytest.mark.slow)])
 def test_images_are_those_of_a_loop_over_the_steps(model, solver):
     """Each step of a solver without memory, alone, on the context that the rules give it."""
     cond, null = model.encode(read(model, ["[red:(blue:1.5):2] AND disc:0.5"]))

@@ -35,10 +35,19 @@ def test_pieces_and_weights(text, pieces):
 
 def test_a_huge_weight_is_bounded_aloud(caplog):
     assert emphasis.parse("(a:999999)") == [("a", emphasis.LARGEST)]
-    assert "the weight of 'a' is 999999, and becomes 100" in caplog.text
+    assert "prompt '(a:999999)': a weight of 999999 becomes 100" in caplog.text
+    assert emphasis.parse("((a:0):99999999999999999999)") == [("a", 0)]
 
 
 def test_brackets_beyond_the_deepest_are_text():
     depth = emphasis.DEEPEST
     (piece,) = emphasis.parse("(" * 100_000 + "a")
     assert piece == ("(" * (100_000 - depth) + "a", emphasis.LARGEST)
+
+
+@pytest.mark.parametrize(("first", "more"), [("", " "), ("(:", " "), ("(:", "1"), ("", ": ")])
+def test_the_time_is_linear(first, more):
+    """A quadratic reader would need an hour."""
+    text = first + more * 10**5
+    ((found, _),) = emphasis.parse(text)
+    assert found == text.lstrip("(")

@@ -64,3 +64,18 @@ def test_brackets_beyond_the_deepest_are_text():
     assert schedules.schedule(prompt, 20) == [(20, prompt)]
     (_, (last, text)) = schedules.schedule(prompt + ":0.5]", 20)
     assert (last, text) == (20, prompt.replace("[", "", 1))
+
+
+def test_what_would_be_too_much_work_is_refused():
+    with pytest.raises(ValueError, match="joins 17 by AND, 16 at most"):
+        schedules.parts(" AND ".join("a" * 17))
+    turns = "".join(f"[{'|'.join(map(str, range(n)))}]" for n in (2, 3, 5, 7))
+    with pytest.raises(ValueError, match="is more than 128 different texts in turn"):
+        schedules.schedule(turns, 1000)
+
+
+@pytest.mark.parametrize("number", ["9" * 40, "." * 9, "1" * 21])
+def test_what_is_no_number_is_text(number):
+    prompt = f"[a:b:{number}]"
+    assert schedules.schedule(prompt, 20) == [(20, prompt)]
+    assert schedules.parts(f"a:{number}") == [(f"a:{number}", 1.0)]

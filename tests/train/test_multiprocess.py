@@ -121,7 +121,8 @@ sys.exit(cli.run("ldm-train", main.train, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("most", [0, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [0, 100])
 def test_data_that_end_in_one_process_are_saved_by_both(tmp_path, ldm_run, first_stage_run, most):
     run = tmp_path / "run"
     flags = ["--max-bad-steps", str(most), "--steps", "400", *MIXED.split()]
