@@ -49,7 +49,7 @@ def _box_muller_16(uniform: np.ndarray) -> np.ndarray:
 
 
 def cuda(seed: int, shape: tuple[int, ...], call: int = 0) -> np.ndarray:
-    """What CUDA's generator (Philox 4x32-10, Salmon et al. 2011) gives torch.randn in `call`.
+    """Numbers of CUDA's generator (Philox 4x32-10, Salmon et al. 2011) for torch.randn in `call`.
 
     call: 0 for the first of a generator, then 1, ...
     """

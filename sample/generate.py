@@ -131,14 +131,13 @@ def noise_of(request: Request, given: np.ndarray | None) -> np.ndarray:
     drawn = []
     for seed, index in zip(seeds_of(request).tolist(), indices_of(request).tolist(), strict=True):
         one, other = (seed, options.subseed + index) if varied else (seed + index, 0)
-        strength = options.subseed_strength
         drawn.append(
             noise.initial(
                 options.noise_source,
                 seeds.checked(one, "--seed"),
                 request.shape,
                 subseed=seeds.checked(other, "--subseed"),
-                strength=strength,
+                strength=options.subseed_strength,
                 resized_from=smaller,
             )
         )

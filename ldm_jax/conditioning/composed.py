@@ -44,7 +44,7 @@ def context(encode: Callable, batch: Mapping[str, Any], prefix: str = "") -> jax
     share = (counts / jnp.sum(counts, axis=2, keepdims=True))[..., None]  # [b, p, v, n]
 
     def mean(z: jax.Array) -> jax.Array:
-        """Of each chunk over the texts of a prompt: [b, p, 1, n, 1, 1]."""
+        """Mean of each chunk over the texts of a prompt: [b, p, 1, n, 1, 1]."""
         of_text = jnp.mean(z, axis=(-2, -1))
         return jnp.sum(of_text * share, axis=2, keepdims=True)[..., None, None]
 

@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """What chunks need to know of a tokenizer."""
+    """Facts of a tokenizer that chunks need."""
 
     of: Callable[[str], list[int]]
     """Ids of a text alone."""

@@ -14,7 +14,7 @@ from ldm_jax.prompting import chunks, emphasis, schedules
 Syntax = Literal["plain", "webui"]
 Emphasis = Literal["original", "no-norm", "ignore", "none"]
 LONGEST = 20_000  # characters of a prompt
-MOST_CHUNKS = 64  # of a text, and 512 of all that a prompt is
+MOST_CHUNKS = 64  # of a text
 COMMENT = re.compile(r"#.*")
 
 
@@ -73,7 +73,7 @@ def reads_chunks(model: LatentDiffusion) -> bool:
 
 
 class _Vocabulary:
-    """What the tokenizer of a model says: ids of texts, of start, end and padding."""
+    """Ids that the tokenizer of a model gives: of texts, of start, end and padding."""
 
     def __init__(self, model: LatentDiffusion) -> None:
         tokenizer = model.tokenizer

@@ -46,7 +46,7 @@ SOURCES = {"cpu": "CPU", "nv": "NV", "own": "ldm_jax"}
 
 
 class Parameters(NamedTuple):
-    """What a picture was asked for."""
+    """Request of a picture."""
 
     prompt: str
     negative_prompt: str
@@ -154,7 +154,7 @@ def _unquoted(value: str) -> str:
 
 
 def of_info(info: Mapping[str, Any], name: str = "") -> Parameters | None:
-    """What the text fields of a picture say: of webui, NovelAI or ComfyUI; None for none of them.
+    """Request in the text fields of a picture by webui, NovelAI or ComfyUI; None without one.
 
     ValueError, beginning with `name`, for fields that are broken.
     """
