@@ -8,6 +8,7 @@ from ldm_jax import conditioning, schema
 from ldm_jax.runtime import flags
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import (
+    Load,
     Options,
     label_ids,
     label_name,
@@ -38,9 +39,12 @@ def main(options: Options) -> int:
     return draw(request(options))
 
 
-def request(options: Options) -> Request:
-    """The request of the options. ValueError if the model has no such classes."""
-    model, mesh, options = open_model(options)
+def request(options: Options, load: Load | None = None) -> Request:
+    """The request of the options; `load` as in `open_model`.
+
+    ValueError if the model has no such classes.
+    """
+    model, mesh, options = open_model(options, load=load)
     cond = model.config.cond
     if not isinstance(cond, schema.ClassCondConfig):
         kind = conditioning.name_of(cond)

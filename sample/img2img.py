@@ -6,7 +6,7 @@ from ldm_jax import bundle, conditioning, sampling, schema
 from ldm_jax.sample import adapters, editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
-from ldm_jax.sample.options import latent_shape, levels_of, open_model
+from ldm_jax.sample.options import Load, latent_shape, levels_of, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "img2img"
@@ -25,12 +25,15 @@ def main(options: Options) -> int:
     return draw(request(options))
 
 
-def request(options: Options) -> Request:
-    """The request of the options. ValueError for options that the model does not allow."""
+def request(options: Options, load: Load | None = None) -> Request:
+    """The request of the options; `load` as in `open_model`.
+
+    ValueError for options that the model does not allow.
+    """
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
     options = adapters.with_networks(options)
-    model, mesh, options = open_model(options)
+    model, mesh, options = open_model(options, load=load)
     check_model(model, options)
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)

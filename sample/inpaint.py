@@ -19,7 +19,7 @@ from ldm_jax.runtime import flags
 from ldm_jax.sample import adapters, editing, masking
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, open_mask, read_images, resized, size_of
-from ldm_jax.sample.options import latent_shape, levels_of, open_model
+from ldm_jax.sample.options import Load, latent_shape, levels_of, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "inpaint"
@@ -52,11 +52,14 @@ def main(options: Options) -> int:
     return draw(request(options))
 
 
-def request(options: Options) -> Request:
-    """The request of the options. ValueError for options that the model does not allow."""
+def request(options: Options, load: Load | None = None) -> Request:
+    """The request of the options; `load` as in `open_model`.
+
+    ValueError for options that the model does not allow.
+    """
     _check(options)
     options = adapters.with_networks(options)
-    model, mesh, options = open_model(options)
+    model, mesh, options = open_model(options, load=load)
     beside = check_model(model, options)
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)

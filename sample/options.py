@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -141,10 +141,17 @@ class Options:
     """Sample with the program of such a file; --model still gives the weights."""
 
 
-def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusion, Any, Any]:
+Load = Callable[[Any, Any], bundle.LatentDiffusion]
+"""load(options, mesh) -> model, as `load_model`."""
+
+
+def open_model(
+    options: Options, mesh: Any = None, load: Load | None = None
+) -> tuple[bundle.LatentDiffusion, Any, Any]:
     """(bundle placed on all devices, mesh, options with the model's own solver settings).
 
     mesh: default: one that splits batches over all devices.
+    load: default: `load_model`; a server hands in models that it keeps.
     Refuses impossible options before weights are read.
     """
     if options.num_images < 1:
@@ -164,6 +171,25 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {split} devices")
     if options.step is None:
         options = dataclasses.replace(options, step=newest_step(options))
+    model = (load or load_model)(options, mesh)
+    timesteps = len(model.schedule.betas)
+    if not 1 <= options.steps <= timesteps:
+        raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
+    if not 0 <= options.preview <= options.steps:
+        raise ValueError(f"--preview {options.preview} is not in 0..{options.steps}, the --steps")
+    own, rule = model.config.sampling, options.spacing_rule
+    if rule is None and options.from_export is not None:  # the levels are those of the program
+        facts = export.read_meta(options.from_export).get("program", {})
+        rule = facts.get("spacing_rule", "compvis")
+    options = dataclasses.replace(
+        options, spacing=options.spacing or own.spacing, spacing_rule=rule or own.rule
+    )
+    levels_of(model, options)  # refuses an unknown spacing
+    return model, mesh, options
+
+
+def load_model(options: Options, mesh: Any) -> bundle.LatentDiffusion:
+    """The model that the options name, with their adapters, on the mesh. ValueError if none is."""
     model = loading.load(
         options.model,
         step=options.step,
@@ -181,21 +207,7 @@ def open_model(options: Options, mesh: Any = None) -> tuple[bundle.LatentDiffusi
         )
     model = adapters.with_loras(model, options.lora, options.ignore_unknown)
     model = adapters.with_embeddings(model, options.embedding)
-    model = clip_skip.with_clip_skip(model, options.clip_skip)
-    timesteps = len(model.schedule.betas)
-    if not 1 <= options.steps <= timesteps:
-        raise ValueError(f"--steps {options.steps} is not in 1..{timesteps}")
-    if not 0 <= options.preview <= options.steps:
-        raise ValueError(f"--preview {options.preview} is not in 0..{options.steps}, the --steps")
-    own, rule = model.config.sampling, options.spacing_rule
-    if rule is None and options.from_export is not None:  # the levels are those of the program
-        facts = export.read_meta(options.from_export).get("program", {})
-        rule = facts.get("spacing_rule", "compvis")
-    options = dataclasses.replace(
-        options, spacing=options.spacing or own.spacing, spacing_rule=rule or own.rule
-    )
-    levels_of(model, options)  # refuses an unknown spacing
-    return model, mesh, options
+    return clip_skip.with_clip_skip(model, options.clip_skip)
 
 
 def levels_of(model: bundle.LatentDiffusion, options: Options) -> solvers.Levels:

@@ -100,47 +100,18 @@ def make_run(
     step: called on the host at every step.
     previews: [B, options.preview, H, W, c], the predicted x0 at as many levels, if not 0.
     """
-    _check_guidance(options, guided)
     trace = None
     if options.preview or step is not None:
         trace = functools.partial(_trace_step, step, options.preview > 0)
-    sample = sampling.make_sampler(
-        model,
-        shape=shape,
-        steps=options.steps,
-        solver=options.solver,
-        spacing=options.spacing,
-        spacing_rule=options.spacing_rule,
-        decode=False,
-        trace=trace,
-        guidance_rescale=options.guidance_rescale,
-        guidance_interval=options.guidance_interval,
-        dynamic_threshold=options.dynamic_threshold,
-        quantize_x0=options.quantize_x0,
-        wrap_model=wrap_model,
-        levels=levels,
-    )
-    if decode is None:
-        decode = lambda p, z: model.first_stage.apply({"params": p}, z, method="decode")  # noqa: E731
+    settings = _settings(options, guided, shape, wrap_model, levels)
+    sample = sampling.make_sampler(model, trace=trace, **settings)
+    decode = _decoder(model) if decode is None else decode
 
     def run(params, batch, keys, scale, eta, start=0):
-        stage = params["first_stage"]
-        encode = functools.partial(
-            latents.encode, model.first_stage, stage, scale=model.latent_scale
-        )
-        arguments = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
-        cond = conditioning.from_batch(*arguments)
-        null = conditioning.null_like(*arguments) if guided else None
-        init, mask = batch.get("init"), batch.get("init_mask")
-        if init is not None:
-            # a sample of the posterior, as in the reference; the kept part is its mode
-            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if mask is None else None
-            init = encode(init, keys=draws)
-        if mask is not None:  # a latent pixel is kept only if all its pixels are
-            mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
-        z = sample(params, cond, keys, null, scale, eta, batch.get("x_T"), start, init, mask)
+        arguments = _arguments(model, guided, shape, params, batch, keys, scale, eta, start)
+        z = sample(params, *arguments)
         z, x0 = z if trace is not None else (z, None)
-        z = z / model.latent_scale
+        stage, z = params["first_stage"], z / model.latent_scale
         image = decode(stage, z).astype("float32")
         if not options.preview:
             return image, z
@@ -149,6 +120,79 @@ def make_run(
         return image, z, jnp.moveaxis(previews.astype("float32"), 0, 1)
 
     return run
+
+
+def segments_of(request: Request) -> sampling.Segments:
+    """The program of a request in three, to be watched and stopped; the same images.
+
+    begin(params, donated batch, batch, keys, scales, eta[, start]) -> (held, state)
+    run(params, held, state, first, last) -> state, see `sampling.Segments`
+    end(params, held, state) -> (images, unscaled latents)
+    ValueError for options that the sampler cannot use.
+    """
+    model, guided, shape = request.model, request.guided, request.shape
+    settings = _settings(request.options, guided, shape, request.wrap_model, request.levels)
+    parts = sampling.make_segments(model, **settings)
+    decode = _decoder(model) if request.decode is None else request.decode
+
+    def begin(params, donated, batch, keys, scales, eta, start=0):
+        batch = {**batch, **donated}
+        arguments = _arguments(model, guided, shape, params, batch, keys, scales, eta, start)
+        return parts.begin(params, *arguments)
+
+    def end(params, held, state):
+        z = parts.end(params, held, state) / model.latent_scale
+        return decode(params["first_stage"], z).astype("float32"), z
+
+    return parts._replace(begin=begin, end=end)
+
+
+def _decoder(model: bundle.LatentDiffusion) -> Callable:
+    """decode(params of the first stage, unscaled latents) -> images, in one pass."""
+    return lambda p, z: model.first_stage.apply({"params": p}, z, method="decode")
+
+
+def _settings(
+    options: Options,
+    guided: bool,
+    shape: tuple[int, int, int],
+    wrap_model: Callable | None,
+    levels: solvers.Levels | None,
+) -> dict[str, Any]:
+    """Options of `sampling.make_sampler`. ValueError for some of a guidance that there is not."""
+    _check_guidance(options, guided)
+    names = ("steps", "solver", "spacing", "spacing_rule", "guidance_rescale", "guidance_interval")
+    names += ("dynamic_threshold", "quantize_x0")
+    given = {name: getattr(options, name) for name in names}
+    return given | {"shape": shape, "decode": False, "wrap_model": wrap_model, "levels": levels}
+
+
+def _arguments(
+    model: bundle.LatentDiffusion,
+    guided: bool,
+    shape: tuple[int, int, int],
+    params: dict,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    scale: Any,
+    eta: Any,
+    start: Any,
+) -> tuple:
+    """Arguments of `sampling.make_sampler`'s function after the parameters, by position."""
+    encode = functools.partial(
+        latents.encode, model.first_stage, params["first_stage"], scale=model.latent_scale
+    )
+    given = (model.config.cond, model.cond_stage, params["cond_stage"], batch, encode)
+    cond = conditioning.from_batch(*given)
+    null = conditioning.null_like(*given) if guided else None
+    init, mask = batch.get("init"), batch.get("init_mask")
+    if init is not None:
+        # a sample of the posterior, as in the reference; the kept part is its mode
+        draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if mask is None else None
+        init = encode(init, keys=draws)
+    if mask is not None:  # a latent pixel is kept only if all its pixels are
+        mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
+    return cond, keys, null, scale, eta, batch.get("x_T"), start, init, mask
 
 
 def _check_guidance(options: Options, guided: bool) -> None:

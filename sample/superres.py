@@ -17,7 +17,7 @@ from ldm_jax.runtime import flags
 from ldm_jax.sample import adapters, text2img
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
-from ldm_jax.sample.options import Options, check_tokenizer, open_model
+from ldm_jax.sample.options import Load, Options, check_tokenizer, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "superres"
@@ -54,9 +54,12 @@ def main(options: Options) -> int:
     return draw(request(options))
 
 
-def request(options: Options) -> Request:
-    """The request of the options. ValueError for options that the model does not allow."""
-    model, mesh, options = open_model(adapters.with_networks(options))
+def request(options: Options, load: Load | None = None) -> Request:
+    """The request of the options; `load` as in `open_model`.
+
+    ValueError for options that the model does not allow.
+    """
+    model, mesh, options = open_model(adapters.with_networks(options), load=load)
     options = with_defaults(model, options)
     channels = model.config.first_stage.in_channels
     low = read_images(options.images, (options.height, options.width), channels=channels)

@@ -13,7 +13,14 @@ from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import adapters, prompts
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.options import Options, check_tokenizer, latent_shape, levels_of, open_model
+from ldm_jax.sample.options import (
+    Load,
+    Options,
+    check_tokenizer,
+    latent_shape,
+    levels_of,
+    open_model,
+)
 from ldm_jax.sample.request import Request
 
 NAME = "text2img"
@@ -45,12 +52,15 @@ def main(options: Options) -> int:
     return draw(request(options))
 
 
-def request(options: Options) -> Request:
-    """The request of the options. ValueError for options that the model does not allow."""
+def request(options: Options, load: Load | None = None) -> Request:
+    """The request of the options; `load` as in `open_model`.
+
+    ValueError for options that the model does not allow.
+    """
     # before the model, whose weights may take minutes: a fault of the prompts is said at once
     options = adapters.with_networks(options)
     entries, problems = read_prompts(options)
-    model, mesh, options = open_model(options)
+    model, mesh, options = open_model(options, load=load)
     check_model(model, options)
     every = [entry for entry in entries for _ in range(entry.num_images)]
     texts, negatives = ([getattr(entry, name) for entry in entries] for name in prompts.COLUMNS[:2])

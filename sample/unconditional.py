@@ -6,7 +6,7 @@ import numpy as np
 
 from ldm_jax import conditioning, schema
 from ldm_jax.sample.draw import draw
-from ldm_jax.sample.options import Options, latent_shape, null_batch, open_model
+from ldm_jax.sample.options import Load, Options, latent_shape, null_batch, open_model
 from ldm_jax.sample.request import Request
 
 NAME = "unconditional"
@@ -31,14 +31,17 @@ def main(options: Options) -> int:
     return draw(request(options))
 
 
-def request(options: Options) -> Request:
-    """The request of the options. ValueError for guidance, or a model that needs a condition."""
+def request(options: Options, load: Load | None = None) -> Request:
+    """The request of the options; `load` as in `open_model`.
+
+    ValueError for guidance, or a model that needs a condition.
+    """
     if options.guidance_scale != 1:
         raise ValueError(
             f"--guidance-scale {options.guidance_scale}: without a condition there is nothing to"
             " guide; leave it at 1"
         )
-    model, mesh, options = open_model(options)
+    model, mesh, options = open_model(options, load=load)
     if isinstance(model.config.cond, schema.HybridCondConfig):
         kind = conditioning.name_of(model.config.cond.concat)
         raise ValueError(f"{options.model}: takes an image ({kind}), which {NAME} does not give")
