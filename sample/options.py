@@ -190,6 +190,11 @@ def open_model(
 
 def load_model(options: Options, mesh: Any) -> bundle.LatentDiffusion:
     """The model that the options name, with their adapters, on the mesh. ValueError if none is."""
+    return adapted(load_base(options, mesh), options)
+
+
+def load_base(options: Options, mesh: Any) -> bundle.LatentDiffusion:
+    """The model that the options name, on the mesh. ValueError if it is none that samples."""
     model = loading.load(
         options.model,
         step=options.step,
@@ -205,6 +210,11 @@ def load_model(options: Options, mesh: Any) -> bundle.LatentDiffusion:
             f"{options.model}: is a first stage alone, which encodes and decodes but cannot sample;"
             " --model takes a latent diffusion model"
         )
+    return model
+
+
+def adapted(model: bundle.LatentDiffusion, options: Options) -> bundle.LatentDiffusion:
+    """`model` with the adapters of the options. ValueError for one that does not fit."""
     model = adapters.with_loras(model, options.lora, options.ignore_unknown)
     model = adapters.with_embeddings(model, options.embedding)
     return clip_skip.with_clip_skip(model, options.clip_skip)

@@ -93,10 +93,14 @@ def grid(
 def save_png(
     path: Any, image: np.ndarray, settings: dict | None = None, parameters: str | None = None
 ) -> None:
-    """Writes uint8 [H, W, c] with `settings` as JSON in the PNG text field "ldm_jax".
+    """Writes `png` to a path. Readers see the whole file, or none under this name."""
+    storage.write_whole(epath.Path(path), png(image, settings, parameters))
+
+
+def png(image: np.ndarray, settings: dict | None = None, parameters: str | None = None) -> bytes:
+    """A PNG of uint8 [H, W, c] with `settings` as JSON in its text field "ldm_jax".
 
     parameters: text for other programs, in the field "parameters"; see `prompting.parameters`.
-    Readers see the whole file, or none under this name.
     """
     text = PngImagePlugin.PngInfo()
     if settings is not None:
@@ -106,7 +110,7 @@ def save_png(
     buffer = io.BytesIO()
     squeezed = image[..., 0] if image.shape[-1] == 1 else image
     Image.fromarray(squeezed).save(buffer, "PNG", pnginfo=text)
-    storage.write_whole(epath.Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_settings(path: Any) -> dict:
@@ -130,11 +134,19 @@ USER_COMMENT = (0x8769, 0x9286)
 
 
 def read_info(path: Any) -> dict[str, Any]:
-    """Text fields of a picture; the EXIF comment of a JPEG or WebP as "parameters".
+    """Text fields of a picture; see `info_of`. ValueError, naming the file, for no picture."""
+    try:
+        return info_of(reading.read_bytes(path))
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def info_of(data: bytes) -> dict[str, Any]:
+    """Text fields of an encoded picture; the EXIF comment of a JPEG or WebP as "parameters".
 
     ValueError for what is no picture.
     """
-    data = reading.read_bytes(path)
     try:
         with open_picture(data) as image:
             image.load()  # PNG text may stand behind the pixels
@@ -142,7 +154,7 @@ def read_info(path: Any) -> dict[str, Any]:
             folder, tag = USER_COMMENT
             comment = image.getexif().get_ifd(folder).get(tag)
     except Exception as error:
-        raise ValueError(f"{path}: is no picture, or a broken one ({error})") from error
+        raise ValueError(f"is no picture, or a broken one ({error})") from error
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         info["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
     return info

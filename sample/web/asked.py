@@ -14,11 +14,17 @@ Image = str
 """A picture as base64, with or without `data:image/png;base64,` before it."""
 
 
+# what webui does not know it leaves aside, and so do we
+CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
 class Asked(pydantic.BaseModel):
     """Fields of every request for pictures."""
 
     # what webui does not know it leaves aside, and so do we
-    model_config = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     prompt: str = ""
     """Text; for a model of classes the name or id of one."""
@@ -81,7 +87,6 @@ class Asked(pydantic.BaseModel):
             side = getattr(self, name)
             if side is not None and side < 1:
                 raise RefusedError(422, f"{name} {side}: give at least 1 pixel")
-        limits.size(self.width or 1, self.height or 1)
         for name in ("seed", "subseed"):
             number = getattr(self, name)
             if not -1 <= number < 2**64 - limits.images:
@@ -143,7 +148,9 @@ class Img2Img(Asked):
 class Extra(pydantic.BaseModel):
     """Fields of a request to enlarge."""
 
-    model_config = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     resize_mode: int = Field(0, ge=0, le=1)
     """0 by a factor, 1 to a size."""

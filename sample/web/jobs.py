@@ -1,4 +1,4 @@
-"""The queue: one job after the other on the accelerator, in an order that is fair to its clients."""
+"""The queue: one job after the other on the accelerator, in an order that is fair to clients."""
 
 import collections
 import concurrent.futures
@@ -43,7 +43,7 @@ class Watch:
         """Somebody looks at the job."""
         self.stop: str | None = None
         """"interrupt": ends with the pictures as they are; "skip": so with this call, and goes on;
-        "cancel": ends without."""
+        "cancel": ends without; "last": this call is the last one."""
 
     def does(self, what: str) -> None:
         """The job begins something else."""
@@ -121,18 +121,21 @@ class Queue:
         order = [one for round_ in itertools.zip_longest(*rows) for one in round_ if one]
         return order.index(job) + 1 if job in order else 0
 
-    def close(self, grace: float | None = None) -> None:
-        """End after the running batch of the running job; those that wait are cancelled."""
+    def close(self) -> None:
+        """Take no more jobs; the running one ends after its running batch, others are refused."""
         with self._changed:
             self._closed = True
             waiting = [job for jobs in self._waiting.values() for job in jobs]
             self._waiting.clear()
-            if self.running is not None:
-                self.running.watch.stop = "cancel"
+            if self.running is not None and self.running.watch.stop is None:
+                self.running.watch.stop = "last"
             self._changed.notify_all()
         for job in waiting:
             job.future.set_exception(RefusedError(503, "the server is stopping"))
-        self._thread.join(grace)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the running job of a closed queue has ended."""
+        self._thread.join(timeout)
 
     def _next(self) -> Job | None:
         with self._changed:

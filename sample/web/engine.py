@@ -1,0 +1,229 @@
+"""Models and compiled programs that stay, and requests that are drawn by segments of levels."""
+
+import collections
+import json
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax import bundle, export, schema, sharding
+from ldm_jax.runtime import images
+from ldm_jax.runtime.log import LOG
+from ldm_jax.sample import adapters, exported, generate, options, program
+from ldm_jax.sample.request import Call, Request, calls_of, levels_of
+from ldm_jax.sample.web.jobs import CancelledError, Watch
+from ldm_jax.sample.web.limits import RefusedError
+
+SEGMENT = 0.25
+"""Seconds of a segment, within which a job that is cancelled ends."""
+PREVIEWS = 0.1
+"""Share of the time that previews may take."""
+
+
+class Programs(NamedTuple):
+    """A request's program in three, compiled; see `program.segments_of`."""
+
+    begin: Callable
+    run: Callable
+    end: Callable
+
+
+class Drawn(NamedTuple):
+    """Pictures of one call of a request."""
+
+    call: Call
+    places: np.ndarray
+    """Places of the pictures in the request, int [n]."""
+    image: np.ndarray
+    """uint8 [n, H, W, c]."""
+
+
+class Kept:
+    """The values that were used last, at most so many."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._values: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key; one that is not there is made, after the oldest has gone."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        while len(self._values) >= self.most:
+            self._values.popitem(last=False)
+        value = self._values[key] = make()
+        return value
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._values.clear()
+
+
+class Engine:
+    """Draws requests on the devices of this process; one at a time, in one thread."""
+
+    def __init__(self, keep_models: int = 2, keep_programs: int = 16) -> None:
+        self.mesh = sharding.make_mesh(schema.MeshConfig())
+        self._models, self._adapted = Kept(keep_models), Kept(1)
+        self._programs = Kept(keep_programs)
+
+    @property
+    def split(self) -> int:
+        """Number of devices that a batch is split over."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def load(self, asked: Any, mesh: Any = None) -> bundle.LatentDiffusion:
+        """The model of a task's options with their adapters, as `options.load_model`, but kept."""
+        del mesh  # always our own
+        names = ("model", "step", "ema", "dtype", "config", "variant", "tokenizer")
+        base = tuple(getattr(asked, name) for name in names)
+        files = adapters.files(asked.lora, asked.embedding)
+        changed = tuple(epath.Path(path).stat().mtime for path in files)
+        own = (asked.lora, asked.embedding, asked.clip_skip, asked.ignore_unknown, changed)
+        plain = not files and asked.clip_skip == 1
+
+        def loaded() -> bundle.LatentDiffusion:
+            return self._models.get(base, lambda: options.load_base(asked, self.mesh))
+
+        if plain:
+            return loaded()
+        return self._adapted.get((base, own), lambda: options.adapted(loaded(), asked))
+
+    def draw(self, what: Request, watch: Watch) -> Iterator[Drawn]:
+        """Pictures call by call, those that are interrupted as they are.
+
+        CancelledError for a job that is cancelled. RefusedError 422 for pictures that are not
+        finite, 507 where the memory of a device does not suffice.
+        """
+        batch, calls = generate.batch_of(what), calls_of(what)
+        levels = len(levels_of(what).t) - (what.start or 0)
+        watch.steps += levels * len(calls)
+        for number, call in enumerate(calls):
+            if watch.stop in ("interrupt", "last") and number:
+                return
+            image = self._guarded(what, batch, call, watch)
+            watch.step = watch.steps - levels * (len(calls) - 1 - number)
+            if image is not None:
+                places = call.places[call.wanted]
+                yield Drawn(call, places, _finished(what, places, image[call.wanted]))
+            if watch.stop == "skip":
+                watch.stop = None
+            watch.images += len(call.wanted)
+
+    def _guarded(self, what: Request, batch: Any, call: Call, watch: Watch) -> Any:
+        try:
+            return self._call(what, batch, call, watch)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
+            if isinstance(error, MemoryError) or full:
+                self._programs.clear()  # their buffers may be what is in the way
+                raise RefusedError(
+                    507,
+                    f"the memory of the device does not suffice for {len(call.places)} pictures of"
+                    f" this size at once: take a smaller width and height, or batch_size (now"
+                    f" {what.options.batch_size})",
+                ) from error
+            raise
+
+    def _call(self, what: Request, batch: Any, call: Call, watch: Watch) -> np.ndarray | None:
+        """float32 images [B, H, W, c]; None for a call that ended before its first level."""
+        arguments = generate.arguments_of(what, batch, call)
+        programs, held, state = self._begun(what, arguments, watch)
+        params = arguments[0]
+        first, last, levels, before = what.start or 0, len(levels_of(what).t), 1, watch.step
+        start, shown, cost = first, time.monotonic(), 0.0
+        watch.does("sampling")
+        while first < last:
+            if watch.stop == "cancel":
+                raise CancelledError("the request was cancelled")
+            if watch.stop in ("interrupt", "skip"):
+                break
+            began = time.monotonic()
+            upto = min(first + levels, last)
+            state = programs.run(params, held, state, first, upto)
+            generate.ready(state[1])
+            each = (time.monotonic() - began) / (upto - first)
+            levels = max(1, int(SEGMENT / max(each, 1e-6)))
+            first, watch.step = upto, before + upto - start
+            due = time.monotonic() - shown > cost / PREVIEWS
+            if watch.wants_preview and due and first < last:
+                began = time.monotonic()
+                watch.preview = _shown(programs.end(params, held, _predicted(state))[0])
+                shown, cost = time.monotonic(), time.monotonic() - began
+        if first == start < last:
+            return None
+        watch.does("decoding")
+        image, _ = programs.end(params, held, state if first == last else _predicted(state))
+        return np.asarray(generate.ready(image))
+
+    def _begun(self, what: Request, arguments: tuple, watch: Watch) -> tuple[Programs, Any, Any]:
+        """(programs, held, state at the first level); compiles what is not kept."""
+        shapes = tuple((x.shape, str(x.dtype)) for x in map(_array, jax.tree.leaves(arguments)))
+        facts = json.dumps(exported.facts_of(what), sort_keys=True, default=str)
+        key = (facts, export.identity(what.model), shapes)
+        made: list[Any] = []
+
+        def compiled() -> Programs:
+            watch.does("compiling")
+            began = time.monotonic()
+            programs, *begun = _compiled(what, arguments)
+            made.extend(begun)
+            watch.compiled += time.monotonic() - began
+            LOG.info(f"compiled {_described(what, arguments)} in {watch.compiled:.1f} s")
+            return programs
+
+        programs = self._programs.get(key, compiled)
+        return programs, *(made or programs.begin(*arguments))
+
+
+def _compiled(what: Request, arguments: tuple) -> tuple[Programs, Any, Any]:
+    """(programs, held, state at the first level)."""
+    parts, params = program.segments_of(what), arguments[0]
+    begin = jax.jit(parts.begin).lower(*arguments).compile()
+    held, state = begin(*arguments)
+    # a state goes in as it comes out, where it lies too
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    run = jax.jit(parts.run, out_shardings=placed).lower(params, held, state, 0, 1).compile()
+    end = jax.jit(parts.end).lower(params, held, state).compile()
+    return Programs(begin, run, end), held, state
+
+
+def _described(what: Request, arguments: tuple) -> str:
+    """`4 pictures of 512x512 (width x height), 20 steps of ddim`."""
+    height, width = (side * what.model.config.first_stage.downsample for side in what.shape[:2])
+    steps = f"{what.options.steps} steps of {what.options.solver}"
+    return f"{len(arguments[3])} of {width}x{height} (width x height), {steps}"
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+
+
+def _predicted(state: Any) -> Any:
+    """A state whose picture is the one that is predicted so far."""
+    carry, _, x0 = state
+    return carry, x0, x0
+
+
+def _shown(image: jax.Array) -> np.ndarray | None:
+    pictures = np.asarray(image)
+    return images.to_uint8(pictures) if images.finite_images(pictures).all() else None
+
+
+def _finished(what: Request, places: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """uint8 pictures. RefusedError for some that are not finite."""
+    if what.finish is not None and images.finite_images(image).all():
+        image = what.finish(places, image)
+    lost = int((~images.finite_images(image)).sum())
+    if lost:
+        raise RefusedError(
+            422,
+            f"{lost} of {len(image)} pictures are not finite (NaN or infinity): try a smaller"
+            " cfg_scale or smaller weights in the prompt",
+        )
+    return images.to_uint8(image)
