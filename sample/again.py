@@ -36,6 +36,7 @@ SHAPING = frozenset(
         *("noise_source", "subseed", "subseed_strength", "seed_resize_from"),
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
+        *("hires_scale", "hires_size", "hires_upscaler", "hires_steps", "hires_strength"),
         *("content", "only_masked", "padding", "mask_blur"),
         *("strength", "noise_level", "maps", "palette", "boxes", "class_names"),
         *("window", "stride", "at_once", "window_clip", "tie_clip", "tile", "tile_levels", "space"),
@@ -90,7 +91,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
         asked = dataclasses.replace(asked, batch_size=size)
     if hasattr(task, "writing_below"):
         asked = task.writing_below(asked, options.out)
-    what = dataclasses.replace(task.request(asked), guided=facts["guided"])
+    what = task.request(asked).with_guidance(facts["guided"])
     place = place_of(what, facts["index"], options.image)
     call = Call(np.full(size, place), np.array([index]))
     name = epath.Path(options.image).stem

@@ -28,7 +28,8 @@ def draw(what: Request) -> int:
     if options.from_export is not None:
         run, size = exported.read(what)
     else:
-        program.program_of(what, what.model)  # refuses options that the sampler cannot use
+        for one in generate.passes_of(what):  # refuses options that the sampler cannot use
+            program.program_of(one, one.model)
     generate.batch_of(what)  # refuses --init-latents that do not fit, before there is a folder
     calls = calls_of(what, size)
     settings = write.settings_of(what, calls)
@@ -43,7 +44,8 @@ def draw(what: Request) -> int:
     if options.resume:
         LOG.info(f"{written} of {what.count} images are in {out} already")
     say_what_is_left_out(what)
-    say_steps(what)
+    for one in generate.passes_of(what):
+        say_steps(one)
     lost: list[str] = []
     try:
         with hosts.together():

@@ -1,5 +1,6 @@
 """Batches of images through one compiled program: the next one runs while this one is written."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -52,20 +53,18 @@ def made(
     other values do not recompile. A call is dispatched before the previous one is fetched.
     """
     options, calls = request.options, calls_of(request) if calls is None else calls
-    batch, mode = batch_of(request), progress.resolved(options)
-    count = len(levels_of(request).t)
+    mode, passes = progress.resolved(options), passes_of(request)
+    count = sum(len(levels_of(one).t) for one in passes)
     left = sum(len(call.wanted) for call in calls)
     with progress.bars(mode, request.count, request.count - left, count * len(calls)) as bars:
-        run = program.program_of(request, request.model, bars.step) if run is None else run
-        compiled = None
+        draws = [_drawer(one, run, bars) for one in passes]
 
         def dispatch(call: Call) -> tuple:
-            nonlocal compiled
-            arguments = arguments_of(request, batch, call)
-            if compiled is None:
-                with bars.doing("compiling"):
-                    compiled = program.compiled(request, run, arguments)
-            return compiled(*arguments)
+            made = draws[0](call, {})
+            if request.second is None:
+                return made
+            image, z = (hosts.whole(ready(array)) for array in made)
+            return draws[1](call, request.second.feed(image, z))
 
         for call, (image, z, *previews) in overlap.prefetch(calls, dispatch):
             own, image = hosts.own(ready(image))
@@ -76,6 +75,31 @@ def made(
             if request.finish is not None:
                 image = request.finish(places, image)
             yield Made(call, places, image, np.asarray(ready(z))[call.wanted], previews)
+
+
+def passes_of(request: Request) -> list[Request]:
+    """The request, and its second pass, which then shows the previews."""
+    if request.second is None:
+        return [request]
+    options = dataclasses.replace(request.options, preview=0)
+    return [dataclasses.replace(request, options=options), request.second.request]
+
+
+def _drawer(request: Request, run: Callable | None, bars: progress.Bars) -> Callable[..., tuple]:
+    """draw(call, further arrays of its batch) -> what the program gives; compiled at the first."""
+    batch = batch_of(request)
+    run = program.program_of(request, request.model, bars.step) if run is None else run
+    compiled = None
+
+    def draw(call: Call, fed: dict[str, np.ndarray]) -> tuple:
+        nonlocal compiled
+        arguments = arguments_of(request, batch, call, fed)
+        if compiled is None:
+            with bars.doing("compiling"):
+                compiled = program.compiled(request, run, arguments)
+        return compiled(*arguments)
+
+    return draw
 
 
 def generate(
@@ -151,14 +175,21 @@ def ready(array: jax.Array) -> jax.Array:
     return array
 
 
-def arguments_of(request: Request, batch: dict[str, np.ndarray], call: Call) -> tuple:
+def arguments_of(
+    request: Request,
+    batch: dict[str, np.ndarray],
+    call: Call,
+    fed: dict[str, np.ndarray] | None = None,
+) -> tuple:
     """Arguments of `program.program_of` for a call, the batch split over all processes' devices.
 
+    fed: arrays of this call alone, which `Second.feed` gives.
     Every process makes the whole batch on its host, and places those of its own devices.
     """
     split = sharding.batch_sharding(request.mesh)
     place = lambda x: sharding.place(np.asarray(x), split)  # noqa: E731
     given = {name: place(x[call.places]) for name, x in batch.items()}
+    given |= {name: place(x) for name, x in (fed or {}).items()}
     donated = {name: given.pop(name) for name in DONATED if name in given}
     keys = keys_of(request, call.places)
     keys = jax.random.wrap_key_data(

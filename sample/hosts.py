@@ -33,6 +33,13 @@ def own(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(indices), np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array in every process, also of one that is split over them."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raise in every process if one raises inside; no process leaves before all have come."""

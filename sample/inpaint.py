@@ -15,7 +15,7 @@ from PIL import Image
 from tyro.conf import arg
 
 from ldm_jax import bundle, conditioning, finite, sampling, schema
-from ldm_jax.runtime import flags
+from ldm_jax.runtime import flags, images
 from ldm_jax.sample import adapters, editing, masking
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, open_mask, read_images, resized, size_of
@@ -125,7 +125,7 @@ def _parts(
         return [masking.Box(0, 0, *image.shape[1:3])] * len(image), image, mask
     size = options.height or model.config.size, options.width or model.config.size
     boxes = [masking.around(m, options.padding, size) for m in mask]
-    part = [masking.resized(box.of(i), size) for box, i in zip(boxes, image, strict=True)]
+    part = [images.resized(box.of(i), size) for box, i in zip(boxes, image, strict=True)]
     hole = [masking.resized_mask(box.of(m), size) for box, m in zip(boxes, mask, strict=True)]
     return boxes, np.stack(part), np.stack(hole)
 
@@ -134,7 +134,7 @@ def _put_back(image: np.ndarray, box: masking.Box, drawn: np.ndarray) -> np.ndar
     """The image [H, W, c] with what was drawn in its box."""
     size = box.bottom - box.top, box.right - box.left
     whole = image.copy()
-    box.of(whole)[:] = drawn if drawn.shape[:2] == size else masking.resized(drawn, size)
+    box.of(whole)[:] = drawn if drawn.shape[:2] == size else images.resized(drawn, size)
     return whole
 
 

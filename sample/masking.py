@@ -6,8 +6,6 @@ import numpy as np
 import scipy.ndimage
 from PIL import Image
 
-from ldm_jax.runtime import images
-
 
 class Box(NamedTuple):
     """A part of a picture in pixels, `bottom` and `right` excluded."""
@@ -46,14 +44,6 @@ def _widened(first: int, last: int, wanted: int, most: int) -> tuple[int, int]:
     wanted = min(wanted, most)
     first = min(max(first - (wanted - (last - first)) // 2, 0), most - wanted)
     return first, first + wanted
-
-
-def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, c] in [-1, 1] at (height, width), by Lanczos."""
-    pixels = images.to_uint8(image)
-    squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    scaled = Image.fromarray(squeezed).resize(size[::-1], Image.Resampling.LANCZOS)
-    return np.asarray(scaled, np.float32).reshape(*size, -1) / 127.5 - 1
 
 
 def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

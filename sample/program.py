@@ -90,7 +90,8 @@ def make_run(
     To be jitted. The conditioning is encoded once, before the scan over the levels. Beside it
     `batch` may hold
     x_T: [B, h, w, c], the noise to start from.
-    init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`.
+    init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`; or
+    init_latent: [B, h, w, c], its unscaled latent.
     init_mask: [B, H, W, 1], 1 where the image is drawn; elsewhere `init` is kept.
 
     wrap_model: model -> model, inside of guidance, as `windows.windowed`.
@@ -190,6 +191,8 @@ def _arguments(
         # a sample of the posterior, as in the reference; the kept part is its mode
         draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if mask is None else None
         init = encode(init, keys=draws)
+    elif "init_latent" in batch:
+        init = model.latent_scale * batch["init_latent"]
     if mask is not None:  # a latent pixel is kept only if all its pixels are
         mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
     return cond, keys, null, scale, eta, batch.get("x_T"), start, init, mask

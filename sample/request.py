@@ -13,6 +13,16 @@ from ldm_jax.sample import options
 from ldm_jax.sample.options import Options
 
 
+class Second(NamedTuple):
+    """A pass over what a request has drawn, as the second one of a hires fix."""
+
+    request: "Request"
+    """The same images in the same order; its batch lacks what `feed` gives."""
+    feed: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    """(images float32 [B, H, W, c], unscaled latents [B, h, w, c]) of a call of the first pass ->
+    arrays of the second one's batch: `init` or `init_latent`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Images that one compiled program draws; number i below is the place in this list."""
@@ -62,11 +72,25 @@ class Request:
     """(places, images [n, H, W, c]) -> the images as they are written."""
     problems: tuple[str, ...] = ()
     """Inputs that could not be read, and are not among the images; reported at the end."""
+    second: Second | None = None
+    """Draws on with the images; the names, details and options of this one count."""
 
     @property
     def count(self) -> int:
         """Number of images."""
         return len(self.names)
+
+    def with_guidance(self, guided: bool) -> "Request":
+        """The same, whose programs sample with guidance, or without."""
+        second = self.second and self.second._replace(
+            request=self.second.request.with_guidance(guided)
+        )
+        return dataclasses.replace(self, guided=guided, second=second)
+
+    @property
+    def last(self) -> "Request":
+        """The pass whose images are kept."""
+        return self if self.second is None else self.second.request
 
 
 class Call(NamedTuple):

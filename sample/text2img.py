@@ -11,11 +11,10 @@ from ldm_jax import bundle, conditioning, schema
 from ldm_jax.prompting import composed
 from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample import adapters, prompts
+from ldm_jax.sample import adapters, hires, prompts
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import (
     Load,
-    Options,
     check_tokenizer,
     latent_shape,
     levels_of,
@@ -27,7 +26,7 @@ NAME = "text2img"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Options):
+class Options(hires.Options):
     """Images of a text, by a text-conditional model."""
 
     prompt: flags.Texts = ()
@@ -37,10 +36,6 @@ class Options(Options):
     guidance_scale and num_images for each; drawn after those of --prompt."""
     negative_prompt: flags.Text = ""
     """Text that guidance leads away from; default: the empty text."""
-    height: int | None = None
-    """Pixels; default: the size the model was trained at."""
-    width: int | None = None
-    """Pixels; default: the size the model was trained at."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 samples without it, at half the cost."""
     batch_size: int = 8
@@ -58,24 +53,29 @@ def request(options: Options, load: Load | None = None) -> Request:
     ValueError for options that the model does not allow.
     """
     # before the model, whose weights may take minutes: a fault of the prompts is said at once
-    options = adapters.with_networks(options)
+    options, larger = adapters.with_networks(options), hires.asked(options)
     entries, problems = read_prompts(options)
     model, mesh, options = open_model(options, load=load)
     check_model(model, options)
     every = [entry for entry in entries for _ in range(entry.num_images)]
     texts, negatives = ([getattr(entry, name) for entry in entries] for name in prompts.COLUMNS[:2])
-    batch = read(model, options, texts, negatives, [entry.num_images for entry in entries])
+    counts = [entry.num_images for entry in entries]
+    batch = read(model, options, texts, negatives, counts)
+    shape = latent_shape(model, options.height, options.width)
+    if larger:  # written down, as the picture has another size
+        down = model.config.first_stage.downsample
+        options = dataclasses.replace(options, height=shape[0] * down, width=shape[1] * down)
     scaled = any(entry.guidance_scale != 1 for entry in entries)
     guided = scaled or composed.needs_guidance(batch)
     if options.negative_prompt and not guided:
         LOG.info("--negative-prompt has no effect: --guidance-scale 1 samples without guidance")
     seeds, indices = numbered(entries, options)
-    return Request(
+    first = Request(
         NAME,
         options,
         model,
         mesh,
-        shape=latent_shape(model, options.height, options.width),
+        shape=shape,
         guided=guided,
         batch=batch,
         names=[
@@ -98,6 +98,15 @@ def request(options: Options, load: Load | None = None) -> Request:
         scales=np.asarray([entry.guidance_scale for entry in every]),
         problems=tuple(problems),
     )
+    if not larger:
+        return first
+
+    def batch_of(steps: int, before: int) -> dict[str, np.ndarray]:
+        if "token_weights" not in batch:  # the same text at every step
+            return batch
+        return read(model, options, texts, negatives, counts, over=(steps, before))
+
+    return hires.with_second(first, batch_of)
 
 
 def read_prompts(options: Options) -> tuple[list[prompts.Prompt], list[str]]:
@@ -150,19 +159,22 @@ def read(
     texts: Sequence[str],
     negatives: Sequence[str],
     counts: Sequence[int] | None = None,
+    *,
+    over: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Input of `conditioning.from_batch` for texts and as many negative ones, in --prompt-syntax.
 
     counts: images of each, one by default. A plain text that is too long is read in chunks where
     the text encoder is CLIP; of others the log says which words are left out.
+    over: steps of a schedule, and those of a pass before; default: those of the options.
     """
     long = [text for text in dict.fromkeys([*texts, *negatives]) if model.tokenizer.lost(text)]
     if options.prompt_syntax == "webui" or (long and composed.reads_chunks(model)):
-        steps = len(levels_of(model, options).t)
-        syntax, mode = options.prompt_syntax, options.emphasis
-        batch = composed.batch(model, texts, negatives, steps=steps, syntax=syntax, mode=mode)
+        steps, before = over or (len(levels_of(model, options).t), 0)
+        named = {"syntax": options.prompt_syntax, "mode": options.emphasis}
+        batch = composed.batch(model, texts, negatives, steps=steps, before=before, **named)
         number = batch["tokens"].shape[3]
-        if number > 1:
+        if number > 1 and over is None:
             LOG.info(f"the longest prompt has {number} chunks of {model.tokenizer.max_length - 2}")
     else:
         batch = read_plain(model.tokenizer, texts, negatives)

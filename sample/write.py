@@ -353,7 +353,7 @@ def write_latents(out: epath.Path, request: Request, calls: list[Call]) -> None:
     """Join the calls' files into latents.npy, float32 [N, h, w, c], and remove them."""
     draft = out / ".latents.npy.part"
     with draft.open("wb") as file:
-        write_header(file, (request.count, *request.shape), np.float32)
+        write_header(file, (request.count, *request.last.shape), np.float32)
         for call in calls:
             file.write(read_latents(out, call).tobytes())
     draft.replace(out / "latents.npy")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module sees earlier levels and what stands before it in its own level; the files
 # of a package see each other as long as there is no circle.
 LEVELS = (
-    "schema cost seeds noise finite diffusion sharding runtime",
+    "schema cost seeds noise resizing finite diffusion sharding runtime",
     "models solvers guidance denoising data metrics",
     "latents conditioning losses train_state bundle large convert shapes neighbours adapters",
     "sampling prompting loading saving compat export",

@@ -35,20 +35,22 @@ def batch(
     negative: Sequence[str],
     *,
     steps: int,
+    before: int = 0,
     syntax: Syntax = "plain",
     mode: Emphasis = "original",
 ) -> dict[str, np.ndarray]:
     """The batch of `model.encode` for prompts and as many negative ones, of any length.
 
     steps: how many a schedule covers; shares of it are of this number.
+    before: steps of a pass before this one, see `schedules.schedule`.
     syntax: "plain" reads every character as it is, "webui" as `emphasis` and `schedules` tell.
     mode: what weights do. "original" keeps the mean of a chunk as it was without them, "no-norm"
         does not, "ignore" leaves them out, "none" reads their brackets as text.
     ValueError for a model whose text encoder cannot read chunks, and for a prompt that is too long.
     """
-    vocabulary = _Vocabulary(model)
-    wanted = [_read(text, vocabulary, steps, syntax, mode, True) for text in texts]
-    away = [_read(text, vocabulary, steps, syntax, mode, False) for text in negative]
+    vocabulary, over = _Vocabulary(model), (steps, before)
+    wanted = [_read(text, vocabulary, over, syntax, mode, True) for text in texts]
+    away = [_read(text, vocabulary, over, syntax, mode, False) for text in negative]
     every = [prompt for row in (*wanted, *away) for prompt in row]
     longest = max(len(text) for prompt in every for text in prompt.texts)
     made = _arrays(wanted, vocabulary, steps, longest, mode)
@@ -105,9 +107,15 @@ class _Vocabulary:
 
 
 def _read(
-    prompt: str, vocabulary: _Vocabulary, steps: int, syntax: Syntax, mode: Emphasis, joins: bool
+    prompt: str,
+    vocabulary: _Vocabulary,
+    over: tuple[int, int],
+    syntax: Syntax,
+    mode: Emphasis,
+    joins: bool,
 ) -> list[_Prompt]:
-    """The prompts that AND joins; a negative prompt knows no AND."""
+    """The prompts that AND joins; a negative prompt knows no AND. over: steps, and those before."""
+    steps = over[0]
     if len(prompt) > LONGEST:
         raise ValueError(
             f"prompt {prompt[:24]!r}... has {len(prompt)} characters, {LONGEST} at most"
@@ -117,7 +125,7 @@ def _read(
     prompt = vocabulary.bracketed(COMMENT.sub("", prompt))
     found = []
     for text, weight in schedules.parts(prompt) if joins else [(prompt, 1.0)]:
-        entries = schedules.schedule(text, steps)
+        entries = schedules.schedule(text, *over)
         different = list(dict.fromkeys(each for _, each in entries))
         # a step, counted from 0, reads the first entry whose last step is not before it
         at, read = 0, []

@@ -42,6 +42,17 @@ SAMPLERS = {
 """{solver: sampler of webui}."""
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "trailing": "SGM Uniform"}
 """{spacing: schedule type of webui}; the others are its sampler's own."""
+UPSCALERS = {
+    "latent": "Latent",
+    "latent-antialiased": "Latent (antialiased)",
+    "latent-bicubic": "Latent (bicubic)",
+    "latent-bicubic-antialiased": "Latent (bicubic antialiased)",
+    "latent-nearest": "Latent (nearest)",
+    "latent-nearest-exact": "Latent (nearest-exact)",
+    "lanczos": "Lanczos",
+    "nearest": "Nearest",
+}
+"""{upscaler of a hires fix: its name in webui}."""
 SOURCES = {"cpu": "CPU", "nv": "NV", "own": "ldm_jax"}
 
 
@@ -81,6 +92,16 @@ def _fields(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
     resized = settings.get("seed_resize_from")
     names = [PurePath(path.rsplit(":", 2)[0]).stem for path in settings.get("lora", ())]
     solver, skip = settings.get("solver", ""), settings.get("clip_skip", 1)
+    factor, larger = settings.get("hires_scale", 1.0), settings.get("hires_size")
+    hires = {}
+    if factor > 1 or larger:  # the size is that of the first pass
+        size = settings["height"], settings["width"]
+        hires = {
+            "Hires upscale": None if larger else f"{factor:g}",
+            "Hires resize": f"{larger[1]}x{larger[0]}" if larger else None,
+            "Hires steps": settings["hires_steps"] or None,
+            "Hires upscaler": UPSCALERS[settings["hires_upscaler"]],
+        }
     mode = settings.get("emphasis", "original")
     return {
         "Steps": settings.get("steps"),
@@ -94,9 +115,10 @@ def _fields(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
         "Variation seed": settings.get("subseed", 0) + index if varied else None,
         "Variation seed strength": f"{varied:g}" if varied else None,
         "Seed resize from": f"{resized[1]}x{resized[0]}" if resized else None,
-        "Denoising strength": settings.get("strength"),
+        "Denoising strength": settings["hires_strength"] if hires else settings.get("strength"),
         "Clip skip": skip if skip > 1 else None,
         "RNG": SOURCES[source],
+        **hires,
         "Emphasis": None if mode == "original" else _shown(mode),
         "Loras": ", ".join(names) or None,
         "Version": f"ldm_jax {settings.get('made_with', {}).get('ldm_jax', '')}".strip(),
@@ -228,7 +250,13 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
         "Clip skip": ("clip_skip", int),
         "Variation seed": ("subseed", int),
         "Variation seed strength": ("subseed_strength", float),
+        "Hires upscale": ("hires_scale", float),
+        "Hires steps": ("hires_steps", int),
+        "Hires resize-1": ("hires_width", int),
+        "Hires resize-2": ("hires_height", int),
     }
+    if "Hires upscale" in fields or "Hires resize" in fields:
+        numbers["Denoising strength"] = ("hires_strength", float)
     for field, (name, kind) in numbers.items():
         if field in fields:
             value = fields.pop(field)
@@ -236,9 +264,14 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
                 given[name] = kind(value)
             except ValueError:
                 left.append(f"{field}: {value}")
-    for name in ("height", "width"):
-        if given.get(name, 1) > LARGEST_SIDE:
-            raise ValueError(f"asks for {name} {given[name]}: {LARGEST_SIDE} pixels at most")
+    for name in ("height", "width", "hires_height", "hires_width"):
+        factor = 1 if name.startswith("hires") else given.get("hires_scale", 1)
+        if given.get(name, 512) * factor > LARGEST_SIDE:
+            side = f"{given.get(name, 512) * factor:g}"
+            raise ValueError(f"asks for {name} {side}: {LARGEST_SIDE} pixels at most")
+    larger = given.pop("hires_height", 0), given.pop("hires_width", 0)
+    if any(larger):
+        given["hires_size"] = larger
     sampler = fields.pop("Sampler", "")
     for spacing, shown in SCHEDULES.items():  # "DPM++ 2M Karras" of older versions
         if sampler.endswith(f" {shown}"):
@@ -253,6 +286,7 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
     elif sampler:
         left.append(f"Sampler: {sampler}")
     sources = {shown: source for source, shown in SOURCES.items()} | {"GPU": "nv"}
+    upscalers = {shown: name for name, shown in UPSCALERS.items()}
     modes = {_shown(mode): mode for mode in typing.get_args(Emphasis)}
     for field, name, values, default in (
         ("RNG", "noise_source", sources, "GPU"),
@@ -260,9 +294,12 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
     ):
         if fields.get(field, default) in values:
             given[name] = values[fields.pop(field, default)]
+    if fields.get("Hires upscaler") in upscalers:
+        given["hires_upscaler"] = upscalers[fields.pop("Hires upscaler")]
     if fields.get("Schedule type") == "Automatic":
         del fields["Schedule type"]
-    silent = ("Size", "Model", "Model hash", "VAE", "VAE hash", "Version", "Loras", "Lora hashes")
+    silent = ("Size", "Hires resize", "Model", "Model hash", "VAE", "VAE hash", "Version")
+    silent += ("Loras", "Lora hashes")
     left += [f"{name}: {value}" for name, value in fields.items() if name not in silent]
     texts = {"prompt": (known.prompt,), "negative_prompt": known.negative_prompt}
     return given | texts | {"prompt_syntax": "webui", "num_images": 1}, left

@@ -62,6 +62,16 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
+def resized(
+    image: np.ndarray, size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
+    """[H, W, c] in [-1, 1] at (height, width), through uint8."""
+    pixels = to_uint8(image)
+    squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    scaled = Image.fromarray(squeezed).resize(size[::-1], how)
+    return np.asarray(scaled, np.float32).reshape(*size, -1) / 127.5 - 1
+
+
 def finite_images(image: np.ndarray) -> np.ndarray:
     """Tell which images of an array [N, ...] hold neither NaN nor infinity, bool [N]."""
     return np.array([finite.is_finite(x) for x in image], bool)

@@ -71,6 +71,10 @@ OURS = {
 }  # fmt: skip
 
 
+HIRES = {"hires_upscaler": "latent-bicubic-antialiased", "hires_strength": 0.6}
+LARGER = {**HIRES, "hires_steps": 0, "hires_scale": 1.0, "height": 24, "width": 16}
+
+
 @pytest.mark.parametrize(
     ("changes", "asked"),
     [
@@ -80,6 +84,11 @@ OURS = {
             {"subseed": 9, "subseed_strength": 0.25},
             {"seed": 5, "subseed": 11, "subseed_strength": 0.25},
         ),
+        (
+            LARGER | {"hires_scale": 1.5, "hires_steps": 8},
+            {"seed": 7, **HIRES, "hires_scale": 1.5, "hires_steps": 8},
+        ),
+        (LARGER | {"hires_size": [40, 0]}, {"seed": 7, **HIRES, "hires_size": (40, 0)}),
     ],
 )
 def test_what_is_written_is_read(changes, asked):

@@ -99,6 +99,32 @@ def test_noise_of_torchs_generators(made, tmp_path):
     assert same(drawn(folder, tmp_path, None, *flags), theirs) <= 1
 
 
+@pytest.mark.slow
+def test_a_second_pass_over_enlarged_latents(made, tmp_path):
+    """Hires fix: 20 steps, then the last 10 of 20 on latents of half as many rows more."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    folder, pipe = made("v1")
+    common = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
+
+    def generators():
+        return [torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)]
+
+    small = pipe(
+        PROMPTS, generator=generators(), height=16, width=24, output_type="latent", **common
+    ).images
+    # covers 12x12, and is cut to it
+    large = torch.nn.functional.interpolate(small, (12, 18), mode="bicubic", antialias=True)
+    large = large[..., 3:15]
+    again = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    # a tensor of four channels is taken for latents
+    theirs = again(PROMPTS, image=large, strength=0.5, generator=generators(), **common).images
+    flags = ["--noise-source", "cpu", "--seed", 7, "--height", 16, "--width", 24]
+    flags += ["--hires-size", 24, 24, "--hires-upscaler", "latent-bicubic-antialiased"]
+    flags += ["--hires-steps", 10, "--hires-strength", 0.5]
+    assert same(drawn(folder, tmp_path, None, *flags), theirs) <= 1
+
+
 def test_latent_diffusion(made, tmp_path):
     folder, pipe = made("ldm")
     x_T = start()
