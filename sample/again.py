@@ -91,7 +91,7 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
         asked = dataclasses.replace(asked, batch_size=size)
     if hasattr(task, "writing_below"):
         asked = task.writing_below(asked, options.out)
-    what = task.request(asked).with_guidance(facts["guided"])
+    what = task.request(asked).replaced(guided=facts["guided"])
     place = place_of(what, facts["index"], options.image)
     call = Call(np.full(size, place), np.array([index]))
     name = epath.Path(options.image).stem

@@ -80,12 +80,12 @@ class Request:
         """Number of images."""
         return len(self.names)
 
-    def with_guidance(self, guided: bool) -> "Request":
-        """The same, whose programs sample with guidance, or without."""
+    def replaced(self, **changes: Any) -> "Request":
+        """The same with other `guided`, `seeds` or `indices`, in the second pass too."""
         second = self.second and self.second._replace(
-            request=self.second.request.with_guidance(guided)
+            request=self.second.request.replaced(**changes)
         )
-        return dataclasses.replace(self, guided=guided, second=second)
+        return dataclasses.replace(self, second=second, **changes)
 
     @property
     def last(self) -> "Request":

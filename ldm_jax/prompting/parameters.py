@@ -298,8 +298,8 @@ def options(known: Parameters) -> tuple[dict[str, Any], list[str]]:
         given["hires_upscaler"] = upscalers[fields.pop("Hires upscaler")]
     if fields.get("Schedule type") == "Automatic":
         del fields["Schedule type"]
-    silent = ("Size", "Hires resize", "Model", "Model hash", "VAE", "VAE hash", "Version")
-    silent += ("Loras", "Lora hashes")
+    silent = {"Size", "Hires resize", "Model", "Model hash", "VAE", "VAE hash", "Version"}
+    silent |= {"Loras", "Lora hashes"}
     left += [f"{name}: {value}" for name, value in fields.items() if name not in silent]
     texts = {"prompt": (known.prompt,), "negative_prompt": known.negative_prompt}
     return given | texts | {"prompt_syntax": "webui", "num_images": 1}, left

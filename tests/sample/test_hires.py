@@ -138,3 +138,9 @@ def test_pixels_are_enlarged_as_by_pillow(run):
 def test_bad_input_is_one_line(run, tmp_path, capsys, flags, message):
     flags = ["--model", run, "--out", tmp_path / "out", "--prompt", "x", *flags.split()]
     task_models.assert_one_line("text2img", capsys, message, *flags)
+
+
+def test_what_changes_changes_in_both_passes(run):
+    what = asked(run, hires_scale=2.0).replaced(guided=False, indices=np.array([4, 5, 6]))
+    for one in generate.passes_of(what):
+        assert (one.guided, one.indices.tolist()) == (False, [4, 5, 6])
