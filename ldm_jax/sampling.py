@@ -70,14 +70,24 @@ def start_of(strength: float, count: int) -> int:
     return count - int(strength * count + 1e-6)  # 0.29 * 100 is below 29
 
 
-def noised(
-    init: jax.Array, levels: solvers.Levels, start: jax.Array | int, noise: jax.Array
-) -> jax.Array:
+class Table(NamedTuple):
+    """Levels as an argument of a program, which takes other levels, and other numbers of them."""
+
+    rows: solvers.Levels
+    """[R, ...], the last level repeated up to a multiple of ROWS."""
+    count: Any
+    """Number of levels."""
+
+
+ROWS = 1000
+
+
+def noised(init: jax.Array, table: Table, start: jax.Array | int, noise: jax.Array) -> jax.Array:
     """`init` [B, h, w, c] with unit normal `noise` at the level `start`, an int or traced.
 
     At 0 the noise alone, from which every sampler starts; at the number of levels `init` alone.
     """
-    count = len(levels.t)
+    levels, count = table
     row = jnp.clip(jnp.asarray(start), 0, count - 1)
     at_start = jnp.asarray(levels.alpha)[row] * init + jnp.asarray(levels.sigma)[row] * noise
     return jnp.where(start == 0, noise, jnp.where(start == count, init, at_start))
@@ -162,19 +172,20 @@ def make_sampler(
 
 class Segments(NamedTuple):
     """`make_sampler`'s function in three, each to be jitted: another prompt, seed, number of
-    segments or length of one recompiles none of them."""
+    segments or length of one recompiles none of them, nor do other steps or another spacing up to a
+    multiple of ROWS levels (but whole timesteps and fractional ones are two programs)."""
 
     begin: Callable[..., tuple[Any, Any]]
-    """The arguments of `sample` -> (held, state): what stays, and what changes from level to
-    level."""
+    """(params, table, the other arguments of `sample`) -> (held, state): what stays, and what
+    changes from level to level."""
     run: Callable[..., Any]
     """(params, held, state, first, last) -> state after the levels `first` to `last` - 1. Begin at
-    `start`, end at `levels`; `state[2]` is the scaled latent of the image that is predicted so
+    `start`, end at `table.count`; `state[2]` is the scaled latent of the image that is predicted so
     far."""
     end: Callable[..., jax.Array]
     """(params, held, state) -> images."""
-    levels: int
-    """Number of levels."""
+    table: Table
+    """The levels, of NumPy arrays and an int."""
 
 
 def make_segments(model: LatentDiffusion, steps: int = 50, **options: Any) -> Segments:
@@ -245,6 +256,7 @@ def _made(
         return denoise
 
     def prepare(
+        table: Table,
         params: dict,
         cond: Cond,
         keys: jax.Array,
@@ -263,12 +275,12 @@ def _made(
         x_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x_T = diffusion.rowwise_normal(x_keys, shape) if x_T is None else x_T
         if init is not None:
-            x_T = noised(init, levels, start, x_T)
+            x_T = noised(init, table, start, x_T)
         elif mask is not None:
             raise ValueError("mask keeps `init` outside of it: give init too")
         cond = with_kv_cache(unet, params["unet"], cond)
         null = None if null is None else with_kv_cache(unet, params["unet"], null)
-        return _Held(cond, null, guidance_scale, eta, step_keys, start, init, mask), x_T
+        return _Held(cond, null, guidance_scale, eta, step_keys, start, init, mask, table.rows), x_T
 
     def finish(params: dict, held: _Held, latent: jax.Array) -> jax.Array:
         if held.mask is not None and held.init is not None:
@@ -276,9 +288,11 @@ def _made(
             latent = solvers.composite(latent, held.init, held.mask)
         return model.decode(latent, params) if decode else latent
 
-    @functools.wraps(prepare)  # names of the arguments, which may be given by position
+    prepare_whole = functools.partial(prepare, Table(levels, len(levels.t)))
+
+    @functools.wraps(prepare_whole)  # names of the arguments, which may be given by position
     def sample(params: dict, *args: Any, **named: Any) -> Any:
-        held, x_T = prepare(params, *args, **named)
+        held, x_T = prepare_whole(params, *args, **named)
         out = solvers.sample(
             make_solver(held.eta), denoiser(params, held), levels, x_T, held.keys,
             start=held.start, trace=trace, remat=remat,
@@ -287,20 +301,29 @@ def _made(
         result = finish(params, held, latent)
         return result if trace is None else (result, traced)
 
-    def begin(params: dict, *args: Any, **named: Any) -> tuple[_Held, Any]:
-        held, x_T = prepare(params, *args, **named)
+    def begin(params: dict, table: Table, *args: Any, **named: Any) -> tuple[_Held, Any]:
+        held, x_T = prepare(table, params, *args, **named)
         return held, (make_solver(held.eta).init(x_T), x_T, x_T)
 
     def run(params: dict, held: _Held, state: Any, first: Any, last: Any) -> Any:
-        denoise = denoiser(params, held)
-        return solvers.segment(
-            make_solver(held.eta), denoise, levels, state, held.keys, first, last
-        )
+        solver, denoise = make_solver(held.eta), denoiser(params, held)
+        return solvers.segment(solver, denoise, held.rows, state, held.keys, first, last)
 
     def end(params: dict, held: _Held, state: Any) -> jax.Array:
         return finish(params, held, state[1])
 
-    return sample, Segments(begin, run, end, len(levels.t))
+    return sample, Segments(begin, run, end, _table(make_solver(0.0), levels))
+
+
+def _table(solver: solvers.Solver, levels: solvers.Levels) -> Table:
+    """The levels as an argument of a program."""
+    count = len(levels.t)
+    more = -count % ROWS
+    rows = jax.tree.map(
+        lambda column: np.concatenate([column, np.repeat(column[-1:], more, axis=0)]),
+        solvers.prepared(solver, levels),
+    )
+    return Table(rows, count)
 
 
 class _Held(NamedTuple):
@@ -315,6 +338,8 @@ class _Held(NamedTuple):
     start: Any
     init: jax.Array | None
     mask: jax.Array | None
+    rows: solvers.Levels
+    """See `Table`."""
 
 
 NEW_CALL = (

@@ -126,7 +126,7 @@ def make_run(
 def segments_of(request: Request) -> sampling.Segments:
     """The program of a request in three, to be watched and stopped; the same images.
 
-    begin(params, donated batch, batch, keys, scales, eta[, start]) -> (held, state)
+    begin(params, table, donated batch, batch, keys, scales, eta[, start]) -> (held, state)
     run(params, held, state, first, last) -> state, see `sampling.Segments`
     end(params, held, state) -> (images, unscaled latents)
     ValueError for options that the sampler cannot use.
@@ -136,10 +136,10 @@ def segments_of(request: Request) -> sampling.Segments:
     parts = sampling.make_segments(model, **settings)
     decode = _decoder(model) if request.decode is None else request.decode
 
-    def begin(params, donated, batch, keys, scales, eta, start=0):
+    def begin(params, table, donated, batch, keys, scales, eta, start=0):
         batch = {**batch, **donated}
         arguments = _arguments(model, guided, shape, params, batch, keys, scales, eta, start)
-        return parts.begin(params, *arguments)
+        return parts.begin(params, table, *arguments)
 
     def end(params, held, state):
         z = parts.end(params, held, state) / model.latent_scale

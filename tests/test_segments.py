@@ -39,13 +39,15 @@ def test_segments_are_the_whole_bit_for_bit(given, solver, edits):
         mask = np.float32(rng.random((2, *model.latent_shape[:2], 1)) > 0.5)
         start, more = 1, (None, 1, init, mask)
     options = {"solver": solver, "spacing": "trailing"}
-    whole = jax.jit(sampling.make_sampler(model, STEPS, **options))(*arguments, *more)
-
     parts = sampling.make_segments(model, STEPS, **options)
     begin, run, end = (jax.jit(x) for x in parts[:3])
-    for bounds in ((start, 2, parts.levels), (start, 3, 4, parts.levels)):
-        held, state = begin(*arguments, *more)
-        for first, last in itertools.pairwise(bounds):
+    params, *others = arguments
+    for steps, middle in ((STEPS, (2,)), (STEPS, (3, 4)), (STEPS + 2, (4,))):
+        whole = jax.jit(sampling.make_sampler(model, steps, **options))(*arguments, *more)
+        table = sampling.make_segments(model, steps, **options).table
+        assert table.count == steps
+        held, state = begin(params, table, *others, *more)
+        for first, last in itertools.pairwise((start, *middle, table.count)):
             state = run(model.params, held, state, first, last)
         np.testing.assert_array_equal(end(model.params, held, state), whole)
     assert begin._cache_size() == run._cache_size() == end._cache_size() == 1

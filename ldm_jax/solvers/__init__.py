@@ -32,7 +32,7 @@ from ldm_jax.solvers.euler import euler, euler_ancestral
 from ldm_jax.solvers.heun import heun
 from ldm_jax.solvers.kdpm2 import kdpm2
 from ldm_jax.solvers.levels import Levels, Spacing, inverted, levels, table
-from ldm_jax.solvers.loop import Solver, sample, segment
+from ldm_jax.solvers.loop import Solver, prepared, sample, segment
 from ldm_jax.solvers.masked import composite, fresh_noise, masked
 from ldm_jax.solvers.plms import plms
 from ldm_jax.solvers.unipc import unipc
@@ -67,6 +67,7 @@ __all__ = [
     "levels",
     "make",
     "masked",
+    "prepared",
     "sample",
     "segment",
     "table",

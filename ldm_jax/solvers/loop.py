@@ -77,7 +77,7 @@ def sample(
 def segment(
     solver: Solver,
     denoise: Callable[[jax.Array, Any], Denoised],
-    levels: Levels,
+    table: Levels,
     state: tuple[Any, jax.Array, jax.Array],
     keys: jax.Array,
     first: jax.Array | int,
@@ -85,9 +85,10 @@ def segment(
 ) -> tuple[Any, jax.Array, jax.Array]:
     """Levels `first` to `last` - 1 of `sample`, from (carry, x, x0 of the level before) to those.
 
+    table: `prepared` levels, which may be arguments of the program.
     The bounds are traced: one program runs segments of any length. It cannot be differentiated.
     """
-    table = jax.tree.map(jnp.asarray, prepared(solver, levels))
+    table = jax.tree.map(jnp.asarray, table)
 
     def body(i: jax.Array, state: tuple[Any, jax.Array, jax.Array]) -> Any:
         level = jax.tree.map(lambda column: column[i], table)

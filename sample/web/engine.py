@@ -17,11 +17,16 @@ from ldm_jax.sample import adapters, exported, generate, options, program
 from ldm_jax.sample.request import Call, Request, calls_of, levels_of
 from ldm_jax.sample.web.jobs import CancelledError, Watch
 from ldm_jax.sample.web.limits import RefusedError
+from ldm_jax.sampling import Segments, Table
 
 SEGMENT = 0.25
 """Seconds of a segment, within which a job that is cancelled ends."""
 PREVIEWS = 0.1
 """Share of the time that previews may take."""
+
+
+NOT_IN_PROGRAMS = ("steps", "spacing", "spacing_rule", "preview")
+"""Facts of `exported.facts_of` that the programs of segments do not depend on."""
 
 
 class Programs(NamedTuple):
@@ -100,13 +105,14 @@ class Engine:
         CancelledError for a job that is cancelled. RefusedError 422 for pictures that are not
         finite, 507 where the memory of a device does not suffice.
         """
-        batch, calls = generate.batch_of(what), calls_of(what)
+        parts = program.segments_of(what)
+        batch, calls = _padded(generate.batch_of(what), parts.table), calls_of(what)
         levels = len(levels_of(what).t) - (what.start or 0)
         watch.steps += levels * len(calls)
         for number, call in enumerate(calls):
             if watch.stop in ("interrupt", "last") and number:
                 return
-            image = self._guarded(what, batch, call, watch)
+            image = self._guarded(what, parts, batch, call, watch)
             watch.step = watch.steps - levels * (len(calls) - 1 - number)
             if image is not None:
                 places = call.places[call.wanted]
@@ -115,9 +121,9 @@ class Engine:
                 watch.stop = None
             watch.images += len(call.wanted)
 
-    def _guarded(self, what: Request, batch: Any, call: Call, watch: Watch) -> Any:
+    def _guarded(self, what: Request, parts: Segments, batch: Any, call: Call, watch: Watch) -> Any:
         try:
-            return self._call(what, batch, call, watch)
+            return self._call(what, parts, batch, call, watch)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
             if isinstance(error, MemoryError) or full:
@@ -130,12 +136,14 @@ class Engine:
                 ) from error
             raise
 
-    def _call(self, what: Request, batch: Any, call: Call, watch: Watch) -> np.ndarray | None:
+    def _call(
+        self, what: Request, parts: Segments, batch: Any, call: Call, watch: Watch
+    ) -> np.ndarray | None:
         """float32 images [B, H, W, c]; None for a call that ended before its first level."""
-        arguments = generate.arguments_of(what, batch, call)
-        programs, held, state = self._begun(what, arguments, watch)
-        params = arguments[0]
-        first, last, levels, before = what.start or 0, len(levels_of(what).t), 1, watch.step
+        params, *others = generate.arguments_of(what, batch, call)
+        arguments = (params, parts.table, *others)
+        programs, held, state = self._begun(what, parts, arguments, watch)
+        first, last, levels, before = what.start or 0, parts.table.count, 1, watch.step
         start, shown, cost = first, time.monotonic(), 0.0
         watch.does("sampling")
         while first < last:
@@ -161,17 +169,20 @@ class Engine:
         image, _ = programs.end(params, held, state if first == last else _predicted(state))
         return np.asarray(generate.ready(image))
 
-    def _begun(self, what: Request, arguments: tuple, watch: Watch) -> tuple[Programs, Any, Any]:
+    def _begun(
+        self, what: Request, parts: Segments, arguments: tuple, watch: Watch
+    ) -> tuple[Programs, Any, Any]:
         """(programs, held, state at the first level); compiles what is not kept."""
         shapes = tuple((x.shape, str(x.dtype)) for x in map(_array, jax.tree.leaves(arguments)))
-        facts = json.dumps(exported.facts_of(what), sort_keys=True, default=str)
+        facts = {k: v for k, v in exported.facts_of(what).items() if k not in NOT_IN_PROGRAMS}
+        facts = json.dumps(facts, sort_keys=True, default=str)
         key = (facts, export.identity(what.model), shapes)
         made: list[Any] = []
 
         def compiled() -> Programs:
             watch.does("compiling")
             began = time.monotonic()
-            programs, *begun = _compiled(what, arguments)
+            programs, *begun = _compiled(parts, arguments)
             made.extend(begun)
             watch.compiled += time.monotonic() - began
             LOG.info(f"compiled {_described(what, arguments)} in {watch.compiled:.1f} s")
@@ -181,9 +192,9 @@ class Engine:
         return programs, *(made or programs.begin(*arguments))
 
 
-def _compiled(what: Request, arguments: tuple) -> tuple[Programs, Any, Any]:
+def _compiled(parts: Segments, arguments: tuple) -> tuple[Programs, Any, Any]:
     """(programs, held, state at the first level)."""
-    parts, params = program.segments_of(what), arguments[0]
+    params = arguments[0]
     begin = jax.jit(parts.begin).lower(*arguments).compile()
     held, state = begin(*arguments)
     # a state goes in as it comes out, where it lies too
@@ -194,10 +205,19 @@ def _compiled(what: Request, arguments: tuple) -> tuple[Programs, Any, Any]:
 
 
 def _described(what: Request, arguments: tuple) -> str:
-    """`4 pictures of 512x512 (width x height), 20 steps of ddim`."""
+    """`4 pictures of 512x512 (width x height), ddim`."""
     height, width = (side * what.model.config.first_stage.downsample for side in what.shape[:2])
-    steps = f"{what.options.steps} steps of {what.options.solver}"
-    return f"{len(arguments[3])} of {width}x{height} (width x height), {steps}"
+    return f"{len(arguments[4])} of {width}x{height} (width x height), {what.options.solver}"
+
+
+def _padded(batch: dict[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
+    """The batch whose schedules of prompts are as long as the table, for one program."""
+    length = len(table.rows.t)
+
+    def longer(schedule: np.ndarray) -> np.ndarray:
+        return np.pad(schedule, ((0, 0), (0, 0), (0, length - schedule.shape[2])))
+
+    return batch | {name: longer(batch[name]) for name in ("steps", "null_steps") if name in batch}
 
 
 def _array(leaf: Any) -> Any:
