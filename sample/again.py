@@ -37,6 +37,7 @@ SHAPING = frozenset(
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
         *("hires_scale", "hires_size", "hires_upscaler", "hires_steps", "hires_strength"),
+        *("resize_mode", "mask_invert"),
         *("content", "only_masked", "padding", "mask_blur"),
         *("strength", "noise_level", "maps", "palette", "boxes", "class_names"),
         *("window", "stride", "at_once", "window_clip", "tie_clip", "tile", "tile_levels", "space"),

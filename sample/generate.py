@@ -190,7 +190,13 @@ def arguments_of(
     place = lambda x: sharding.place(np.asarray(x), split)  # noqa: E731
     given = {name: place(x[call.places]) for name, x in batch.items()}
     given |= {name: place(x) for name, x in (fed or {}).items()}
-    donated = {name: given.pop(name) for name in DONATED if name in given}
+    down = request.model.config.first_stage.downsample
+    sizes = [request.shape[:2], tuple(down * side for side in request.shape[:2])]
+    donated = {
+        name: given.pop(name)
+        for name in DONATED
+        if name in given and given[name].shape[1:3] in sizes  # else it has the room of nothing
+    }
     keys = keys_of(request, call.places)
     keys = jax.random.wrap_key_data(
         place(jax.random.key_data(keys)), impl=jax.random.key_impl(keys)

@@ -1,8 +1,12 @@
 """Image to image: `ldm-sample img2img --model PATH --out DIR --images a.png --strength 0.6`."""
 
 import dataclasses
+from typing import Literal
+
+import numpy as np
 
 from ldm_jax import bundle, conditioning, sampling, schema
+from ldm_jax.runtime import images
 from ldm_jax.sample import adapters, editing
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
@@ -16,6 +20,10 @@ NAME = "img2img"
 class Options(editing.Options):
     """Images changed by a model of text, of classes, or of neither (SDEdit, Meng et al. 2021)."""
 
+    resize_mode: Literal["crop", "just", "fill", "latent"] = "crop"
+    """What becomes of images of another shape than --height and --width: `crop` cuts them, `just`
+    changes their shape, `fill` goes on with their edges, and `latent` changes that of the latent
+    (bilinear)."""
     strength: float = 0.75
     """Share of the steps that run, 0..1: 0 gives the image back, 1 keeps nothing of it."""
 
@@ -37,7 +45,17 @@ def request(options: Options, load: Load | None = None) -> Request:
     check_model(model, options)
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)
-    image = read_images(options.images, editing.side(options), channels=editing.channels(model))
+    side = editing.side(options)
+    latent, channels = options.resize_mode == "latent", editing.channels(model)
+    read = (None, None) if latent else side
+    image = read_images(options.images, read, channels=channels, mode=options.resize_mode)
+    size, where = image.shape[1:3], f"{options.images[0]}: "
+    shape = latent_shape(model, *size, where)
+    shown = image
+    if latent and side != (None, None):
+        size = tuple(new or old for new, old in zip(side, size, strict=True))
+        shape = latent_shape(model, *size)
+        shown = np.stack([images.resized(one, size) for one in image])
     made = editing.pairs(options, what)
     batch = {name: x[made.asked] for name, x in what.batch.items()}
     levels = levels_of(model, options)
@@ -46,13 +64,13 @@ def request(options: Options, load: Load | None = None) -> Request:
         options,
         model,
         mesh,
-        shape=latent_shape(model, *image.shape[1:3], where=f"{options.images[0]}: "),
+        shape=shape,
         guided=what.guided,
         batch={**batch, "init": image[made.image]},
         names=made.names,
         details=made.details,
         row_labels=made.row_labels,
-        left=image[made.image[:: options.num_images]],
+        left=shown[made.image[:: options.num_images]],
         start=sampling.start_of(options.strength, len(levels.t)),
     )
 

@@ -32,12 +32,18 @@ class Options(editing.Options):
     masks: flags.Files = ()
     """Mask files as large as the images, white where to draw, or in any colour on a transparent
     layer: one per image, or one for all."""
+    mask_invert: bool = False
+    """Draw what is black in the masks, and keep what is white."""
+    resize_mode: Literal["crop", "just", "fill"] = "crop"
+    """What becomes of images and masks of another shape than --height and --width: `crop` cuts
+    them, `just` changes their shape, and `fill` goes on with their edges."""
     pad: Annotated[tuple[int, int, int, int], arg(metavar="ABOVE BELOW LEFT RIGHT")] = (0, 0, 0, 0)
     """Pixels to draw above, below, left and right of the images (outpainting)."""
     strength: float = 1.0
     """Share of the steps that run, 0..1: below 1 the drawn part begins with what is there."""
-    content: Literal["fill", "original"] = "fill"
-    """What is there: `fill`, the nearest known pixels, or `original`, what the mask covers."""
+    content: Literal["fill", "original", "noise", "nothing"] = "fill"
+    """What is there: `fill`, the nearest known pixels; `original`, what the mask covers; `noise` or
+    `nothing`, noise or zeros in the latent."""
     only_masked: bool = False
     """Draw the part around the mask at --height and --width (default: the size of training), and
     put it back into the whole image."""
@@ -64,14 +70,15 @@ def request(options: Options, load: Load | None = None) -> Request:
     what = editing.asked(model, options)
     options = dataclasses.replace(options, guidance_scale=what.scale)
     side = (None, None) if options.only_masked else editing.side(options)
-    image = read_images(options.images, side, channels=editing.channels(model))
+    mode, channels = options.resize_mode, editing.channels(model)
+    image = read_images(options.images, side, channels=channels, mode=mode)
     image, mask = padded(image, read_masks(options, image.shape[1:3], side), options)
     made = editing.pairs(options, what)
     boxes, part, hole = _parts(model, options, image, mask)
 
     # The first stage sees beyond a pixel: masked pixels are filled, so that none shows through.
     known = part
-    if options.content == "fill":
+    if options.content != "original":
         known = np.stack([filled(a, b) for a, b in zip(part, hole, strict=True)])
     names = ("image", "mask") if beside else ("init", "init_mask")
     batch = {name: x[made.asked] for name, x in what.batch.items()}
@@ -80,6 +87,9 @@ def request(options: Options, load: Load | None = None) -> Request:
     if options.strength < 1:
         batch["init"] = known[made.image]
         start = sampling.start_of(options.strength, len(levels_of(model, options).t))
+        if options.content in ("noise", "nothing"):
+            share = float(options.content == "noise")
+            batch["hole"] = np.full(len(made.image), share, np.float32)
     soft = masking.blurred(mask, options.mask_blur)
 
     def finish(places, drawn):
@@ -179,14 +189,16 @@ def read_masks(
                 f"{name}: the mask is {size_of(mask)} (height x width), but its image {path}"
                 f" is {size_of(image)}"
             )
-        mask = resized(mask, side, Image.Resampling.NEAREST)
-        wanted[i, ..., 0] = np.asarray(mask) >= 128
+        mask = resized(mask, side, Image.Resampling.NEAREST, options.resize_mode)
+        wanted[i, ..., 0] = (np.asarray(mask) >= 128) != options.mask_invert
         if not wanted[i].any():
+            where = "black" if options.mask_invert else "white"
             raise ValueError(
-                f"{name}: masks nothing; white is where to draw, or strokes on a transparent layer"
+                f"{name}: masks nothing; {where} is where to draw, or strokes on a clear layer"
             )
         if wanted[i].all():
-            raise ValueError(f"{name}: masks the whole image; black is what to keep of {path}")
+            keeps = "white" if options.mask_invert else "black"
+            raise ValueError(f"{name}: masks the whole image; {keeps} is what to keep of {path}")
     return wanted
 
 

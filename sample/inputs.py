@@ -19,16 +19,18 @@ def read_images(
     *,
     channels: int = 3,
     flag: str = "--images",
+    mode: str = "crop",
 ) -> np.ndarray:
     """Image files as float32 [N, H, W, channels] in [-1, 1], all of one size.
 
     side: (height, width) in pixels, of which one may be None: each image is scaled to cover it and
     cut at the centre. With neither the images stay as they are, and must agree.
+    mode: what becomes of another shape, see `resized`.
     ValueError names the file that is missing, is no image, or has another size than the first.
     """
     if not paths:
         raise ValueError(f"give {flag} FILE [FILE ...]")
-    read = [resized(open_image(path, channels), side) for path in paths]
+    read = [resized(open_image(path, channels), side, mode=mode) for path in paths]
     for path, image in zip(paths, read, strict=True):
         if image.size != read[0].size:
             raise ValueError(
@@ -64,9 +66,16 @@ def _decoded(path: str, decode: Callable[[bytes], Image.Image]) -> Image.Image:
 
 
 def resized(
-    image: Image.Image, side: tuple[int | None, int | None], how: Any = Image.Resampling.BICUBIC
+    image: Image.Image,
+    side: tuple[int | None, int | None],
+    how: Any = Image.Resampling.BICUBIC,
+    mode: str = "crop",
 ) -> Image.Image:
-    """`image` scaled and cut as in `read_images`."""
+    """`image` at the height and width that `side` asks for.
+
+    mode: "crop" scales it to cover them and cuts at the centre, "just" changes its shape, "fill"
+    scales it to lie inside, and its edges go on to the borders.
+    """
     if side == (None, None):
         return image
     for flag, pixels in zip(("--height", "--width"), side, strict=True):
@@ -75,7 +84,16 @@ def resized(
     ratio = image.height / image.width
     height = side[0] or max(1, round(side[1] * ratio))
     width = side[1] or max(1, round(height / ratio))
-    return ImageOps.fit(image, (width, height), how)
+    if mode == "crop":
+        return ImageOps.fit(image, (width, height), how)
+    if mode == "just":
+        return image.resize((width, height), how)
+    factor = min(width / image.width, height / image.height)
+    inner = [max(1, round(factor * pixels)) for pixels in image.size]
+    around = [((n - m) // 2, n - m - (n - m) // 2) for n, m in zip((width, height), inner)]
+    array = np.asarray(image.resize(inner, how))
+    around = [*around[::-1], (0, 0)][: array.ndim]
+    return Image.fromarray(np.pad(array, around, mode="edge"), image.mode)
 
 
 def size_of(image: Image.Image) -> str:

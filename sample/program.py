@@ -9,7 +9,16 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import bundle, conditioning, latents, sampling, sharding, solvers
+from ldm_jax import (
+    bundle,
+    conditioning,
+    diffusion,
+    latents,
+    resizing,
+    sampling,
+    sharding,
+    solvers,
+)
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import progress
 from ldm_jax.sample.options import Options
@@ -93,6 +102,8 @@ def make_run(
     init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`; or
     init_latent: [B, h, w, c], its unscaled latent.
     init_mask: [B, H, W, 1], 1 where the image is drawn; elsewhere `init` is kept.
+    hole: [B], what `init` is under the mask: so much noise, and nothing of the image.
+    A latent of another size than `shape` is brought to it.
 
     wrap_model: model -> model, inside of guidance, as `windows.windowed`.
     decode: decode(params of the first stage, unscaled latents) -> images; default: the first stage
@@ -187,15 +198,27 @@ def _arguments(
     cond = conditioning.from_batch(*given)
     null = conditioning.null_like(*given) if guided else None
     init, mask = batch.get("init"), batch.get("init_mask")
+    x_T, (height, width, _) = batch.get("x_T"), shape
     if init is not None:
         # a sample of the posterior, as in the reference; the kept part is its mode
         draws = jax.vmap(jax.random.fold_in, (0, None))(keys, 2) if mask is None else None
         init = encode(init, keys=draws)
     elif "init_latent" in batch:
         init = model.latent_scale * batch["init_latent"]
-    if mask is not None:  # a latent pixel is kept only if all its pixels are
-        mask = einops.reduce(mask, "b (h y) (w x) c -> b h w c", "max", h=shape[0], w=shape[1])
-    return cond, keys, null, scale, eta, batch.get("x_T"), start, init, mask
+    if init is not None and init.shape[1:3] != (height, width):
+        init = resizing.resized(init, (height, width))
+    reduced = functools.partial(  # a latent pixel is kept only if all its pixels are
+        einops.reduce, pattern="b (h y) (w x) c -> b h w c", reduction="max", h=height, w=width
+    )
+    mask = mask if mask is None else reduced(mask)
+    if "hole" in batch:
+        under = reduced(batch["mask"]) if mask is None else mask
+        noise = x_T
+        if noise is None:  # of its own: with that of the first level it would be too much
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+            noise = diffusion.rowwise_normal(own, shape)
+        init = jnp.where(under > 0, batch["hole"][:, None, None, None] * noise, init)
+    return cond, keys, null, scale, eta, x_T, start, init, mask
 
 
 def _check_guidance(options: Options, guided: bool) -> None:

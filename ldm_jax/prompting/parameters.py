@@ -119,9 +119,26 @@ def _fields(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
         "Clip skip": skip if skip > 1 else None,
         "RNG": SOURCES[source],
         **hires,
+        **(_of_mask(settings) if settings.get("masks") else {}),
         "Emphasis": None if mode == "original" else _shown(mode),
         "Loras": ", ".join(names) or None,
         "Version": f"ldm_jax {settings.get('made_with', {}).get('ldm_jax', '')}".strip(),
+    }
+
+
+CONTENTS = {"fill": "fill", "original": "original"}
+CONTENTS |= {"noise": "latent noise", "nothing": "latent nothing"}
+
+
+def _of_mask(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of inpainting."""
+    alone = settings.get("only_masked", False)
+    return {
+        "Mask mode": "Inpaint not masked" if settings.get("mask_invert") else None,
+        "Mask blur": f"{settings['mask_blur']:g}" if settings.get("mask_blur") else None,
+        "Inpaint area": "Only masked" if alone else None,
+        "Masked area padding": settings.get("padding") if alone else None,
+        "Masked content": CONTENTS.get(settings.get("content", "")),
     }
 
 

@@ -9,7 +9,7 @@ import reference
 import text_model
 from task_models import assert_one_line, sample
 
-from ldm_jax import latents, loading, sampling, saving, solvers
+from ldm_jax import latents, loading, resizing, sampling, saving, solvers
 from ldm_jax.runtime import images
 from ldm_jax.sample import editing, img2img
 from ldm_jax.sample.inputs import read_images
@@ -76,6 +76,21 @@ def test_between_the_image_is_noised_to_the_level_that_runs_first(model):
     np.testing.assert_array_equal(sampling.noised(init, levels, 0, noise), noise)
     np.testing.assert_array_equal(sampling.noised(init, levels, STEPS, noise), init)
     assert [sampling.start_of(0.01 * s, 100) for s in (0, 29, 57, 100)] == [100, 71, 43, 0]
+
+
+def test_the_latent_of_an_image_is_brought_to_a_size(model, ldm_run, batch, photos, tmp_path):
+    options = img2img.Options(model="", out="", steps=STEPS)
+    keys = sampling.keys_of(0, [0, 1])
+    small, large = (
+        jax.jit(make_run(model, options, guided=True, shape=shape))(
+            model.params, batch, keys, 2.0, 0.0, STEPS
+        )[1]
+        for shape in ((8, 8, 4), (16, 10, 4))
+    )
+    np.testing.assert_allclose(large, resizing.resized(small, (16, 10)), atol=1e-4)
+    flags = ["--images", photos / "0.png", "--labels", 3, "--resize-mode", "latent", "--width", 24]
+    assert sample("img2img", "--model", ldm_run, "--out", tmp_path, *flags) == 0
+    assert read_images([str(tmp_path / "00000_0_class3_seed0.png")]).shape == (1, 16, 24, 3)
 
 
 def test_files_of_a_model_of_classes(ldm_run, photos, tmp_path):

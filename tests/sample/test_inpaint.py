@@ -9,7 +9,7 @@ import task_models
 from PIL import Image
 from task_models import pixels
 
-from ldm_jax import latents, loading, sampling, schema
+from ldm_jax import latents, loading, noise, sampling, schema
 from ldm_jax.configs import tiny
 from ldm_jax.runtime import images
 from ldm_jax.sample import inpaint, masking
@@ -147,6 +147,7 @@ def test_strokes_on_a_transparent_layer_are_the_hole(files, tmp_path):
         ("--masks {f}/small.png --height 8 --width 8", "small.png: the mask is 16x12"),
         ("--masks {f}/none.png", "none.png: masks nothing; white is where to draw"),
         ("--masks {f}/all.png", "all.png: masks the whole image; black is what to keep"),
+        ("--masks {f}/all.png --mask-invert", "all.png: masks nothing; black is where to draw"),
         ("--masks {f}/low.png {f}/right.png", "1 --images and 2 --masks: give as many, or one"),
         ("--masks {f}/gone.png", "gone.png: does not exist"),
         ("--pad -1 0 0 0", "--pad -1 0 0 0: give numbers from 0 on"),
@@ -208,6 +209,28 @@ def test_a_low_strength_begins_with_what_the_mask_covers(ldm_run, files, tmp_pat
     assert np.abs(found["original"] - images.to_uint8(through)[0])[8:].max() <= 1
     assert np.abs(found["fill"] - found["original"])[8:].max() > 1
     np.testing.assert_array_equal(found["fill"][:8], whole[:8])
+
+
+@pytest.mark.parametrize("kind", ["plain", "concat"])
+def test_a_low_strength_begins_with_noise_or_nothing(ldm_run, concat_run, files, tmp_path, kind):
+    """In the latent, under the mask; inverted it is the other half."""
+    run = {"plain": ldm_run, "concat": concat_run}[kind]
+    flags = ["--model", run, "--images", files / "a.png", "--masks", files / "low.png"]
+    flags += ["--strength", 0, "--noise-source", "cpu", "--seed", 3, "--save-latents"]
+    found = {}
+    for content in ("noise", "nothing"):
+        for invert in ([], ["--mask-invert"]):
+            out = tmp_path / f"{content}{len(invert)}"
+            given = [*flags, "--content", content, *invert, "--out", out]
+            assert task_models.sample("inpaint", *given) == 0
+            found[content, bool(invert)] = np.load(out / "latents.npy")[0]
+    scale = loading.load(run).latent_scale
+    drawn = noise.initial("cpu", 3, found["noise", False].shape) / scale
+    np.testing.assert_allclose(found["noise", False][4:], drawn[4:], atol=1e-5)
+    np.testing.assert_allclose(found["noise", True][:4], drawn[:4], atol=1e-5)
+    assert not found["nothing", False][4:].any()
+    assert not found["nothing", True][:4].any()
+    assert np.abs(found["nothing", False][:4]).min() > 0
 
 
 @pytest.mark.parametrize(

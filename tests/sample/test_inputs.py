@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.runtime import images
-from ldm_jax.sample.inputs import read_images
+from ldm_jax.sample.inputs import read_images, resized
 
 
 @pytest.fixture
@@ -56,3 +56,19 @@ def test_images_are_scaled_to_cover_and_cut_at_the_centre(files, side, shape):
 def test_bad_images_are_named(files, names, side, message):
     with pytest.raises(ValueError, match=message):
         read_images([str(files / name) for name in names], side)
+
+
+def test_other_shapes_are_squeezed_or_go_on_with_their_edges(files):
+    ramp = np.tile(np.arange(0, 120, 10, dtype=np.uint8)[:, None, None], (1, 4, 1))
+    images.save_png(files / "ramp.png", ramp)  # 12 high, 4 wide
+    with Image.open(files / "ramp.png") as ramp:
+        just = np.asarray(resized(ramp, (6, 8), Image.Resampling.NEAREST, "just"))
+        np.testing.assert_array_equal(just, np.repeat(np.arange(10, 120, 20), 8).reshape(6, 8))
+        whole = np.asarray(resized(ramp, (12, 9), mode="fill"))
+        np.testing.assert_array_equal(whole, np.repeat(np.arange(0, 120, 10), 9).reshape(12, 9))
+        wide = np.asarray(resized(ramp.rotate(90, expand=True), (20, 12), mode="fill"))
+    assert wide.shape == (20, 12)
+    assert (wide == wide[10]).all()
+    path = str(files / "rgb.png")
+    assert read_images([path], (4, 9), mode="fill").shape == (1, 4, 9, 3)
+    assert read_images([path], (4, None), mode="fill").shape == (1, 4, 3, 3)
