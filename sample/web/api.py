@@ -21,15 +21,8 @@ from ldm_jax.sample.web.asked import Asked, Extra, ExtraBatch, ExtraSingle, Img2
 from ldm_jax.sample.web.jobs import CancelledError, Job
 from ldm_jax.sample.web.limits import RefusedError
 from ldm_jax.sample.web.service import Result, Service
+from ldm_jax.sample.web.translate import UPSCALERS
 
-LATENT_UPSCALERS = (
-    "Latent",
-    "Latent (antialiased)",
-    "Latent (bicubic)",
-    "Latent (bicubic antialiased)",
-    "Latent (nearest)",
-    "Latent (nearest-exact)",
-)
 EMPTY: dict[str, Any] = {
     "scripts": {"txt2img": [], "img2img": []},
     "script-info": [],
@@ -296,7 +289,7 @@ def _add_lists(router: fastapi.APIRouter, service: Service) -> None:
     @router.get("/latent-upscale-modes")
     def latent_upscale_modes() -> list[dict[str, str]]:
         """What enlarges latents."""
-        return [{"name": name} for name in LATENT_UPSCALERS]
+        return [{"name": name} for name in UPSCALERS if name.startswith("Latent")]
 
     def shown(file: catalog.File) -> str:
         return os.path.basename(file.path) if service.private else file.path

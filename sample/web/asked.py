@@ -18,6 +18,10 @@ Image = str
 CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+SAME = ("automatic", "use same sampler", "use same scheduler", "use same checkpoint")
+"""Ways to say that the second pass is as the first."""
+
+
 class Asked(pydantic.BaseModel):
     """Fields of every request for pictures."""
 
@@ -117,6 +121,21 @@ class Txt2Img(Asked):
     hr_prompt: str = ""
     hr_negative_prompt: str = ""
     firstpass_image: Image | None = None
+
+    def check(self, limits: Limits) -> None:
+        """RefusedError for what is out of bounds, or that we do not have."""
+        super().check(limits)
+        if self.hr_second_pass_steps > limits.steps:
+            raise RefusedError(
+                422, f"hr_second_pass_steps {self.hr_second_pass_steps} is not in 0..{limits.steps}"
+            )
+        for name in ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt",
+                     "hr_negative_prompt", "firstpass_image", "firstphase_width"):  # fmt: skip
+            value = getattr(self, name)
+            if self.enable_hr and value and str(value).casefold() not in SAME:
+                raise RefusedError(
+                    422, f"{name} {value!r:.60}: the second pass has the first one's"
+                )
 
 
 class Img2Img(Asked):

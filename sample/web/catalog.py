@@ -1,7 +1,7 @@
 """The models that a server offers, and the folders of files beside them."""
 
-import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -129,8 +129,16 @@ def files_in(folder: str | None) -> list[File]:
     return [File(path.stem, str(path)) for path in found if path.suffix in ADAPTERS]
 
 
-@functools.lru_cache(maxsize=256)
-def digest_of(path: str, changed: float) -> str:
-    """sha256 of a file that was changed at a time."""
-    del changed
-    return storage.sha256(path)
+class Folders(NamedTuple):
+    """Folders of the server."""
+
+    out: str | None = None
+    loras: str | None = None
+    embeddings: str | None = None
+    styles: str | None = None
+    """A .csv file."""
+
+
+def embeddings(folders: Folders) -> list[File]:
+    """Files of embeddings whose names can be words of a prompt."""
+    return [file for file in files_in(folders.embeddings) if re.fullmatch(r"[^<>\s]+", file.name)]

@@ -14,7 +14,7 @@ from ldm_jax import bundle, export, schema, sharding
 from ldm_jax.runtime import images
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import adapters, exported, generate, options, program
-from ldm_jax.sample.request import Call, Request, calls_of, levels_of
+from ldm_jax.sample.request import Call, Request, calls_of
 from ldm_jax.sample.web.jobs import CancelledError, Watch
 from ldm_jax.sample.web.limits import RefusedError
 from ldm_jax.sampling import Segments, Table
@@ -35,6 +35,28 @@ class Programs(NamedTuple):
     begin: Callable
     run: Callable
     end: Callable
+
+
+STOPS = ("interrupt", "skip")
+"""Ways to end a call with its pictures as they are."""
+
+
+class _Pass(NamedTuple):
+    """A request, or the first or the second pass of it."""
+
+    what: Request
+    parts: Segments
+    batch: dict[str, np.ndarray]
+    first: int
+    """First level that runs."""
+    last: int
+    """Number of levels."""
+
+
+def _pass_of(what: Request) -> _Pass:
+    parts = program.segments_of(what)
+    batch = _padded(generate.batch_of(what), parts.table)
+    return _Pass(what, parts, batch, what.start or 0, parts.table.count)
 
 
 class Drawn(NamedTuple):
@@ -105,15 +127,15 @@ class Engine:
         CancelledError for a job that is cancelled. RefusedError 422 for pictures that are not
         finite, 507 where the memory of a device does not suffice.
         """
-        parts = program.segments_of(what)
-        batch, calls = _padded(generate.batch_of(what), parts.table), calls_of(what)
-        levels = len(levels_of(what).t) - (what.start or 0)
+        passes = [_pass_of(one) for one in generate.passes_of(what)]
+        calls, before = calls_of(what), watch.step
+        levels = sum(one.last - one.first for one in passes)
         watch.steps += levels * len(calls)
         for number, call in enumerate(calls):
             if watch.stop in ("interrupt", "last") and number:
                 return
-            image = self._guarded(what, parts, batch, call, watch)
-            watch.step = watch.steps - levels * (len(calls) - 1 - number)
+            image = self._guarded(what, passes, call, watch)
+            watch.step = before + levels * (number + 1)
             if image is not None:
                 places = call.places[call.wanted]
                 yield Drawn(call, places, _finished(what, places, image[call.wanted]))
@@ -121,9 +143,13 @@ class Engine:
                 watch.stop = None
             watch.images += len(call.wanted)
 
-    def _guarded(self, what: Request, parts: Segments, batch: Any, call: Call, watch: Watch) -> Any:
+    def _guarded(self, what: Request, passes: list[_Pass], call: Call, watch: Watch) -> Any:
+        """float32 images [B, H, W, c]; None for a call that ended before its first level."""
         try:
-            return self._call(what, parts, batch, call, watch)
+            image, z = self._pass(passes[0], call, {}, watch)
+            if what.second is not None and watch.stop not in STOPS:
+                image, _ = self._pass(passes[1], call, what.second.feed(image, z), watch)
+            return image
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
             if isinstance(error, MemoryError) or full:
@@ -136,56 +162,52 @@ class Engine:
                 ) from error
             raise
 
-    def _call(
-        self, what: Request, parts: Segments, batch: Any, call: Call, watch: Watch
-    ) -> np.ndarray | None:
-        """float32 images [B, H, W, c]; None for a call that ended before its first level."""
-        params, *others = generate.arguments_of(what, batch, call)
-        arguments = (params, parts.table, *others)
-        programs, held, state = self._begun(what, parts, arguments, watch)
-        first, last, levels, before = what.start or 0, parts.table.count, 1, watch.step
-        start, shown, cost = first, time.monotonic(), 0.0
+    def _pass(self, one: _Pass, call: Call, fed: dict[str, np.ndarray], watch: Watch) -> Any:
+        """(float32 images [B, H, W, c], latents); Nones if it ended before its first level."""
+        params, *others = generate.arguments_of(one.what, one.batch, call, fed)
+        arguments = (params, one.parts.table, *others)
+        programs, held, state = self._begun(one, arguments, watch)
+        level, levels, before = one.first, 1, watch.step
+        shown, cost = time.monotonic(), 0.0
         watch.does("sampling")
-        while first < last:
+        while level < one.last:
             if watch.stop == "cancel":
                 raise CancelledError("the request was cancelled")
-            if watch.stop in ("interrupt", "skip"):
+            if watch.stop in STOPS:
                 break
             began = time.monotonic()
-            upto = min(first + levels, last)
-            state = programs.run(params, held, state, first, upto)
+            upto = min(level + levels, one.last)
+            state = programs.run(params, held, state, level, upto)
             generate.ready(state[1])
-            each = (time.monotonic() - began) / (upto - first)
+            each = (time.monotonic() - began) / (upto - level)
             levels = max(1, int(SEGMENT / max(each, 1e-6)))
-            first, watch.step = upto, before + upto - start
+            level, watch.step = upto, before + upto - one.first
             due = time.monotonic() - shown > cost / PREVIEWS
-            if watch.wants_preview and due and first < last:
+            if watch.wants_preview and due and level < one.last:
                 began = time.monotonic()
                 watch.preview = _shown(programs.end(params, held, _predicted(state))[0])
                 shown, cost = time.monotonic(), time.monotonic() - began
-        if first == start < last:
-            return None
+        if level == one.first < one.last:
+            return None, None
         watch.does("decoding")
-        image, _ = programs.end(params, held, state if first == last else _predicted(state))
-        return np.asarray(generate.ready(image))
+        image, z = programs.end(params, held, state if level == one.last else _predicted(state))
+        return np.asarray(generate.ready(image)), np.asarray(z)
 
-    def _begun(
-        self, what: Request, parts: Segments, arguments: tuple, watch: Watch
-    ) -> tuple[Programs, Any, Any]:
+    def _begun(self, one: _Pass, arguments: tuple, watch: Watch) -> tuple[Programs, Any, Any]:
         """(programs, held, state at the first level); compiles what is not kept."""
         shapes = tuple((x.shape, str(x.dtype)) for x in map(_array, jax.tree.leaves(arguments)))
-        facts = {k: v for k, v in exported.facts_of(what).items() if k not in NOT_IN_PROGRAMS}
+        facts = {k: v for k, v in exported.facts_of(one.what).items() if k not in NOT_IN_PROGRAMS}
         facts = json.dumps(facts, sort_keys=True, default=str)
-        key = (facts, export.identity(what.model), shapes)
+        key = (facts, export.identity(one.what.model), shapes)
         made: list[Any] = []
 
         def compiled() -> Programs:
             watch.does("compiling")
             began = time.monotonic()
-            programs, *begun = _compiled(parts, arguments)
+            programs, *begun = _compiled(one.parts, arguments)
             made.extend(begun)
             watch.compiled += time.monotonic() - began
-            LOG.info(f"compiled {_described(what, arguments)} in {watch.compiled:.1f} s")
+            LOG.info(f"compiled {_described(one.what, arguments)} in {watch.compiled:.1f} s")
             return programs
 
         programs = self._programs.get(key, compiled)

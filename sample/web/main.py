@@ -129,14 +129,15 @@ def checked(options: Options) -> Options:
 def application(options: Options) -> tuple[Any, Any]:
     """(ASGI application, its service)."""
     from ldm_jax.sample.web import api, guard
+    from ldm_jax.sample.web.catalog import Folders
     from ldm_jax.sample.web.limits import Limits
-    from ldm_jax.sample.web.service import Files, Service
+    from ldm_jax.sample.web.service import Service
 
     if jax.process_count() > 1:
         raise ValueError("ldm-web runs in one process")
     limits = Limits(queue=options.queue, pixels=options.max_pixels)
-    files = Files(options.out, options.lora_dir, options.embedding_dir, options.styles)
-    service = Service(options.model, files, limits, dtype=options.dtype, private=options.listen)
+    folders = Folders(options.out, options.lora_dir, options.embedding_dir, options.styles)
+    service = Service(options.model, folders, limits, dtype=options.dtype, private=options.listen)
     app: Any = api.make(service)
     if not options.api_only:
         import gradio

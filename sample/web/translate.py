@@ -1,0 +1,225 @@
+"""From what is asked, in webui's words, to the request of a sampling task."""
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from ldm_jax import schema
+from ldm_jax.data.tokens import FileTokenizer
+from ldm_jax.sample import class2img, img2img, inpaint, text2img, unconditional
+from ldm_jax.sample.options import label_ids
+from ldm_jax.sample.request import Request
+from ldm_jax.sample.web import catalog, names
+from ldm_jax.sample.web.asked import Asked, Img2Img, Txt2Img
+from ldm_jax.sample.web.catalog import Entry
+from ldm_jax.sample.web.engine import Engine
+from ldm_jax.sample.web.limits import RefusedError
+from ldm_jax.sample.web.settings import EMPHASIS, SOURCES
+
+FILLS = ("fill", "original", "noise", "nothing")
+UPSCALERS = {
+    "Latent": "latent",
+    "Latent (antialiased)": "latent-antialiased",
+    "Latent (bicubic)": "latent-bicubic",
+    "Latent (bicubic antialiased)": "latent-bicubic-antialiased",
+    "Latent (nearest)": "latent-nearest",
+    "Latent (nearest-exact)": "latent-nearest-exact",
+    "Lanczos": "lanczos",
+    "Nearest": "nearest",
+}
+"""{name: --hires-upscaler}; the first six enlarge latents."""
+
+
+class Place(NamedTuple):
+    """What a request is made for."""
+
+    engine: Engine
+    folders: catalog.Folders
+    dtype: str
+
+
+class Asking(NamedTuple):
+    """A request, its model, and the settings of the server for it."""
+
+    asked: Asked
+    entry: Entry
+    settings: dict[str, Any]
+    pictures: dict[str, bytes]
+    """{file name: picture}: `init_0.png`, ..., `mask.png`."""
+
+
+class Made(NamedTuple):
+    """The request of a task."""
+
+    request: Request
+    seeds: list[int]
+    """Of each picture, [N]."""
+    subseeds: list[int]
+
+
+def request_of(asking: Asking, place: Place, folder: str) -> Made:
+    """The request of a sampling task; its pictures are written into a folder.
+
+    RefusedError or ValueError for what the model does not allow.
+    """
+    asked, entry = asking.asked, asking.entry
+    for name, data in asking.pictures.items():
+        epath.Path(folder, name).write_bytes(data)
+    seed, subseed = (
+        random.SystemRandom().randrange(2**32 - 2) if number == -1 else number
+        for number in (asked.seed, asked.subseed)
+    )
+    varied = asked.subseed_strength > 0
+    shared = _shared(asking, place) | {"seed": seed, "subseed": subseed if varied else 0}
+    task, options = _kind(asking, shared, place)(asking, shared, place)
+    if isinstance(asked, Txt2Img) and asked.enable_hr:
+        if task is not text2img:
+            raise RefusedError(422, f"enable_hr: {entry.title} is no model of text alone")
+        options |= _hires(asked)
+    if isinstance(asked, Img2Img):
+        task, options = _from_pictures(asked, options, folder, list(asking.pictures))
+    what = task.request(task.Options(**options), place.engine.load)
+    count = range(what.count)
+    if varied:
+        return Made(what, [seed] * what.count, [subseed + i for i in count])
+    # picture i is the first one of seed + i
+    numbers = [seed + i for i in count]
+    what = what.replaced(seeds=np.asarray(numbers, np.uint64), indices=np.zeros(what.count, int))
+    return Made(what, numbers, [subseed] * what.count)
+
+
+def _shared(asking: Asking, place: Place) -> dict[str, Any]:
+    """Options that all tasks have."""
+    asked, entry, split = asking.asked, asking.entry, place.engine.split
+    solver, spacing = names.chosen(asked.sampler_name or asked.sampler_index, asked.scheduler)
+    resized = (asked.seed_resize_from_h, asked.seed_resize_from_w)
+    return {
+        "model": entry.path,
+        "out": "",
+        "step": entry.step,
+        "dtype": place.dtype,
+        "num_images": asked.batch_size * asked.n_iter,
+        "batch_size": -(-asked.batch_size // split) * split,
+        "steps": asked.steps,
+        "solver": solver,
+        "spacing": spacing,
+        "eta": (asked.eta or 0.0) if solver == "ddim" else 0.0,  # the others take none
+        "subseed_strength": asked.subseed_strength,
+        "seed_resize_from": resized if min(resized) > 0 else None,
+        "noise_source": SOURCES[asking.settings["randn_source"]],
+        "height": asked.height,
+        "width": asked.width,
+        "progress": "none",
+    }
+
+
+def _kind(asking: Asking, shared: dict[str, Any], place: Place) -> Any:
+    """The function that gives (task, options) for the kind of the model."""
+    entry, name = asking.entry, type(asking.asked).__name__.lower()
+    if entry.kind == "inpaint" and "mask.png" in asking.pictures:
+        model = place.engine.load(text2img.Options(**shared))
+        return _text if schema.text_of(model.config.cond) is not None else _unconditional
+    kinds = {"text": _text, "class": _class, "unconditional": _unconditional}
+    if entry.kind not in kinds:
+        raise RefusedError(
+            422,
+            f"{entry.title}: is a model of {entry.kind}, which {name} does not take; choose another"
+            " with sd_model_checkpoint",
+        )
+    return kinds[entry.kind]
+
+
+def _text(asking: Asking, shared: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any]]:
+    asked, settings = asking.asked, asking.settings
+    # webui's language needs the start and end tokens of CLIP or BERT
+    tokenizer = place.engine.load(text2img.Options(**shared)).tokenizer
+    own = {
+        "prompt": (asked.prompt,),
+        "negative_prompt": asked.negative_prompt or "",
+        "guidance_scale": max(asked.cfg_scale, 1.0),
+        "prompt_syntax": "webui" if isinstance(tokenizer, FileTokenizer) else "plain",
+        "emphasis": EMPHASIS[settings["emphasis"]],
+        "clip_skip": settings["CLIP_stop_at_last_layers"],
+        "lora_dir": place.folders.loras,
+        "embedding": tuple(f"{f.path}=<{f.name}>" for f in catalog.embeddings(place.folders)),
+    }
+    return text2img, shared | own
+
+
+def _class(asking: Asking, shared: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any]]:
+    asked = asking.asked
+    if asked.negative_prompt:
+        raise RefusedError(422, "negative_prompt: the model is one of classes, without texts")
+    name = asked.prompt.strip()
+    if not name:
+        return _unconditional(asking, shared, place)
+    model = place.engine.load(class2img.Options(**shared))
+    try:
+        labels = label_ids(model, [name])
+    except ValueError as error:
+        raise RefusedError(422, str(error).replace("--labels", "prompt")) from error
+    given = "cfg_scale" in asked.model_fields_set
+    scale = max(asked.cfg_scale, 1.0) if given else 1.5
+    if not model.config.cond.null_class:
+        if given and scale != 1:
+            raise RefusedError(422, f"cfg_scale {scale}: the model has no null class; take 1")
+        scale = 1.0
+    return class2img, shared | {"labels": labels, "guidance_scale": scale}
+
+
+def _unconditional(asking: Asking, shared: dict[str, Any], place: Place) -> tuple[Any, dict]:
+    del place
+    for name in ("prompt", "negative_prompt"):
+        if (getattr(asking.asked, name) or "").strip():
+            raise RefusedError(422, f"{name}: the model draws without a text; leave it out")
+    return unconditional, shared | {"guidance_scale": 1.0}
+
+
+def _from_pictures(
+    asked: Img2Img, options: dict[str, Any], folder: str, given: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    """(task, options) of a request that begins with pictures."""
+    files = [str(epath.Path(folder, name)) for name in given]
+    masks = tuple(path for path in files if path.endswith("mask.png"))
+    starts = tuple(path for path in files if path not in masks)
+    options = {
+        **options,
+        "images": starts,
+        "strength": 0.75 if asked.denoising_strength is None else asked.denoising_strength,
+    }
+    if not masks:
+        return img2img, options
+    own = {
+        "masks": masks,
+        "content": FILLS[asked.inpainting_fill],
+        "only_masked": asked.inpaint_full_res,
+        "padding": asked.inpaint_full_res_padding,
+        "mask_blur": float(asked.mask_blur if asked.mask_blur is not None else asked.mask_blur_x),
+    }
+    return inpaint, options | own
+
+
+def larger(asked: Txt2Img, size: int) -> tuple[int, int]:
+    """(width, height) after the second pass, or more."""
+    width, height = asked.width or size, asked.height or size
+    if not (asked.hr_resize_x or asked.hr_resize_y):
+        return int(width * asked.hr_scale), int(height * asked.hr_scale)
+    wide = asked.hr_resize_x or asked.hr_resize_y * width // height
+    return wide, asked.hr_resize_y or asked.hr_resize_x * height // width
+
+
+def _hires(asked: Txt2Img) -> dict[str, Any]:
+    """Options of the second pass."""
+    name = asked.hr_upscaler or "Latent"
+    if name not in UPSCALERS:
+        raise RefusedError(400, f"hr_upscaler {name!r:.60} is not one of {', '.join(UPSCALERS)}")
+    resized = (asked.hr_resize_y, asked.hr_resize_x)
+    size = {"hires_size": resized} if any(resized) else {"hires_scale": asked.hr_scale}
+    strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
+    return size | {
+        "hires_upscaler": UPSCALERS[name],
+        "hires_steps": asked.hr_second_pass_steps,
+        "hires_strength": strength,
+    }
