@@ -187,7 +187,12 @@ def add_offset(noise: jax.Array, offset_bc: jax.Array, strength: float) -> jax.A
 
 
 def rowwise_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Unit normal [B, *shape]; row i depends on keys[i] alone, not on the batch it is drawn in."""
+    """Unit normal [B, *shape]; row i depends on keys[i] alone, not on the batch it is drawn in.
+
+    In place of keys [B], numbers [B, *shape] that were drawn elsewhere come back.
+    """
+    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return keys
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 

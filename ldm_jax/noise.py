@@ -1,4 +1,4 @@
-"""Initial noise as other programs draw it, on the host: torch on a CPU, and CUDA.
+"""Noise as other programs draw it, on the host: torch on a CPU, and CUDA.
 
 An image's noise is that of a generator of its own, in torch's order of axes, as in
 stable-diffusion-webui.
@@ -22,10 +22,18 @@ def torch_cpu(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     For 16 numbers or more, which torch draws in blocks of 16; it takes the lower 32 bits of a seed.
     ValueError for fewer.
     """
+    return _next_of_torch(_twister(seed), shape)
+
+
+def _twister(seed: int) -> np.random.RandomState:
+    return np.random.RandomState(seed & 0xFFFFFFFF)
+
+
+def _next_of_torch(twister: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
+    """What the next torch.randn of a generator draws."""
     count = int(np.prod(shape))
     if count < 16:
         raise ValueError(f"noise of {count} numbers: torch draws fewer than 16 in another way")
-    twister = np.random.RandomState(seed & 0xFFFFFFFF)
 
     def uniform(n: int) -> np.ndarray:
         words = twister.randint(0, 2**32, n, np.uint32)
@@ -99,6 +107,24 @@ def initial(
     if resized_from is not None:
         noise = _in_the_middle(noise, draw(seed, (channels, height, width)))
     return np.ascontiguousarray(noise.transpose(1, 2, 0))
+
+
+def of_steps(
+    source: Source, seed: int, shape: tuple[int, int, int], count: int, delta: int = 0
+) -> np.ndarray:
+    """Noise [count, h, w, c] of as many steps: what the generator of `initial` draws next.
+
+    delta: draw it from the beginning of another generator, of seed + delta (webui's "eta noise seed
+        delta", ENSD); 0: from the same one.
+    """
+    height, width, channels = shape
+    drawn, first = (channels, height, width), 0 if delta else 1
+    if source == "cpu":
+        twister = _twister(seed + delta)
+        noise = [_next_of_torch(twister, drawn) for _ in range(first + count)][first:]
+    else:
+        noise = [cuda(seed + delta, drawn, call) for call in range(first, first + count)]
+    return np.stack(noise).transpose(0, 2, 3, 1) if count else np.zeros((0, *shape), np.float32)
 
 
 def spherical(low: np.ndarray, high: np.ndarray, part: float) -> np.ndarray:

@@ -119,7 +119,7 @@ def make_sampler(
     **unknown: Any,
 ) -> Callable[..., Any]:
     """sample(params, cond, keys, null=None, guidance_scale=1.0, eta=0.0, x_T=None, start=0,
-    init=None, mask=None) -> images.
+    init=None, mask=None, step_noise=None) -> images.
 
     The function is pure: jit it with your own shardings; every argument may be given by position.
     params: as `model.params`.
@@ -133,6 +133,8 @@ def make_sampler(
     `start`: 0 ignores it (x_T alone), the number of levels returns it unchanged.
     mask: [B, h, w, 1], 1 where the image is drawn; elsewhere `init` is kept: see
     `solvers.masked`.
+    step_noise: [B, S or more, h, w, c] unit normal, for each level of a solver that draws noise;
+    default: drawn from the keys.
     Prompt, seed, guidance scale, eta, start, init and mask are traced: a new one never recompiles.
 
     shape: (h, w, c) of the latent; default: the model's own.
@@ -267,6 +269,7 @@ def _made(
         start: Any = 0,
         init: jax.Array | None = None,
         mask: jax.Array | None = None,
+        step_noise: jax.Array | None = None,
     ) -> tuple[_Held, jax.Array]:
         _check_call(cond, keys, null, guidance_scale, guidance_rescale, guidance_interval)
         finite.check_known(guidance_scale, "guidance_scale")
@@ -280,7 +283,9 @@ def _made(
             raise ValueError("mask keeps `init` outside of it: give init too")
         cond = with_kv_cache(unet, params["unet"], cond)
         null = None if null is None else with_kv_cache(unet, params["unet"], null)
-        return _Held(cond, null, guidance_scale, eta, step_keys, start, init, mask, table.rows), x_T
+        noise = step_keys if step_noise is None else step_noise
+        held = (cond, null, guidance_scale, eta, step_keys, start, init, mask, table.rows, noise)
+        return _Held(*held), x_T
 
     def finish(params: dict, held: _Held, latent: jax.Array) -> jax.Array:
         if held.mask is not None and held.init is not None:
@@ -294,7 +299,7 @@ def _made(
     def sample(params: dict, *args: Any, **named: Any) -> Any:
         held, x_T = prepare_whole(params, *args, **named)
         out = solvers.sample(
-            make_solver(held.eta), denoiser(params, held), levels, x_T, held.keys,
+            make_solver(held.eta), denoiser(params, held), levels, x_T, held.noise,
             start=held.start, trace=trace, remat=remat,
         )  # fmt: skip
         latent, traced = out if trace is not None else (out, None)
@@ -307,7 +312,7 @@ def _made(
 
     def run(params: dict, held: _Held, state: Any, first: Any, last: Any) -> Any:
         solver, denoise = make_solver(held.eta), denoiser(params, held)
-        return solvers.segment(solver, denoise, held.rows, state, held.keys, first, last)
+        return solvers.segment(solver, denoise, held.rows, state, held.noise, first, last)
 
     def end(params: dict, held: _Held, state: Any) -> jax.Array:
         return finish(params, held, state[1])
@@ -334,17 +339,20 @@ class _Held(NamedTuple):
     guidance_scale: Any
     eta: Any
     keys: jax.Array
-    """Typed keys [B] of the noise of the steps."""
+    """Typed keys [B] of what is drawn at the steps."""
     start: Any
     init: jax.Array | None
     mask: jax.Array | None
     rows: solvers.Levels
     """See `Table`."""
+    noise: jax.Array
+    """The same keys, or the noise of the steps, [B, S or more, h, w, c]."""
 
 
 NEW_CALL = (
     "make_sampler(model, steps, ...) and sample(params, cond, keys, null=None, guidance_scale=1.0,"
-    " eta=0.0, x_T=None, start=0, init=None, mask=None); guidance runs if null is given"
+    " eta=0.0, x_T=None, start=0, init=None, mask=None, step_noise=None); guidance runs if null is"
+    " given"
 )
 
 

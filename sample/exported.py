@@ -7,7 +7,7 @@ import numpy as np
 
 from ldm_jax import export
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample.generate import arguments_of, batch_of
+from ldm_jax.sample.generate import arguments_of, batch_of, step_noise_of
 from ldm_jax.sample.program import program_of
 from ldm_jax.sample.request import Call, Request
 
@@ -24,6 +24,8 @@ def facts_of(request: Request) -> dict[str, Any]:
     }
     facts |= {name: getattr(options, name) for name in names} | request.program
     facts["latent"] = request.shape
+    if step_noise_of(request, np.zeros(0, int)) is not None:
+        facts["step noise"] = True
     return {name: list(x) if isinstance(x, tuple) else x for name, x in facts.items()}
 
 

@@ -128,9 +128,17 @@ def generate(
 
 def batch_of(request: Request) -> dict[str, np.ndarray]:
     """The request's batch, and x_T of --init-latents or --noise-source."""
-    x_T = inputs.start_latents(request.options, request.count, request.shape)
-    if request.options.noise_source != "own":
+    options = request.options
+    x_T = inputs.start_latents(options, request.count, request.shape)
+    if options.noise_source != "own":
         x_T = noise_of(request, x_T)
+    for name in ("subseed", "subseed_strength", "seed_resize_from", "eta_noise_seed_delta"):
+        if getattr(options, name) and options.noise_source == "own":
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is of the noise of other programs: give --noise-source cpu or nv, or"
+                f" leave out --{flag}"
+            )
     return request.batch if x_T is None else {**request.batch, "x_T": x_T}
 
 
@@ -151,14 +159,13 @@ def noise_of(request: Request, given: np.ndarray | None) -> np.ndarray:
         smaller = tuple(pixels // down for pixels in smaller)
         if min(smaller) < 1:
             raise ValueError(f"--seed-resize-from {options.seed_resize_from}: at least {down} each")
-    varied = options.subseed_strength > 0
-    drawn = []
-    for seed, index in zip(seeds_of(request).tolist(), indices_of(request).tolist(), strict=True):
-        one, other = (seed, options.subseed + index) if varied else (seed + index, 0)
+    varied, drawn = options.subseed_strength > 0, []
+    for one, index in zip(generators_of(request), indices_of(request).tolist(), strict=True):
+        other = options.subseed + index if varied else 0
         drawn.append(
             noise.initial(
                 options.noise_source,
-                seeds.checked(one, "--seed"),
+                one,
                 request.shape,
                 subseed=seeds.checked(other, "--subseed"),
                 strength=options.subseed_strength,
@@ -166,6 +173,41 @@ def noise_of(request: Request, given: np.ndarray | None) -> np.ndarray:
             )
         )
     return np.stack(drawn)
+
+
+def generators_of(request: Request) -> list[int]:
+    """Seed of the generator of each image, with --noise-source. ValueError for one out of range."""
+    given = zip(seeds_of(request).tolist(), indices_of(request).tolist(), strict=True)
+    if request.options.subseed_strength > 0:
+        return [seeds.checked(seed, "--seed") for seed, _ in given]
+    return [seeds.checked(seed + index, "--seed") for seed, index in given]
+
+
+NOISES = 32
+"""Noises of steps are filled up to a multiple: nearly as many steps are then the same program."""
+
+
+def step_noise_of(request: Request, places: np.ndarray) -> np.ndarray | None:
+    """Noise of the steps of some of the images, of --noise-source, float32 [B, S, h, w, c].
+
+    S is the number of levels or more. None for a solver that draws none, or draws it from keys.
+    """
+    options = request.options
+    draws = options.eta or solvers.make(options.solver).noisy
+    if options.noise_source == "own" or not draws:
+        return None
+    levels, start = len(levels_of(request).t), request.start or 0
+    delta, known = options.eta_noise_seed_delta, {}
+    table = np.zeros((len(places), -(-levels // NOISES) * NOISES, *request.shape), np.float32)
+    generators = generators_of(request)
+    for row, place in enumerate(places.tolist()):
+        if place not in known:
+            seed = generators[place]
+            seeds.checked(seed + delta, "--seed with --eta-noise-seed-delta")
+            given = (seed, request.shape, levels - start, delta)
+            known[place] = noise.of_steps(options.noise_source, *given)
+        table[row, start:levels] = known[place]
+    return table
 
 
 def ready(array: jax.Array) -> jax.Array:
@@ -190,12 +232,15 @@ def arguments_of(
     place = lambda x: sharding.place(np.asarray(x), split)  # noqa: E731
     given = {name: place(x[call.places]) for name, x in batch.items()}
     given |= {name: place(x) for name, x in (fed or {}).items()}
+    step_noise = step_noise_of(request, call.places)
+    if step_noise is not None:
+        given["step_noise"] = place(step_noise)
     down = request.model.config.first_stage.downsample
     sizes = [request.shape[:2], tuple(down * side for side in request.shape[:2])]
     donated = {
         name: given.pop(name)
         for name in DONATED
-        if name in given and given[name].shape[1:3] in sizes  # else it has the room of nothing
+        if name in given and given[name].shape[1:3] in sizes  # one of another size is of no use
     }
     keys = keys_of(request, call.places)
     keys = jax.random.wrap_key_data(

@@ -103,9 +103,10 @@ class Options:
     lora_dir: flags.OptionalDir = None
     """Folder of the files that <lora:NAME> in a prompt of `webui` names."""
     noise_source: noise.Source = "own"
-    """Who draws the noise that image number i starts from, of seed + i: `own` (of seed and i),
-    `cpu` as torch does, or `nv` as CUDA does, as stable-diffusion-webui; the noise of steps is
-    always our own."""
+    """Who draws the noise of image number i and of its steps, of seed + i: `own` (of seed and i),
+    `cpu` as torch does, or `nv` as CUDA does, as stable-diffusion-webui."""
+    eta_noise_seed_delta: int = 0
+    """With `cpu` or `nv`: the noise of steps is of seed + i and so much more (webui's ENSD)."""
     subseed: int = 0
     """With `cpu` or `nv`: another seed, towards whose noise an image is varied."""
     subseed_strength: float = 0.0

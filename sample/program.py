@@ -102,6 +102,7 @@ def make_run(
     init: [B, H, W, c], an image in [-1, 1] to start from, noised to the level `start`; or
     init_latent: [B, h, w, c], its unscaled latent.
     init_mask: [B, H, W, 1], 1 where the image is drawn; elsewhere `init` is kept.
+    step_noise: [B, S, h, w, c], see `sampling.make_sampler`.
     hole: [B], what `init` is under the mask: so much noise, and nothing of the image.
     A latent of another size than `shape` is brought to it.
 
@@ -218,7 +219,7 @@ def _arguments(
             own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
             noise = diffusion.rowwise_normal(own, shape)
         init = jnp.where(under > 0, batch["hole"][:, None, None, None] * noise, init)
-    return cond, keys, null, scale, eta, x_T, start, init, mask
+    return cond, keys, null, scale, eta, x_T, start, init, mask, batch.get("step_noise")
 
 
 def _check_guidance(options: Options, guided: bool) -> None:

@@ -24,6 +24,25 @@ def test_torchs_numbers(seed, shape):
     np.testing.assert_allclose(noise.torch_cpu(seed, shape), expected.numpy(), atol=2e-6)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("shape", [(8, 8, 4), (5, 7, 4)])
+def test_steps_draw_on_from_the_generator(shape):
+    torch = pytest.importorskip("torch", reason="torch is the reference here")
+    height, width, channels = shape
+    for delta in (0, 5):
+        generator = torch.Generator("cpu").manual_seed(7 + delta)
+        drawn = [torch.randn((channels, height, width), generator=generator) for _ in range(4)]
+        expected = np.stack(drawn)[0 if delta else 1 :][:3].transpose(0, 2, 3, 1)
+        found = noise.of_steps("cpu", 7, shape, 3, delta)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+    of_cuda = noise.of_steps("nv", 7, shape, 2)
+    second = noise.cuda(7, (channels, height, width), call=2).transpose(1, 2, 0)
+    np.testing.assert_array_equal(of_cuda[1], second)
+    other = noise.of_steps("nv", 7, shape, 1, delta=5)
+    np.testing.assert_array_equal(other[0], noise.initial("nv", 12, shape))
+    assert noise.of_steps("nv", 7, shape, 0).shape == (0, *shape)
+
+
 def test_a_variation_moves_from_one_noise_to_the_other():
     one, other = (noise.initial("cpu", seed, (8, 6, 4)) for seed in (1, 2))
     given = {"subseed": 2, "strength": 0.0}

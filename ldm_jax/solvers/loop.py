@@ -38,7 +38,7 @@ def sample(
     """x_0 [B, h, w, c] from x_T, unit normal float32 of the same shape.
 
     keys: typed keys [B]; the noise of an image depends on its own key and the level alone (with
-    JAX's default generator, threefry).
+    JAX's default generator, threefry). Or the noise of every level, [B, S, h, w, c].
     start: first level that runs, with x_T at that level's noise. A Python int cuts the table; a
     traced one skips through `lax.cond`, so that another value does not recompile.
     trace: trace(x, denoised) of every level; the result is then (x_0, traces stacked to [S, ...]).
@@ -107,5 +107,7 @@ def prepared(solver: Solver, levels: Levels) -> Levels:
 
 
 def keys_at(keys: jax.Array, number: Any) -> jax.Array:
-    """Keys [B] of the noise of one level."""
+    """Keys [B] of the noise of one level; of noise [B, S, h, w, c] in their place, that itself."""
+    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return jnp.take(keys, number, axis=1)
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

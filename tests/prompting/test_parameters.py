@@ -123,7 +123,7 @@ def test_novel_ai_and_comfy_ui():
     assert (given["prompt"], given["negative_prompt"], given["solver"]) == (
         ("a girl",), "bad", "euler_ancestral",
     )  # fmt: skip
-    assert left == ["ENSD: 31337"]
+    assert (given["eta_noise_seed_delta"], left) == (31337, [])
     graph = {
         "3": {"inputs": {"seed": 8, "steps": 20, "cfg": 8, "sampler_name": "euler",
                          "scheduler": "karras", "denoise": 1, "positive": ["6", 0],

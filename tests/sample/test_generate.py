@@ -10,7 +10,7 @@ import pytest
 import task_models
 from task_models import again, assert_one_line, pixels, sample
 
-from ldm_jax import export, schema
+from ldm_jax import export, noise, schema
 from ldm_jax.runtime import images
 from ldm_jax.sample import draw, generate, img2img, program, progress, request
 from ldm_jax.sample.options import Options
@@ -150,6 +150,8 @@ def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
         (("--guidance-interval", 5, 2), "guidance_interval=(5.0, 2.0): none of the 2 timesteps"),
         (("--dynamic-threshold", 0), "dynamic_threshold=0.0 is not in"),
         (("--quantize-x0",), "quantize_x0"),
+        (("--subseed", 1), "--subseed is of the noise of other programs: give --noise-source cpu"),
+        (("--seed-resize-from", 8, 8), "--seed-resize-from is of the noise of other programs"),
         (("--from-export", "gone.bin"), "gone.bin: does not exist; give a file that was exported"),
         (("--export", "x.bin", "--export-platforms", "abacus"), "platform 'abacus' is not one of"),
     ],
@@ -194,3 +196,22 @@ def test_a_guidance_scale_of_0_is_warned_of(scales, count, caplog):
     caplog.clear()
     draw.say_what_is_left_out(types.SimpleNamespace(guided=False))
     assert not caplog.messages
+
+
+def test_noise_of_steps_begins_where_the_steps_do(what):
+    """Half of four levels run; the second call is the first noise of a step."""
+    options = dataclasses.replace(what.options, eta=1.0, noise_source="nv", seed=3)
+    what = dataclasses.replace(what, options=options)
+    table = generate.step_noise_of(what, np.array([1, 1, 0]))
+    assert table.shape == (3, generate.NOISES, 8, 8, 4)
+    expected = noise.cuda(4, (4, 8, 8), call=1).transpose(1, 2, 0)
+    np.testing.assert_array_equal(table[0, 2], expected)
+    np.testing.assert_array_equal(table[0], table[1])
+    assert not table[:, :2].any()
+    assert not table[:, 4:].any()
+    (one,) = generate.made(what)
+    varied = dataclasses.replace(options, eta_noise_seed_delta=1)
+    (other,) = generate.made(dataclasses.replace(what, options=varied))
+    assert np.abs(one.latent - other.latent).max() > 1e-3
+    deterministic = dataclasses.replace(what, options=dataclasses.replace(options, eta=0.0))
+    assert generate.step_noise_of(deterministic, np.array([0])) is None

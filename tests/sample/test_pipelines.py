@@ -3,6 +3,8 @@
 Those that begin with images: test_pipelines_editing.py.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import reference
@@ -97,6 +99,39 @@ def test_noise_of_torchs_generators(made, tmp_path):
     ).images  # fmt: skip
     flags = ["--noise-source", "cpu", "--seed", 7, "--height", 24, "--width", 16]
     assert same(drawn(folder, tmp_path, None, *flags), theirs) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheduler", "options", "flags"),
+    [
+        ("DDIMScheduler", {}, ["--solver", "ddim", "--eta", 1]),
+        ("EulerAncestralDiscreteScheduler", {}, ["--solver", "euler_ancestral"]),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++"},
+            ["--solver", "dpmpp_2m_sde"],
+        ),
+    ],
+)
+def test_steps_draw_from_torchs_generators(made, tmp_path, scheduler, options, flags):
+    import diffusers
+
+    folder, pipe = made("v1")
+    own = pipe.scheduler
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(own.config, **options)
+    shutil.copytree(folder, tmp_path / "model")
+    pipe.scheduler.save_pretrained(tmp_path / "model" / "scheduler")
+    try:
+        theirs = pipe(
+            PROMPTS, generator=[torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)],
+            num_inference_steps=STEPS, guidance_scale=SCALE, height=24, width=16,
+            eta=float(scheduler == "DDIMScheduler"),
+        ).images  # fmt: skip
+    finally:
+        pipe.scheduler = own
+    flags = ["--noise-source", "cpu", "--seed", 7, "--height", 24, "--width", 16, *flags]
+    assert same(drawn(tmp_path / "model", tmp_path, None, *flags), theirs) <= 1
 
 
 @pytest.mark.slow
