@@ -7,7 +7,7 @@ import numpy as np
 
 from ldm_jax import bundle, conditioning, sampling, schema
 from ldm_jax.runtime import images
-from ldm_jax.sample import adapters, editing
+from ldm_jax.sample import adapters, editing, styling
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import read_images
 from ldm_jax.sample.options import Load, latent_shape, levels_of, open_model
@@ -17,7 +17,7 @@ NAME = "img2img"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(editing.Options):
+class Options(styling.Options, editing.Options):
     """Images changed by a model of text, of classes, or of neither (SDEdit, Meng et al. 2021)."""
 
     resize_mode: Literal["crop", "just", "fill", "latent"] = "crop"
@@ -40,7 +40,7 @@ def request(options: Options, load: Load | None = None) -> Request:
     """
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
-    options = adapters.with_networks(options)
+    options = adapters.with_networks(styling.styled(options))
     model, mesh, options = open_model(options, load=load)
     check_model(model, options)
     what = editing.asked(model, options)

@@ -16,7 +16,7 @@ from tyro.conf import arg
 
 from ldm_jax import bundle, conditioning, finite, sampling, schema
 from ldm_jax.runtime import flags, images
-from ldm_jax.sample import adapters, editing, masking
+from ldm_jax.sample import adapters, editing, masking, styling
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.inputs import open_image, open_mask, read_images, resized, size_of
 from ldm_jax.sample.options import Load, latent_shape, levels_of, open_model
@@ -26,7 +26,7 @@ NAME = "inpaint"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(editing.Options):
+class Options(styling.Options, editing.Options):
     """Images whose masked part is drawn by the model, or that are continued beyond their edges."""
 
     masks: flags.Files = ()
@@ -64,7 +64,7 @@ def request(options: Options, load: Load | None = None) -> Request:
     ValueError for options that the model does not allow.
     """
     _check(options)
-    options = adapters.with_networks(options)
+    options = adapters.with_networks(styling.styled(options))
     model, mesh, options = open_model(options, load=load)
     beside = check_model(model, options)
     what = editing.asked(model, options)

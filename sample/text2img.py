@@ -11,7 +11,7 @@ from ldm_jax import bundle, conditioning, schema
 from ldm_jax.prompting import composed
 from ldm_jax.runtime import flags
 from ldm_jax.runtime.log import LOG
-from ldm_jax.sample import adapters, hires, prompts
+from ldm_jax.sample import adapters, hires, prompts, styling
 from ldm_jax.sample.draw import draw
 from ldm_jax.sample.options import (
     Load,
@@ -26,7 +26,7 @@ NAME = "text2img"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(hires.Options):
+class Options(styling.Options, hires.Options):
     """Images of a text, by a text-conditional model."""
 
     prompt: flags.Texts = ()
@@ -53,7 +53,7 @@ def request(options: Options, load: Load | None = None) -> Request:
     ValueError for options that the model does not allow.
     """
     # before the model, whose weights may take minutes: a fault of the prompts is said at once
-    options, larger = adapters.with_networks(options), hires.asked(options)
+    options, larger = adapters.with_networks(styling.styled(options)), hires.asked(options)
     entries, problems = read_prompts(options)
     model, mesh, options = open_model(options, load=load)
     check_model(model, options)

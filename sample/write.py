@@ -41,7 +41,7 @@ OUTPUT = (
 )  # fmt: skip
 
 # files of which an image uses one line, or that can be made again
-LISTS = ("prompt_file", "index_file")
+LISTS = ("prompt_file", "index_file", "styles")
 
 
 def open_out(options: Options) -> epath.Path:
