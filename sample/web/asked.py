@@ -163,6 +163,13 @@ class Img2Img(Asked):
 
     PICTURES: ClassVar[tuple[str, ...]] = ("init_images", "mask", "latent_mask")
 
+    def check(self, limits: Limits) -> None:
+        """RefusedError for what is out of bounds, or that we do not have."""
+        super().check(limits)
+        for name, none in (("initial_noise_multiplier", (None, 1)), ("latent_mask", (None, ""))):
+            if getattr(self, name) not in none:
+                raise RefusedError(422, f"{name}: is not there yet; leave it out")
+
 
 class Extra(pydantic.BaseModel):
     """Fields of a request to enlarge."""

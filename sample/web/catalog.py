@@ -31,6 +31,8 @@ class Entry(NamedTuple):
     size: int
     """Pixels of a side, as it was trained."""
     channels: int
+    spacing: str
+    """Of its own sampler."""
     classes: tuple[str, ...] | None
     """Names or ids of its classes; None for another model."""
 
@@ -65,6 +67,7 @@ def _entry(path: str) -> Entry:
         kind=kind_of(model.config.cond),
         size=model.config.size,
         channels=getattr(model.config.first_stage, "in_channels", 3),
+        spacing=model.config.sampling.spacing,
         classes=_classes(model),
     )
 

@@ -206,8 +206,10 @@ class Engine:
             began = time.monotonic()
             programs, *begun = _compiled(one.parts, arguments)
             made.extend(begun)
-            watch.compiled += time.monotonic() - began
-            LOG.info(f"compiled {_described(one.what, arguments)} in {watch.compiled:.1f} s")
+            took = time.monotonic() - began
+            watch.compiled += took
+            watch.paused += took if watch.began is not None else 0.0
+            LOG.info(f"compiled {_described(one.what, arguments)} in {took:.1f} s")
             return programs
 
         programs = self._programs.get(key, compiled)

@@ -28,10 +28,6 @@ HEADERS = (
 )
 
 
-class _TooLargeError(Exception):
-    """The body of a request exceeds its bound."""
-
-
 class Guard:
     """An ASGI application before another one.
 
@@ -67,12 +63,14 @@ class Guard:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.most:
-                raise _TooLargeError
+            if read > self.most:  # to what reads it, the client has gone
+                return {"type": "http.disconnect"}
             return message
 
         async def dressed(message: Message) -> None:
             nonlocal started
+            if read > self.most and not started:
+                return
             if message["type"] == "http.response.start":
                 started = True
                 own = {name for name, _ in HEADERS}
@@ -82,9 +80,11 @@ class Guard:
 
         try:
             await self.app(scope, counted, dressed)
-        except _TooLargeError:
-            if not started:
-                await _answer(send, 413, self._too_large())
+        except Exception:
+            if started or read <= self.most:
+                raise
+        if read > self.most and not started:
+            await _answer(send, 413, self._too_large())
 
     def _refusal(
         self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]

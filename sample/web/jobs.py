@@ -37,8 +37,8 @@ class Watch:
         """Pictures that are done, and all of them."""
         self.preview: np.ndarray | None = None
         """uint8 [B, H, W, c], the pictures as predicted so far; None before the first."""
-        self.compiled = 0.0
-        """Seconds that compiling took in this job."""
+        self.compiled = self.paused = 0.0
+        """Seconds that compiling took in this job, and those of them after `began`."""
         self.wants_preview = False
         """Somebody looks at the job."""
         self.stop: str | None = None
@@ -61,7 +61,7 @@ class Watch:
         """Seconds that are left; None while that is unknown."""
         if self.began is None or not self.step:
             return None
-        spent = time.monotonic() - self.began - self.compiled
+        spent = time.monotonic() - self.began - self.paused
         return max(0.0, spent * (self.steps - self.step) / self.step)
 
 

@@ -9,6 +9,7 @@ from etils import epath
 from ldm_jax import schema
 from ldm_jax.data.tokens import FileTokenizer
 from ldm_jax.sample import class2img, img2img, inpaint, text2img, unconditional
+from ldm_jax.sample.inputs import open_mask
 from ldm_jax.sample.options import label_ids
 from ldm_jax.sample.request import Request
 from ldm_jax.sample.web import catalog, names
@@ -18,6 +19,9 @@ from ldm_jax.sample.web.engine import Engine
 from ldm_jax.sample.web.limits import RefusedError
 from ldm_jax.sample.web.settings import EMPHASIS, SOURCES
 
+LEADING = ("ddim", "ddpm", "plms")
+"""Solvers whose steps are those of latent diffusion's own samplers, where a model has these."""
+RESIZE_MODES = ("just", "crop", "fill", "latent")
 FILLS = ("fill", "original", "noise", "nothing")
 UPSCALERS = {
     "Latent": "latent",
@@ -94,6 +98,8 @@ def _shared(asking: Asking, place: Place) -> dict[str, Any]:
     """Options that all tasks have."""
     asked, entry, split = asking.asked, asking.entry, place.engine.split
     solver, spacing = names.chosen(asked.sampler_name or asked.sampler_index, asked.scheduler)
+    if spacing is None and entry.spacing == "leading" and solver not in LEADING:
+        spacing = "linspace"  # exactly so many steps, as in k-diffusion
     resized = (asked.seed_resize_from_h, asked.seed_resize_from_w)
     return {
         "model": entry.path,
@@ -182,21 +188,26 @@ def _from_pictures(
 ) -> tuple[Any, dict[str, Any]]:
     """(task, options) of a request that begins with pictures."""
     files = [str(epath.Path(folder, name)) for name in given]
-    masks = tuple(path for path in files if path.endswith("mask.png"))
-    starts = tuple(path for path in files if path not in masks)
-    options = {
-        **options,
-        "images": starts,
-        "strength": 0.75 if asked.denoising_strength is None else asked.denoising_strength,
+    strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
+    mode = RESIZE_MODES[asked.resize_mode]
+    options |= {
+        "images": tuple(path for path in files if not path.endswith("mask.png")),
+        "strength": strength,
+        "resize_mode": mode,
     }
-    if not masks:
+    masks = tuple(path for path in files if path.endswith("mask.png"))
+    if not masks or not np.asarray(open_mask(masks[0])).any():  # blank: the whole picture changes
         return img2img, options
+    if mode == "latent":
+        raise RefusedError(422, "resize_mode 3: is not for pictures with a mask; take 0, 1 or 2")
+    blur = asked.mask_blur if asked.mask_blur is not None else asked.mask_blur_x
     own = {
         "masks": masks,
+        "mask_invert": asked.inpainting_mask_invert == 1,
         "content": FILLS[asked.inpainting_fill],
         "only_masked": asked.inpaint_full_res,
         "padding": asked.inpaint_full_res_padding,
-        "mask_blur": float(asked.mask_blur if asked.mask_blur is not None else asked.mask_blur_x),
+        "mask_blur": float(blur),
     }
     return inpaint, options | own
 
