@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ldm_jax.prompting import parameters
+from ldm_jax.prompting import parameters, styles
 from ldm_jax.runtime import images
 from ldm_jax.sample import text2img, write
 from ldm_jax.sample.request import calls_of
@@ -113,9 +113,9 @@ class Service:
         """Names of what enlarges."""
         return self.enlarger.names()
 
-    def styles(self) -> dict[str, Any]:
+    def styles(self) -> dict[str, styles.Style]:
         """Styles by name."""
-        return {}
+        return {} if self.folders.styles is None else styles.read(self.folders.styles)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -142,10 +142,25 @@ class Service:
         names.chosen(asked.sampler_name or asked.sampler_index, asked.scheduler)
         if asked.save_images and self.folders.out is None:
             raise RefusedError(422, "save_images: the server was started without --out")
+        if asked.styles:  # before the model, whose words may be other ones
+            asked = self._styled(asked)
         given = _pictures(asked, self.limits)
         bare = asked.model_copy(update=dict.fromkeys(asked.PICTURES))
         asking = Asking(bare, entry, settings, given)
         return lambda watch: self._draw(asking, watch)
+
+    def _styled(self, asked: Asked) -> Asked:
+        """The request with its styles in its texts. RefusedError for an unknown one."""
+        try:
+            chosen = styles.chosen(self.styles(), asked.styles or (), "styles")
+        except ValueError as error:
+            raise RefusedError(422, str(error)) from error
+        texts = asked.prompt, asked.negative_prompt or ""
+        for style in chosen:
+            texts = style.around(*texts)
+        asked = asked.model_copy(update={"prompt": texts[0], "negative_prompt": texts[1]})
+        self.limits.texts(prompt=texts[0], negative_prompt=texts[1])
+        return asked
 
     def _draw(self, asking: Asking, watch: Watch) -> Result:
         watch.does("loading")

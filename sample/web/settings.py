@@ -10,6 +10,7 @@ DEFAULTS: dict[str, Any] = {
     "CLIP_stop_at_last_layers": 1,
     "randn_source": "NV",
     "emphasis": "Original",
+    "eta_noise_seed_delta": 0,
 }
 """{name: value at the start}; the model is the first one of the command."""
 SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu", "own": "own"}
@@ -19,7 +20,6 @@ FIXED: dict[str, Any] = {
     "samples_format": "png",
     "samples_save": False,
     "grid_save": False,
-    "eta_noise_seed_delta": 0,
     "img2img_fix_steps": False,
     "img2img_color_correction": False,
     "face_restoration": False,
@@ -77,6 +77,10 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
         elif name == "CLIP_stop_at_last_layers":
             if type(value) is not int or not 1 <= value <= 12:
                 raise RefusedError(422, f"{name} {value!r:.60} is not in 1..12")
+            known[name] = value
+        elif name == "eta_noise_seed_delta":
+            if type(value) is not int or not 0 <= value < 2**32:
+                raise RefusedError(422, f"{name} {value!r:.60} is not in 0..2**32 - 1")
             known[name] = value
         elif not isinstance(value, str):
             raise RefusedError(422, f"{name} {value!r:.60}: give a text")

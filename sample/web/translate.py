@@ -101,6 +101,7 @@ def _shared(asking: Asking, place: Place) -> dict[str, Any]:
     if spacing is None and entry.spacing == "leading" and solver not in LEADING:
         spacing = "linspace"  # exactly so many steps, as in k-diffusion
     resized = (asked.seed_resize_from_h, asked.seed_resize_from_w)
+    source = SOURCES[asking.settings["randn_source"]]
     return {
         "model": entry.path,
         "out": "",
@@ -114,7 +115,8 @@ def _shared(asking: Asking, place: Place) -> dict[str, Any]:
         "eta": (asked.eta or 0.0) if solver == "ddim" else 0.0,  # the others take none
         "subseed_strength": asked.subseed_strength,
         "seed_resize_from": resized if min(resized) > 0 else None,
-        "noise_source": SOURCES[asking.settings["randn_source"]],
+        "noise_source": source,
+        "eta_noise_seed_delta": 0 if source == "own" else asking.settings["eta_noise_seed_delta"],
         "height": asked.height,
         "width": asked.width,
         "progress": "none",

@@ -26,10 +26,11 @@ def words(folder):
 
 @pytest.fixture(scope="module")
 def client(folder, words, ldm_run):
-    (folder / "none").mkdir()
     cond = schema.SuperResCondConfig(factor=2)
     large = task_models.save(task_models.make(cond, in_channels=7), folder)
-    made = web.service(words, ldm_run, large, out=str(folder / "out"))
+    table = folder / "styles.csv"
+    table.write_text('name,prompt,negative_prompt\nneat,"(red:1.2) {prompt}",sea\n')
+    made = web.service(words, ldm_run, large, out=str(folder / "out"), styles=str(table))
     yield web.Client(made)
     made.queue.close()
 
@@ -191,7 +192,7 @@ def test_lists(client):
     assert client.get("scripts") == {"txt2img": [], "img2img": []}
     for name in ("sd-vae", "hypernetworks", "face-restorers", "realesrgan-models"):
         assert client.get(name) == []
-    assert client.get("prompt-styles") == []
+    assert [one["name"] for one in client.get("prompt-styles")] == ["neat"]
     assert client.post("refresh-checkpoints") is None
     assert client.get("memory")["ram"]["used"] > 0
     assert client.get("cmd-flags")["api"]
@@ -223,7 +224,15 @@ def test_settings(client):
         "CLIP_stop_at_last_layers": 1,
         "randn_source": "NV",
         "emphasis": "Original",
+        "eta_noise_seed_delta": 0,
     }
+
+
+def test_styles(client):
+    (styled,), _ = client.drawn(prompt="square", styles=["neat"])
+    (plain,), _ = client.drawn(prompt="(red:1.2) square", negative_prompt="sea")
+    assert np.array_equal(styled, plain)
+    assert "there is no such style" in client.refused("txt2img", {"styles": ["odd"]})
 
 
 REFUSED = [
