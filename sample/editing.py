@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -12,6 +12,7 @@ from ldm_jax.prompting import composed
 from ldm_jax.runtime import flags
 from ldm_jax.sample import text2img
 from ldm_jax.sample.options import Options, check_tokenizer, label_ids, null_batch
+from ldm_jax.sample.write import pictures_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Options(Options):
     """Images, and prompts or labels to go with them: as many, or one for all."""
 
     images: flags.Files = ()
-    """Image files. One goes with every prompt or label; several, with as many or with one."""
+    """Image files, or a folder of them, which gives its names to what is drawn. One goes with every
+    prompt or label; several, with as many or with one."""
     height: int | None = None
     """Pixels to which the images are scaled and cut; default: as they are."""
     width: int | None = None
@@ -35,6 +37,29 @@ class Options(Options):
     guidance_scale: float | None = None
     """Classifier-free guidance; default: 7.5 with a prompt, 1.5 with a label, else 1, which samples
     without."""
+
+
+def in_folder(options: Any) -> tuple[Any, list[str]]:
+    """(options whose --images, and --masks, are files; names without ending of those of a folder).
+
+    A folder of masks has one for each image, of its name. ValueError for a folder without pictures,
+    and for an image without a mask.
+    """
+    folder = options.images[0] if len(options.images) == 1 else ""
+    if not folder or not epath.Path(folder).is_dir():
+        return options, []
+    paths = list(pictures_in(epath.Path(folder), depth=0))
+    if not paths:
+        raise ValueError(f"--images {folder}: holds no pictures")
+    options = dataclasses.replace(options, images=tuple(map(str, paths)))
+    masks = getattr(options, "masks", ())
+    if len(masks) == 1 and epath.Path(masks[0]).is_dir():
+        known = {path.stem: str(path) for path in pictures_in(epath.Path(masks[0]), depth=0)}
+        lacking = [path.name for path in paths if path.stem not in known]
+        if lacking:
+            raise ValueError(f"--masks {masks[0]}: has no mask named as {lacking[0]}")
+        options = dataclasses.replace(options, masks=tuple(known[path.stem] for path in paths))
+    return options, [path.stem for path in paths]
 
 
 class Asked(NamedTuple):
@@ -121,9 +146,10 @@ class Pairs(NamedTuple):
     """Labels of the grid's rows, one for each pair."""
 
 
-def pairs(options: Options, what: Asked) -> Pairs:
+def pairs(options: Options, what: Asked, stems: Sequence[str] = ()) -> Pairs:
     """Every image with its prompt or label, num_images times.
 
+    stems: names of the images, for as many pictures of one each.
     ValueError if there are several of both, and not as many.
     """
     images, count = len(options.images), len(what.names)
@@ -144,6 +170,8 @@ def pairs(options: Options, what: Asked) -> Pairs:
         details.append(
             {"index": i, "image": path, "images": [path], "asked": what.labels[b], **alone}
         )
+    if len(stems) == len(names) and len({*stems, "grid"}) > len(stems):
+        names = list(stems)
     return Pairs(
         image, which, names, details, [what.labels[b] for b in range(count)] * (total // count)
     )

@@ -41,6 +41,7 @@ def request(options: Options, load: Load | None = None) -> Request:
     if not 0 <= options.strength <= 1:
         raise ValueError(f"--strength {options.strength} is not in 0..1")
     options = adapters.with_networks(styling.styled(options))
+    options, stems = editing.in_folder(options)
     model, mesh, options = open_model(options, load=load)
     check_model(model, options)
     what = editing.asked(model, options)
@@ -56,7 +57,7 @@ def request(options: Options, load: Load | None = None) -> Request:
         size = tuple(new or old for new, old in zip(side, size, strict=True))
         shape = latent_shape(model, *size)
         shown = np.stack([images.resized(one, size) for one in image])
-    made = editing.pairs(options, what)
+    made = editing.pairs(options, what, stems)
     batch = {name: x[made.asked] for name, x in what.batch.items()}
     levels = levels_of(model, options)
     return Request(

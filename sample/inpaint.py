@@ -65,6 +65,7 @@ def request(options: Options, load: Load | None = None) -> Request:
     """
     _check(options)
     options = adapters.with_networks(styling.styled(options))
+    options, stems = editing.in_folder(options)
     model, mesh, options = open_model(options, load=load)
     beside = check_model(model, options)
     what = editing.asked(model, options)
@@ -73,7 +74,7 @@ def request(options: Options, load: Load | None = None) -> Request:
     mode, channels = options.resize_mode, editing.channels(model)
     image = read_images(options.images, side, channels=channels, mode=mode)
     image, mask = padded(image, read_masks(options, image.shape[1:3], side), options)
-    made = editing.pairs(options, what)
+    made = editing.pairs(options, what, stems)
     boxes, part, hole = _parts(model, options, image, mask)
 
     # The first stage sees beyond a pixel: masked pixels are filled, so that none shows through.

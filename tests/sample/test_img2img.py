@@ -71,10 +71,11 @@ def test_strength_0_gives_the_image_back_and_1_ignores_it(model, run, batch):
 
 def test_between_the_image_is_noised_to_the_level_that_runs_first(model):
     levels, (init, noise) = solvers.levels(model.schedule, STEPS), reference.draw(2, 1, 4, 4, 4)
-    at = sampling.noised(init, levels, np.int32(2), noise)
+    table = sampling.Table(levels, STEPS)
+    at = sampling.noised(init, table, np.int32(2), noise)
     np.testing.assert_allclose(at, levels.alpha[2] * init + levels.sigma[2] * noise, atol=1e-6)
-    np.testing.assert_array_equal(sampling.noised(init, levels, 0, noise), noise)
-    np.testing.assert_array_equal(sampling.noised(init, levels, STEPS, noise), init)
+    np.testing.assert_array_equal(sampling.noised(init, table, 0, noise), noise)
+    np.testing.assert_array_equal(sampling.noised(init, table, STEPS, noise), init)
     assert [sampling.start_of(0.01 * s, 100) for s in (0, 29, 57, 100)] == [100, 71, 43, 0]
 
 
@@ -101,6 +102,32 @@ def test_files_of_a_model_of_classes(ldm_run, photos, tmp_path):
     kept = images.read_settings(tmp_path / "00002_0_class1_seed0.png")
     assert (kept["task"], kept["asked"], kept["guidance_scale"]) == ("img2img", "1", 1.5)
     assert (kept["strength"], kept["image"]) == (0.75, str(photos / "0.png"))
+
+
+def test_all_pictures_of_a_folder_keep_their_names(ldm_run, photos, tmp_path, capsys):
+    for folder in ("in", "masks", "empty"):
+        (tmp_path / folder).mkdir()
+    for i, name in enumerate(("b", "a")):
+        images.save_png(tmp_path / "in" / f"{name}.png", picture(i, 16, 16))
+        images.save_png(
+            tmp_path / "masks" / f"{name}.png", np.uint8(255 * (picture(i, 16, 16)[..., :1] > 99))
+        )
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    flags = ["--model", ldm_run, "--images", tmp_path / "in", "--out"]
+    assert sample("img2img", *flags, tmp_path / "out") == 0
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"a.png", "b.png", "grid.png"}
+    kept = images.read_settings(tmp_path / "out" / "b.png")
+    assert kept["images"] == [str(tmp_path / "in" / "b.png")]
+    more = ["--masks", tmp_path / "masks", "--num-images", 2]
+    assert sample("inpaint", *flags, tmp_path / "holes", *more) == 0
+    kept = images.read_settings(tmp_path / "holes" / "00002_b_seed0.png")
+    assert kept["masks"] == [str(tmp_path / "masks" / "b.png")]
+    capsys.readouterr()
+    (tmp_path / "masks" / "a.png").unlink()
+    flags.append(tmp_path / "no")
+    assert_one_line("inpaint", capsys, "has no mask named as a.png", *flags, *more)
+    flags[3] = tmp_path / "empty"
+    assert_one_line("img2img", capsys, "holds no pictures", *flags)
 
 
 @pytest.mark.slow
