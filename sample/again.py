@@ -40,6 +40,7 @@ SHAPING = frozenset(
             "subseed_strength",
             "seed_resize_from",
         ),
+        *("image_format", "image_quality"),
         *("seed", "seeds", "first_index", "num_images", "batch_size", "init_latents"),
         *("height", "width", "labels", "prompt", "negative_prompt", "images", "masks", "pad"),
         *("hires_scale", "hires_size", "hires_upscaler", "hires_steps", "hires_strength"),
@@ -110,7 +111,8 @@ def main(options: Options, tasks: Mapping[str, types.ModuleType]) -> int:
     with hosts.together():
         (made,) = generate.made(what, [call], run)
         refuse_lost(write.part(out, what, made, settings), what)
-    LOG.info(f"{out / name}.png: {compared(out, options.image, name, kept)}")
+    new = write.path_of(out, what.options, name)
+    LOG.info(f"{new}: {compared(new, options.image, kept)}")
     return 0
 
 
@@ -200,10 +202,9 @@ def place_of(what: Request, index: int, image: str) -> int:
     return place
 
 
-def compared(out: epath.Path, original: str, name: str, kept: dict[str, Any]) -> str:
+def compared(drawn: epath.Path, original: str, kept: dict[str, Any]) -> str:
     """Text on the difference between the new image and the old one."""
-    old, new = (write.read_picture(epath.Path(f).parent, epath.Path(f).stem).astype(int)
-                for f in (original, out / f"{name}.png"))  # fmt: skip
+    old, new = (images.read_written(path).astype(int) for path in (original, drawn))
     if old.shape == new.shape and (old == new).all():
         return f"equal to {original}, pixel for pixel"
     here = write.made_with()

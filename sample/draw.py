@@ -1,11 +1,13 @@
 """From a request to files: the common part of all sampling tasks."""
 
+import dataclasses
 import json
 from typing import Any
 
 import jax
 from etils import epath
 
+from ldm_jax.runtime import images
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import exported, generate, hosts, program, write
 from ldm_jax.sample.request import Call, Request, calls_of, levels_of, scales_of
@@ -31,6 +33,7 @@ def draw(what: Request) -> int:
         for one in generate.passes_of(what):  # refuses options that the sampler cannot use
             program.program_of(one, one.model)
     generate.batch_of(what)  # refuses --init-latents that do not fit, before there is a folder
+    write.check_format(what)
     calls = calls_of(what, size)
     settings = write.settings_of(what, calls)
     out = write.open_out(options)
@@ -107,15 +110,19 @@ def missing(
 
     ValueError, naming the file and the setting, for an image of another list.
     """
-    there = {path.stem for path in out.glob("*.png")} - {"grid"}
+    paths = [path for ending in images.ENDINGS.values() for path in out.glob(f"*{ending}")]
+    there = {path.stem: path for path in paths if path.stem != "grid"}
     places = {name: place for place, name in enumerate(what.names)}
-    for name in sorted(there):
+    fields = dataclasses.fields(what.options)
+    defaults = json.loads(json.dumps({f.name: f.default for f in fields}, default=str))
+    for name, path in sorted(there.items()):
         if name not in places:
             raise ValueError(
-                f"--resume: {out / name}.png is none of the images of this list, which begins with"
-                f" {what.names[0]}.png: repeat the command as it was, or give another --out"
+                f"--resume: {path} is none of the images of this list, which begins with"
+                f" {what.names[0]}{path.suffix}: repeat the command as it was, or give another"
+                " --out"
             )
-        check_same(out / f"{name}.png", settings[places[name]])
+        check_same(path, settings[places[name]], defaults)
 
     def done(call: Call) -> bool:
         names = [what.names[place] for place in call.places[call.wanted]]
@@ -127,12 +134,15 @@ def missing(
     return [call for call in calls if not done(call)]
 
 
-def check_same(path: epath.Path, wanted: dict[str, Any]) -> None:
-    """ValueError if an image was made with other settings than `wanted`, naming the first."""
+def check_same(path: epath.Path, wanted: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """ValueError if an image was made with other settings than `wanted`, naming the first.
+
+    defaults: of options, for those that are younger than the image.
+    """
     recorded = write.read_settings(path)
     for name in {**wanted, **recorded}:
         here, there = wanted.get(name), recorded.get(name)
-        unused = name not in recorded and not here  # an option that is younger than the image
+        unused = name not in recorded and (not here or here == defaults.get(name))
         if name not in CHANGES and here != there and not unused:
             raise ValueError(
                 f"--resume: {path} was made with {TERMS.get(name, name)} {json.dumps(there)}, and"

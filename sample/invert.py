@@ -222,7 +222,10 @@ def errors_of(inversion: Inversion, out: epath.Path) -> list[dict[str, float]]:
     """Figures of every image, as in `main`, from the images and latents in the folder `out`."""
     latent, errors = np.load(out / "latents.npy"), []
     for i, name in enumerate(inversion.request.names):
-        shown, again = images.to_uint8(inversion.image[i]), write.read_picture(out, name)
+        shown, again = (
+            images.to_uint8(inversion.image[i]),
+            write.read_picture(out, inversion.request.options, name),
+        )
         noise = inversion.request.batch["x_T"][i]
         errors.append(
             {

@@ -123,6 +123,10 @@ class Options:
     """Write samples.npz too: arr_0 uint8 [N, H, W, c], as evaluation suites read it."""
     preview: int = 0
     """Pictures of the predicted x0 at so many levels, from noise to image: previews/NAME.png."""
+    image_format: Literal["png", "jpeg", "webp"] = "png"
+    """Of the image files; `jpeg` and `webp` lose a little, and keep their settings in the EXIF."""
+    image_quality: int = 95
+    """1 to 100, of `jpeg` and `webp`."""
     overwrite: bool = False
     """Write into a folder that already holds samples."""
     resume: bool = False

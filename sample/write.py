@@ -1,6 +1,6 @@
 """Images with their settings inside, grids and arrays, in the folder that --out names.
 
-OUT/NAME.png            as soon as its batch is done; complete, or missing
+OUT/NAME.png            as soon as its batch is done; complete, or missing; or .jpg, .webp
 OUT/previews/NAME.png   with --preview
 OUT/latents/00000.npy   with --save-latents: of one batch, until all are in latents.npy
 OUT/grid.png, samples.npz, latents.npy
@@ -55,6 +55,27 @@ def open_out(options: Options) -> epath.Path:
     return out
 
 
+def path_of(out: epath.Path, options: Options, name: str) -> epath.Path:
+    """File of an image."""
+    return out / f"{name}{images.ENDINGS[options.image_format]}"
+
+
+def check_format(request: Request) -> None:
+    """ValueError for a format that cannot hold the images, or not what else is made of them."""
+    options = request.options
+    if options.image_format == "png":
+        return
+    if not 1 <= options.image_quality <= 100:
+        raise ValueError(f"--image-quality {options.image_quality} is not in 1..100")
+    if options.npz:
+        raise ValueError(
+            f"--npz holds exact images: leave out --image-format {options.image_format}"
+        )
+    stage = request.model.config.first_stage
+    if options.image_format == "webp" and getattr(stage, "in_channels", stage.embed_dim) == 1:
+        raise ValueError("--image-format webp has no grey pictures: take png or jpeg")
+
+
 def _open_out(options: Options) -> epath.Path:
     out = epath.Path(options.out)
     if options.resume and options.overwrite:
@@ -65,7 +86,11 @@ def _open_out(options: Options) -> epath.Path:
         raise ValueError(f"--out {out} is a run; give another folder")
     refuse_foreign(out)
     keeps = options.overwrite or options.resume
-    if out.exists() and not keeps and any(out.glob("*.png")):
+    if (
+        out.exists()
+        and not keeps
+        and any(any(out.glob(f"*{ending}")) for ending in images.ENDINGS.values())
+    ):
         raise ValueError(
             f"--out {out} already holds images; --resume goes on with them; or give another folder"
             " or --overwrite"
@@ -233,7 +258,7 @@ def part(
         sound &= images.finite_images(made.previews)
     lost = [request.names[place] for place in made.places[~sound]]
     for name in lost:  # remove an earlier one too
-        for path in (out / f"{name}.png", out / "previews" / f"{name}.png"):
+        for path in (path_of(out, request.options, name), out / "previews" / f"{name}.png"):
             path.unlink(missing_ok=True)
     keeps_latents = request.options.save_latents and finite.is_finite(made.latent)
     if keeps_latents and jax.process_index() == 0:
@@ -248,11 +273,13 @@ def part(
         for place, shown in zip(made.places[sound], previews, strict=True):
             strip = images.grid(shown, len(shown))
             images.save_png(out / "previews" / f"{request.names[place]}.png", strip)
-    pictures = images.to_uint8(made.image[sound])
+    pictures, options = images.to_uint8(made.image[sound]), request.options
     for place, picture in zip(made.places[sound], pictures, strict=True):
         kept = settings[place]
         text = parameters.written(kept, picture.shape[:2]) if "prompt" in kept else None
-        images.save_png(out / f"{request.names[place]}.png", picture, kept, text)
+        given = (options.image_format, kept, text, options.image_quality)
+        path = path_of(out, options, request.names[place])
+        storage.write_whole(path, images.encoded(picture, *given))
     return lost
 
 
@@ -266,7 +293,7 @@ def finish(out: epath.Path, request: Request, calls: list[Call]) -> None:
 
     Where images are missing, as they are not finite, the grid has gaps and there are no arrays.
     """
-    there = [name for name in request.names if (out / f"{name}.png").exists()]
+    there = [name for name in request.names if path_of(out, request.options, name).exists()]
     old = ("grid.png", "samples.npz", *("latents.npy",) * request.options.overwrite)
     for name in old:
         (out / name).unlink(missing_ok=True)
@@ -286,9 +313,9 @@ def remove_drafts(out: epath.Path) -> None:
         draft.unlink()
 
 
-def read_picture(out: epath.Path, name: str) -> np.ndarray:
+def read_picture(out: epath.Path, options: Options, name: str) -> np.ndarray:
     """uint8 [H, W, c] of an image that was written."""
-    return images.read_png(out / f"{name}.png")
+    return images.read_written(path_of(out, options, name))
 
 
 def write_grid(out: epath.Path, request: Request, there: set[str]) -> None:
@@ -298,9 +325,10 @@ def write_grid(out: epath.Path, request: Request, there: set[str]) -> None:
     """
     table = grid_of(request)
     names = [request.names[i] if i >= 0 else "" for i in table.flat]
-    first, columns = read_picture(out, min(there)), table.shape[1]
+    read = functools.partial(read_picture, out, request.options)
+    first, columns = read(min(there)), table.shape[1]
     blank = np.full_like(first, 255)
-    shown = [read_picture(out, name) if name in there else blank for name in names]
+    shown = [read(name) if name in there else blank for name in names]
     if request.left is not None:
         left = images.to_uint8(request.left[: len(table)])
         left = left[:, None] if left.ndim == 4 else left
@@ -336,7 +364,7 @@ def grid_of(request: Request) -> np.ndarray:
 
 def write_npz(out: epath.Path, request: Request) -> None:
     """samples.npz: arr_0 uint8 [N, H, W, c]."""
-    shape = (request.count, *read_picture(out, request.names[0]).shape)
+    shape = (request.count, *read_picture(out, request.options, request.names[0]).shape)
     draft = out / ".samples.npz.part"
     with (
         draft.open("wb") as file,
@@ -345,7 +373,7 @@ def write_npz(out: epath.Path, request: Request) -> None:
     ):
         write_header(member, shape, np.uint8)
         for name in request.names:
-            member.write(read_picture(out, name).tobytes())
+            member.write(read_picture(out, request.options, name).tobytes())
     draft.replace(out / "samples.npz")
 
 

@@ -1,4 +1,4 @@
-"""Pictures: opening files, uint8 images and grids, PNG files that carry their settings."""
+"""Pictures: opening files, uint8 images and grids, files that carry their settings."""
 
 import io
 import json
@@ -34,6 +34,7 @@ READERS = {
     "GIF": GifImagePlugin,
     "PPM": PpmImagePlugin,
 }
+WRITTEN = ("PNG", "JPEG", "WEBP")
 FORMATS = tuple(READERS)
 """Those that are read, whatever a file is called. Pillow knows 43 formats, PostScript among
 them, whose reader starts Ghostscript: a program in a file named `cat.png`."""
@@ -123,24 +124,70 @@ def png(image: np.ndarray, settings: dict | None = None, parameters: str | None 
     return buffer.getvalue()
 
 
+ENDINGS: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+"""{format that is written: ending of its files}."""
+USER_COMMENT = (0x8769, 0x9286)
+"""EXIF directory and tag where JPEG and WebP files of other programs keep their text."""
+MAKER_NOTE = 0x927C
+"""EXIF tag, in the same directory, of our own settings."""
+OURS = b"ldm_jax\0"
+MOST_EXIF = 65_000  # bytes that a JPEG has room for
+
+
+def encoded(
+    image: np.ndarray,
+    kind: str,
+    settings: dict | None = None,
+    parameters: str | None = None,
+    quality: int = 95,
+) -> bytes:
+    """uint8 [H, W, c] as a file of a kind of `ENDINGS`, with the texts of `png` in it.
+
+    JPEG and WebP, of a quality of 1..100, have them in their EXIF. ValueError for settings that are
+    too long for a JPEG; the parameters are left out first.
+    """
+    if kind == "png":
+        return png(image, settings, parameters)
+    exif = _exif(settings, parameters)
+    if kind == "jpeg" and len(exif) > MOST_EXIF:
+        exif = _exif(settings, None)
+        if len(exif) > MOST_EXIF:
+            raise ValueError(f"settings of {len(exif)} bytes are too long for a JPEG: write PNG")
+    buffer = io.BytesIO()
+    squeezed = image[..., 0] if image.shape[-1] == 1 else image
+    Image.fromarray(squeezed).save(buffer, kind, quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def _exif(settings: dict | None, parameters: str | None) -> bytes:
+    exif = Image.Exif()
+    folder = exif.get_ifd(USER_COMMENT[0])
+    if settings is not None:
+        folder[MAKER_NOTE] = OURS + json.dumps(settings).encode()
+    if parameters is not None:
+        folder[USER_COMMENT[1]] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    return exif.tobytes()
+
+
 def read_settings(path: Any) -> dict:
-    """The settings that `save_png` wrote. ValueError if the file carries none, or is no PNG."""
+    """The settings that `encoded` wrote. ValueError if the file carries none, or is no picture."""
     data = reading.read_bytes(path)
     try:
-        with open_picture(data, ("PNG",)) as image:
+        with open_picture(data, WRITTEN) as image:
             text = image.info.get("ldm_jax")
+            note = image.getexif().get_ifd(USER_COMMENT[0]).get(MAKER_NOTE)
+            if text is None and isinstance(note, bytes) and note.startswith(OURS):
+                text = note.removeprefix(OURS).decode()
     except Exception as error:  # Pillow raises errors of many classes, see `transforms`
-        raise ValueError(f"{path}: is not a PNG, or a broken one ({error})") from error
+        raise ValueError(
+            f"{path}: is not a PNG, JPEG or WebP, or a broken one ({error})"
+        ) from error
     if not isinstance(text, str):
         raise ValueError(f"{path}: carries no ldm_jax settings; it was not written by ldm-sample")
     settings = reading.parse_json(text, f"{path}: its ldm_jax settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: its ldm_jax settings are no object of names and values")
     return settings
-
-
-USER_COMMENT = (0x8769, 0x9286)
-"""EXIF directory and tag where JPEG and WebP files of other programs keep their text."""
 
 
 def read_info(path: Any) -> dict[str, Any]:
@@ -161,21 +208,33 @@ def info_of(data: bytes) -> dict[str, Any]:
         with open_picture(data) as image:
             image.load()  # PNG text may stand behind the pixels
             info = dict(image.info)
-            folder, tag = USER_COMMENT
-            comment = image.getexif().get_ifd(folder).get(tag)
+            folder = image.getexif().get_ifd(USER_COMMENT[0])
+            comment, note = folder.get(USER_COMMENT[1]), folder.get(MAKER_NOTE)
     except Exception as error:
         raise ValueError(f"is no picture, or a broken one ({error})") from error
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         info["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
+    if isinstance(note, bytes) and note.startswith(OURS):
+        info["ldm_jax"] = note.removeprefix(OURS).decode(errors="replace")
     return info
 
 
 def read_png(path: Any) -> np.ndarray:
     """uint8 [H, W, c] of a PNG that `save_png` wrote. ValueError names what is none."""
+    return _read(path, ("PNG",))
+
+
+def read_written(path: Any) -> np.ndarray:
+    """uint8 [H, W, c] of a file that `encoded` made. ValueError names what is none."""
+    return _read(path, WRITTEN)
+
+
+def _read(path: Any, formats: tuple[str, ...]) -> np.ndarray:
     data = reading.read_bytes(path)
     try:
-        with open_picture(data, ("PNG",)) as image:
+        with open_picture(data, formats) as image:
             pixels = np.asarray(image)
     except Exception as error:
-        raise ValueError(f"{path}: is not a PNG, or a broken one ({error})") from error
+        kinds = " or ".join(formats)
+        raise ValueError(f"{path}: is not a {kinds}, or a broken one ({error})") from error
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -78,7 +78,7 @@ def test_images_that_are_sampled(bucket):
     pixels = np.full((4, 4, 3), 7, np.uint8)
     images.save_png(out / "previews" / "a.png", pixels)
     images.save_png(out / "a.png", pixels, {"seed": 3})
-    np.testing.assert_array_equal(write.read_picture(out, "a"), pixels)
+    np.testing.assert_array_equal(write.read_picture(out, asked, "a"), pixels)
     assert images.read_settings(out / "a.png") == {"seed": 3}
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "previews"]
     with pytest.raises(ValueError, match="already holds images"):

@@ -130,10 +130,39 @@ def test_settings_that_are_none_are_refused(tmp_path, settings, message):
         images.read_settings(tmp_path / "a.png")
 
 
-def test_only_png_carries_settings(tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded("JPEG"))
-    with pytest.raises(ValueError, match=r"a.png: is not a PNG, or a broken one \(none of"):
+def test_only_what_is_written_carries_settings(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded("BMP"))
+    with pytest.raises(ValueError, match=r"is not a PNG, JPEG or WebP, or a broken one \(none of"):
         images.read_settings(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(encoded("PNG")[:45])
     with pytest.raises(ValueError, match=r"a.png: is not a PNG, or a broken one"):
         images.read_png(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_and_webp_carry_settings_and_parameters(tmp_path, kind, channels):
+    ramp = np.tile(np.arange(0, 240, 15, dtype=np.uint8)[:, None, None], (1, 16, channels))
+    settings, text = {"prompt": "größer"}, "größer \U0001f40d\nSteps: 2"
+    path = tmp_path / f"a{images.ENDINGS[kind]}"
+    path.write_bytes(images.encoded(ramp, kind, settings, text))
+    assert images.read_settings(path) == settings
+    info = images.read_info(path)
+    assert info["parameters"] == text
+    assert "ldm_jax" in info
+    assert np.abs(images.read_written(path)[..., :1].astype(int) - ramp[..., :1]).max() < 12
+    worse = images.encoded(np.random.default_rng(0).integers(0, 256, ramp.shape, np.uint8), kind)
+    small = images.encoded(ramp, kind, quality=5)
+    assert len(small) < len(worse)
+    assert "parameters" not in images.info_of(small)
+
+
+def test_a_jpeg_has_room_for_little_text():
+    picture = np.zeros((4, 4, 3), np.uint8)
+    data = images.encoded(picture, "jpeg", {"prompt": "x" * 40_000}, "x" * 40_000)
+    info = images.info_of(data)
+    assert ("ldm_jax" in info, "parameters" in info) == (True, False)
+    with pytest.raises(ValueError, match="are too long for a JPEG: write PNG"):
+        images.encoded(picture, "jpeg", {"prompt": "x" * 70_000})
+    info = images.info_of(images.encoded(picture, "webp", {"prompt": "x" * 70_000}, "a" * 40_000))
+    assert ("ldm_jax" in info, "parameters" in info) == (True, True)

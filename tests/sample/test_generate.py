@@ -115,6 +115,37 @@ def test_an_image_of_a_photo_is_drawn_again(run, photo, tmp_path, capsys):
     assert "carries no ldm_jax settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_an_image_in_another_format_is_drawn_again(run, tmp_path, capsys, kind):
+    flags = ["--model", run, "--out", tmp_path / "out", "--labels", 1, 3, "--num-images", 1]
+    flags += ["--image-format", kind, "--image-quality", 80]
+    assert sample("class2img", *flags) == 0
+    ending = images.ENDINGS[kind]
+    assert {path.suffix for path in (tmp_path / "out").glob("0*")} == {ending}
+    one = tmp_path / "out" / f"00001_class3_seed0{ending}"
+    assert again(one, "--out", tmp_path / "again") == 0
+    assert capsys.readouterr().err.endswith(f"equal to {one}, pixel for pixel\n")
+    assert (tmp_path / "again" / one.name).read_bytes() == one.read_bytes()
+    before = (tmp_path / "out" / "grid.png").read_bytes()
+    one.unlink()
+    assert sample("class2img", *flags, "--resume") == 0
+    assert (tmp_path / "out" / "grid.png").read_bytes() == before
+    capsys.readouterr()
+    flags[-3] = "png"
+    assert sample("class2img", *flags, "--resume") == 1
+    assert f'image_format "{kind}", and here it is "png"' in capsys.readouterr().err
+
+
+def test_a_list_goes_on_that_began_before_an_option_was_there(run, tmp_path):
+    flags = ["--model", run, "--out", tmp_path, "--labels", 1, "--num-images", 2]
+    assert sample("class2img", *flags, "--batch-size", 4) == 0
+    one = tmp_path / "00000_class1_seed0.png"
+    kept = images.read_settings(one)
+    del kept["image_format"], kept["emphasis"]
+    images.save_png(one, images.read_png(one), kept)
+    assert sample("class2img", *flags, "--batch-size", 4, "--resume") == 0
+
+
 def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
     flags = ["--model", run, "--labels", 2, "--num-images", 3, "--batch-size", 4]
     file = tmp_path / "sampler.bin"
@@ -150,6 +181,8 @@ def test_a_program_from_a_file_draws_the_same(run, tmp_path, capsys):
         (("--guidance-interval", 5, 2), "guidance_interval=(5.0, 2.0): none of the 2 timesteps"),
         (("--dynamic-threshold", 0), "dynamic_threshold=0.0 is not in"),
         (("--quantize-x0",), "quantize_x0"),
+        (("--image-format", "jpeg", "--npz"), "--npz holds exact images: leave out"),
+        (("--image-format", "jpeg", "--image-quality", 0), "--image-quality 0 is not in 1..100"),
         (("--subseed", 1), "--subseed is of the noise of other programs: give --noise-source cpu"),
         (("--seed-resize-from", 8, 8), "--seed-resize-from is of the noise of other programs"),
         (("--from-export", "gone.bin"), "gone.bin: does not exist; give a file that was exported"),
