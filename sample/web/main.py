@@ -140,11 +140,9 @@ def application(options: Options) -> tuple[Any, Any]:
     service = Service(options.model, folders, limits, dtype=options.dtype, private=options.listen)
     app: Any = api.make(service)
     if not options.api_only:
-        import gradio
-
         from ldm_jax.sample.web import page
 
-        app = gradio.mount_gradio_app(app, page.build(service), path="/")
+        app = page.mounted(app, service)
     return guard.Guard(app, auth=options.api_auth, most=limits.body), service
 
 
