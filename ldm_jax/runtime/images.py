@@ -79,25 +79,37 @@ def finite_images(image: np.ndarray) -> np.ndarray:
 
 
 def grid(
-    images: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2, names: Sequence[str] = ()
+    images: np.ndarray,
+    columns: int,
+    *,
+    scale: int = 1,
+    pad: int = 2,
+    names: Sequence[str] = (),
+    titles: Sequence[str] = (),
 ) -> np.ndarray:
-    """[N, H, W, c] uint8 -> one RGB picture, row by row; `names` label the rows at the left."""
+    """[N, H, W, c] uint8 -> one RGB picture, row by row.
+
+    names: labels of the rows, at the left; titles: of the columns, on top, cut where one is full.
+    """
     n, h, w, c = images.shape
     images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
     images = np.repeat(images, 3, axis=-1) if c == 1 else images
     h, w = h * scale, w * scale
     rows = -(-n // columns)
     left = 8 + 7 * max(map(len, names)) if names else pad
-    sheet = np.full((pad + rows * (h + pad), left + columns * (w + pad), 3), 255, np.uint8)
+    top = 16 if any(titles) else pad
+    sheet = np.full((top + rows * (h + pad), left + columns * (w + pad), 3), 255, np.uint8)
     for i, image in enumerate(images):
-        y, x = pad + i // columns * (h + pad), left + i % columns * (w + pad)
+        y, x = top + i // columns * (h + pad), left + i % columns * (w + pad)
         sheet[y : y + h, x : x + w] = image
-    if not names:
+    if not names and not any(titles):
         return sheet
     picture = Image.fromarray(sheet)
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
-        draw.text((4, pad + row * (h + pad) + h // 2 - 6), name, fill=(0, 0, 0))
+        draw.text((4, top + row * (h + pad) + h // 2 - 6), name, fill=(0, 0, 0))
+    for column, title in enumerate(titles):
+        draw.text((left + column * (w + pad) + 2, 2), title[: max(1, w // 7)], fill=(0, 0, 0))
     return np.asarray(picture)
 
 

@@ -88,7 +88,7 @@ KEPT = {
 LEFT = {
     *("out", "overwrite", "resume", "save_latents", "npz", "export", "export_platforms"),
     *("progress", "prompt_file", "index_file", "index_batch", "rebuild", "lora_dir"),
-    *("styles", "style"),
+    *("styles", "style", "across", "down", "sheets"),
 }
 """Options that say where files go, what is written and shown, or how fast it is."""
 
