@@ -32,13 +32,13 @@ class Options(styling.Options, editing.Options):
     masks: flags.Files = ()
     """Mask files as large as the images, white where to draw, or in any colour on a transparent
     layer: one per image, or one for all."""
+    pad: Annotated[tuple[int, int, int, int], arg(metavar="ABOVE BELOW LEFT RIGHT")] = (0, 0, 0, 0)
+    """Pixels to draw above, below, left and right of the images (outpainting)."""
     mask_invert: bool = False
     """Draw what is black in the masks, and keep what is white."""
     resize_mode: Literal["crop", "just", "fill"] = "crop"
     """What becomes of images and masks of another shape than --height and --width: `crop` cuts
     them, `just` changes their shape, and `fill` goes on with their edges."""
-    pad: Annotated[tuple[int, int, int, int], arg(metavar="ABOVE BELOW LEFT RIGHT")] = (0, 0, 0, 0)
-    """Pixels to draw above, below, left and right of the images (outpainting)."""
     strength: float = 1.0
     """Share of the steps that run, 0..1: below 1 the drawn part begins with what is there."""
     content: Literal["fill", "original", "noise", "nothing"] = "fill"
