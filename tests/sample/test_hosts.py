@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import recipes
 import task_models
+import text_model
 from two_processes import codes, logs, two
 
-from ldm_jax import schema, sharding
+from ldm_jax import saving, schema, sharding
 from ldm_jax.sample import generate, hosts, request
 
 # Draws what the flags ask for, as process `address` of two.
@@ -119,6 +120,19 @@ def test_two_processes_write_the_files_of_one(run, tmp_path):
     assert draw(tmp_path, *again) == [0, 0], logs(tmp_path)
     assert "8 of 9 images" not in (tmp_path / "0.log").read_text()
     assert "5 of 9 images are in" in (tmp_path / "0.log").read_text()  # a call is made whole
+    assert_same_files(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_draw_on_from_each_others_images(tmp_path):
+    """The second pass of a hires fix begins with the pixels of all, and with their noise."""
+    saving.save(text_model.make(), tmp_path / "run", to="ldm_jax")
+    flags = ["text2img", "--model", tmp_path / "run", "--prompt", "red", "blue", "--num-images", 3,
+             "--steps", 2, "--batch-size", 4, "--save-latents", "--hires-scale", 2,
+             "--hires-upscaler", "lanczos", "--noise-source", "nv",
+             "--solver", "euler_ancestral"]  # fmt: skip
+    assert task_models.sample(*flags, "--out", tmp_path / "one") == 0
+    assert draw(tmp_path, *flags, "--out", tmp_path / "two") == [0, 0], logs(tmp_path)
     assert_same_files(tmp_path / "two", tmp_path / "one")
 
 
