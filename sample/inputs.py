@@ -93,7 +93,7 @@ def resized(
     around = [((n - m) // 2, n - m - (n - m) // 2) for n, m in zip((width, height), inner)]
     array = np.asarray(image.resize(inner, how))
     around = [*around[::-1], (0, 0)][: array.ndim]
-    return Image.fromarray(np.pad(array, around, mode="edge"), image.mode)
+    return Image.fromarray(np.pad(array, around, mode="edge"))
 
 
 def size_of(image: Image.Image) -> str:
