@@ -46,8 +46,9 @@ demo: $(DEMO_INSTALLED)
 	$(BIN)/ldm-sample class2img --model $(DEMO)/ldm --out $(DEMO)/samples --num-images 36 --batch-size 60 --npz --overwrite
 	$(BIN)/python benchmarks/demo_report.py $(DEMO)
 	@echo
-	@echo 'Next, sevens and threes, then a model of your own pictures:'
+	@echo 'Next, sevens and threes, the same in a browser, then a model of your own pictures:'
 	@echo '  $(BIN)/ldm-sample class2img --model $(DEMO)/ldm --out $(DEMO)/mine --labels 7 3 --num-images 8'
+	@echo "  $(BIN)/python -m pip install '.[web]' && $(BIN)/ldm-web --model $(DEMO)/ldm"
 	@echo '  $(BIN)/ldm-train own:first_stage --workdir runs/own_first_stage --data.source.path YOUR_PICTURES'
 
 test: $(TEST_INSTALLED)

@@ -45,12 +45,17 @@ KEYS = """
 }
 """
 CSS = """
-.gradio-container {max-width: 90rem !important; margin: auto}
+.gradio-container {width: 100% !important; max-width: 90rem !important; margin: auto}
 #status progress {width: 100%; height: 0.6rem; accent-color: var(--color-accent)}
 #status {min-height: 3rem}
 #generate {min-height: 3rem}
 #gallery img, #preview img {image-rendering: pixelated}
-@media (max-width: 40rem) {#work {flex-direction: column}}
+@media (max-width: 40rem) {
+  .gradio-container .app {padding: 0.5rem !important}
+  #work .row, #work .form {flex-wrap: wrap; min-width: 0}
+  #work .column {min-width: 0 !important; width: 100%}
+  #work {flex-direction: column}
+}
 """
 NEEDS = {
     "text": ("text", "class", "unconditional"),
@@ -194,13 +199,17 @@ class Page:
         with gr.Row():
             self.width = gr.Number(entry.size, precision=0, label="Width", minimum=1)
             self.height = gr.Number(entry.size, precision=0, label="Height", minimum=1)
-            self.scale = gr.Slider(1, 30, value=_scale(entry), step=0.5, label="Guidance")
+            self.scale = gr.Slider(
+                1, 30, value=_scale(entry), step=0.5, label="Guidance", elem_id="guidance"
+            )
         with gr.Row():
             self.seed = gr.Number(-1, precision=0, label="Seed (-1: any)", elem_id="seed")
             self.again = gr.Button("Last seed", min_width=80)
             self.skip = gr.Slider(1, 12, value=1, step=1, label="Clip skip")
         with gr.Row():
-            self.batch = gr.Slider(1, limits.batch, value=1, step=1, label="Pictures at once")
+            self.batch = gr.Slider(
+                1, limits.batch, value=1, step=1, label="Pictures at once", elem_id="batch"
+            )
             most = limits.images // limits.batch
             self.rounds = gr.Slider(1, most, value=1, step=1, label="Times", elem_id="times")
         with gr.Row(visible=False) as self.of_pictures:
