@@ -22,6 +22,7 @@ from ldm_jax.runtime import checkpoint, flags, rundir
 from ldm_jax.sample import again, convert
 from ldm_jax.sample import main as sample
 from ldm_jax.sample.evaluate import main as evaluate
+from ldm_jax.sample.web import main as web
 from ldm_jax.train import main
 from ldm_jax.train.plan import command as plan
 from ldm_jax.train.run import supervisor
@@ -229,6 +230,8 @@ def options_of(command: list[str]) -> tuple[list, set[str]]:
         configs = [main.load_config(str(ROOT / n) if "/" in n else n) for n in known]
     elif program == "ldm-convert":
         kinds = (convert.Options,)
+    elif program == "ldm-web":
+        kinds = (web.Options,)
     else:
         tasks = evaluate.TASKS if program == "ldm-eval" else {**sample.TASKS, "again": again}
         chosen = tasks.values() if first == "TASK" else [tasks[first]]
