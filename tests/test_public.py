@@ -54,6 +54,7 @@ def test_signatures_are_those_of_the_design(model):
     assert names(ldm_jax.make_sampler(model)) == [
         *("params", "cond", "keys", "null", "guidance_scale", "eta", "x_T", "start", "init"),
         "mask",
+        "step_noise",
     ]
     assert names(model.encode) == ["batch", "params"]
     assert names(model.encode_image) == ["images", "params", "key"]
