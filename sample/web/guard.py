@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -113,6 +114,58 @@ class Guard:
 
     def _too_large(self) -> str:
         return f"the request has more than {self.most:,} bytes"
+
+
+class NoAddresses:
+    """An ASGI application before the page's: refuses files of a request that are addresses.
+
+    gradio would fetch them. The bodies that it looks at are small: files are uploaded before.
+    """
+
+    def __init__(self, app: Any, *, below: str, most: int = 2**20) -> None:
+        self.app, self.below, self.most = app, below, most
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Pass on what holds none; answer 413 or 422 to the rest."""
+        looks = scope["type"] == "http" and scope["method"] == "POST"
+        kind = dict(scope.get("headers", ())).get(b"content-type", b"")
+        if not looks or not scope["path"].startswith(self.below) or kind.startswith(b"multipart/"):
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > self.most:
+                await _answer(send, 413, f"the request has more than {self.most:,} bytes")
+                return
+        try:
+            held = _addresses(json.loads(body or b"null"))
+        except (ValueError, RecursionError):
+            held = True
+        if held:
+            await _answer(send, 422, "a file is an address, and none is fetched: send the file")
+            return
+        whole: Message = {"type": "http.request", "body": body, "more_body": False}
+
+        async def again() -> Message:
+            nonlocal whole
+            message, whole = whole, {}
+            return message or await receive()
+
+        await self.app(scope, again, send)
+
+
+def _addresses(value: Any) -> bool:
+    """True if a `path` in JSON is an address."""
+    if isinstance(value, list):
+        return any(map(_addresses, value))
+    if not isinstance(value, dict):
+        return False
+    path = value.get("path")
+    return (isinstance(path, str) and ":/" in path) or any(map(_addresses, value.values()))
 
 
 def _knows(given: bytes, wanted: str) -> bool:

@@ -1,10 +1,12 @@
 """The page in the browser: gradio's components before the service that the API has too."""
 
 import asyncio
+import atexit
 import base64
 import html
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,6 +25,7 @@ from ldm_jax.runtime import images
 from ldm_jax.sample.web import names, pictures
 from ldm_jax.sample.web.asked import Asked, Extra, ExtraSingle, Img2Img, Txt2Img
 from ldm_jax.sample.web.catalog import Entry
+from ldm_jax.sample.web.guard import NoAddresses
 from ldm_jax.sample.web.jobs import CancelledError, Job
 from ldm_jax.sample.web.limits import RefusedError
 from ldm_jax.sample.web.service import Result, Service
@@ -65,13 +68,17 @@ NEEDS = {
 """{tab: kinds of models that can do it}."""
 
 
-def mounted(app: fastapi.FastAPI, service: Service) -> fastapi.FastAPI:
+def mounted(app: fastapi.FastAPI, service: Service) -> Any:
     """The application with the page at `/`."""
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="ldm_web_"))
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="ldm_web_")  # of files that come and go, not /tmp/gradio
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = folder
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gr.mount_gradio_app(
+    blocks = Page(service).blocks()
+    whole = gr.mount_gradio_app(
         app,
-        Page(service).blocks(),
+        blocks,
         path="/",
         theme=gr.themes.Default(**fonts),
         css=CSS,
@@ -84,6 +91,10 @@ def mounted(app: fastapi.FastAPI, service: Service) -> fastapi.FastAPI:
         max_file_size=service.limits.body,
         allowed_paths=[],
     )
+    # gradio checks the files that a browser names only after a launch: a page that is mounted would
+    # give any file of the machine
+    blocks.has_launched = True
+    return NoAddresses(whole, below="/gradio_api/")
 
 
 class Page:
