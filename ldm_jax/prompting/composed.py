@@ -15,6 +15,7 @@ Syntax = Literal["plain", "webui"]
 Emphasis = Literal["original", "no-norm", "ignore", "none"]
 LONGEST = 20_000  # characters of a prompt
 MOST_CHUNKS = 64  # of a text
+MOST_READ = 256  # chunks of all parts and all their texts
 COMMENT = re.compile(r"#.*")
 
 
@@ -53,6 +54,7 @@ def batch(
     away = [_read(text, vocabulary, over, syntax, mode, False) for text in negative]
     every = [prompt for row in (*wanted, *away) for prompt in row]
     longest = max(len(text) for prompt in every for text in prompt.texts)
+    _check_size([*wanted, *away], longest)
     made = _arrays(wanted, vocabulary, steps, longest, mode)
     null = _arrays(away, vocabulary, steps, longest, mode)
     return made | {f"null_{name}": array for name, array in null.items()}
@@ -72,6 +74,17 @@ def reads_chunks(model: LatentDiffusion) -> bool:
         and isinstance(text.encoder, schema.CLIPTextConfig)
         and isinstance(model.tokenizer, FileTokenizer)
     )
+
+
+def _check_size(rows: list[list[_Prompt]], longest: int) -> None:
+    """ValueError for prompts of too many chunks in all their parts and texts."""
+    parts = max(len(row) for row in rows)
+    texts = max(len(prompt.texts) for row in rows for prompt in row)
+    if parts * texts * longest > MOST_READ:
+        raise ValueError(
+            f"the prompt has {parts * texts * longest} chunks in its {parts} parts of up to {texts}"
+            f" texts, {MOST_READ} at most"
+        )
 
 
 class _Vocabulary:

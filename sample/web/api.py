@@ -305,8 +305,13 @@ def _add_lists(router: fastapi.APIRouter, service: Service) -> None:
     @router.get("/embeddings")
     def embeddings() -> dict[str, Any]:
         """Words that prompts may hold."""
-        facts = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
-        return {"loaded": {file.name: facts for file in service.embeddings()}, "skipped": {}}
+        told: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
+        for name, one in service.embeddings().items():
+            facts: dict[str, Any] = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name"))
+            if not isinstance(one, str):
+                facts |= {"shape": one.vectors.shape[1], "vectors": one.vectors.shape[0]}
+            told["skipped" if isinstance(one, str) else "loaded"][name] = facts
+        return told
 
     @router.get("/prompt-styles")
     def prompt_styles() -> list[dict[str, str]]:

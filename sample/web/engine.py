@@ -2,6 +2,7 @@
 
 import collections
 import json
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
@@ -70,21 +71,23 @@ class Drawn(NamedTuple):
 
 
 class Kept:
-    """The values that were used last, at most so many."""
+    """The values that were used last, at most so many; threads may share it."""
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self._lock = threading.RLock()
         self._values: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of a key; one that is not there is made, after the oldest has gone."""
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        while len(self._values) >= self.most:
-            self._values.popitem(last=False)
-        value = self._values[key] = make()
-        return value
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+            while len(self._values) >= self.most:
+                self._values.popitem(last=False)
+            value = self._values[key] = make()
+            return value
 
     def clear(self) -> None:
         """Forget all."""

@@ -140,7 +140,8 @@ class Page:
             max_length=self.service.limits.prompt,
         )  # fmt: skip
         files = [f"<lora:{file.name}:1>" for file in self.service.loras()]
-        words = [file.name for file in self.service.embeddings()]
+        known = self.service.embeddings().items()
+        words = [name for name, one in known if not isinstance(one, str)]
         self.styles = gr.Dropdown(
             list(self.service.styles()), multiselect=True, label="Styles",
             visible=bool(self.service.styles()),

@@ -68,7 +68,7 @@ class Service:
         self.entries = catalog.entries(paths)
         self.settings = Settings(sd_model_checkpoint=self.entries[0].title)
         self.queue = jobs.Queue(self.limits.queue)
-        self.place = Place(self.engine, self.folders, dtype)
+        self.place = Place(self.engine, self.folders, dtype, engine.Kept(1024))
         large = next((entry for entry in self.entries if entry.kind == "superres"), None)
         self.enlarger = Enlarger(self.engine, large, dtype)
 
@@ -105,9 +105,10 @@ class Service:
         """LoRAs that prompts may name."""
         return catalog.files_in(self.folders.loras)
 
-    def embeddings(self) -> list[catalog.File]:
-        """Words that prompts may hold."""
-        return catalog.embeddings(self.folders)
+    def embeddings(self) -> dict[str, Any]:
+        """{name: `Embedding`, or the sentence why it is none for the current model}."""
+        entry = self.current
+        return self.place.embeddings(entry) if entry.kind == "text" else {}
 
     def upscalers(self) -> list[str]:
         """Names of what enlarges."""

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import schema
+from ldm_jax.adapters import textual_inversion
 from ldm_jax.data.tokens import FileTokenizer
 from ldm_jax.sample import class2img, img2img, inpaint, text2img, unconditional
 from ldm_jax.sample.inputs import open_mask
@@ -15,7 +16,7 @@ from ldm_jax.sample.request import Request
 from ldm_jax.sample.web import catalog, names
 from ldm_jax.sample.web.asked import Asked, Img2Img, Txt2Img
 from ldm_jax.sample.web.catalog import Entry
-from ldm_jax.sample.web.engine import Engine
+from ldm_jax.sample.web.engine import Engine, Kept
 from ldm_jax.sample.web.limits import RefusedError
 from ldm_jax.sample.web.settings import EMPHASIS, SOURCES
 
@@ -42,6 +43,26 @@ class Place(NamedTuple):
     engine: Engine
     folders: catalog.Folders
     dtype: str
+    words: Kept
+    """{embedding, when it changed, model: `Embedding`, or why it is none for this model}."""
+
+    def embeddings(self, entry: Entry) -> dict[str, Any]:
+        """{name: `Embedding`, or the sentence why it is none for a model}."""
+        files = catalog.embeddings(self.folders)
+        if not files:
+            return {}
+        given = text2img.Options(model=entry.path, out="", step=entry.step, dtype=self.dtype)
+        model = self.engine.load(given)
+
+        def read(file: catalog.File) -> Any:
+            try:
+                return textual_inversion.read(file.path, model, token=f"<{file.name}>")
+            except ValueError as error:
+                return str(error)
+
+        keys = [(file, epath.Path(file.path).stat().mtime, entry.name) for file in files]
+        made = (self.words.get(key, lambda key=key: read(key[0])) for key in keys)
+        return dict(zip((file.name for file in files), made, strict=True))
 
 
 class Asking(NamedTuple):
@@ -141,6 +162,9 @@ def _kind(asking: Asking, shared: dict[str, Any], place: Place) -> Any:
 
 def _text(asking: Asking, shared: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any]]:
     asked, settings = asking.asked, asking.settings
+    known = place.embeddings(asking.entry)
+    files = catalog.embeddings(place.folders)
+    fitting = [file for file in files if not isinstance(known.get(file.name, ""), str)]
     # webui's language needs the start and end tokens of CLIP or BERT
     tokenizer = place.engine.load(text2img.Options(**shared)).tokenizer
     own = {
@@ -151,7 +175,7 @@ def _text(asking: Asking, shared: dict[str, Any], place: Place) -> tuple[Any, di
         "emphasis": EMPHASIS[settings["emphasis"]],
         "clip_skip": settings["CLIP_stop_at_last_layers"],
         "lora_dir": place.folders.loras,
-        "embedding": tuple(f"{f.path}=<{f.name}>" for f in catalog.embeddings(place.folders)),
+        "embedding": tuple(f"{f.path}=<{f.name}>" for f in fitting),
     }
     return text2img, shared | own
 

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 
+import jax
 import numpy as np
 import text_model
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from ldm_jax import saving
+from ldm_jax import loading, saving
+from ldm_jax.adapters import lora, textual_inversion
 from ldm_jax.sample.web import api, guard
 from ldm_jax.sample.web.catalog import Folders
 from ldm_jax.sample.web.limits import Limits
@@ -24,6 +26,22 @@ def text_run(folder):
         text_model.make(text_model.clip_tokenizer(folder / "clip")), folder / "words", to="ldm_jax"
     )
     return folder / "words"
+
+
+def adapters(run, folder):
+    """LoRAs `sky` and `other`, of another base, embeddings `cat` and `wide`, that fits no model."""
+    model, rng = loading.load(run), np.random.default_rng(0)
+    (folder / "loras").mkdir()
+    made = lora.init(model.params, 2, key=jax.random.key(0))
+    made = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), made)
+    lora.write(folder / "loras" / "sky.safetensors", made, "peft")
+    wide = jax.tree.map(lambda x: np.repeat(x, 3, axis=0)[: x.shape[0] * 3 // 2], made)
+    lora.write(folder / "loras" / "other.safetensors", wide, "peft")
+    (folder / "embeddings").mkdir()
+    for name, width in (("cat", 32), ("wide", 48)):
+        vectors = np.float32(rng.normal(size=(2, width)))
+        word = textual_inversion.Embedding(f"<{name}>", vectors)
+        textual_inversion.write(folder / "embeddings" / f"{name}.pt", word, "webui")
 
 
 def service(*runs, **folders):

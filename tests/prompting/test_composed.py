@@ -166,5 +166,8 @@ def test_what_cannot_be_read_is_refused(model):
         read(model, ["a" * 20_001])
     with pytest.raises(ValueError, match="chunks of 10 tokens, 64 at most"):
         read(model, ["a " * 700])
+    texts = "[" + "|".join(f"{'a ' * 40}{i}" for i in range(4)) + "]"
+    with pytest.raises(ValueError, match="has 320 chunks in its 16 parts of up to 4 texts"):
+        read(model, [" AND ".join([texts] * 16)])
     with pytest.raises(ValueError, match="has no start and end tokens"):
         read(text_model.make(), ["a"])

@@ -30,7 +30,9 @@ def client(folder, words, ldm_run):
     large = task_models.save(task_models.make(cond, in_channels=7), folder)
     table = folder / "styles.csv"
     table.write_text('name,prompt,negative_prompt\nneat,"(red:1.2) {prompt}",sea\n')
-    made = web.service(words, ldm_run, large, out=str(folder / "out"), styles=str(table))
+    folders = {"loras": str(folder / "loras"), "embeddings": str(folder / "embeddings")}
+    web.adapters(words, folder)
+    made = web.service(words, ldm_run, large, out=str(folder / "out"), styles=str(table), **folders)
     yield web.Client(made)
     made.queue.close()
 
@@ -95,6 +97,21 @@ def test_hires_fix(client, folder, words):
     flags = (*WEBUI, "--prompt", "red", *flags)
     assert np.array_equal(picture, by_command(folder, "text2img", "--model", words, *flags)[0])
     assert "Hires upscaler: Latent (bicubic)" in info["infotexts"][0]
+
+
+def test_loras_and_embeddings(client, folder, words):
+    (picture,), info = client.drawn(prompt="a cat <lora:sky:0.5>")
+    flags = ("--model", words, *WEBUI, "--prompt", "a <cat> <lora:sky:0.5>", "--seed", 5)
+    flags += ("--lora-dir", folder / "loras", "--embedding", folder / "embeddings" / "cat.pt")
+    flags += ("--guidance-scale", 7, "--num-images", 1)
+    assert np.array_equal(picture, by_command(folder, "text2img", *flags)[0])
+    assert "Loras: sky" in info["infotexts"][0]
+    (plain,), _ = client.drawn(prompt="a cat")
+    assert not np.array_equal(picture, plain)
+    told = client.refused("txt2img", {"prompt": "a cat <lora:other:1>", "steps": 2})
+    assert "other.safetensors" in told  # of another base: it names both widths
+    assert "48" in told
+    assert "32" in told
 
 
 def test_classes(client, folder, ldm_run):
@@ -187,8 +204,10 @@ def test_lists(client):
     )
     assert "karras" in {one["name"] for one in client.get("schedulers")}
     assert len(client.get("latent-upscale-modes")) == 6
-    assert client.get("loras") == []
-    assert client.get("embeddings") == {"loaded": {}, "skipped": {}}
+    assert [one["name"] for one in client.get("loras")] == ["other", "sky"]
+    told = client.get("embeddings")
+    assert told["loaded"]["cat"]["vectors"] == 2
+    assert told["skipped"].keys() == {"wide"}
     assert client.get("scripts") == {"txt2img": [], "img2img": []}
     for name in ("sd-vae", "hypernetworks", "face-restorers", "realesrgan-models"):
         assert client.get(name) == []
