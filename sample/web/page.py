@@ -327,7 +327,7 @@ class Page:
         finally:
             if not job.future.done():  # the browser has gone
                 job.cancel()
-        drawn = [Image.open(io.BytesIO(result.png(i))) for i in range(len(result.pictures))]
+        drawn = [images.open_picture(result.png(i)) for i in range(len(result.pictures))]
         seed = result.seeds[0] if result.seeds else keep
         text = "\n\n".join(filter(None, result.infotexts))
         yield _ended(job, drawn), gr.update(visible=False), drawn, text, seed

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import io
 
 import numpy as np
 from PIL import Image
@@ -45,6 +44,6 @@ def of_array(image: np.ndarray) -> Image.Image:
 
 def opened(data: bytes) -> Image.Image:
     """The picture in some bytes, grey or RGB."""
-    with Image.open(io.BytesIO(data), formats=images.FORMATS) as picture:
+    with images.open_picture(data) as picture:
         picture.load()
         return picture.convert("L" if picture.mode in ("1", "L") else "RGB")

@@ -162,9 +162,12 @@ def _kind(asking: Asking, shared: dict[str, Any], place: Place) -> Any:
 
 def _text(asking: Asking, shared: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any]]:
     asked, settings = asking.asked, asking.settings
-    known = place.embeddings(asking.entry)
-    files = catalog.embeddings(place.folders)
-    fitting = [file for file in files if not isinstance(known.get(file.name, ""), str)]
+    known, said = place.embeddings(asking.entry), f"{asked.prompt} {asked.negative_prompt}"
+    fitting = [
+        file
+        for file in catalog.embeddings(place.folders)
+        if file.name.casefold() in said.casefold() and not isinstance(known[file.name], str)
+    ]
     # webui's language needs the start and end tokens of CLIP or BERT
     tokenizer = place.engine.load(text2img.Options(**shared)).tokenizer
     own = {
