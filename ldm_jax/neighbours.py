@@ -28,6 +28,7 @@ from ldm_jax.runtime import processes, progress, reading, rundir
 from ldm_jax.runtime.log import LOG
 
 BLOCK = 2**16  # embeddings whose cosines are computed in one call
+SPARE = 8  # candidates beyond those asked for, which rounding may have put behind
 FORMAT = 1
 
 
@@ -240,17 +241,23 @@ def nearest(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.nda
     """
     if not 1 <= k <= len(embeddings):
         raise ValueError(f"{k} neighbours of {len(embeddings)} images: give 1..{len(embeddings)}")
+    kept = min(k + SPARE, len(embeddings))
     queries = unit(queries)
     best = np.zeros((len(queries), 0), np.float32)
     where = np.zeros((len(queries), 0), np.int64)
     for first in range(0, len(embeddings), BLOCK):
         part = unit(embeddings[first : first + BLOCK])
-        cosines, indices = _top(queries, part, min(k, len(part)))
+        cosines, indices = _top(queries, part, min(kept, len(part)))
         best = np.concatenate([best, cosines], axis=1)
         where = np.concatenate([where, np.asarray(indices) + first], axis=1)
-        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+        order = np.argsort(-best, axis=1, kind="stable")[:, :kept]
         best, where = (np.take_along_axis(x, order, axis=1) for x in (best, where))
-    return where, best
+    # float32 sums depend on where an embedding stands in its block: what is equal is so in float64
+    near = unit(embeddings[where].astype(np.float64))
+    exact = np.einsum("qd,qkd->qk", unit(queries.astype(np.float64)), near)
+    order = np.lexsort((where, -exact), axis=1)[:, :k]
+    where, exact = (np.take_along_axis(x, order, axis=1) for x in (where, exact))
+    return where, exact.astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=2)
