@@ -100,7 +100,7 @@ def _fields(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
             "Hires upscale": None if larger else f"{factor:g}",
             "Hires resize": f"{larger[1]}x{larger[0]}" if larger else None,
             "Hires steps": settings["hires_steps"] or None,
-            "Hires upscaler": UPSCALERS[settings["hires_upscaler"]],
+            "Hires upscaler": UPSCALERS.get(settings["hires_upscaler"], settings["hires_upscaler"]),
         }
     mode = settings.get("emphasis", "original")
     return {

@@ -12,6 +12,8 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import bundle, export, schema, sharding
+from ldm_jax.convert import tiny_decoder
+from ldm_jax.models.tiny_decoder import SCALE
 from ldm_jax.runtime import images
 from ldm_jax.runtime.log import LOG
 from ldm_jax.sample import adapters, exported, generate, options, program
@@ -97,7 +99,11 @@ class Kept:
 class Engine:
     """Draws requests on the devices of this process; one at a time, in one thread."""
 
-    def __init__(self, keep_models: int = 2, keep_programs: int = 16) -> None:
+    def __init__(
+        self, keep_models: int = 2, keep_programs: int = 16, decoder: str | None = None
+    ) -> None:
+        """decoder: a file of TAESD's decoder, for previews."""
+        self._quick = None if decoder is None else _quick(decoder)
         self.mesh = sharding.make_mesh(schema.MeshConfig())
         self._models, self._adapted = Kept(keep_models), Kept(1)
         self._programs = Kept(keep_programs)
@@ -188,13 +194,22 @@ class Engine:
             due = time.monotonic() - shown > cost / PREVIEWS
             if watch.wants_preview and due and level < one.last:
                 began = time.monotonic()
-                watch.preview = _shown(programs.end(params, held, _predicted(state))[0])
+                watch.preview = _shown(self._preview(one.what, programs, params, held, state))
                 shown, cost = time.monotonic(), time.monotonic() - began
         if level == one.first < one.last:
             return None, None
         watch.does("decoding")
         image, z = programs.end(params, held, state if level == one.last else _predicted(state))
         return np.asarray(generate.ready(image)), np.asarray(z)
+
+    def _preview(
+        self, what: Request, programs: Programs, params: Any, held: Any, state: Any
+    ) -> jax.Array:
+        """Images [B, H, W, c] that are predicted so far."""
+        down, x0 = what.model.config.first_stage.downsample, state[2]
+        if self._quick is not None and (down, x0.shape[-1]) == self._quick[0]:
+            return self._quick[1](x0)
+        return programs.end(params, held, _predicted(state))[0]
 
     def _begun(self, one: _Pass, arguments: tuple, watch: Watch) -> tuple[Programs, Any, Any]:
         """(programs, held, state at the first level); compiles what is not kept."""
@@ -255,6 +270,15 @@ def _predicted(state: Any) -> Any:
     """A state whose picture is the one that is predicted so far."""
     carry, _, x0 = state
     return carry, x0, x0
+
+
+def _quick(path: str) -> tuple[tuple[int, int], Callable]:
+    """((side of a latent pixel, its channels), function of scaled latents) of a decoder's file."""
+    net, params = tiny_decoder.load(path)
+    channels = params["layers_0"]["kernel"].shape[2]
+    params = jax.device_put(params)
+    apply = jax.jit(lambda params, z: net.apply({"params": params}, z))
+    return (SCALE, channels), lambda z: apply(params, z)
 
 
 def _shown(image: jax.Array) -> np.ndarray | None:

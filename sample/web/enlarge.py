@@ -42,6 +42,12 @@ class Enlarger(NamedTuple):
             large = Image.blend(large.resize(other.size), other, share)
         return _array(large)
 
+    def super_resolved(self, image: np.ndarray, size: tuple[int, int], watch: Watch) -> np.ndarray:
+        """[B, H, W, c] in about [-1, 1], enlarged by the model to cover (width, height)."""
+        small = [pictures.of_array(one) for one in images.to_uint8(image)]
+        large = [_array(self._super_resolved(one, size, watch)) for one in small]
+        return np.stack(large).astype(np.float32) / 127.5 - 1
+
     def _by(self, name: str, small: Image.Image, size: tuple[int, int], watch: Watch) -> Any:
         if name == "None":
             return small

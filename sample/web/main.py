@@ -47,6 +47,9 @@ class Options:
     """Folder of embeddings, which prompts name by their files' names."""
     styles: flags.OptionalFile = None
     """Styles: .csv with name, prompt and negative_prompt."""
+    preview_decoder: flags.OptionalFile = None
+    """Decoder of TAESD for previews: taesd_decoder.safetensors, or a folder of diffusers; default:
+    the model's own, which takes longer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type."""
     queue: int = 64
@@ -137,7 +140,14 @@ def application(options: Options) -> tuple[Any, Any]:
         raise ValueError("ldm-web runs in one process")
     limits = Limits(queue=options.queue, pixels=options.max_pixels)
     folders = Folders(options.out, options.lora_dir, options.embedding_dir, options.styles)
-    service = Service(options.model, folders, limits, dtype=options.dtype, private=options.listen)
+    service = Service(
+        options.model,
+        folders,
+        limits,
+        dtype=options.dtype,
+        private=options.listen,
+        decoder=options.preview_decoder,
+    )
     app: Any = api.make(service)
     if not options.api_only:
         from ldm_jax.sample.web import page

@@ -60,17 +60,19 @@ class Service:
         *,
         dtype: str = "float32",
         private: bool = False,
+        decoder: str | None = None,
     ) -> None:
-        """private: pictures do not name folders of the server."""
+        """private: pictures do not name folders of the server; decoder: of previews, a file."""
         self.folders, self.limits = folders or Folders(), limits or Limits()
         self.private = private
-        self.engine = engine.Engine()
+        self.engine = engine.Engine(decoder=decoder)
         self.entries = catalog.entries(paths)
         self.settings = Settings(sd_model_checkpoint=self.entries[0].title)
         self.queue = jobs.Queue(self.limits.queue)
-        self.place = Place(self.engine, self.folders, dtype, engine.Kept(1024))
         large = next((entry for entry in self.entries if entry.kind == "superres"), None)
         self.enlarger = Enlarger(self.engine, large, dtype)
+        kept = engine.Kept(1024)
+        self.place = Place(self.engine, self.folders, dtype, self.enlarger, kept)
 
     # --- what there is ----------------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class Service:
     def _draw(self, asking: Asking, watch: Watch) -> Result:
         watch.does("loading")
         with tempfile.TemporaryDirectory() as folder:
-            made = translate.request_of(asking, self.place, folder)
+            made = translate.request_of(asking, self.place, folder, watch)
             what = made.request
             told = json.dumps(write.settings_of(what, calls_of(what)))
         kept = json.loads(self._public(told.replace(f"{folder}/", "")))

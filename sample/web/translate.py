@@ -1,5 +1,6 @@
 """From what is asked, in webui's words, to the request of a sampling task."""
 
+import dataclasses
 import random
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from etils import epath
 from ldm_jax import schema
 from ldm_jax.adapters import textual_inversion
 from ldm_jax.data.tokens import FileTokenizer
+from ldm_jax.prompting import parameters
 from ldm_jax.sample import class2img, img2img, inpaint, text2img, unconditional
 from ldm_jax.sample.inputs import open_mask
 from ldm_jax.sample.options import label_ids
@@ -17,6 +19,8 @@ from ldm_jax.sample.web import catalog, names
 from ldm_jax.sample.web.asked import Asked, Img2Img, Txt2Img
 from ldm_jax.sample.web.catalog import Entry
 from ldm_jax.sample.web.engine import Engine, Kept
+from ldm_jax.sample.web.enlarge import LDSR, Enlarger
+from ldm_jax.sample.web.jobs import Watch
 from ldm_jax.sample.web.limits import RefusedError
 from ldm_jax.sample.web.settings import EMPHASIS, SOURCES
 
@@ -24,16 +28,7 @@ LEADING = ("ddim", "ddpm", "plms")
 """Solvers whose steps are those of latent diffusion's own samplers, where a model has these."""
 RESIZE_MODES = ("just", "crop", "fill", "latent")
 FILLS = ("fill", "original", "noise", "nothing")
-UPSCALERS = {
-    "Latent": "latent",
-    "Latent (antialiased)": "latent-antialiased",
-    "Latent (bicubic)": "latent-bicubic",
-    "Latent (bicubic antialiased)": "latent-bicubic-antialiased",
-    "Latent (nearest)": "latent-nearest",
-    "Latent (nearest-exact)": "latent-nearest-exact",
-    "Lanczos": "lanczos",
-    "Nearest": "nearest",
-}
+UPSCALERS = {shown: name for name, shown in parameters.UPSCALERS.items()}
 """{name: --hires-upscaler}; the first six enlarge latents."""
 
 
@@ -43,6 +38,7 @@ class Place(NamedTuple):
     engine: Engine
     folders: catalog.Folders
     dtype: str
+    enlarger: Enlarger
     words: Kept
     """{embedding, when it changed, model: `Embedding`, or why it is none for this model}."""
 
@@ -84,7 +80,7 @@ class Made(NamedTuple):
     subseeds: list[int]
 
 
-def request_of(asking: Asking, place: Place, folder: str) -> Made:
+def request_of(asking: Asking, place: Place, folder: str, watch: Watch) -> Made:
     """The request of a sampling task; its pictures are written into a folder.
 
     RefusedError or ValueError for what the model does not allow.
@@ -102,10 +98,12 @@ def request_of(asking: Asking, place: Place, folder: str) -> Made:
     if isinstance(asked, Txt2Img) and asked.enable_hr:
         if task is not text2img:
             raise RefusedError(422, f"enable_hr: {entry.title} is no model of text alone")
-        options |= _hires(asked)
+        options |= _hires(asked, place.enlarger.entry)
     if isinstance(asked, Img2Img):
         task, options = _from_pictures(asked, options, folder, list(asking.pictures))
     what = task.request(task.Options(**options), place.engine.load)
+    if isinstance(asked, Txt2Img) and asked.enable_hr and asked.hr_upscaler == LDSR:
+        what = _enlarged_by_model(what, place.enlarger, watch)
     count = range(what.count)
     if varied:
         return Made(what, [seed] * what.count, [subseed + i for i in count])
@@ -241,6 +239,20 @@ def _from_pictures(
     return inpaint, options | own
 
 
+def _enlarged_by_model(what: Request, enlarger: Enlarger, watch: Watch) -> Request:
+    """The request whose second pass begins with what a model of super-resolution enlarged."""
+    assert what.second is not None
+    feed, second = what.second.feed, what.second.request
+    down = second.model.config.first_stage.downsample
+    size = second.shape[1] * down, second.shape[0] * down
+
+    def fed(image: np.ndarray, z: np.ndarray) -> dict[str, np.ndarray]:
+        return feed(enlarger.super_resolved(image, size, watch), z)
+
+    details = [{**one, "hires_upscaler": LDSR} for one in what.details]
+    return dataclasses.replace(what, second=what.second._replace(feed=fed), details=details)
+
+
 def larger(asked: Txt2Img, size: int) -> tuple[int, int]:
     """(width, height) after the second pass, or more."""
     width, height = asked.width or size, asked.height or size
@@ -250,16 +262,17 @@ def larger(asked: Txt2Img, size: int) -> tuple[int, int]:
     return wide, asked.hr_resize_y or asked.hr_resize_x * height // width
 
 
-def _hires(asked: Txt2Img) -> dict[str, Any]:
-    """Options of the second pass."""
+def _hires(asked: Txt2Img, entry: Entry | None) -> dict[str, Any]:
+    """Options of the second pass; entry: the model of super-resolution, if there is one."""
     name = asked.hr_upscaler or "Latent"
-    if name not in UPSCALERS:
-        raise RefusedError(400, f"hr_upscaler {name!r:.60} is not one of {', '.join(UPSCALERS)}")
+    known = UPSCALERS if entry is None else UPSCALERS | {LDSR: "lanczos"}
+    if name not in known:
+        raise RefusedError(400, f"hr_upscaler {name!r:.60} is not one of {', '.join(known)}")
     resized = (asked.hr_resize_y, asked.hr_resize_x)
     size = {"hires_size": resized} if any(resized) else {"hires_scale": asked.hr_scale}
     strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
     return size | {
-        "hires_upscaler": UPSCALERS[name],
+        "hires_upscaler": known[name],
         "hires_steps": asked.hr_second_pass_steps,
         "hires_strength": strength,
     }

@@ -97,6 +97,10 @@ def test_hires_fix(client, folder, words):
     flags = (*WEBUI, "--prompt", "red", *flags)
     assert np.array_equal(picture, by_command(folder, "text2img", "--model", words, *flags)[0])
     assert "Hires upscaler: Latent (bicubic)" in info["infotexts"][0]
+    (other,), info = client.drawn(**(given | {"hr_upscaler": "LDSR"}), denoising_strength=0.5)
+    assert other.size == (32, 32)
+    assert not np.array_equal(other, picture)
+    assert "Hires upscaler: LDSR" in info["infotexts"][0]
 
 
 def test_loras_and_embeddings(client, folder, words):

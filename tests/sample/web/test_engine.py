@@ -61,6 +61,22 @@ def test_what_a_watch_tells(engine, request_of, each_level):
     assert not np.array_equal(watch.preview, drawn[1].image)  # of the level before the last
 
 
+def test_previews_by_another_decoder(engine, request_of, each_level, monkeypatch):
+    what = request_of()
+    down, shape = what.model.config.first_stage.downsample, what.shape
+    seen = []
+    monkeypatch.setattr(
+        engine, "_quick", ((down, shape[2]), lambda z: seen.append(z) or z[..., :3])
+    )
+    watch = jobs.Watch()
+    watch.wants_preview = True
+    list(engine.draw(what, watch))
+    assert watch.preview.shape == (4, *shape[:2], 3)
+    assert seen[0].shape == (4, *shape)
+    monkeypatch.setattr(engine, "_quick", ((8, 4), lambda z: pytest.fail("of another latent")))
+    list(engine.draw(what, watch))
+
+
 def stopping(monkeypatch, watch, at, how):
     """The watch is told `how` to stop when so many segments have run."""
     count = [0]
