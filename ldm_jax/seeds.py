@@ -1,6 +1,7 @@
 """Seeds of 64 bits as JAX's keys."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,8 +36,13 @@ def root_key(seed: Any) -> jax.Array:
     No two seeds share a key. `jax.random.key(seed)` is the same below 2**32, and leaves the upper
     half out where JAX has no types of 64 bits. ValueError for other seeds.
     """
-    seed = checked(seed)
-    shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    return root_keys([seed])[0]
+
+
+def root_keys(given: Sequence[Any]) -> jax.Array:
+    """`root_key` of some seeds, [n]."""
+    numbers = [checked(seed) for seed in given]
+    width = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).size
     # two words, which "rbg" and "unsafe_rbg" have twice, as in `jax.random.key`
-    words = np.resize(np.array([seed >> 32, seed % 2**32], np.uint32), shape)
-    return jax.random.wrap_key_data(words)
+    words = [np.resize(np.array([n >> 32, n % 2**32], np.uint32), width) for n in numbers]
+    return jax.random.wrap_key_data(np.stack(words))

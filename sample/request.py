@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import bundle, seeds, solvers
@@ -139,8 +138,11 @@ def keys_of(request: Request, places: np.ndarray) -> jax.Array:
     """Keys of some of the images; see `sampling.keys_of`."""
     # a list of thousands of prompts has few seeds: a root key for each of those
     different, which = np.unique(seeds_of(request)[places], return_inverse=True)
-    roots = jnp.stack([seeds.root_key(seed) for seed in different])
-    return jax.vmap(jax.random.fold_in)(roots[which], indices_of(request)[places].astype(np.uint32))
+    numbers = indices_of(request)[places].astype(np.uint32)
+    return _folded(seeds.root_keys(different)[which], numbers)
+
+
+_folded = jax.jit(jax.vmap(jax.random.fold_in))
 
 
 def levels_of(request: Request) -> solvers.Levels:

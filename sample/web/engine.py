@@ -213,7 +213,7 @@ class Engine:
 
     def _begun(self, one: _Pass, arguments: tuple, watch: Watch) -> tuple[Programs, Any, Any]:
         """(programs, held, state at the first level); compiles what is not kept."""
-        shapes = tuple((x.shape, str(x.dtype)) for x in map(_array, jax.tree.leaves(arguments)))
+        shapes = tuple((x.shape, x.dtype) for x in map(_array, jax.tree.leaves(arguments)))
         facts = {k: v for k, v in exported.facts_of(one.what).items() if k not in NOT_IN_PROGRAMS}
         facts = json.dumps(facts, sort_keys=True, default=str)
         key = (facts, export.identity(one.what.model), shapes)

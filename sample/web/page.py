@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -473,7 +474,8 @@ def _bar(service: Service, job: Job) -> str:
         told = f"waits; {place - 1} before it" if place > 1 else "waits; it is the next one"
         return f"<progress></progress> {told}"
     if watch.doing != "sampling" or not watch.steps:
-        return f"<progress></progress> {html.escape(watch.doing)} ..."
+        took = time.monotonic() - watch.since
+        return f"<progress></progress> {html.escape(watch.doing)} ... {took:.0f} s"
     eta = "" if watch.eta is None else f", {watch.eta:.0f} s left"
     told = f"step {watch.step} of {watch.steps}{eta}"
     return f'<progress value="{watch.fraction:.3f}"></progress> {told}'
