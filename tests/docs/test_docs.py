@@ -134,6 +134,7 @@ def test_the_lines_of_the_readme_run_as_they_are(demo):
     assert np.asarray(Image.open(demo / "digits.png")).shape == (16 + 4, 10 * (16 + 2) + 2, 3)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_as_it_is(demo):
     cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
     names: dict = {}

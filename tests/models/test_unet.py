@@ -157,7 +157,7 @@ def test_an_image_does_not_see_its_batch():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attention_downsample": (1, 2)},
+        pytest.param({"attention_downsample": (1, 2)}, marks=pytest.mark.slow),
         {"attention_downsample": (1, 2), "only_cross_attention": (True, False)},
         {"attention_downsample": (), "scale_shift_norm": True, "resblock_updown": True},
     ],

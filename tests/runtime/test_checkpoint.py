@@ -208,7 +208,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
+@pytest.mark.parametrize("damage", ["truncate", pytest.param("remove", marks=pytest.mark.slow)])
 def test_damage_to_any_file_is_found_or_harmless(one_run, run, damage):
     abstract, expected = abstract_on(MeshConfig()), trained(3)
     refused = {}

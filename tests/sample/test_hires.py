@@ -78,6 +78,7 @@ def test_schedules_of_a_prompt_go_on_in_the_second_pass(run):
         assert first.batch["steps"].shape[2] == 10
 
 
+@pytest.mark.slow
 def test_without_steps_the_image_is_enlarged_alone(run, model, tmp_path, capsys, shown):
     flags = ["--model", run, "--prompt", "red", "--num-images", 3, "--width", 12]
     flags += ["--batch-size", 4, "--save-latents", "--npz"]

@@ -211,7 +211,7 @@ def test_a_low_strength_begins_with_what_the_mask_covers(ldm_run, files, tmp_pat
     np.testing.assert_array_equal(found["fill"][:8], whole[:8])
 
 
-@pytest.mark.parametrize("kind", ["plain", "concat"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("concat", marks=pytest.mark.slow)])
 def test_a_low_strength_begins_with_noise_or_nothing(ldm_run, concat_run, files, tmp_path, kind):
     """In the latent, under the mask; inverted it is the other half."""
     run = {"plain": ldm_run, "concat": concat_run}[kind]

@@ -52,10 +52,10 @@ def test_a_request_is_the_command_pixel_for_pixel(client, folder, words):
     prompt = "[red:blue:0.5] (square:1.3) BREAK AND blue :0.5"
     pictures, info = client.drawn(prompt=prompt, negative_prompt="sea", batch_size=4, cfg_scale=3)
     flags = ("--model", words, *WEBUI, "--guidance-scale", 3, "--negative-prompt", "sea")
-    for i, picture in enumerate(pictures):  # picture i is the first one of seed + i
+    for i in (0, 3):  # picture i is the first one of seed + i
         more = ("--prompt", prompt, "--seed", 5 + i, "--num-images", 1)
         (wanted,) = by_command(folder, "text2img", *flags, *more)
-        assert np.array_equal(picture, wanted)
+        assert np.array_equal(pictures[i], wanted)
     assert info["all_seeds"] == [5, 6, 7, 8]
     assert info["infotexts"][1].splitlines() == [
         prompt,
@@ -75,6 +75,7 @@ def test_steps_and_words_do_not_recompile(client):
     assert len(client.service.engine._programs._values) == len(before) + 1
 
 
+@pytest.mark.slow
 def test_variations_and_other_noise(client, folder, words):
     given = {"prompt": "red", "subseed": 3, "subseed_strength": 0.4, "batch_size": 2}
     given["override_settings"] = {"randn_source": "CPU", "CLIP_stop_at_last_layers": 2}

@@ -104,6 +104,7 @@ def value_and_grad(made, fixed, examples):
     return jax.jit(jax.value_and_grad(of_params, has_aux=True))
 
 
+@pytest.mark.slow
 def test_twenty_steps_on_a_frozen_first_stage_and_text_encoder(pipeline, images, tmp_path):
     """The loop that diffusers' users write, with AdamW at 1e-4: every loss to 1e-4."""
     import torch
@@ -238,6 +239,7 @@ def test_more_input_channels_change_nothing_at_first(pipeline, images, tmp_path)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_at_a_rate_of_zero_the_loss_is_the_base_models(pipeline, images, tmp_path):
     """Also with a text encoder that trains, at a rate of its own."""
     rate = schema.OptimizerConfig(learning_rate=0.0)

@@ -70,11 +70,11 @@ CASES = {
 }
 
 
-SLOW = "dreambooth"  # two trees of gradients to compile, twice
+SLOW = ("dreambooth", "lora")  # two trees of gradients, twice; dreambooth_lora has the latter too
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != SLOW])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dreambooth"])
 def test_two_processes_train_as_one(name, base, images, tmp_path):
     stage, options, _ = CASES[name]
     options = ("--init-from", str(base), *options, "--batch-size", "4", "--steps", "4")
@@ -91,7 +91,7 @@ def test_two_processes_train_as_one(name, base, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == SLOW else []) for n in CASES]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
 )
 def test_a_run_resumes_bit_for_bit_from_itself_alone(name, base, images, tmp_path):
     """Without `--init-from`, moved, and with the base gone."""
