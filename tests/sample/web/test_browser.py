@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -35,13 +36,16 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(tmp_path_factory, ldm_run):
     """Of `ldm-web` with a model of text and one of classes."""
     folder = tmp_path_factory.mktemp("browser")
     command = [sys.executable, "-m", "ldm_jax.sample.web.main", "--port", "0", "--model"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with subprocess.Popen(
-        [*command, str(web.text_run(folder))], stderr=subprocess.PIPE, text=True, env=env
+        [*command, str(web.text_run(folder)), str(ldm_run)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
     ) as process:
         for line in process.stderr:
             found = re.search(r"http://127\.0\.0\.1:\d+/", line)
@@ -115,8 +119,31 @@ class Page:
         field.send_keys(text)
         return field
 
+    def picture(self, css, path):
+        """The file of the first picture as the browser has it."""
+        source = self.until(lambda: self.all(f"{css} img"), css)[0].get_attribute("src")
+        script = "return fetch(arguments[0]).then(r => r.bytes()).then(b => Array.from(b))"
+        path.write_bytes(bytes(self.driver.execute_script(script, source)))
+        return path
+
+    def generate(self):
+        """Click, and wait for other pictures."""
+        before = self.sources()
+        self.find("#generate").click()
+        self.until(lambda: self.sources() and self.sources() != before, "another picture", 120)
+
+    def at_tab(self, label):
+        """Wait until a tab is the one that is shown."""
+        self.tells("button[role=tab][aria-selected=true]", label)
+
     def sources(self):
         return [image.get_attribute("src") for image in self.all("#gallery img")]
+
+
+def running(address):
+    """Number of steps that the job of the server has, 0 without one."""
+    with urllib.request.urlopen(f"{address}sdapi/v1/progress") as answer:
+        return json.load(answer)["state"]["sampling_steps"]
 
 
 def test_a_walk(address, browser, tmp_path):
@@ -127,47 +154,87 @@ def test_a_walk(address, browser, tmp_path):
     # a prompt, by the keyboard
     page.write("#steps input[type=number]", "4")
     page.write("#prompt textarea", "a red (square:1.2)").send_keys(Keys.CONTROL, Keys.ENTER)
-    page.tells("#status", "1 picture")
-    first = page.until(page.sources, "a picture")
+    page.tells("#status", "1 picture", 120)
+    page.until(page.sources, "a picture")
     page.tells("#text textarea", "a red (square:1.2)\nSteps: 4, Sampler: DPM++ 2M")
+    made = page.picture("#gallery", tmp_path / "made.png")
+    seed = images.read_settings(made)["seed"]
+    page.find("#last").click()
+    page.tells("#seed input", str(seed))
+    page.find("#any").click()
+    page.tells("#seed input", "-1")
 
-    # its text, from the file as the browser has it
-    made = tmp_path / "made.png"
-    script = "return fetch(arguments[0]).then(r => r.bytes()).then(b => Array.from(b))"
-    made.write_bytes(bytes(browser.execute_script(script, first[0])))
-    assert images.read_settings(made)["prompt"] == "a red (square:1.2)"
+    # the text in the file, and the picture itself, for other tabs
     page.write("#prompt textarea", "something else")
     page.tab(5)
     page.give("#file", made)
     page.tells("#info textarea", "Seed: ")
-    page.find("#reuse").click()
+    page.find("#to_text").click()
+    page.at_tab("Text to image")
     page.tells("#prompt textarea", "a red (square:1.2)")
+    page.tells("#seed input", str(seed))
+    page.tab(5)
+    page.write("#info textarea", "a fox\nSteps: 3, Sampler: DPM++ 2M, Seed: 5, Eta: 1")
+    page.find("#to_image").click()
+    page.at_tab("Image to image")
+    page.tells(".toast-body", "not followed: Eta: 1")
+    page.find("#image img")
+    page.generate()
+    page.tells("#text textarea", "a fox\nSteps: 3, Sampler: DPM++ 2M, CFG scale: 7, Seed: 5")
+    page.tells("#text textarea", "Denoising strength: 0.75")
 
     # a mask, by the mouse
-    picture = tmp_path / "start.png"
-    Image.fromarray(np.uint8(web.noise(size=128))).save(picture)
+    start = web.noise(size=128)
+    Image.fromarray(np.uint8(start)).save(tmp_path / "start.png")
     page.tab(3)
-    page.give("#canvas", picture)
     canvas = page.find("#canvas canvas")
-    time.sleep(2)  # the picture is laid on the canvas
+    time.sleep(1)  # it takes no file while it is set up
+    page.give("#canvas", tmp_path / "start.png")
+    page.until(lambda: "Upload" not in page.find("#canvas").text, "the picture on the canvas")
+    time.sleep(1)  # it grows to its size
     mouse = ActionChains(browser).move_to_element(canvas).click_and_hold()
     mouse.move_by_offset(15, 5).move_by_offset(10, -10).release().perform()
     time.sleep(1)
-    page.find("#generate").click()
-    page.until(lambda: page.sources() and page.sources() != first, "another picture", 60)
-    page.tells("#text textarea", "Denoising strength: 0.75")
+    page.find("#only input").click()
+    page.generate()
+    drawn = np.asarray(Image.open(page.picture("#gallery", tmp_path / "drawn.png")))
+    changed = np.any(drawn != start, axis=-1)
+    assert changed[64, 64]  # under the brush
+    assert not changed[:8].any()
 
-    # a long run, cancelled
+    # what is missing, in a sentence
+    page.tab(4)
+    page.find("#generate").click()
+    page.tells(".toast-wrap", "give a picture to enlarge")
+
+    # a class of another model
+    page.find("#model input").click()
+    page.find("[role=option]:nth-of-type(2)").click()
+    page.tells("button[role=tab]", "Class to image")
+    page.tells("#width input", "16")
+    assert not any(field.is_displayed() for field in page.all("#prompt textarea"))
     page.tab(1)
+    page.find("#class input").click()
+    page.find("[role=option][aria-label=square]").click()
+    page.generate()
+    page.tells("#text textarea", "square\nSteps: 3, Sampler: DPM++ 2M, CFG scale: 1.5, Seed: 5")
+
+    # long runs: one is cancelled, the other left alone by its browser
     page.write("#steps input[type=number]", "150")
     page.write("#times input[type=number]", "4")
     page.find("#generate").click()
     page.tells("#status", "step ")
     page.find("#cancel").click()
     page.tells("#status", "Cancelled")
+    page.find("#generate").click()
+    page.tells("#status", "step ")
 
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
     events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
     hosts = {urlsplit(one["request"]["url"]).netloc for one in sent}
     assert hosts - {""} == {urlsplit(address).netloc}
+
+    assert running(address)
+    browser.get("about:blank")
+    page.until(lambda: not running(address), "the end of a job that nobody waits for", 20)

@@ -1,6 +1,9 @@
 """The page without a browser: what its fields ask for, and what forged requests get."""
 
+import asyncio
 import json
+import threading
+import types
 
 import gradio as gr
 import numpy as np
@@ -9,14 +12,20 @@ import web
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from ldm_jax.sample.web import api, page
+from ldm_jax.sample.web import api, page, page_fields, page_style
 from ldm_jax.sample.web.asked import ExtraSingle, Img2Img, Txt2Img
+from ldm_jax.sample.web.jobs import Job
 from ldm_jax.sample.web.limits import RefusedError
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, ldm_run):
-    made = web.service(web.text_run(tmp_path_factory.mktemp("page")), ldm_run)
+    folder = tmp_path_factory.mktemp("page")
+    run = web.text_run(folder)
+    web.adapters(run, folder)
+    made = web.service(
+        run, ldm_run, loras=str(folder / "loras"), embeddings=str(folder / "embeddings")
+    )
     yield made
     made.queue.close()
 
@@ -40,52 +49,65 @@ def given(shown):
     return {name: value(part) for name, part in shown._fields().items()}
 
 
-def test_text_to_image(shown, service, given):
-    title = service.models()[0].title
-    asked = shown._asked("text", title, given | {"prompt": "red", "skip": 2, "seed": None})
-    assert isinstance(asked, Txt2Img)
-    told = (asked.prompt, asked.sampler_name, asked.scheduler, asked.steps, asked.seed)
+@pytest.fixture
+def asked(service, given):
+    """The request of a tab for a model, number `model`, with some other values of the fields."""
+
+    def make(tab, model=0, **fields):
+        return page_fields.asked(service.models()[model], tab, given | fields, save=False)
+
+    return make
+
+
+def test_text_to_image(service, asked):
+    one = asked("text", prompt="red", skip=2, seed=None)
+    assert isinstance(one, Txt2Img)
+    told = (one.prompt, one.sampler_name, one.scheduler, one.steps, one.seed)
     assert told == ("red", "DPM++ 2M", "automatic", 20, -1)
-    assert (asked.width, asked.height, asked.cfg_scale, asked.enable_hr) == (16, 16, 7.0, False)
-    assert asked.override_settings == {
-        "sd_model_checkpoint": title,
+    assert (one.width, one.height, one.cfg_scale, one.enable_hr) == (16, 16, 7.0, False)
+    assert one.override_settings == {
+        "sd_model_checkpoint": service.models()[0].title,
         "CLIP_stop_at_last_layers": 2,
     }
-    asked = shown._asked("text", title, given | {"hires": True, "hr_upscaler": "Lanczos"})
-    assert (asked.enable_hr, asked.hr_scale, asked.hr_upscaler) == (True, 2, "Lanczos")
-    assert asked.denoising_strength == 0.7
-    asked.check(service.limits)
+    one = asked("text", hires=True, hr_upscaler="Lanczos", batch=3)
+    assert (one.enable_hr, one.hr_scale, one.hr_upscaler) == (True, 2, "Lanczos")
+    assert one.denoising_strength == 0.7
+    one.check(service.limits)
+    assert page_fields.size_of(one, service.models()[0]) == "3x16x16"
 
 
-def test_class_to_image(shown, service, given):
-    title = service.models()[1].title
-    classes, prompt, negative, width, _, scale = shown._chosen(title)
+def test_class_to_image(shown, service, asked):
+    parts = shown._chosen(service.models()[1].title)
+    classes, prompt, negative, _, networks, _, width, _, scale, skip, larger, tab, *notes = parts
     assert classes["visible"]
-    assert not prompt["visible"]
-    assert not negative["visible"]
-    assert (width, scale) == (16, 1.5)
-    asked = shown._asked("text", title, given | {"classes": classes["value"], "prompt": "red"})
-    assert (asked.prompt, asked.negative_prompt) == (classes["choices"][0], "")
+    hidden = (prompt, negative, networks, skip, larger, *notes)
+    assert not any(part["visible"] for part in hidden)
+    assert (width, scale, tab["label"]) == (16, 1.5, "Class to image")
+    one = asked("text", 1, classes=classes["value"], prompt="red", negative="sea", hires=True)
+    assert (one.prompt, one.negative_prompt, one.enable_hr) == (classes["choices"][0], "", False)
+    parts = shown._chosen(service.models()[0].title)
+    assert not parts[0]["visible"]
+    assert parts[1]["visible"]
+    assert parts[5]["choices"] == ["<lora:other:1>", "<lora:sky:1>", "cat"]  # wide does not fit
 
 
-def test_pictures(shown, service, given):
-    title = service.models()[0].title
+def test_pictures(asked):
     start = Image.fromarray(np.uint8(web.noise()))
-    asked = shown._asked("image", title, given | {"image": start})
-    assert isinstance(asked, Img2Img)
-    assert np.array_equal(web.opened(asked.init_images[0]), web.noise())
-    assert (asked.resize_mode, asked.mask) == (1, None)
+    one = asked("image", image=start)
+    assert isinstance(one, Img2Img)
+    assert np.array_equal(web.opened(one.init_images[0]), web.noise())
+    assert (one.resize_mode, one.mask) == (1, None)
 
     layer = np.zeros((16, 16, 4), np.uint8)
     layer[2:5, 3:9] = 200
     canvas = {"background": start.convert("RGBA"), "layers": [Image.fromarray(layer)]}
-    asked = shown._asked("inpaint", title, given | {"canvas": canvas, "fill": 2})
-    assert np.array_equal(web.opened(asked.mask), 255 * (layer[..., 3] > 0))
-    assert (asked.inpainting_fill, asked.inpaint_full_res, asked.mask_blur) == (2, False, 4)
+    one = asked("inpaint", canvas=canvas, fill=2)
+    assert np.array_equal(web.opened(one.mask), 255 * (layer[..., 3] > 0))
+    assert (one.inpainting_fill, one.inpaint_full_res, one.mask_blur) == (2, False, 4)
 
-    asked = shown._asked("upscale", title, given | {"small": start, "factor": 3})
-    assert isinstance(asked, ExtraSingle)
-    assert (asked.upscaler_1, asked.upscaling_resize) == ("Lanczos", 3)
+    one = asked("upscale", small=start, factor=3)
+    assert isinstance(one, ExtraSingle)
+    assert (one.upscaler_1, one.upscaling_resize) == ("Lanczos", 3)
 
 
 @pytest.mark.parametrize(
@@ -101,35 +123,99 @@ def test_pictures(shown, service, given):
         ),
     ],
 )
-def test_what_is_missing(shown, service, given, tab, fields, message):
+def test_what_is_missing(asked, tab, fields, message):
     with pytest.raises(RefusedError, match=message):
-        shown._asked(tab, service.models()[0].title, given | fields)
+        asked(tab, **fields)
 
 
-def test_a_model_that_a_tab_is_not_for(shown, service, given, monkeypatch):
-    entry = service.models()[0]._replace(kind="superres")
+def test_tabs_say_what_a_model_cannot(shown, service, asked, monkeypatch):
+    entry = service.models()[0]._replace(kind="inpaint")
     monkeypatch.setattr(service, "entries", [entry])
-    with pytest.raises(RefusedError, match="is a model of superres"):
-        shown._asked("text", entry.title, given)
+    text, image, inpaint = shown._chosen(entry.title)[-3:]
+    assert "is a model of inpaint, which is not for this tab" in text["value"]
+    assert [part["visible"] for part in (text, image, inpaint)] == [True, True, False]
+    with pytest.raises(RefusedError, match="is a model of inpaint"):
+        asked("text")
 
 
-def test_the_text_of_a_picture_fills_the_fields(shown):
+def test_the_text_of_a_picture_fills_the_fields():
     text = "a fox\nNegative prompt: sea\nSteps: 9, Sampler: Euler, Schedule type: Karras, Seed: 4"
     text += ", CFG scale: 3, Size: 24x32, Clip skip: 2"
-    before = ("", "", "DDIM", "automatic", 20, 16, 16, 7.0, -1, 1)
-    assert shown._reused(text, *before) == [
-        "a fox", "sea", "Euler", "karras", 9, 24, 32, 3.0, 4, 2,
-    ]  # fmt: skip
-    assert shown._reused("a fox", *before) == ["a fox", *before[1:]]
+    told = {
+        **{"prompt": "a fox", "negative": "sea", "steps": 9, "sampler": "Euler"},
+        **{"schedule": "karras", "seed": 4, "scale": 3.0, "width": 24, "height": 32, "skip": 2},
+    }
+    assert page_fields.values_of(text, ()) == (told | {"hires": False}, [])
+    found, left = page_fields.values_of(f"{text}, Denoising strength: 0.5, ENSD: 3, Eta: 1", ())
+    assert (found["strength"], found["hires"]) == (0.5, False)
+    assert left == ["Eta: 1", "eta_noise_seed_delta: 3"]
+    larger = ", Denoising strength: 0.5, Hires upscale: 1.5, Hires upscaler: Lanczos"
+    found, left = page_fields.values_of(text + larger, ())
+    names = ("hires", "hr_scale", "hr_upscaler", "hr_steps", "hr_strength")
+    assert [found[name] for name in names] == [True, 1.5, "Lanczos", 0, 0.5]
+    assert left == []
+    assert "strength" not in found
+    assert page_fields.values_of("7", ("6", "7"))[0]["classes"] == "7"
+    assert set(told | found | {"classes": "", "strength": 0}) == set(page.FILLED)
+
+
+def test_a_picture_is_sent_to_a_tab(shown, service):
+    title, data = service.models()[0].title, web.base64.b64decode(web.encoded(web.noise()))
+    row, tab, of_pictures, picture, *_ = shown._sent("image")(title, "a fox", data)
+    assert (row["selected"], tab, of_pictures["visible"]) == ("image", "image", True)
+    assert np.array_equal(picture, web.noise())
+    for text, given, message in (
+        ("a fox", None, "give a picture to begin with"),
+        ("a fox\nSteps: 9, Seed: 4, Size: 99999x32", data, "8192 pixels at most"),
+    ):
+        with pytest.raises(gr.Error, match=message):
+            shown._sent("image")(title, text, given)
     with pytest.raises(gr.Error, match="no picture"):
         shown._read(b"x")
 
 
 def test_words_are_inserted():
-    assert page._inserted("a fox", "<lora:sky:1>", 0.4) == "a fox <lora:sky:0.4>"
-    assert page._inserted("a fox", "cat", 1) == "a fox cat"
-    assert page._inserted("", "cat", 1.2) == "(cat:1.2)"
-    assert page._inserted("a fox", None, 1.2) == "a fox"
+    assert page_fields.inserted("a fox", "<lora:sky:1>", 0.4) == "a fox <lora:sky:0.4>"
+    assert page_fields.inserted("a fox", "cat", 1) == "a fox cat"
+    assert page_fields.inserted("", "cat", 1.2) == "(cat:1.2)"
+    assert page_fields.inserted("a fox", None, 1.2) == "a fox"
+
+
+def test_the_line():
+    job = Job(1, "txt2img", "", lambda watch: None)
+    assert "waits; 2 before it" in page_style.bar(job, 3, "1x16x16")
+    job.watch.does("compiling")
+    job.watch.since -= 12
+    assert "compiling the sampler for 1x16x16 ... 12 s" in page_style.bar(job, 0, "1x16x16")
+    job.watch.does("sampling")
+    job.watch.step, job.watch.steps = 3, 4
+    told = page_style.bar(job, 0, "1x16x16")
+    assert "0.750" in told
+    assert "step 3 of 4, 0 s left" in told
+
+
+@pytest.mark.parametrize("how", ["interrupt", "cancel"])
+def test_a_job_that_waits_is_cancelled_at_once(shown, service, given, how):
+    began, go_on = threading.Event(), threading.Event()
+    running = service.queue.submit("other", "someone", lambda watch: (began.set(), go_on.wait(60)))
+    began.wait(60)
+    request = types.SimpleNamespace(session_hash="me")
+
+    async def told():
+        lines = []
+        title = service.models()[0].title
+        async for line, *_ in shown._generate(request, "text", title, *given.values()):
+            lines.append(line)
+            shown._stop(how)(request)
+        return lines
+
+    try:
+        first, last = asyncio.run(told())
+        assert "waits; it is the next one" in first
+        assert last == "Cancelled."
+        assert not running.future.done()
+    finally:
+        go_on.set()
 
 
 def test_forged_requests(service, tmp_path):
