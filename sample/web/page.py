@@ -28,6 +28,7 @@ from ldm_jax.sample.web.translate import UPSCALERS
 
 TICK = 0.2
 """Seconds between two looks at a job."""
+BRUSH = "#f97316"
 FILLED = (
     *("classes", "prompt", "negative", "sampler", "schedule", "steps", "width", "height"),
     *("scale", "seed", "skip", "hires", "hr_scale", "hr_upscaler", "hr_steps", "hr_strength"),
@@ -49,7 +50,7 @@ def mounted(app: fastapi.FastAPI, service: Service) -> Any:
         blocks,
         path="/",
         theme=gr.themes.Default(**fonts),
-        css=page_style.CSS,
+        head=f"<style>{page_style.CSS}</style>",  # `css` would not reach what is around the page
         js=page_style.KEYS,
         footer_links=[],
         run_history=False,
@@ -163,12 +164,16 @@ class Page:
             with gr.Tab("Inpaint", id="inpaint") as self.tabs["inpaint"]:
                 note("inpaint")
                 self.canvas = gr.ImageEditor(
-                    type="pil", label="Paint over what is to be drawn anew", elem_id="canvas",
+                    type="pil", label="Paint the mask", elem_id="canvas",
                     sources=["upload", "clipboard"], layers=False, transforms=(), format="png",
-                    brush=gr.Brush(colors=["#ffffff"], default_size=24, color_mode="fixed"),
+                    # one sees through it; any alpha is mask
+                    brush=gr.Brush(
+                        default_size=max(2, entry.size // 20), colors=[(BRUSH, 0.6)],
+                        default_color=(BRUSH, 0.6), color_mode="fixed",
+                    ),
                 )  # fmt: skip
                 with gr.Row():
-                    self.blur = gr.Slider(0, 64, value=4, step=1, label="Mask blur")
+                    self.blur = gr.Slider(0, 64, value=4, step=1, label="Mask blur", elem_id="blur")
                     self.fill = gr.Dropdown(FILLS, value="original", type="index", label="Content")
                 with gr.Row():
                     self.only = gr.Checkbox(label="Only around the mask", elem_id="only")
@@ -188,8 +193,8 @@ class Page:
                 )  # fmt: skip
                 self.info = gr.Textbox(label="Its text", lines=6, elem_id="info", buttons=["copy"])
                 with gr.Row():
-                    self.to_text = gr.Button("To text to image", elem_id="to_text")
-                    self.to_image = gr.Button("To image to image", elem_id="to_image")
+                    self.to_text = gr.Button("To text to image", elem_id="to_text", size="md")
+                    self.to_image = gr.Button("To image to image", elem_id="to_image", size="md")
 
     def _settings(self) -> None:
         limits, entry = self.service.limits, self.service.current
@@ -225,8 +230,9 @@ class Page:
             self.batch = gr.Slider(
                 1, limits.batch, value=1, step=1, label="Pictures at once", elem_id="batch"
             )
-            most = limits.images // limits.batch
-            self.rounds = gr.Slider(1, most, value=1, step=1, label="Times", elem_id="times")
+            self.rounds = gr.Slider(
+                1, limits.images, value=1, step=1, label="Times", elem_id="times"
+            )
         with gr.Row(visible=False) as self.of_pictures:
             self.strength = gr.Slider(
                 0, 1, value=0.75, step=0.01, label="Denoising", elem_id="strength"

@@ -24,11 +24,28 @@ KEYS = """
 """
 CSS = """
 .gradio-container {width: 100% !important; max-width: 90rem !important; margin: auto}
-#status progress {width: 100%; height: 0.6rem; accent-color: var(--color-accent)}
+#status progress {
+  width: 100%; height: 0.6rem; border: 0; appearance: none; overflow: hidden;
+  border-radius: 0.3rem; background: var(--border-color-primary);
+}
+#status progress::-webkit-progress-bar {background: var(--border-color-primary)}
+#status progress::-webkit-progress-value {background: var(--color-accent)}
+#status progress::-moz-progress-bar {background: var(--color-accent)}
+#status progress:indeterminate {
+  background: linear-gradient(
+    90deg, var(--border-color-primary) 30%, var(--color-accent), var(--border-color-primary) 70%
+  ) 0 0 / 200% 100%;
+  animation: waits 2s linear infinite;
+}
+#status progress:indeterminate::-webkit-progress-bar {background: none}
+#status progress:indeterminate::-moz-progress-bar {background: none}
+@keyframes waits {from {background-position: 200% 0} to {background-position: 0 0}}
 #status {min-height: 3rem}
 #actions button {min-height: 3rem}
 #seeds {align-items: end}
 #gallery img, #preview img {image-rendering: pixelated}
+#preview :has(> img), #preview :has(> div > img), #preview img {width: 100%}
+#preview img {max-height: 32rem; object-fit: contain}
 .note {color: var(--body-text-color-subdued)}
 @media (max-width: 40rem) {
   .gradio-container .app {padding: 0.5rem 0.5rem 5rem !important}
@@ -41,7 +58,7 @@ CSS = """
     padding: 0.5rem; background: var(--body-background-fill);
     border-top: 1px solid var(--border-color-primary);
   }
-  #work #actions button {min-width: 0; padding: 0.25rem}
+  #work #actions button {min-width: 0; padding: 0.25rem; font-size: 0.85rem}
 }
 """
 

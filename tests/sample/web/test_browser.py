@@ -221,7 +221,7 @@ def test_a_walk(address, browser, tmp_path):
 
     # long runs: one is cancelled, the other left alone by its browser
     page.write("#steps input[type=number]", "150")
-    page.write("#times input[type=number]", "4")
+    page.write("#times input[type=number]", "64")
     page.find("#generate").click()
     page.tells("#status", "step ")
     page.find("#cancel").click()
