@@ -14,6 +14,7 @@ import collections
 import hashlib
 import io
 import json
+import os
 import pathlib
 import platform
 import re
@@ -204,7 +205,7 @@ def main() -> None:
         f"`{' '.join(['python benchmarks/web_load.py', *sys.argv[1:]])}`: {arguments.clients}"
         f" clients at once for {arguments.seconds} s, each asks for {arguments.batch} pictures of"
         f" {arguments.steps} steps of DDIM, guidance 2, and asks again when it has them."
-        f" {platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}, jax"
+        f" {platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax"
         f" {jax.__version__}, {time.strftime('%B %Y')}.",
         "",
         "| | |",

@@ -56,6 +56,7 @@ def trained(first_stage_run, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_training_script_resumes_and_saves(trained):
     assert checkpoint.saved_steps(trained) == [1, 4, 5]
     assert rundir.read_config(trained).steps == 5

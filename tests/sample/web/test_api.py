@@ -162,13 +162,16 @@ def test_pictures_of_pictures(client, folder, words):
     assert np.array_equal(again[0], pictures[0])
 
 
-def test_what_is_drawn_is_kept_where_it_is_asked_for(client, folder):
+def test_what_is_drawn_is_kept_where_it_is_asked_for(client, folder, capsys):
     client.drawn(prompt="red", save_images=True, batch_size=2)
     (day,) = (folder / "out").iterdir()
     assert sorted(path.name for path in day.iterdir()) == ["00000-5.png", "00001-6.png"]
     client.drawn(prompt="red", save_images=True)
     assert (day / "00002-5.png").exists()
     assert images.read_settings(day / "00001-6.png")["prompt"] == "red"
+    capsys.readouterr()
+    assert task_models.again(day / "00001-6.png", "--out", folder / "again") == 0
+    assert capsys.readouterr().err.endswith("pixel for pixel\n")
 
 
 def test_enlarging(client):
