@@ -10,8 +10,7 @@ TEST_INSTALLED := $(VENV)/.installed
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 DEMO := runs/demo
 STAGE := first_stage
-# three workers on two cores: they wait for processes of their own a quarter of the time
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder --durations=10
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: help demo test test-all lint docs
 
